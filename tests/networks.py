@@ -1,0 +1,44 @@
+"""Networks with derivatives known by hand, for the tests."""
+
+import torch
+from torch import Tensor, nn
+
+from tvm_ref.guidance import Condition
+from tvm_ref.shapes import over
+
+
+class Waves(nn.Module):
+    """F(x, t, s) = sin(a x + b t + c s) [+ label * beta], so dF/ds = c cos(...)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (0.7, -1.3, 2.1))
+        self.calls = 0
+
+    def phase(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return self.a * x + self.b * over(t, x) + self.c * over(s, x)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
+        self.calls += 1
+        y = self.phase(x, t, s).sin()
+        return y if condition is None else y + over(condition.label * condition.beta, x)
+
+    def ds(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return self.c * self.phase(x, t, s).cos()
+
+
+class PointData(nn.Module):
+    """F(x, t, s) = (x - m) / t: the exact average velocity if all data are the point m (the flow is straight)."""
+
+    def __init__(self, m: Tensor) -> None:
+        super().__init__()
+        self.m = nn.Parameter(m)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
+        return (x - self.m) / over(t, x)
+
+
+def some_times(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """t and s <= t, [n], float64."""
+    u = torch.rand(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return u.max(0).values, u.min(0).values

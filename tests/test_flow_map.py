@@ -1,0 +1,146 @@
+import math
+
+import pytest
+import torch
+from networks import Waves, some_times
+from torch import Tensor
+
+from tvm_ref.flow_map import DIFFERENCE, Factor, FlowMap
+from tvm_ref.guidance import Condition
+from tvm_ref.shapes import over
+
+SHAPES = [(5, 2), (3, 4, 2, 2)]
+SINE = Factor(  # gamma(t, s) = sin(s) - sin(t): another factor that vanishes at s = t
+    gamma=lambda t, s: s.sin() - t.sin(), gamma_ds=lambda t, s: s.cos()
+)
+
+
+def setup(shape: tuple[int, ...], **options) -> tuple[FlowMap, Waves, Tensor, Tensor, Tensor]:
+    network = Waves()
+    x = torch.randn(shape, dtype=torch.float64)
+    return FlowMap(network, **options), network, x, *some_times(shape[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_displacement_and_its_derivative_equal_closed_form(shape):
+    flow_map, network, x, t, s = setup(shape)
+    f, df_ds = flow_map.displacement_and_terminal_velocity(x, t, s)
+    F, dF_ds = network(x, t, s), network.ds(x, t, s)
+    torch.testing.assert_close(f, over(s - t, x) * F, rtol=0, atol=1e-14)
+    torch.testing.assert_close(df_ds, F + over(s - t, x) * dF_ds, rtol=0, atol=1e-14)
+    torch.testing.assert_close(flow_map.displacement(x, t, s), f, rtol=0, atol=1e-14)
+    torch.testing.assert_close(flow_map.jump(x, t, s), x + f, rtol=0, atol=1e-14)
+    torch.testing.assert_close(flow_map(x, t, s), x + f, rtol=0, atol=1e-14)
+    torch.testing.assert_close(flow_map.velocity(x, t), network(x, t, t), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("factor", [DIFFERENCE, SINE], ids=["difference", "sine"])
+def test_jvp_against_central_differences_has_slope_two(factor):
+    flow_map, _, x, t, s = setup((64, 2), factor=factor)
+    t, s = 0.2 + 0.7 * t, 0.1 + 0.7 * s
+    exact = flow_map.displacement_and_terminal_velocity(x, t, s)[1]
+    steps = [2.0**-k for k in (4, 5, 6, 7)]
+    errors = []
+    for h in steps:
+        ahead, behind = (
+            flow_map._scale(factor.gamma(t, s + h), x, None),
+            flow_map._scale(factor.gamma(t, s - h), x, None),
+        )
+        difference = ahead * flow_map.network(x, t, s + h) - behind * flow_map.network(x, t, s - h)
+        errors.append(float((difference / (2 * h) - exact).detach().norm()))
+    slope = math.log(errors[0] / errors[-1]) / math.log(steps[0] / steps[-1])
+    assert slope == pytest.approx(2, abs=0.02)
+
+
+def test_general_factor_equals_closed_form_and_keeps_the_velocity_condition():
+    flow_map, network, x, t, s = setup((5, 2), factor=SINE)
+    f, df_ds = flow_map.displacement_and_terminal_velocity(x, t, s)
+    F = network(x, t, s)
+    torch.testing.assert_close(f, over(s.sin() - t.sin(), x) * F)
+    torch.testing.assert_close(df_ds, over(s.cos(), x) * F + over(s.sin() - t.sin(), x) * network.ds(x, t, s))
+    at_t = flow_map.displacement_and_terminal_velocity(x, t, t)[1]  # eq. 21: u(x, t) = d/ds f at s = t
+    torch.testing.assert_close(flow_map.velocity(x, t), at_t)
+
+
+def test_value_and_tangent_come_from_one_call():
+    flow_map, network, x, t, s = setup((5, 2))
+    flow_map.displacement_and_terminal_velocity(x, t, s)
+    assert network.calls == 1
+
+
+def test_gradients_flow_through_value_and_tangent_unless_detached():
+    flow_map, network, x, t, s = setup((5, 2))
+    weight = torch.randn(5, 2, dtype=torch.float64)
+    phase, g = network.phase(x, t, s).detach(), over(s - t, x)
+    through_value = phase.cos() * over(s, x)  # d/dc of F
+    through_tangent = g * (phase.cos() - network.c.detach() * phase.sin() * over(s, x))  # d/dc of (s - t) dF/ds
+    for detach, expected in ((False, through_value + through_tangent), (True, through_value)):
+        df_ds = flow_map.displacement_and_terminal_velocity(x, t, s, detach_jvp=detach)[1]
+        (gradient,) = torch.autograd.grad((weight * df_ds).sum(), network.c)
+        torch.testing.assert_close(gradient, (weight * expected).sum())
+
+
+def test_detaching_changes_no_value():
+    flow_map, _, x, t, s = setup((5, 2))
+    for a, b in zip(
+        flow_map.displacement_and_terminal_velocity(x, t, s),
+        flow_map.displacement_and_terminal_velocity(x, t, s, detach_jvp=True),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("time", [0.0, 0.4, 1.0])
+def test_equal_times_give_finite_values_and_gradients(time):
+    flow_map, network, x, _, _ = setup((5, 2))
+    t = torch.full((5,), time, dtype=torch.float64, requires_grad=True)
+    f, df_ds = flow_map.displacement_and_terminal_velocity(x, t, t)
+    assert torch.equal(f, torch.zeros_like(f))
+    gradients = torch.autograd.grad((f + df_ds).square().sum(), [*network.parameters(), t])
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
+def test_scaled_parameterisation_multiplies_by_w():
+    flow_map, network, x, t, s = setup((5, 2), scaled=True)
+    condition = Condition(torch.arange(5), torch.linspace(0.2, 1, 5, dtype=torch.float64))
+    plain = FlowMap(network)
+    w = over(1 / condition.beta, x)
+    torch.testing.assert_close(flow_map.velocity(x, t, condition), w * plain.velocity(x, t, condition))
+    for a, b in zip(
+        flow_map.displacement_and_terminal_velocity(x, t, s, condition),
+        plain.displacement_and_terminal_velocity(x, t, s, condition),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, w * b)
+
+
+def bad_calls():
+    x, half, third = torch.zeros(4, 2), torch.full((4,), 0.5), torch.full((4,), 0.3)
+    nan = torch.tensor([0.1, float("nan"), 0.1, 0.1])
+    yield "t below s", (x, third, half), "must not exceed"
+    yield "t above 1", (x, half + 1, half), r"\[0, 1\]"
+    yield "s below 0", (x, half, half - 1), r"\[0, 1\]"
+    yield "NaN", (x, half, nan), r"\[0, 1\]"
+    yield "time of shape [B, 1]", (x, half[:, None], third), "shape"
+    yield "too few times", (x, half[:3], third), "shape"
+    yield "one time for all", (x, torch.tensor(0.5), third), "shape"
+    yield "no batch axis", (x[:, 0], half, third), "shape"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [pytest.param(a, m, id=i) for i, a, m in bad_calls()])
+@pytest.mark.parametrize("method", ["displacement", "jump", "displacement_and_terminal_velocity", "__call__"])
+def test_bad_input_raises_a_clear_error(arguments, message, method):
+    with pytest.raises(ValueError, match=message):
+        getattr(FlowMap(Waves()), method)(*arguments)
+
+
+def test_condition_of_wrong_size_raises():
+    flow_map, _, x, t, s = setup((5, 2))
+    with pytest.raises(ValueError, match="shape"):
+        flow_map.jump(x, t, s, Condition(torch.zeros(4, dtype=torch.long), torch.ones(4)))
+
+
+def test_mean_flow_derivative_refuses_other_factors():
+    flow_map, _, x, t, s = setup((5, 2), factor=SINE)
+    with pytest.raises(ValueError, match="factor"):
+        flow_map.average_velocity_and_total_derivative(x, t, s, x)

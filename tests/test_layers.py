@@ -1,0 +1,50 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tvm_ref.layers import Linear
+
+
+def pair() -> tuple[Linear, nn.Linear]:
+    ours, theirs = Linear(5, 7, dtype=torch.float64), nn.Linear(5, 7, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def test_equals_nn_linear_in_value_tangent_and_all_gradients():
+    x, dx = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 5, dtype=torch.float64)
+    dx.requires_grad_()
+    results = []
+    for layer in pair():
+        y, dy = torch.func.jvp(layer, (x,), (dx,))
+        gradients = torch.autograd.grad((y.sin() * dy.cos()).sum(), [x, dx, layer.weight, layer.bias])
+        results.append((layer(x), y, dy, *gradients))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_with_a_tangent_on_the_weights_too():
+    ours, theirs = pair()
+    x, dx, dw = torch.randn(3, 5).double(), torch.randn(3, 5).double(), torch.randn(7, 5).double()
+    results = [
+        torch.func.jvp(
+            lambda x, w, layer=layer: torch.func.functional_call(layer, {"weight": w}, (x,)),
+            (x, layer.weight),
+            (dx, dw),
+        )
+        for layer in (ours, theirs)
+    ]
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize(("layer", "forward", "both"), [(Linear, 2, 6), (nn.Linear, 3, 8)])
+def test_products_under_a_jvp(layer, forward, both):
+    """Two products forward and six in all, where nn.Linear takes three and eight."""
+    net, x, dx = layer(8, 8), torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    product = 2 * 4 * 8 * 8
+    with FlopCounterMode(display=False) as counter:
+        y, dy = torch.func.jvp(net, (x,), (dx,))
+        assert counter.get_total_flops() == forward * product
+        (y.square().sum() + dy.square().sum()).backward()
+    assert counter.get_total_flops() == both * product

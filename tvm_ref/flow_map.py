@@ -1,0 +1,109 @@
+"""FlowMap: any network F(x, t, s, condition) read as a map along the flow, with its velocity at both ends."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tvm_ref.guidance import Condition
+from tvm_ref.shapes import Sample, Time, check_batch, check_times, over
+
+
+class Factor(NamedTuple):
+    """The scalar factor gamma(t, s) of f = gamma(t, s) F (eq. 20, appendix A.1), with gamma(t, t) = 0.
+
+    Both functions map times [B], [B] to [B].
+    """
+
+    gamma: Callable[[Tensor, Tensor], Tensor]
+    gamma_ds: Callable[[Tensor, Tensor], Tensor]  # d gamma / ds
+
+
+DIFFERENCE = Factor(gamma=lambda t, s: s - t, gamma_ds=lambda t, s: torch.ones_like(s))  # eq. 4
+
+
+def jvp(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Value and tangent of a function of tensors: torch.func.jvp, with the type of its result narrowed."""
+    result = torch.func.jvp(function, inputs, tangents)
+    return result[0], result[1]
+
+
+class FlowMap(nn.Module):
+    """The displacement f(x, t, s) = (s - t) F(x, t, s) of a network F, and what follows from it.
+
+    The network is called as network(x, t, s, condition) with x [B, ...], times t and s [B] and a Condition or None,
+    and returns F [B, ...], the average velocity over [s, t].
+
+    Args:
+        network: F.
+        scaled: scaled parameterisation (sec. 4): f = (s - t) w F with w = 1/beta, which suits the linear growth of
+            the guided velocity in w.
+        factor: gamma(t, s) in place of s - t (appendix A.1).
+
+    Every method raises ValueError for shapes that do not fit and for times that break 0 <= s <= t <= 1.
+    """
+
+    def __init__(self, network: nn.Module, *, scaled: bool = False, factor: Factor = DIFFERENCE):
+        super().__init__()
+        self.network = network
+        self.scaled = scaled
+        self.factor = factor
+
+    def forward(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
+        """The same as jump."""
+        return self.jump(x, t, s, condition)
+
+    def jump(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
+        """Where the model carries x [B, ...] from times t [B] to times s [B]: x + f(x, t, s) [B, ...]."""
+        return x + self.displacement(x, t, s, condition)
+
+    def displacement(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
+        """Net displacement f(x, t, s) = gamma(t, s) F(x, t, s) [B, ...] (eq. 4 and 20)."""
+        self._check(x, t, s, condition)
+        return self._scale(self.factor.gamma(t, s), x, condition) * self.network(x, t, s, condition)
+
+    def velocity(self, x: Sample, t: Time, condition: Condition | None = None) -> Sample:
+        """The model's velocity u(x, t) = d/ds f(x, t, s) at s = t [B, ...]: F(x, t, t) (eq. 4), or eq. 21."""
+        self._check(x, t, t, condition)
+        return self._scale(self.factor.gamma_ds(t, t), x, condition) * self.network(x, t, t, condition)
+
+    def displacement_and_terminal_velocity(
+        self, x: Sample, t: Time, s: Time, condition: Condition | None = None, *, detach_jvp: bool = False
+    ) -> tuple[Sample, Sample]:
+        """f(x, t, s) and d/ds f(x, t, s), both [B, ...], by one JVP in s (eq. 17 and 22, fig. 11).
+
+        Gradients flow through value and tangent. With `detach_jvp` they stop at dF/ds: cheaper, biased (sec. 7.4).
+        """
+        self._check(x, t, s, condition)
+        F, dF_ds = jvp(lambda s: self.network(x, t, s, condition), (s,), (torch.ones_like(s),))
+        if detach_jvp:
+            dF_ds = dF_ds.detach()
+        gamma = self._scale(self.factor.gamma(t, s), x, condition)
+        gamma_ds = self._scale(self.factor.gamma_ds(t, s), x, condition)
+        return gamma * F, gamma_ds * F + gamma * dF_ds
+
+    def average_velocity_and_total_derivative(
+        self, x: Sample, t: Time, s: Time, v: Sample, condition: Condition | None = None
+    ) -> tuple[Sample, Sample]:
+        """F(x, t, s) and v . grad_x F + dF/dt, its derivative along a path with velocity v [B, ...] (eq. 18); one JVP.
+
+        Raises:
+            ValueError: also for a factor other than s - t, for which eq. 18 is not stated.
+        """
+        if self.factor is not DIFFERENCE:
+            raise ValueError("MeanFlow (eq. 18) is stated for the factor s - t alone")
+        self._check(x, t, s, condition)
+        F, dF_dt = jvp(lambda x, t: self.network(x, t, s, condition), (x, t), (v, torch.ones_like(t)))
+        w = self._scale(torch.ones_like(t), x, condition)
+        return w * F, w * dF_dt
+
+    def _scale(self, a: Tensor, x: Tensor, condition: Condition | None) -> Tensor:
+        """A [B], times w = 1/beta in the scaled parameterisation, shaped to broadcast over x."""
+        return over(a / condition.beta if self.scaled and condition is not None else a, x)
+
+    def _check(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> None:
+        check_batch(x, t, s, *(condition or ()))
+        check_times(t, s)

@@ -1,0 +1,20 @@
+"""The path from data to noise that flow matching conditions on (paper, sec. 2)."""
+
+from tvm_ref.shapes import Sample, Time, check_batch, over
+
+
+def interpolate(x0: Sample, x1: Sample, t: Time) -> Sample:
+    """x_t = (1 - t) x0 + t x1 [B, ...] (sec. 2), from data x0 and noise x1, both [B, ...], at times t [B].
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x0.shape != x1.shape:
+        raise ValueError(f"x0 and x1 must have the same shape, got {list(x0.shape)} and {list(x1.shape)}")
+    check_batch(x0, t)
+    return over(1 - t, x0) * x0 + over(t, x0) * x1
+
+
+def conditional_velocity(x0: Sample, x1: Sample) -> Sample:
+    """V = d/dt x_t = x1 - x0 [B, ...] (sec. 2)."""
+    return x1 - x0

@@ -1,0 +1,111 @@
+"""How training draws its times: the four samplers of the paper's sec. 7.3, each exact."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tvm_ref.shapes import Time
+
+Normal = tuple[float, float]  # mean and standard deviation of logit(time)
+
+
+class Times(NamedTuple):
+    """Times of one batch, all [B], with 0 <= s <= t <= 1.
+
+    Attributes:
+        t: where jumps start.
+        s: where jumps end.
+        s_prime: where the flow-matching term looks; equal to s unless the sampler draws it on its own.
+    """
+
+    t: Time
+    s: Time
+    s_prime: Time
+
+
+def logit_normal(
+    n: int, normal: Normal, upper: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """N draws [n] (float64) of sigmoid(z), z ~ N(mean, std^2), truncated to (0, upper] where `upper` [n] is given.
+
+    Exact, by inverting the distribution function: u is uniform below that of the bound.
+    """
+    mean, std = normal
+    u = torch.rand(n, generator=generator, dtype=torch.float64)
+    u = u.clamp_min(torch.finfo(u.dtype).tiny)
+    if upper is None:
+        return torch.sigmoid(mean + std * torch.special.ndtri(u))
+    bound = torch.special.ndtr((torch.logit(upper) - mean) / std)
+    return torch.minimum(torch.sigmoid(mean + std * torch.special.ndtri(u * bound)), upper)
+
+
+def trunc(n: int, t: Normal, s: Normal, generator: torch.Generator | None = None) -> Times:
+    """t, then s truncated to s <= t (sec. 7.3)."""
+    start = logit_normal(n, t, None, generator)
+    end = logit_normal(n, s, start, generator)
+    return Times(start, end, end)
+
+
+def clamp(n: int, t: Normal, s: Normal, generator: torch.Generator | None = None) -> Times:
+    """T and s on their own, then s = min(s, t) (sec. 7.3)."""
+    start = logit_normal(n, t, None, generator)
+    end = torch.minimum(logit_normal(n, s, None, generator), start)
+    return Times(start, end, end)
+
+
+def gap(n: int, g: Normal, s: Normal, generator: torch.Generator | None = None) -> Times:
+    """G = t - s, then s truncated to s <= 1 - g, then t = s + g (sec. 7.3)."""
+    difference = logit_normal(n, g, None, generator)
+    end = logit_normal(n, s, 1 - difference, generator)
+    return Times((end + difference).clamp_max(1.0), end, end)
+
+
+def gap_star(n: int, g: Normal, s: Normal, generator: torch.Generator | None = None) -> Times:
+    """As gap, with an s' of its own for the flow-matching term: logit-normal like s, not truncated (sec. 7.3)."""
+    return gap(n, g, s, generator)._replace(s_prime=logit_normal(n, s, None, generator))
+
+
+# name: (function, its first and second (mean, std)); the values are the best of the paper's table 3
+TIME_SAMPLERS = {
+    "trunc": (trunc, (1.0, 1.0), (-0.4, 1.0)),
+    "clamp": (clamp, (1.0, 1.0), (-0.4, 1.0)),
+    "gap": (gap, (-0.8, 1.0), (-0.4, 1.0)),
+    "gap*": (gap_star, (-0.8, 1.0), (-0.4, 1.0)),
+}
+
+
+@dataclass(frozen=True)
+class TimeSampler:
+    """A sampler of TIME_SAMPLERS with its settings.
+
+    Raises:
+        ValueError: an unknown kind, a standard deviation that is not positive, shares outside [0, 1].
+    """
+
+    kind: str = "gap*"  # the paper's final choice (fig. 9)
+    first: Normal | None = None  # (mean, std) of t (trunc, clamp) or of t - s (gap, gap*); None: the paper's
+    second: Normal | None = None  # (mean, std) of s; None: the paper's
+    share_equal: float = 0.0  # share of samples with t set to s, where TVM is flow matching (table 4d)
+    share_noise: float = 0.0  # share of samples with t set to 1, where one-step generation starts (not in the paper)
+
+    def __post_init__(self) -> None:
+        if self.kind not in TIME_SAMPLERS:
+            raise ValueError(f"unknown time sampler '{self.kind}'; choose one of {', '.join(TIME_SAMPLERS)}")
+        for normal in (self.first, self.second):
+            if normal is not None and not normal[1] > 0:
+                raise ValueError(f"the standard deviation of logit(time) must be positive, got {normal[1]}")
+        if not (self.share_equal >= 0 and self.share_noise >= 0 and self.share_equal + self.share_noise <= 1):
+            raise ValueError("share_equal and share_noise must not be negative, nor exceed 1 together")
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> Times:
+        """Times of n samples, float32, on the CPU."""
+        sampler, first, second = TIME_SAMPLERS[self.kind]
+        times = sampler(n, self.first or first, self.second or second, generator)
+        if self.share_equal or self.share_noise:
+            u = torch.rand(n, generator=generator)
+            t = torch.where(u < self.share_equal, times.s, times.t)
+            t = torch.where(u >= 1 - self.share_noise, 1.0, t)
+            times = times._replace(t=t)
+        return Times(*(a.float() for a in times))
