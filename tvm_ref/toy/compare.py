@@ -1,0 +1,207 @@
+"""TVM beside flow matching, MeanFlow and PID on equal terms: one network, one optimizer, equal training time.
+
+    python -m tvm_ref.toy.compare --dist moons
+
+Step times are measured side by side first; each method then gets the number of steps that fits in --seconds. Each
+method has its own sweep of learning rates (on a seed of its own) and is trained with its best rate on --seeds seeds.
+Writes results.json, a table and error.png: error against the number of function evaluations (NFE).
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tvm_ref.toy import plots
+from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options
+from tvm_ref.toy.metrics import Reference, make_reference, paired_errors
+from tvm_ref.toy.run import distribution_of, write_atomically
+from tvm_ref.toy.training import Training
+
+NFES = (1, 2, 4, 8, 16, 32, 64)
+SWEEP_SEED = 1000  # apart from the seeds that are reported
+METHODS: dict[str, dict[str, Any]] = {
+    "TVM": {},
+    "TVM, JVP detached": {"detach_jvp": True},
+    "PID": {"objective": "pid"},
+    "MeanFlow": {"objective": "meanflow", "equal_share": 0.75},  # the share of t = s of MeanFlow's own paper
+    "flow matching": {"objective": "fm"},
+}
+_reference: Reference
+
+
+def step_seconds(configs: dict[str, ToyConfig], rounds: int = 8, steps: int = 20) -> dict[str, float]:
+    """Median seconds per training step of each configuration, taken in turns so that a noisy machine is fair to all."""
+    trainings = {name: Training(config, distribution_of(config)) for name, config in configs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in trainings}
+    for _ in range(rounds):
+        for name, training in trainings.items():
+            begun = time.perf_counter()
+            for _ in range(steps):
+                training.train_step()
+            seconds[name].append((time.perf_counter() - begun) / steps)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first round warms up
+
+
+def _start_worker(config: ToyConfig, points: int) -> None:
+    global _reference
+    torch.set_num_threads(1)
+    _reference = make_reference(distribution_of(config), points=points)
+
+
+def train_and_measure(config: ToyConfig) -> dict[str, Any]:
+    """Train, and measure the paired RMSE at every NFE; a run that diverges has infinite errors."""
+    training = Training(config, _reference.distribution)
+    errors = {str(n): float("inf") for n in NFES}
+    try:
+        while training.step < config.steps:
+            training.train_step()
+        errors = {
+            str(n): float(paired_errors(training.evaluated, _reference, n)[1].square().mean().sqrt()) for n in NFES
+        }
+    except FloatingPointError:
+        pass
+    return {"lr": config.lr, "seed": config.seed, "steps": config.steps, "paired_rmse": errors}
+
+
+def best_rate(results: Sequence[dict[str, Any]]) -> float:
+    """The learning rate with the lowest error at the method's own best NFE of 1 or 64: one-step or fully integrated."""
+    return min(results, key=lambda r: min(r["paired_rmse"]["1"], r["paired_rmse"]["64"]))["lr"]
+
+
+def table(report: dict[str, Any]) -> str:
+    """Median paired RMSE over seeds, and the range over seeds, per method and NFE."""
+    head = f"{'method':<18} {'lr':>6} {'steps':>6}  " + "  ".join(
+        f"{f'NFE {n}':^19}" for n in NFES if n in (1, 2, 4, 16, 64)
+    )
+    lines = [head]
+    for name, method in report["methods"].items():
+        cells = []
+        for n in (1, 2, 4, 16, 64):
+            values = sorted(run["paired_rmse"][str(n)] for run in method["runs"])
+            cells.append(f"{statistics.median(values):.3f} ({values[0]:.3f}-{values[-1]:.3f})")
+        lines.append(f"{name:<18} {method['lr']:>6g} {method['steps']:>6}  " + "  ".join(f"{c:^19}" for c in cells))
+    return "\n".join(lines)
+
+
+def plot(path: Path, report: dict[str, Any]) -> None:
+    """Error against NFE, median and range over seeds."""
+    figure, (ax,) = plots.make_figure(1, plane=False)
+    figure.set_size_inches(8, 5)
+    styles = zip(("o", "s", "^", "D", "v"), (plots.BLUE, plots.SKY, plots.PINK, plots.GREEN, plots.ORANGE), strict=True)
+    for (name, method), (marker, colour) in zip(report["methods"].items(), styles, strict=True):
+        columns = [[run["paired_rmse"][str(n)] for run in method["runs"]] for n in NFES]
+        ax.plot(NFES, [statistics.median(c) for c in columns], marker=marker, color=colour, label=name)
+        ax.fill_between(NFES, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15, lw=0)
+    ax.set(xscale="log", yscale="log", xlabel="function evaluations (NFE)", ylabel="paired RMSE to the exact flow map")
+    ax.set_xticks(NFES, [str(n) for n in NFES])
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    ax.set_title(f"{report['dist']}: {report['seconds']:g} s of training each, {report['seeds']} seeds")
+    ax.legend(fontsize=11)
+    plots.save_figure(figure, path)
+
+
+def compare(
+    base: ToyConfig, rates: Sequence[float], seeds: int, seconds: float, jobs: int, points: int, out: Path
+) -> dict[str, Any]:
+    """Sweep, train and measure every method; results.json is rewritten after every run."""
+    configs = {name: replace(base, **changes) for name, changes in METHODS.items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    print("measuring step times ...")
+    per_step = step_seconds(configs)
+    torch.set_num_threads(threads)
+    configs = {name: replace(c, steps=max(1, round(seconds / per_step[name]))) for name, c in configs.items()}
+    report: dict[str, Any] = {
+        "dist": base.name,
+        "seconds": seconds,
+        "seeds": seeds,
+        "step_milliseconds": {name: round(1e3 * value, 3) for name, value in per_step.items()},
+        "sweeps": {name: [] for name in configs},
+        "methods": {},
+    }
+
+    def save() -> None:
+        write_atomically(out / "results.json", json.dumps(report, indent=2) + "\n")
+
+    context = multiprocessing.get_context("spawn")
+    total = len(configs) * (len(rates) + seeds)
+    with (
+        context.Pool(jobs, _start_worker, (base, points)) as pool,
+        tqdm(total=total, unit="run", desc="training") as bar,
+    ):
+        sweep = [(name, replace(c, lr=lr, seed=SWEEP_SEED)) for name, c in configs.items() for lr in rates]
+        for (name, _), result in zip(sweep, pool.imap(train_and_measure, [c for _, c in sweep]), strict=True):
+            report["sweeps"][name].append(result)
+            bar.update()
+            save()
+        for name, c in configs.items():
+            lr = best_rate(report["sweeps"][name])
+            report["methods"][name] = {"lr": lr, "steps": c.steps, "runs": []}
+        final = [
+            (name, replace(c, lr=report["methods"][name]["lr"], seed=seed))
+            for name, c in configs.items()
+            for seed in range(seeds)
+        ]
+        for (name, _), result in zip(final, pool.imap(train_and_measure, [c for _, c in final]), strict=True):
+            report["methods"][name]["runs"].append(result)
+            bar.update()
+            save()
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    p = OneLineParser(
+        "python -m tvm_ref.toy.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(p, ["dist", "data", "bandwidth", "batch_size", "width", "depth", "time_sampler", "noise_share"])
+    p.add_argument(
+        "--seconds", type=float, default=40, help="training time of each run, in seconds of one thread (default: 40)"
+    )
+    p.add_argument("--seeds", type=int, default=3, help="seeds per method (default: 3)")
+    p.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[3e-3, 1e-2, 3e-2],
+        help="learning rates to sweep (default: 0.003 0.01 0.03)",
+    )
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    p.add_argument("--points", type=int, default=2000, help="samples that errors are measured on (default: 2000)")
+    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-compare)")
+    p.add_argument("--overwrite", action="store_true", help="replace results that are already there")
+    given = vars(p.parse_args(argv))
+    own = {k: given.pop(k) for k in ("seconds", "seeds", "rates", "jobs", "points", "out", "overwrite")}
+    try:
+        base = ToyConfig(**given)
+        distribution_of(base)
+        for name, least in (("seconds", 0.1), ("seeds", 1), ("jobs", 1), ("points", 10)):
+            if not own[name] >= least:
+                raise ValueError(f"--{name} must be at least {least}, got {own[name]}")
+        if not all(0 < rate < float("inf") for rate in own["rates"]):
+            raise ValueError("--rates must be positive and finite")
+        out = own["out"] or Path("runs/toy") / f"{base.name}-compare"
+        if (out / "results.json").exists() and not own["overwrite"]:
+            raise ValueError(f"{out} already holds results: --overwrite, or another --out")
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        p.error(str(error))
+    report = compare(base, own["rates"], own["seeds"], own["seconds"], own["jobs"], own["points"], out)
+    plot(out / "error.png", report)
+    print(f"paired RMSE to the exact flow map: median over {own['seeds']} seeds (range)\n{table(report)}\n{out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The toy's network F(x, t, s, condition): an MLP that learns what the flow of Gaussian data leaves to learn."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from tvm_ref.guidance import Condition
+from tvm_ref.layers import Linear, has_tangent
+from tvm_ref.shapes import Sample, Time, over
+
+FREQUENCIES = 4  # sines and cosines that each time enters as
+FOURIER_FEATURES = 16  # sines and cosines of random projections of x: they let the map turn sharply between modes
+CLASS_FEATURES = 8  # size of a class's embedding
+
+
+def std(t: Tensor) -> Tensor:
+    """Standard deviation of x_t [B] for data of variance 1: sqrt((1 - t)^2 + t^2)."""
+    return ((1 - t) ** 2 + t**2).sqrt()
+
+
+def gaussian_average_velocity(t: Tensor, s: Tensor, std_t: Tensor, std_s: Tensor) -> tuple[Tensor, Tensor]:
+    """c(t, s) and dc/ds [B], where c(t, s) x is the average velocity over [s, t] if the data are N(0, I).
+
+    Their flow map is psi(x, t, s) = x std(s) / std(t), so c = (std(s) / std(t) - 1) / (s - t). As
+    std(s)^2 - std(t)^2 = 2 (s - t)(s + t - 1), the pole at s = t cancels.
+    """
+    total = std_s + std_t
+    scale = 2 / (std_t * total)
+    c = scale * (s + t - 1)
+    return c, scale - c * (2 * s - 1) / (std_s * total)
+
+
+class ToyNetwork(nn.Module):
+    """F(x, t, s) = -m + c(t, s) (x - (1 - t) m) + (2 - s - t) MLP(x / std(t), t, t - s, class, beta).
+
+    The first two terms are the flow of N(m, I), with a mean m per class that is learned (data without classes have
+    mean zero). Whatever the data, at t = 1 noise tells nothing about them and u(x, 1) = x - m, so the MLP's part fades
+    towards s = t = 1. The MLP's last layer and m start at zero: an untrained network is the exact flow map of N(0, I).
+
+    x / std(t) enters as itself and as random Fourier features, times as Fourier features. Under a JVP in s alone, as in
+    TVM, the few functions of s bring their own derivatives along (tvm_ref.layers says why).
+
+    Args:
+        dim: D.
+        num_classes: C, 0 for a network without classes; label C means "no class".
+        width: units per hidden layer.
+        depth: number of hidden layers.
+    """
+
+    frequencies: Tensor
+    projection: Tensor
+
+    def __init__(self, dim: int = 2, num_classes: int = 0, width: int = 64, depth: int = 4):
+        super().__init__()
+        self.register_buffer("frequencies", math.pi * torch.arange(1, FREQUENCIES + 1), persistent=False)
+        self.register_buffer("projection", torch.randn(dim, FOURIER_FEATURES))
+        self.means = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.classes = nn.Embedding(num_classes + 1, CLASS_FEATURES) if num_classes else None
+        inputs = dim + 2 * FOURIER_FEATURES + 4 * FREQUENCIES + (CLASS_FEATURES + 1 if num_classes else 0)
+        sizes = [inputs] + [width] * depth
+        self.hidden = nn.ModuleList(Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.output = Linear(width, dim)
+        for layer in (self.output, self.means):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
+        """F [B, D] for x [B, D], times t and s [B], and classes if the network has them.
+
+        Raises:
+            ValueError: a condition for a network without classes, or none for one with.
+        """
+        if (condition is None) != (self.classes is None):
+            raise ValueError("a condition goes with a network that has classes, and only with it")
+        ds = None  # the tangent of s, where s alone has one
+        if not has_tangent(x) and not has_tangent(t):
+            s, ds = forward_ad.unpack_dual(s)
+
+        std_t = std(t)
+        z = x / over(std_t, x)
+        angle_z = z @ self.projection
+        angle_t, angle_g = over(t, x) * self.frequencies, over(t - s, x) * self.frequencies
+        sin_g, cos_g = angle_g.sin(), angle_g.cos()
+        features = [z, angle_z.sin(), angle_z.cos(), angle_t.sin(), angle_t.cos()]
+        if condition is not None and self.classes is not None and self.means is not None:
+            features += [self.classes(condition.label), over(condition.beta, x)]
+            mean = self.means(condition.label)
+            x = x - over(1 - t, x) * mean
+        h = torch.cat([*features, sin_g, cos_g], dim=-1)
+        c, dc_ds = gaussian_average_velocity(t, s, std_t, std(s))
+        gaussian, fade = over(c, x) * x, over(2 - s - t, x)
+        if condition is not None:
+            gaussian = gaussian - mean
+
+        if ds is not None:
+            rate = -over(ds, x) * self.frequencies  # d angle_g
+            constant = h.new_zeros(len(x), h.shape[1] - 2 * FREQUENCIES)
+            h = forward_ad.make_dual(h, torch.cat([constant, rate * cos_g, -rate * sin_g], dim=-1))
+            gaussian = forward_ad.make_dual(gaussian, over(dc_ds * ds, x) * x)
+            fade = forward_ad.make_dual(fade, -over(ds, x))
+        for layer in self.hidden:
+            h = nn.functional.gelu(layer(h))
+        return gaussian + fade * self.output(h)

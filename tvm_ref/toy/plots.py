@@ -1,0 +1,167 @@
+"""The pictures of a run: samples, trajectories, the one-step map as a deformed grid, losses."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from tvm_ref.guidance import Condition
+from tvm_ref.sampling import Jump, sample, sample_path
+from tvm_ref.toy.metrics import Reference
+from tvm_ref.toy.mixture import GaussianMixture
+
+# Okabe and Ito's palette, told apart with every common colour blindness
+BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999"
+EXTENT = 2.6  # half width of the window on the plane; data have unit variance
+STYLE: dict[Any, Any] = {
+    "font.size": 13,
+    "axes.titlesize": 15,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.dpi": 120,
+    "savefig.bbox": "tight",
+}
+
+
+def make_figure(columns: int, size: float = 4.0, *, plane: bool = True) -> tuple[Figure, list[Axes]]:
+    """A row of panels in the project's style; `plane` panels show the window of the data without axes."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(size * columns, size), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+    if plane:
+        for ax in axes:
+            ax.set(xlim=(-EXTENT, EXTENT), ylim=(-EXTENT, EXTENT), aspect="equal")
+            ax.set_axis_off()
+    return figure, list(axes)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path)
+
+
+def scatter(ax: Axes, x: Tensor, **options: Any) -> None:
+    """Draw points x [N, 2]."""
+    ax.scatter(x[:, 0].numpy(), x[:, 1].numpy(), **options)
+
+
+def _ones(x: Tensor, value: float = 1.0) -> Tensor:
+    return x.new_full((len(x),), value)
+
+
+def plot_samples(
+    path: Path,
+    distribution: GaussianMixture,
+    jump: Jump,
+    reference: Reference,
+    nfes: Sequence[int] = (1, 2, 4),
+    points: int = 4000,
+) -> None:
+    """Data beside samples of the model, classes in colour."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(points, distribution.dim, generator=generator)
+    data, label = distribution.sample(points, generator)
+    condition = None
+    if reference.condition is not None:
+        condition = Condition(label, reference.condition.beta[:1].expand(points))
+    panels = {"data": data}
+    panels |= {f"model, {n} step{'s' if n > 1 else ''}": sample(jump, noise, n, condition) for n in nfes}
+    figure, axes = make_figure(len(panels))
+    for ax, (title, x) in zip(axes, panels.items(), strict=True):
+        colours = [BLUE, ORANGE, GREEN, PINK, SKY, GREY, "#D55E00", "#000000"]
+        c = BLUE if condition is None else np.array(colours)[condition.label % len(colours)]
+        scatter(ax, x, s=4, c=c, alpha=0.5, linewidths=0, rasterized=True)
+        ax.set_title(title)
+    save_figure(figure, path)
+
+
+def plot_trajectories(
+    path: Path, distribution: GaussianMixture, jump: Jump, reference: Reference, *, one_jump: bool = True
+) -> None:
+    """Paths from noise to data: the exact flow, and the model's jumps from t = 1 to every s.
+
+    Without `one_jump` (a model that knows only its velocity) the model's path is a chain of 64 small steps.
+    """
+    x1, condition = reference.noise[:40].float(), _first(reference.condition, 40)
+    grid = [1 - i / 64 for i in range(65)]
+    exact = sample_path(distribution.jump, x1.double(), grid, condition)
+    if one_jump:
+        with torch.no_grad():
+            model = [x1] + [jump(x1, _ones(x1), _ones(x1, s), condition) for s in grid[1:]]
+    else:
+        model = sample_path(jump, x1, grid, condition)
+    figure, axes = make_figure(2, 5.0)
+    titles = ("exact flow", "model: one jump to every s" if one_jump else "model: 64 Euler steps")
+    density = distribution.sample(3000, torch.Generator().manual_seed(2))[0]
+    for ax, states, title in zip(axes, (exact, model), titles, strict=True):
+        line = torch.stack(list(states)).numpy()  # [S, N, 2]
+        scatter(ax, density, s=3, c=GREY, alpha=0.25, linewidths=0)
+        ax.plot(line[:, :, 0], line[:, :, 1], color=BLUE, lw=1, alpha=0.7)
+        scatter(ax, states[0], s=18, c="white", edgecolors=BLUE, zorder=3, label="noise, t = 1")
+        scatter(ax, states[-1], s=18, c=ORANGE, zorder=3, label="t = 0")
+        ax.set_title(title)
+    axes[0].legend(loc="upper left", fontsize=11)
+    save_figure(figure, path)
+
+
+def plot_map(path: Path, distribution: GaussianMixture, jump: Jump, reference: Reference, nfe: int = 1) -> None:
+    """A polar grid on the noise, and where the exact flow map and the model carry it."""
+    radii, lines = [0.5, 1.0, 1.5, 2.0, 2.5], 24
+    angle = torch.linspace(0, 2 * torch.pi, 721)
+    rings = [r * torch.stack([angle.cos(), angle.sin()], -1) for r in radii]
+    spokes = [
+        torch.linspace(0, radii[-1], 241)[:, None] * torch.tensor([np.cos(a), np.sin(a)], dtype=torch.float32)
+        for a in 2 * np.pi * np.arange(lines) / lines
+    ]
+    curves = spokes + rings
+    x1 = torch.cat(curves)
+    condition = None
+    if reference.condition is not None:  # the map of the first class
+        condition = Condition(torch.zeros(len(x1), dtype=torch.long), reference.condition.beta[:1].expand(len(x1)))
+    zeros, ones = _ones(x1, 0.0), _ones(x1)
+    panels = {
+        "noise": x1,
+        "exact flow map": distribution.jump(x1, ones, zeros, condition),
+        f"model, {nfe} step{'s' if nfe > 1 else ''}": sample(jump, x1, nfe, condition),
+    }
+    hues = matplotlib.colormaps["twilight"](np.linspace(0, 1, lines, endpoint=False))
+    figure, axes = make_figure(3, 4.5)
+    for ax, (title, x) in zip(axes, panels.items(), strict=True):
+        pieces = x.split([len(c) for c in curves])
+        for piece, hue in zip(pieces[:lines], hues, strict=True):
+            ax.plot(*piece.T.numpy(), color=hue, lw=1.2)
+        for piece in pieces[lines:]:
+            ax.plot(*piece.T.numpy(), color="black", lw=0.8, alpha=0.7)
+        ax.set_title(title)
+    save_figure(figure, path)
+
+
+def plot_losses(path: Path, log: Sequence[dict[str, float]]) -> None:
+    """Both terms of the objective over the steps, as means over the lines of train.jsonl."""
+    figure, (ax,) = make_figure(1, 5.0, plane=False)
+    figure.set_size_inches(8, 4.5)
+    steps = [line["step"] for line in log]
+    for key, label, colour in (
+        ("flow_map", "flow-map term", BLUE),
+        ("flow_matching", "flow-matching term", ORANGE),
+    ):
+        values = [line[key] for line in log]
+        if any(values):
+            ax.plot(steps, values, color=colour, label=label, lw=1.5)
+    ax.set(xlabel="step", ylabel="loss per dimension", yscale="log")
+    ax.set_title("training")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    save_figure(figure, path)
+
+
+def _first(condition: Condition | None, n: int) -> Condition | None:
+    return None if condition is None else Condition(condition.label[:n], condition.beta[:n])

@@ -1,0 +1,218 @@
+"""A run and its folder: train with a progress bar, stop and resume, measure, draw, say where things are."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.toy import plots
+from tvm_ref.toy.config import ToyConfig
+from tvm_ref.toy.distributions import load_points, make_distribution
+from tvm_ref.toy.metrics import NFES, evaluate, make_reference, table
+from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.training import Training
+
+LOG_EVERY = 50  # steps per line of train.jsonl, and between updates of the progress bar
+SAVE_EVERY = 2000  # steps per checkpoint
+
+
+def distribution_of(config: ToyConfig) -> GaussianMixture:
+    """The distribution that a configuration names.
+
+    Raises:
+        ValueError, OSError: points that cannot be used, or classes asked of data without.
+    """
+    distribution = load_points(Path(config.data), config.bandwidth) if config.data else make_distribution(config.dist)
+    if config.conditional and not distribution.num_classes:
+        raise ValueError(
+            f"--conditional needs classes, and {config.dist} has none (moons, circles, eight_gaussians do)"
+        )
+    return distribution
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old text or the new one and nothing between."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+class Interruption:
+    """Ctrl-C or SIGTERM, noted instead of raised, so that the step under way is finished. A second one is raised."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "Interruption":
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def __exit__(self, *_: Any) -> None:
+        self._restore()
+
+
+class Run:
+    """A run folder.
+
+    Args:
+        folder: where everything goes.
+        config: what to do; stored as config.json.
+        started: when the program began, in seconds since the epoch; for seconds.total.
+    """
+
+    def __init__(self, folder: Path, config: ToyConfig, started: float):
+        self.folder = folder
+        self.config = config
+        self.started = started
+        self.distribution = distribution_of(config)
+        self.training = Training(config, self.distribution)
+        self.log: list[dict[str, float]] = []
+
+    def path(self, name: str) -> Path:
+        """A file of the folder."""
+        return self.folder / name
+
+    # Folder and state -------------------------------------------------------------------------------------------
+
+    def create(self) -> None:
+        """Make the folder, with config.json in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path("config.json"), json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        write_atomically(self.path("train.jsonl"), "")
+
+    def save(self, sums: torch.Tensor) -> None:
+        """Write checkpoint.pt; `sums` are the losses since the last line of the log."""
+        partial = self.path("checkpoint.pt.partial")
+        torch.save(self.training.state_dict() | {"sums": sums}, partial)
+        os.replace(partial, self.path("checkpoint.pt"))
+
+    def load(self) -> torch.Tensor:
+        """Read checkpoint.pt, drop what the log has beyond it, and return the losses since the log's last line."""
+        state = torch.load(self.path("checkpoint.pt"), weights_only=True)
+        self.training.load_state_dict(state)
+        lines = [json.loads(line) for line in self.path("train.jsonl").read_text().splitlines()]
+        self.log = [line for line in lines if line["step"] <= self.training.step]
+        write_atomically(self.path("train.jsonl"), "".join(json.dumps(line) + "\n" for line in self.log))
+        return state["sums"]
+
+    # Training ---------------------------------------------------------------------------------------------------
+
+    def train(self, sums: torch.Tensor | None = None) -> bool:
+        """Train to the end, or until interrupted; returns whether it came to the end. Saves either way.
+
+        Raises:
+            FloatingPointError: a loss that is NaN or infinite, with the step in its message. The last checkpoint stays.
+        """
+        training, sums = self.training, torch.zeros(2) if sums is None else sums
+        before, begun = training.seconds, time.perf_counter()
+        bar = tqdm(
+            total=self.config.steps,
+            initial=training.step,
+            unit="step",
+            desc="training",
+            file=sys.stdout,
+            mininterval=0.5,
+        )
+        with Interruption() as interruption, self.path("train.jsonl").open("a") as log, bar:
+            while training.step < self.config.steps and not interruption.requested:
+                try:
+                    sums += training.train_step()
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"step {training.step}: {error}; a smaller --lr may help") from None
+                training.seconds = before + time.perf_counter() - begun
+                if training.step % LOG_EVERY == 0:
+                    flow_map, flow_matching = (sums / LOG_EVERY).tolist()
+                    line = {
+                        "step": training.step,
+                        "flow_map": flow_map,
+                        "flow_matching": flow_matching,
+                        "seconds": round(training.seconds, 3),
+                    }
+                    self.log.append(line)
+                    log.write(json.dumps(line) + "\n")
+                    sums.zero_()
+                    bar.set_postfix(flow_map=f"{flow_map:.4f}", flow_matching=f"{flow_matching:.4f}", refresh=False)
+                    bar.update(LOG_EVERY)
+                if training.step % SAVE_EVERY == 0:
+                    log.flush()
+                    self.save(sums)
+            bar.update(training.step - bar.n)
+        self.save(sums)
+        return training.step == self.config.steps
+
+    # Results ----------------------------------------------------------------------------------------------------
+
+    def report(self, points: int) -> dict[str, Any]:
+        """Measure and draw; write model.safetensors, metrics.json and the pictures; return the metrics."""
+        config, jump = self.config, self.training.evaluated
+        save_file(self.training.ema.module.network.state_dict(), self.path("model.safetensors"))
+        reference = make_reference(
+            self.distribution, guidance=config.guidance if config.conditional else None, points=points
+        )
+        nfe = {n: evaluate(jump, reference, n) for n in NFES}
+        plots.plot_samples(self.path("samples.png"), self.distribution, jump, reference)
+        plots.plot_trajectories(
+            self.path("trajectories.png"), self.distribution, jump, reference, one_jump=config.objective != "fm"
+        )
+        plots.plot_map(self.path("map.png"), self.distribution, jump, reference)
+        plots.plot_losses(self.path("losses.png"), self.log)
+        metrics = {
+            "nfe": {str(n): figures for n, figures in nfe.items()},
+            "seconds": {
+                "training": round(self.training.seconds, 2),
+                "total": round(time.time() - self.started, 2),
+            },
+            "steps": {"done": self.training.step, "planned": config.steps},
+            "points": points,
+        }
+        write_atomically(self.path("metrics.json"), json.dumps(metrics, indent=2) + "\n")
+        print(table(nfe))
+        return metrics
+
+
+def load_run(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
+    """Configuration, distribution and evaluation model of a run's folder.
+
+    Raises:
+        ValueError: a folder that is no run, or one that has written no model.
+        OSError: files that cannot be read.
+    """
+    config = read_config(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"{folder} holds no model yet; finish it with --resume")
+    distribution = distribution_of(config)
+    model = Training(config, distribution).model
+    model.network.load_state_dict(load_file(folder / "model.safetensors"))
+    return config, distribution, model.requires_grad_(False)
+
+
+def read_config(folder: Path) -> ToyConfig:
+    """The configuration stored in a run's folder.
+
+    Raises:
+        ValueError: no run there, or a config.json with unknown or missing keys.
+    """
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        return ToyConfig(**stored)
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no run (no config.json)") from None
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not a configuration of this program: {error}") from None

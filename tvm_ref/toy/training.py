@@ -1,0 +1,151 @@
+"""Training on a toy distribution: every step on one screen, and a run that can be stopped and continued bit for bit."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_optimizer import SOAP
+from torch import Tensor
+
+from tvm_ref.ema import EMA
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.guidance import Condition, drop_labels
+from tvm_ref.objectives import OBJECTIVES, Objective
+from tvm_ref.sampling import EulerStep, Jump
+from tvm_ref.time_samplers import Times, TimeSampler
+from tvm_ref.toy.config import ToyConfig
+from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.network import ToyNetwork
+
+BLOCK = 50  # steps whose data are drawn at once, to spare small calls
+WARMUP = 200  # steps of linear warm-up
+CLIP = 1.0  # largest norm of the gradient
+LABEL_DROPOUT = 0.1  # share of labels replaced by "no class"
+
+
+@dataclass
+class Batch:
+    """Data of one step, or of a block of steps: data x0, noise x1, times and condition, each [B, ...]."""
+
+    x0: Tensor
+    x1: Tensor
+    times: Times
+    condition: Condition | None
+
+
+def draw_block(config: ToyConfig, distribution: GaussianMixture, block: int) -> list[Batch]:
+    """The batches of steps block * BLOCK, ..., (block + 1) * BLOCK - 1: a pure function of (seed, block)."""
+    seed = np.random.SeedSequence([config.seed, block]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(seed) % 2**63)
+    n = BLOCK * config.batch_size
+    sampler = TimeSampler(config.time_sampler, share_equal=config.equal_share, share_noise=config.noise_share)
+
+    x0, label = distribution.sample(n, generator)
+    x0 = x0.float()
+    x1 = torch.randn(x0.shape, generator=generator)
+    times = sampler.draw(n, generator)
+    condition = None
+    if config.conditional:
+        condition = Condition(label, torch.full((n,), 1 / config.guidance))
+        condition = drop_labels(condition, distribution.num_classes, LABEL_DROPOUT, generator=generator)
+
+    def split(a: Tensor) -> list[Tensor]:
+        return list(a.to(config.device).split(config.batch_size))
+
+    return [
+        Batch(x0, x1, Times(*times), Condition(*condition) if condition else None)
+        for x0, x1, times, condition in zip(
+            split(x0),
+            split(x1),
+            zip(*map(split, times), strict=True),
+            zip(*map(split, condition), strict=True) if condition else [None] * BLOCK,
+            strict=True,
+        )
+    ]
+
+
+def learning_rate(config: ToyConfig, step: int) -> float:
+    """Linear warm-up, then a cosine that reaches zero at the last step."""
+    warmup = min(1.0, (step + 1) / WARMUP)
+    return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+class Training:
+    """A model being trained: network, target EMA, evaluation EMA, optimizer, and how far it has come."""
+
+    def __init__(self, config: ToyConfig, distribution: GaussianMixture):
+        self.config = config
+        self.distribution = distribution
+        torch.manual_seed(config.seed)
+        network = ToyNetwork(
+            distribution.dim, distribution.num_classes if config.conditional else 0, config.width, config.depth
+        )
+        self.model = FlowMap(network, scaled=config.guidance != 1).to(config.device)
+        self.objective = self._make_objective()
+        self.target = EMA(self.model, config.target_ema)
+        self.ema = EMA(self.model, config.ema)
+        self.optimizer = SOAP(
+            self.model.parameters(), config.lr, (0.95, 0.95), weight_decay=0, precondition_frequency=10
+        )
+        self._parameters = list(self.model.parameters())
+        self.step = 0
+        self.seconds = 0.0
+        self._block: tuple[int, list[Batch]] = (-1, [])
+
+    def _make_objective(self) -> Objective:
+        null_label = self.distribution.num_classes if self.config.guidance != 1 else None
+        options: dict[str, Any] = {"detach_jvp": True} if self.config.detach_jvp else {}
+        return OBJECTIVES[self.config.objective](self.model, null_label=null_label, **options)
+
+    def batch(self, step: int) -> Batch:
+        """The data of a step."""
+        block, index = divmod(step, BLOCK)
+        if self._block[0] != block:
+            self._block = block, draw_block(self.config, self.distribution, block)
+        return self._block[1][index]
+
+    def train_step(self) -> Tensor:
+        """One step of algorithm 1; returns the mean of both loss terms [2].
+
+        Raises:
+            FloatingPointError: a loss that is NaN or infinite; the weights are those before the step.
+        """
+        batch = self.batch(self.step)
+        terms = self.objective(batch.x0, batch.x1, batch.times, batch.condition, self.target.module)
+        terms.check_finite()
+        self.optimizer.zero_grad()
+        terms.total.mean().backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+        self.optimizer.step()
+        self.target.update(self.model)
+        self.ema.update(self.model)
+        self.step += 1
+        return torch.stack([terms.flow_map.detach().mean(), terms.flow_matching.detach().mean()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that continues this training bit for bit, as tensors and plain numbers."""
+        return {
+            "model": self.model.state_dict(),
+            "target": self.target.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what state_dict gave."""
+        self.model.load_state_dict(state["model"])
+        self.target.load_state_dict(state["target"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    @property
+    def evaluated(self) -> Jump:
+        """How the evaluation weights take a step: a jump, or, as flow matching learns no jumps, an Euler step."""
+        return EulerStep(self.ema.module) if self.config.objective == "fm" else self.ema.module
