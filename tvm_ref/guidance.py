@@ -50,7 +50,7 @@ def drop_labels(
 
 
 def without_label(condition: Condition, null_label: int, where: Tensor | None = None) -> Condition:
-    """The unconditional counterpart of a condition (label null, w = 1): of all samples, or where `where` [B] is true."""
+    """A condition without its class (label null, w = 1): for all samples, or where `where` [B] is true."""
     label, beta = condition
     where = torch.ones_like(label, dtype=torch.bool) if where is None else where
     return Condition(label.masked_fill(where, null_label), beta.masked_fill(where, 1.0))
