@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, flag
+from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, flag, require_at_least
 from tvm_ref.toy.run import Run, read_config
 
 OWN_FILES = (  # what a run writes, and --overwrite may remove
@@ -50,8 +50,7 @@ def prepare(arguments: argparse.Namespace, started: float) -> tuple[Run, bool]:
     """
     given = vars(arguments).copy()
     points, out, overwrite, resume = (given.pop(name) for name in ("points", "out", "overwrite", "resume"))
-    if points < 10:
-        raise ValueError(f"--points must be at least 10, got {points}")
+    require_at_least(10, points=points)
     config = ToyConfig(**given)
     folder = out or Path("runs/toy") / config.name
     if resume:

@@ -9,7 +9,6 @@ Writes results.json, a table and error.png: error against the number of function
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import sys
 import time
@@ -19,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from tvm_ref.toy import plots
-from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options
-from tvm_ref.toy.metrics import Reference, make_reference, paired_errors
+from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, require_at_least
+from tvm_ref.toy.metrics import Reference, paired_errors
 from tvm_ref.toy.run import distribution_of, write_atomically
+from tvm_ref.toy.sweep import train_many
 from tvm_ref.toy.training import Training
 
 NFES = (1, 2, 4, 8, 16, 32, 64)
@@ -36,7 +35,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "MeanFlow": {"objective": "meanflow", "equal_share": 0.75},  # the share of t = s of MeanFlow's own paper
     "flow matching": {"objective": "fm"},
 }
-_reference: Reference
 
 
 def step_seconds(configs: dict[str, ToyConfig], rounds: int = 8, steps: int = 20) -> dict[str, float]:
@@ -52,59 +50,48 @@ def step_seconds(configs: dict[str, ToyConfig], rounds: int = 8, steps: int = 20
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first round warms up
 
 
-def _start_worker(config: ToyConfig, points: int) -> None:
-    global _reference
-    torch.set_num_threads(1)
-    _reference = make_reference(distribution_of(config), points=points)
+def errors(training: Training, reference: Reference) -> dict[str, float]:
+    """Paired RMSE at every NFE."""
+    return {str(n): float(paired_errors(training.evaluated, reference, n)[1].square().mean().sqrt()) for n in NFES}
 
 
-def train_and_measure(config: ToyConfig) -> dict[str, Any]:
-    """Train, and measure the paired RMSE at every NFE; a run that diverges has infinite errors."""
-    training = Training(config, _reference.distribution)
-    errors = {str(n): float("inf") for n in NFES}
-    try:
-        while training.step < config.steps:
-            training.train_step()
-        errors = {
-            str(n): float(paired_errors(training.evaluated, _reference, n)[1].square().mean().sqrt()) for n in NFES
-        }
-    except FloatingPointError:
-        pass
-    return {"lr": config.lr, "seed": config.seed, "steps": config.steps, "paired_rmse": errors}
+def error(run: dict[str, Any], nfe: int) -> float:
+    """A run's paired RMSE, infinite if it diverged."""
+    return run["figures"].get(str(nfe), float("inf"))
 
 
 def best_rate(results: Sequence[dict[str, Any]]) -> float:
-    """The learning rate with the lowest error at the method's own best NFE of 1 or 64: one-step or fully integrated."""
-    return min(results, key=lambda r: min(r["paired_rmse"]["1"], r["paired_rmse"]["64"]))["lr"]
+    """The learning rate with the lowest error at the NFE where it is lowest: each method at its own best."""
+    return min(results, key=lambda run: min(error(run, n) for n in NFES))["lr"]
 
 
 def table(report: dict[str, Any]) -> str:
     """Median paired RMSE over seeds, and the range over seeds, per method and NFE."""
-    head = f"{'method':<18} {'lr':>6} {'steps':>6}  " + "  ".join(
-        f"{f'NFE {n}':^19}" for n in NFES if n in (1, 2, 4, 16, 64)
-    )
-    lines = [head]
+    columns = (1, 2, 4, 16, 64)
+    lines = [f"{'method':<18} {'lr':>6} {'steps':>6}  " + " ".join(f"{f'NFE {n}':^21}" for n in columns)]
     for name, method in report["methods"].items():
         cells = []
-        for n in (1, 2, 4, 16, 64):
-            values = sorted(run["paired_rmse"][str(n)] for run in method["runs"])
+        for n in columns:
+            values = sorted(error(run, n) for run in method["runs"])
             cells.append(f"{statistics.median(values):.3f} ({values[0]:.3f}-{values[-1]:.3f})")
-        lines.append(f"{name:<18} {method['lr']:>6g} {method['steps']:>6}  " + "  ".join(f"{c:^19}" for c in cells))
+        lines.append(f"{name:<18} {method['lr']:>6g} {method['steps']:>6}  " + " ".join(f"{c:^21}" for c in cells))
     return "\n".join(lines)
 
 
 def plot(path: Path, report: dict[str, Any]) -> None:
-    """Error against NFE, median and range over seeds."""
+    """Error against NFE: median and range over seeds."""
     figure, (ax,) = plots.make_figure(1, plane=False)
     figure.set_size_inches(8, 5)
-    styles = zip(("o", "s", "^", "D", "v"), (plots.BLUE, plots.SKY, plots.PINK, plots.GREEN, plots.ORANGE), strict=True)
+    styles = zip("os^Dv", (plots.BLUE, plots.SKY, plots.PINK, plots.GREEN, plots.ORANGE), strict=True)
     for (name, method), (marker, colour) in zip(report["methods"].items(), styles, strict=True):
-        columns = [[run["paired_rmse"][str(n)] for run in method["runs"]] for n in NFES]
-        ax.plot(NFES, [statistics.median(c) for c in columns], marker=marker, color=colour, label=name)
-        ax.fill_between(NFES, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15, lw=0)
+        values = [[error(run, n) for run in method["runs"]] for n in NFES]
+        ax.plot(NFES, [statistics.median(v) for v in values], marker=marker, color=colour, label=name)
+        ax.fill_between(NFES, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
     ax.set(xscale="log", yscale="log", xlabel="function evaluations (NFE)", ylabel="paired RMSE to the exact flow map")
     ax.set_xticks(NFES, [str(n) for n in NFES])
     ax.minorticks_off()
+    ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.grid(alpha=0.3)
     ax.set_title(f"{report['dist']}: {report['seconds']:g} s of training each, {report['seeds']} seeds")
     ax.legend(fontsize=11)
@@ -112,16 +99,18 @@ def plot(path: Path, report: dict[str, Any]) -> None:
 
 
 def compare(
-    base: ToyConfig, rates: Sequence[float], seeds: int, seconds: float, jobs: int, points: int, out: Path
+    base: ToyConfig, *, rates: Sequence[float], seeds: int, seconds: float, jobs: int, points: int, out: Path
 ) -> dict[str, Any]:
     """Sweep, train and measure every method; results.json is rewritten after every run."""
-    configs = {name: replace(base, **changes) for name, changes in METHODS.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    print("measuring step times ...")
-    per_step = step_seconds(configs)
+    print("measuring step times")
+    per_step = step_seconds({name: replace(base, **changes) for name, changes in METHODS.items()})
     torch.set_num_threads(threads)
-    configs = {name: replace(c, steps=max(1, round(seconds / per_step[name]))) for name, c in configs.items()}
+    configs = {
+        name: replace(base, steps=max(1, round(seconds / per_step[name])), **changes)
+        for name, changes in METHODS.items()
+    }
     report: dict[str, Any] = {
         "dist": base.name,
         "seconds": seconds,
@@ -131,32 +120,27 @@ def compare(
         "methods": {},
     }
 
-    def save() -> None:
-        write_atomically(out / "results.json", json.dumps(report, indent=2) + "\n")
+    def train(plan: list[tuple[list[dict[str, Any]], ToyConfig]], label: str) -> None:
+        results = train_many([config for _, config in plan], errors, jobs=jobs, points=points, label=label)
+        for (runs, _), result in zip(plan, results, strict=True):
+            runs.append(result)
+            write_atomically(out / "results.json", json.dumps(report, indent=2) + "\n")
 
-    context = multiprocessing.get_context("spawn")
-    total = len(configs) * (len(rates) + seeds)
-    with (
-        context.Pool(jobs, _start_worker, (base, points)) as pool,
-        tqdm(total=total, unit="run", desc="training") as bar,
-    ):
-        sweep = [(name, replace(c, lr=lr, seed=SWEEP_SEED)) for name, c in configs.items() for lr in rates]
-        for (name, _), result in zip(sweep, pool.imap(train_and_measure, [c for _, c in sweep]), strict=True):
-            report["sweeps"][name].append(result)
-            bar.update()
-            save()
-        for name, c in configs.items():
-            lr = best_rate(report["sweeps"][name])
-            report["methods"][name] = {"lr": lr, "steps": c.steps, "runs": []}
-        final = [
-            (name, replace(c, lr=report["methods"][name]["lr"], seed=seed))
+    sweeps = report["sweeps"]
+    train(
+        [(sweeps[name], replace(c, lr=lr, seed=SWEEP_SEED)) for name, c in configs.items() for lr in rates],
+        "sweeping learning rates",
+    )
+    for name, config in configs.items():
+        report["methods"][name] = {"lr": best_rate(sweeps[name]), "steps": config.steps, "runs": []}
+    train(
+        [
+            (report["methods"][name]["runs"], replace(c, lr=report["methods"][name]["lr"], seed=seed))
             for name, c in configs.items()
             for seed in range(seeds)
-        ]
-        for (name, _), result in zip(final, pool.imap(train_and_measure, [c for _, c in final]), strict=True):
-            report["methods"][name]["runs"].append(result)
-            bar.update()
-            save()
+        ],
+        "training",
+    )
     return report
 
 
@@ -186,9 +170,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         base = ToyConfig(**given)
         distribution_of(base)
-        for name, least in (("seconds", 0.1), ("seeds", 1), ("jobs", 1), ("points", 10)):
-            if not own[name] >= least:
-                raise ValueError(f"--{name} must be at least {least}, got {own[name]}")
+        require_at_least(0.1, seconds=own["seconds"])
+        require_at_least(1, seeds=own["seeds"], jobs=own["jobs"])
+        require_at_least(10, points=own["points"])
         if not all(0 < rate < float("inf") for rate in own["rates"]):
             raise ValueError("--rates must be positive and finite")
         out = own["out"] or Path("runs/toy") / f"{base.name}-compare"
@@ -197,7 +181,15 @@ def main(argv: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         p.error(str(error))
-    report = compare(base, own["rates"], own["seeds"], own["seconds"], own["jobs"], own["points"], out)
+    report = compare(
+        base,
+        rates=own["rates"],
+        seeds=own["seeds"],
+        seconds=own["seconds"],
+        jobs=own["jobs"],
+        points=own["points"],
+        out=out,
+    )
     plot(out / "error.png", report)
     print(f"paired RMSE to the exact flow map: median over {own['seeds']} seeds (range)\n{table(report)}\n{out}")
     return 0

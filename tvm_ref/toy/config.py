@@ -53,9 +53,7 @@ class ToyConfig:
     device: str = _option("cpu", "where to train: cpu, cuda, ... (networks this small are fastest on a CPU)", type=str)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "width", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+        require_at_least(1, steps=self.steps, batch_size=self.batch_size, width=self.width, depth=self.depth)
         for name in ("lr", "guidance", "bandwidth"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -94,6 +92,13 @@ class ToyConfig:
 def flag(name: str) -> str:
     """The command-line option of a field."""
     return "--" + name.replace("_", "-")
+
+
+def require_at_least(least: float, **values: float) -> None:
+    """Raise ValueError, naming the option, for a value below `least` or NaN."""
+    for name, value in values.items():
+        if not value >= least:
+            raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
 
 
 class OneLineParser(argparse.ArgumentParser):

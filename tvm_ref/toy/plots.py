@@ -90,35 +90,37 @@ def plot_trajectories(
 
     Without `one_jump` (a model that knows only its velocity) the model's path is a chain of 64 small steps.
     """
-    x1, condition = reference.noise[:40].float(), _first(reference.condition, 40)
-    grid = [1 - i / 64 for i in range(65)]
-    exact = sample_path(distribution.jump, x1.double(), grid, condition)
+    n, grid = 40, torch.linspace(1, 0, 65)
+    noise, condition = reference.noise[:n].float(), reference.condition
+    # every path at every time in one batch, ordered by time: [65 * n, 2]
+    x1, s = noise.repeat(len(grid), 1), grid.repeat_interleave(n)
+    many = None if condition is None else Condition(*(a[:n].repeat(len(grid)) for a in condition))
+    panels = {"exact flow": distribution.jump(x1, _ones(x1), s, many).view(-1, n, 2)}
     if one_jump:
         with torch.no_grad():
-            model = [x1] + [jump(x1, _ones(x1), _ones(x1, s), condition) for s in grid[1:]]
+            panels["model: one jump to every s"] = jump(x1, _ones(x1), s, many).view(-1, n, 2)
     else:
-        model = sample_path(jump, x1, grid, condition)
+        first = None if condition is None else Condition(*(a[:n] for a in condition))
+        panels["model: 64 Euler steps"] = torch.stack(sample_path(jump, noise, grid.tolist(), first))
+    data = distribution.sample(3000, torch.Generator().manual_seed(2))[0]
     figure, axes = make_figure(2, 5.0)
-    titles = ("exact flow", "model: one jump to every s" if one_jump else "model: 64 Euler steps")
-    density = distribution.sample(3000, torch.Generator().manual_seed(2))[0]
-    for ax, states, title in zip(axes, (exact, model), titles, strict=True):
-        line = torch.stack(list(states)).numpy()  # [S, N, 2]
-        scatter(ax, density, s=3, c=GREY, alpha=0.25, linewidths=0)
-        ax.plot(line[:, :, 0], line[:, :, 1], color=BLUE, lw=1, alpha=0.7)
-        scatter(ax, states[0], s=18, c="white", edgecolors=BLUE, zorder=3, label="noise, t = 1")
-        scatter(ax, states[-1], s=18, c=ORANGE, zorder=3, label="t = 0")
+    for ax, (title, states) in zip(axes, panels.items(), strict=True):
+        scatter(ax, data, s=3, c=GREY, alpha=0.25, linewidths=0)
+        ax.plot(states[:, :, 0].numpy(), states[:, :, 1].numpy(), color=BLUE, lw=1, alpha=0.7)
+        scatter(ax, states[0], s=18, c="white", edgecolors=BLUE, zorder=3, label="noise (t = 1)")
+        scatter(ax, states[-1], s=18, c=ORANGE, zorder=3, label="end (t = 0)")
         ax.set_title(title)
-    axes[0].legend(loc="upper left", fontsize=11)
+    axes[0].legend(loc="lower left", fontsize=11)
     save_figure(figure, path)
 
 
 def plot_map(path: Path, distribution: GaussianMixture, jump: Jump, reference: Reference, nfe: int = 1) -> None:
     """A polar grid on the noise, and where the exact flow map and the model carry it."""
     radii, lines = [0.5, 1.0, 1.5, 2.0, 2.5], 24
-    angle = torch.linspace(0, 2 * torch.pi, 721)
+    angle = torch.linspace(0, 2 * torch.pi, 361)
     rings = [r * torch.stack([angle.cos(), angle.sin()], -1) for r in radii]
     spokes = [
-        torch.linspace(0, radii[-1], 241)[:, None] * torch.tensor([np.cos(a), np.sin(a)], dtype=torch.float32)
+        torch.linspace(0, radii[-1], 121)[:, None] * torch.tensor([np.cos(a), np.sin(a)], dtype=torch.float32)
         for a in 2 * np.pi * np.arange(lines) / lines
     ]
     curves = spokes + rings
@@ -161,7 +163,3 @@ def plot_losses(path: Path, log: Sequence[dict[str, float]]) -> None:
     ax.grid(alpha=0.3)
     ax.legend()
     save_figure(figure, path)
-
-
-def _first(condition: Condition | None, n: int) -> Condition | None:
-    return None if condition is None else Condition(condition.label[:n], condition.beta[:n])

@@ -1,0 +1,272 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tvm_ref.toy import __main__ as command
+from tvm_ref.toy import benchmark, compare, seeds
+from tvm_ref.toy.config import ToyConfig
+from tvm_ref.toy.metrics import FIGURES, NFES
+from tvm_ref.toy.run import read_config
+
+SMALL = ["--steps", "60", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
+PICTURES = ("samples.png", "trajectories.png", "map.png", "losses.png")
+
+
+def run(folder: Path, *options: str) -> int:
+    return command.main([*SMALL, "--out", str(folder), *options])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dist", "checkerboard"],
+        ["--objective", "fm"],
+        ["--objective", "meanflow", "--equal-share", "0.5"],
+        ["--objective", "pid"],
+        ["--conditional", "--dist", "eight_gaussians"],
+        ["--conditional", "--guidance", "2", "--time-sampler", "trunc"],
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, options):
+    assert run(tmp_path / "run", *options) == 0
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "train.jsonl", "checkpoint.pt", "model.safetensors", "metrics.json", *PICTURES,
+    }  # fmt: skip
+    for picture in PICTURES:
+        assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
+        assert (folder / picture).stat().st_size > 10_000
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics["nfe"]) == {str(n) for n in NFES}
+    for figures in metrics["nfe"].values():
+        assert tuple(figures) == FIGURES
+        assert figures["paired_median"] > 0
+        assert figures["w2_same_noise"] <= figures["paired_rmse"] * (1 + 1e-9)
+        assert 0 <= figures["low_density"] <= 1
+    assert 0 < metrics["seconds"]["training"] < metrics["seconds"]["total"]
+    assert metrics["steps"] == {"done": 60, "planned": 60}
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 60
+    assert set(load_file(folder / "model.safetensors")) == {k.removeprefix("network.") for k in state["ema"]["module"]}
+    out = capsys.readouterr().out
+    assert str(folder) in out
+    assert "paired RMSE" in out
+
+
+def test_own_points(tmp_path):
+    np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(50, 2)) * [1, 30])
+    assert run(tmp_path / "run", "--data", str(tmp_path / "points.npy")) == 0
+
+
+def test_default_folder_is_named_after_the_options():
+    assert ToyConfig().name == "moons"
+    assert ToyConfig(dist="circles", objective="fm").name == "circles-fm"
+    assert ToyConfig(conditional=True, guidance=2.5).name == "moons-conditional-w2.5"
+    assert ToyConfig(data="some/where/points.csv").name == "points"
+
+
+def test_a_run_is_never_overwritten_unasked(tmp_path, capsys):
+    assert run(tmp_path) == 0
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path)
+    assert stop.value.code == 2
+    assert "already holds a run: --resume, --overwrite, or another --out" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(tmp_path, "--overwrite", "--seed", "1") == 0
+    assert read_config(tmp_path).seed == 1
+    assert (tmp_path / "notes.txt").read_text() == "mine"  # only a run's own files are replaced
+
+
+def test_a_finished_run_is_measured_again_on_resume(tmp_path):
+    assert run(tmp_path) == 0
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "samples.png").unlink()
+    assert command.main(["--out", str(tmp_path), "--resume", "--points", "60"]) == 0
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "samples.png").exists()
+
+
+BAD = {
+    "unknown distribution": ["--dist", "moon"],
+    "unknown option": ["--colour", "red"],
+    "text for a number": ["--steps", "many"],
+    "no steps": ["--steps", "0"],
+    "negative rate": ["--lr", "-1"],
+    "NaN rate": ["--lr", "nan"],
+    "share above 1": ["--noise-share", "1.5"],
+    "shares above 1": ["--noise-share", "0.6", "--equal-share", "0.6"],
+    "guidance without classes": ["--guidance", "2"],
+    "classes that are not there": ["--conditional", "--dist", "checkerboard"],
+    "classes of own points": ["--conditional", "--data", "x.csv"],
+    "missing points": ["--data", "missing.csv"],
+    "bandwidth without points": ["--bandwidth", "0.1"],
+    "device that is not there": ["--device", "cuda:99"],
+    "device that does not exist": ["--device", "abacus"],
+    "too few points to measure": ["--points", "3"],
+    "nothing to resume": ["--resume"],
+    "resume and overwrite": ["--resume", "--overwrite"],
+    "negative seed": ["--seed", "-1"],
+    "detaching what is not there": ["--detach-jvp", "--objective", "fm"],
+}
+
+
+@pytest.mark.parametrize("options", BAD.values(), ids=BAD)
+def test_bad_input_ends_with_one_line_and_status_2(tmp_path, capsys, options):
+    with pytest.raises(SystemExit) as stop:
+        command.main([*options, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "error: " in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_in_the_way(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    for folder, options in (("file", []), ("full", []), ("full", ["--overwrite"])):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / folder, *options)
+        assert stop.value.code == 2
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "precious"
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_resume_refuses_other_options(tmp_path, capsys):
+    assert run(tmp_path) == 0
+    with pytest.raises(SystemExit):
+        command.main(["--out", str(tmp_path), "--resume", "--steps", "61"])
+    assert "--resume keeps a run's options" in capsys.readouterr().err
+
+
+def test_divergence_ends_with_one_line_and_status_1(tmp_path, capsys):
+    assert run(tmp_path, "--lr", "1e30") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("python -m tvm_ref.toy: error: training diverged at step")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals; run it on Linux or macOS")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_path, sent):
+    options = ["--steps", "3000", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "tvm_ref.toy", *options, "--out"]
+    process = subprocess.Popen([*start, str(tmp_path / "parts")], env=environment, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "parts" / "train.jsonl"
+    deadline = time.time() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, "ended before it could be interrupted"
+        assert time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(sent)
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 130
+    assert "stopped at step" in out
+    done = json.loads((tmp_path / "parts" / "metrics.json").read_text())["steps"]["done"]
+    assert 100 <= done < 3000
+    assert all((tmp_path / "parts" / p).exists() for p in PICTURES)
+    subprocess.run(
+        [sys.executable, "-m", "tvm_ref.toy", "--resume", "--points", "60", "--out", str(tmp_path / "parts")],
+        env=environment, check=True, capture_output=True,
+    )  # fmt: skip
+    subprocess.run([*start, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
+    parts, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole"))
+    assert all(torch.equal(parts[k], whole[k]) for k in whole)
+
+
+# The other commands --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [command, compare, seeds, benchmark])
+def test_help_teaches(capsys, module):
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.count("python -m tvm_ref.toy") >= 2  # usage, and commands to copy
+    assert "default" in text
+
+
+def test_compare_writes_results_table_and_figure(tmp_path, capsys):
+    options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
+    options += ["--seconds", "0.1", "--seeds", "2", "--rates", "1e-3", "1e-2", "--out", str(tmp_path)]
+    assert compare.main(options) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert set(report["methods"]) == set(compare.METHODS)
+    for name, method in report["methods"].items():
+        assert method["lr"] in (1e-3, 1e-2)
+        assert [r["seed"] for r in method["runs"]] == [0, 1]
+        assert [r["lr"] for r in report["sweeps"][name]] == [1e-3, 1e-2]
+        assert set(method["runs"][0]["figures"]) == {str(n) for n in compare.NFES}
+        budget = 100 / report["step_milliseconds"][name]
+        assert method["steps"] == pytest.approx(budget, abs=1)
+    assert (tmp_path / "error.png").read_bytes()[:4] == b"\x89PNG"
+    assert "flow matching" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        compare.main(options)
+    assert stop.value.code == 2
+
+
+def test_best_rate_takes_each_method_at_its_own_best():
+    def result(lr, one, many):
+        return {"lr": lr, "figures": {str(n): one for n in compare.NFES} | {"64": many}}
+
+    diverged = {"lr": 0.3, "figures": {}}
+    assert compare.best_rate([result(0.1, 2.0, 0.5), result(0.2, 1.0, 0.6), diverged]) == 0.1
+
+
+def test_seeds_reports_median_and_worst(tmp_path, capsys):
+    options = [*SMALL, "--dist", "moons", "circles", "--seeds", "3", "--out", str(tmp_path / "seeds.json")]
+    assert seeds.main(options) == 0
+    results = json.loads((tmp_path / "seeds.json").read_text())
+    assert [(r["dist"], r["seed"]) for r in results] == [(d, s) for d in ("moons", "circles") for s in range(3)]
+    values = sorted(r["figures"]["paired_rmse"] for r in results[:3])
+    assert f"{values[1]:.3f} ({values[2]:.3f})" in capsys.readouterr().out
+
+
+def test_seeds_counts_what_diverged():
+    ok = {"dist": "moons", "diverged": False, "figures": dict.fromkeys(seeds.COLUMNS, 0.5)}
+    lines = seeds.table([ok, ok, {"dist": "moons", "diverged": True, "figures": {}}]).splitlines()
+    assert lines[1].endswith("1 of 3")
+    assert "0.500 (inf)" in lines[1]
+
+
+def test_benchmark_prints_ratios(tmp_path, capsys):
+    options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--rounds", "2", "--repeats", "2", "--seeds", "0"]
+    assert benchmark.main([*options, "--out", str(tmp_path / "benchmark.json")]) == 0
+    times = json.loads((tmp_path / "benchmark.json").read_text())["milliseconds"]
+    assert set(times) == set(compare.METHODS)
+    ratio = times["TVM"]["step"] / times["flow matching"]["step"]
+    assert f"{ratio:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (compare, ["--seconds", "0"]),
+        (compare, ["--rates", "0"]),
+        (compare, ["--seeds", "0"]),
+        (seeds, ["--seeds", "0"]),
+        (seeds, ["--dist", "moon"]),
+        (benchmark, ["--threads", "0"]),
+        (benchmark, ["--width", "0"]),
+    ],
+)
+def test_bad_input_to_the_other_commands(capsys, module, options):
+    with pytest.raises(SystemExit) as stop:
+        module.main(options)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,155 @@
+import json
+import time
+
+import pytest
+import torch
+
+from tvm_ref.toy.config import ToyConfig
+from tvm_ref.toy.distributions import make_distribution
+from tvm_ref.toy.metrics import exact_samples, make_reference, paired_errors
+from tvm_ref.toy.run import Run, load_run, read_config
+from tvm_ref.toy.training import BLOCK, Training, draw_block, learning_rate
+
+SMALL = {"batch_size": 16, "width": 8, "depth": 2, "steps": 90}
+VARIANTS = {
+    "tvm": {},
+    "detached": {"detach_jvp": True},
+    "fm": {"objective": "fm"},
+    "meanflow": {"objective": "meanflow", "equal_share": 0.5},
+    "pid": {"objective": "pid"},
+    "conditional": {"conditional": True},
+    "guided": {"conditional": True, "guidance": 2.0, "noise_share": 0.2},
+}
+
+
+def tensors(training: Training) -> list[torch.Tensor]:
+    return [*training.model.parameters(), *training.target.module.parameters(), *training.ema.module.parameters()]
+
+
+def test_data_are_a_pure_function_of_seed_and_block():
+    config, oracle = ToyConfig(**SMALL, conditional=True, guidance=2), make_distribution("moons")
+    a, b = draw_block(config, oracle, 3), draw_block(config, oracle, 3)
+    assert len(a) == BLOCK
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x.x0, y.x0)
+        assert torch.equal(x.x1, y.x1)
+        assert all(torch.equal(p, q) for p, q in zip(x.times + x.condition, y.times + y.condition, strict=True))
+    assert not torch.equal(a[0].x0, draw_block(config, oracle, 4)[0].x0)
+    assert not torch.equal(a[0].x0, draw_block(ToyConfig(**SMALL, seed=1), oracle, 3)[0].x0)
+    assert not torch.equal(a[0].x0, a[1].x0)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    config = ToyConfig(steps=1000, lr=0.5)
+    assert learning_rate(config, 0) == pytest.approx(0.5 / 200)
+    assert learning_rate(config, 500) == pytest.approx(0.25)
+    assert learning_rate(config, 1000) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stopped_run_continues_bit_for_bit(tmp_path, variant):
+    """Through the files of the run folder, stopped in the middle of a block and between two lines of the log."""
+    config = ToyConfig(**SMALL, **VARIANTS[variant])
+    whole = Run(tmp_path / "whole", config, time.time())
+    whole.create()
+    assert whole.train()
+
+    first = Run(tmp_path / "parts", config, time.time())
+    first.create()
+    sums = torch.zeros(2)
+    for _ in range(37):
+        sums += first.training.train_step()
+    first.save(sums)
+    second = Run(tmp_path / "parts", read_config(tmp_path / "parts"), time.time())
+    assert second.train(second.load())
+    assert all(torch.equal(a, b) for a, b in zip(tensors(whole.training), tensors(second.training), strict=True))
+
+    def losses(folder):
+        lines = [json.loads(line) for line in (tmp_path / folder / "train.jsonl").read_text().splitlines()]
+        return [{k: line[k] for k in ("step", "flow_map", "flow_matching")} for line in lines]
+
+    assert losses("whole") == losses("parts")
+    assert [line["step"] for line in losses("whole")] == [50]
+
+
+def test_log_lines_beyond_the_checkpoint_are_dropped_on_resume(tmp_path):
+    config = ToyConfig(**SMALL)
+    run = Run(tmp_path, config, time.time())
+    run.create()
+    run.train()
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"step": 40}, tmp_path / "checkpoint.pt")  # as if killed after the log had gone on
+    again = Run(tmp_path, config, time.time())
+    again.load()
+    assert again.log == []
+    assert (tmp_path / "train.jsonl").read_text() == ""
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_checkpoint(tmp_path):
+    run = Run(tmp_path, ToyConfig(**SMALL), time.time())
+    run.create()
+    sums = run.training.train_step()
+    run.save(sums)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with torch.no_grad():
+        run.training.model.network.output.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 1: the flow_map loss is NaN"):
+        run.train(sums)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("variant", ["tvm", "pid", "meanflow", "fm", "detached"])
+def test_training_approaches_the_exact_flow(variant):
+    """600 steps shorten the distance to the exact map to under 0.6 of an untrained network's."""
+    config = ToyConfig(**VARIANTS[variant], steps=600, batch_size=128, width=32, depth=3, dist="circles")
+    oracle = make_distribution("circles")
+    training, reference = Training(config, oracle), make_reference(oracle, points=300)
+    nfe = 16 if variant == "fm" else 1
+    before = paired_errors(training.evaluated, reference, nfe)[1].square().mean().sqrt()
+    while training.step < config.steps:
+        training.train_step()
+    after = paired_errors(training.evaluated, reference, nfe)[1].square().mean().sqrt()
+    assert float(after) < 0.6 * float(before)
+
+
+def test_a_guided_model_approaches_the_exact_guided_flow():
+    config = ToyConfig(**VARIANTS["guided"], steps=400, batch_size=128, width=32, depth=3)
+    oracle = make_distribution("moons")
+    training = Training(config, oracle)
+    guided, plain = (make_reference(oracle, guidance=w, points=300) for w in (2.0, 1.0))
+    while training.step < config.steps:
+        training.train_step()
+    samples, errors = paired_errors(training.evaluated, guided, 2)
+    assert float(errors.square().mean().sqrt()) < 0.35
+    away = (samples - exact_samples(oracle, guided.noise, plain.condition)).norm(dim=1)
+    assert float(away.square().mean()) > float(errors.square().mean())  # it learned the guided flow, not the plain one
+
+
+def test_a_finished_run_is_loaded_as_it_was_evaluated(tmp_path):
+    config = ToyConfig(**SMALL)
+    run = Run(tmp_path, config, time.time())
+    run.create()
+    run.train()
+    run.report(points=50)
+    loaded_config, oracle, model = load_run(tmp_path)
+    assert loaded_config == config
+    x1 = torch.randn(20, 2)
+    one, zero = torch.ones(20), torch.zeros(20)
+    assert torch.equal(model.jump(x1, one, zero), run.training.ema.module.jump(x1, one, zero))
+    assert oracle.sigma == run.distribution.sigma
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: None, "holds no run"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not a configuration"),
+        (lambda folder: (folder / "config.json").write_text('{"colour": "red"}'), "colour"),
+        (lambda folder: (folder / "config.json").write_text('{"dist": "moons"}'), "holds no model"),
+    ],
+    ids=["no run", "broken", "unknown key", "unfinished"],
+)
+def test_folders_that_hold_no_finished_run_raise(tmp_path, prepare, message):
+    prepare(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_run(tmp_path)
