@@ -1,15 +1,27 @@
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--check-shapes", action="store_true", help="check every shape in a signature of tvm_ref at run time"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--check-shapes"):
+        install_import_hook("tvm_ref", "shape_checker.checker")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run it there with `pytest -m gpu`"))
+        if item.get_closest_marker("bad_shapes") and config.getoption("--check-shapes"):
+            item.add_marker(pytest.mark.skip(reason="--check-shapes raises before the function's own check"))
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run it there with `pytest -m gpu`"))

@@ -127,6 +127,7 @@ def bad_calls():
     yield "no batch axis", (x[:, 0], half, third), "shape"
 
 
+@pytest.mark.bad_shapes
 @pytest.mark.parametrize(("arguments", "message"), [pytest.param(a, m, id=i) for i, a, m in bad_calls()])
 @pytest.mark.parametrize("method", ["displacement", "jump", "displacement_and_terminal_velocity", "__call__"])
 def test_bad_input_raises_a_clear_error(arguments, message, method):
@@ -134,6 +135,7 @@ def test_bad_input_raises_a_clear_error(arguments, message, method):
         getattr(FlowMap(Waves()), method)(*arguments)
 
 
+@pytest.mark.bad_shapes
 def test_condition_of_wrong_size_raises():
     flow_map, _, x, t, s = setup((5, 2))
     with pytest.raises(ValueError, match="shape"):

@@ -15,6 +15,7 @@ def test_path_runs_from_data_to_noise_with_velocity_v(shape):
     torch.testing.assert_close(rate, conditional_velocity(x0, x1))
 
 
+@pytest.mark.bad_shapes
 def test_shapes_that_do_not_fit_raise():
     x = torch.zeros(4, 2)
     with pytest.raises(ValueError, match="same shape"):

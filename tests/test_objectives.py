@@ -155,7 +155,7 @@ def test_every_objective_vanishes_for_the_exact_flow_of_one_point(name):
     t, s = (0.05 + 0.9 * a for a in some_times(B))
     objective = OBJECTIVES[name](FlowMap(PointData(m)))
     terms = objective(m.expand(B, 2), x1, Times(t, s, s))
-    assert float(terms.total.abs().max()) < 1e-24
+    assert float(terms.total.detach().abs().max()) < 1e-24
 
 
 def test_the_two_forms_of_mean_flow_agree():
@@ -245,7 +245,7 @@ def test_guided_target_has_the_guided_velocity_as_its_minimiser():
     model, condition = FlowMap(ByHand()), Condition(label, torch.full((200,), 1 / w, dtype=torch.float64))
     for objective in (FlowMatching(model, null_label=2), TVM(model, null_label=2)):
         terms = objective(m, x1, times, condition, oracle)
-        assert float(terms.flow_matching.max()) < 1e-8  # v is certain given the class, so the minimum is zero
+        assert float(terms.flow_matching.detach().max()) < 1e-8  # v is certain given the class, so the minimum is zero
     torch.testing.assert_close(oracle.velocity(x, times.s, condition), by_hand, rtol=0, atol=1e-5)
 
 
@@ -275,6 +275,7 @@ def test_a_loss_that_is_not_finite_raises_and_names_the_term(name, value):
         LossTerms(**terms).check_finite()
 
 
+@pytest.mark.bad_shapes
 @pytest.mark.parametrize("objective", [TVM, FlowMatching, MeanFlow, PID])
 def test_bad_shapes_and_times_raise(objective):
     model = FlowMap(Waves())

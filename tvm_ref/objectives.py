@@ -5,7 +5,7 @@ inside its forward, so that DDP, FSDP or torch.compile can wrap it.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from tvm_ref.shapes import PerSample, Sample, Time, over
 from tvm_ref.time_samplers import Times
 
 
+@runtime_checkable
 class Flow(Protocol):
     """What an objective asks of its flow map and of its target: a FlowMap or the exact flow of a toy distribution."""
 
@@ -81,11 +82,11 @@ class Objective(nn.Module):
     """What all objectives share: the flow map that they train, and guidance.
 
     Args:
-        flow_map: the model.
+        flow_map: the model, or the exact flow, whose loss is the minimum.
         null_label: the label that means "no class"; None where w = 1 throughout, which saves one call of the target.
     """
 
-    def __init__(self, flow_map: FlowMap, *, null_label: int | None = None):
+    def __init__(self, flow_map: Flow, *, null_label: int | None = None):
         super().__init__()
         self.flow_map = flow_map
         self.null_label = null_label
@@ -120,7 +121,7 @@ class TVM(Objective):
 
     def __init__(
         self,
-        flow_map: FlowMap,
+        flow_map: Flow,
         *,
         null_label: int | None = None,
         detach_jvp: bool = False,
@@ -184,6 +185,8 @@ class MeanFlow(Objective):
     It matches the velocity where a jump starts; its JVP runs in x and t. It is flow matching at t = s, so its times
     need a share of t = s (TimeSampler.share_equal).
     """
+
+    flow_map: FlowMap
 
     def forward(
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None

@@ -152,6 +152,29 @@ def test_resume_refuses_other_options(tmp_path, capsys):
     assert "--resume keeps a run's options" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None], ids=["empty", "text", "cut short"])
+def test_a_damaged_checkpoint_ends_with_one_line(tmp_path, capsys, damage):
+    assert run(tmp_path) == 0
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000] if damage is None else damage)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--out", str(tmp_path), "--resume"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "checkpoint.pt cannot be used" in error
+
+
+def test_a_disk_that_fails_ends_with_one_line_and_status_1(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run(tmp_path) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("No space left on device")
+
+
 def test_divergence_ends_with_one_line_and_status_1(tmp_path, capsys):
     assert run(tmp_path, "--lr", "1e30") == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]

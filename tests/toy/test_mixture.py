@@ -215,6 +215,7 @@ def test_bad_mixtures_raise(arguments, message):
         GaussianMixture(*arguments)
 
 
+@pytest.mark.bad_shapes
 def test_bad_calls_raise():
     oracle = make_distribution("checkerboard")
     x = torch.zeros(3, 2)

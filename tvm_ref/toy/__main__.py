@@ -16,10 +16,12 @@ import time
 from pathlib import Path
 
 import psutil
+import torch
 
 from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, flag, require_at_least
 from tvm_ref.toy.run import Run, read_config
 
+THREADS = 2  # more do not help tensors this small, and cost dearly where other programs share the cores
 OWN_FILES = (  # what a run writes, and --overwrite may remove
     "config.json", "train.jsonl", "checkpoint.pt", "model.safetensors", "metrics.json",
     "samples.png", "trajectories.png", "map.png", "losses.png",
@@ -76,11 +78,12 @@ def prepare(arguments: argparse.Namespace, started: float) -> tuple[Run, bool]:
 
 
 def main(argv: list[str] | None = None, started: float | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 diverged, 2 bad input, 130 interrupted.
+    """Run the command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 interrupted.
 
     `started` is when the program began (seconds since the epoch), if that was before this call.
     """
     started = time.time() if started is None else started
+    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     command = parser()
     arguments = command.parse_args(argv)
     try:
@@ -90,8 +93,9 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
         command.error(str(error))
     try:
         finished = run.train(sums)
-    except FloatingPointError as error:
-        print(f"{command.prog}: error: training diverged at {error}", file=sys.stderr)
+    except (FloatingPointError, OSError) as error:
+        what = "training diverged at " if isinstance(error, FloatingPointError) else ""
+        print(f"{command.prog}: error: {what}{error}", file=sys.stderr)
         return 1
     if not finished:
         print(f"stopped at step {run.training.step}; what there is so far:")

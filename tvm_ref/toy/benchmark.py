@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     add_options(p, ["batch_size", "width", "depth"])
     p.add_argument("--rounds", type=int, default=10, help="rounds of timing (default: 10)")
     p.add_argument("--repeats", type=int, default=20, help="steps per method and round (default: 20)")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (default: torch's own choice)")
+    p.add_argument("--threads", type=int, default=2, help="threads (default: 2, as in training)")
     p.add_argument("--seeds", type=int, default=3, help="seeds of the time to quality; 0 leaves it out (default: 3)")
     p.add_argument("--jobs", type=int, default=2, help="trainings at a time for the time to quality (default: 2)")
     p.add_argument("--out", type=Path, help="also write the figures to this JSON file")

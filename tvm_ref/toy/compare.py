@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "TVM": {},
     "TVM, JVP detached": {"detach_jvp": True},
     "PID": {"objective": "pid"},
-    "MeanFlow": {"objective": "meanflow", "equal_share": 0.75},  # the share of t = s of MeanFlow's own paper
+    "MeanFlow": {"objective": "meanflow"},
     "flow matching": {"objective": "fm"},
 }
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from tvm_ref.objectives import OBJECTIVES
-from tvm_ref.time_samplers import TIME_SAMPLERS
+from tvm_ref.time_samplers import TIME_SAMPLERS, TimeSampler
 from tvm_ref.toy.distributions import DISTRIBUTIONS
 
 
@@ -41,12 +41,15 @@ class ToyConfig:
     batch_size: int = _option(1024, "samples per step", type=int)
     width: int = _option(64, "units per hidden layer of the network", type=int)
     depth: int = _option(4, "hidden layers of the network", type=int)
-    lr: float = _option(1e-2, "peak learning rate of SOAP: linear warm-up, then cosine to zero", type=float)
+    lr: float = _option(7e-3, "peak learning rate of SOAP: linear warm-up, then cosine to zero", type=float)
     time_sampler: str = _option("gap*", "how times are drawn (paper, sec. 7.3)", choices=list(TIME_SAMPLERS))
     noise_share: float = _option(
         0.0, "share of samples whose jump starts at t = 1, where one-step sampling does (not in the paper)", type=float
     )
-    equal_share: float = _option(0.0, "share of samples with t = s (paper, table 4d)", type=float)
+    equal_share: float | None = _option(
+        None, "share of samples with t = s, table 4d of the paper (default: 0; 0.75 for meanflow, as in its own paper)",
+        type=float,
+    )  # fmt: skip
     target_ema: float = _option(0.99, "decay of the target's weights (paper, table 4b)", type=float)
     ema: float = _option(0.998, "decay of the weights that are evaluated", type=float)
     seed: int = _option(0, "seed of the initial weights and of the data", type=int)
@@ -59,10 +62,10 @@ class ToyConfig:
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{flag(name)} must be positive and finite, got {value}")
         for name in ("noise_share", "equal_share", "target_ema", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{flag(name)} must lie in [0, 1], got {getattr(self, name)}")
-        if self.noise_share + self.equal_share > 1:
-            raise ValueError("--noise-share and --equal-share must not exceed 1 together")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{flag(name)} must lie in [0, 1], got {value}")
+        self.sampler()  # refuses shares that exceed 1 together
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must lie in [0, 2^63), got {self.seed}")
         if self.guidance != 1 and not self.conditional:
@@ -77,6 +80,13 @@ class ToyConfig:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {self.device} cannot be used here: {str(error).splitlines()[0]}") from None
+
+    def sampler(self) -> TimeSampler:
+        """How times are drawn."""
+        share_equal = self.equal_share
+        if share_equal is None:
+            share_equal = 0.75 if self.objective == "meanflow" else 0.0
+        return TimeSampler(self.time_sampler, share_equal=share_equal, share_noise=self.noise_share)
 
     @property
     def name(self) -> str:

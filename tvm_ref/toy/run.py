@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import signal
 import sys
 import time
@@ -104,9 +105,17 @@ class Run:
         os.replace(partial, self.path("checkpoint.pt"))
 
     def load(self) -> torch.Tensor:
-        """Read checkpoint.pt, drop what the log has beyond it, and return the losses since the log's last line."""
-        state = torch.load(self.path("checkpoint.pt"), weights_only=True)
-        self.training.load_state_dict(state)
+        """Read checkpoint.pt, drop what the log has beyond it, and return the losses since the log's last line.
+
+        Raises:
+            ValueError: a checkpoint that is damaged, unreadable or of another network.
+        """
+        try:
+            state = torch.load(self.path("checkpoint.pt"), weights_only=True)
+            self.training.load_state_dict(state)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{self.path('checkpoint.pt')} cannot be used: {reason}") from None
         lines = [json.loads(line) for line in self.path("train.jsonl").read_text().splitlines()]
         self.log = [line for line in lines if line["step"] <= self.training.step]
         write_atomically(self.path("train.jsonl"), "".join(json.dumps(line) + "\n" for line in self.log))
@@ -162,7 +171,8 @@ class Run:
     def report(self, points: int) -> dict[str, Any]:
         """Measure and draw; write model.safetensors, metrics.json and the pictures; return the metrics."""
         config, jump = self.config, self.training.evaluated
-        save_file(self.training.ema.module.network.state_dict(), self.path("model.safetensors"))
+        weights = {name: a.cpu().contiguous() for name, a in self.training.ema.module.network.state_dict().items()}
+        save_file(weights, self.path("model.safetensors"))
         reference = make_reference(
             self.distribution, guidance=config.guidance if config.conditional else None, points=points
         )

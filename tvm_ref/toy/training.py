@@ -1,5 +1,6 @@
 """Training on a toy distribution: every step on one screen, and a run that can be stopped and continued bit for bit."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition, drop_labels
 from tvm_ref.objectives import OBJECTIVES, Objective
 from tvm_ref.sampling import EulerStep, Jump
-from tvm_ref.time_samplers import Times, TimeSampler
+from tvm_ref.time_samplers import Times
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.mixture import GaussianMixture
 from tvm_ref.toy.network import ToyNetwork
@@ -40,12 +41,10 @@ def draw_block(config: ToyConfig, distribution: GaussianMixture, block: int) -> 
     seed = np.random.SeedSequence([config.seed, block]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(seed) % 2**63)
     n = BLOCK * config.batch_size
-    sampler = TimeSampler(config.time_sampler, share_equal=config.equal_share, share_noise=config.noise_share)
-
     x0, label = distribution.sample(n, generator)
     x0 = x0.float()
     x1 = torch.randn(x0.shape, generator=generator)
-    times = sampler.draw(n, generator)
+    times = config.sampler().draw(n, generator)
     condition = None
     if config.conditional:
         condition = Condition(label, torch.full((n,), 1 / config.guidance))
@@ -124,7 +123,7 @@ class Training:
         self.target.update(self.model)
         self.ema.update(self.model)
         self.step += 1
-        return torch.stack([terms.flow_map.detach().mean(), terms.flow_matching.detach().mean()])
+        return torch.stack([terms.flow_map.detach().mean(), terms.flow_matching.detach().mean()]).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that continues this training bit for bit, as tensors and plain numbers."""
@@ -147,5 +146,6 @@ class Training:
 
     @property
     def evaluated(self) -> Jump:
-        """How the evaluation weights take a step: a jump, or, as flow matching learns no jumps, an Euler step."""
-        return EulerStep(self.ema.module) if self.config.objective == "fm" else self.ema.module
+        """How the evaluation weights take a step, on the CPU: a jump; after flow matching, which learns none, Euler's."""
+        model = copy.deepcopy(self.ema.module).cpu()
+        return EulerStep(model) if self.config.objective == "fm" else model
