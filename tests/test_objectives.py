@@ -14,6 +14,7 @@ from tvm_ref.shapes import over
 from tvm_ref.time_samplers import Times
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.network import ToyNetwork
 
 B = 16
 SHAPES = [(B, 2), (B, 3, 2, 2)]
@@ -125,6 +126,23 @@ def test_two_micro_batches_make_one_batch():
     ]
     for a, b, c in zip(whole, *halves, strict=True):
         torch.testing.assert_close(a, (b + c) / 2)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_compiles_whole_and_equals_the_eager_objective(name):
+    """Loss and gradients through torch.compile without a graph break: the JVP inside included."""
+    torch.manual_seed(0)
+    model = FlowMap(ToyNetwork(2, 0, width=8, depth=2).double())
+    torch.nn.init.normal_(model.network.output.weight)
+    target = other_weights(model)
+    x0, x1, times = draw()
+    objective = OBJECTIVES[name](model)
+    results = []
+    for call in (objective, torch.compile(objective, backend="aot_eager", fullgraph=True)):
+        terms = call(x0, x1, times, target=target)
+        parameters = list(model.parameters())
+        results.append([terms.total, *torch.autograd.grad(terms.total.mean(), parameters, allow_unused=True)])
+    torch.testing.assert_close(*results)
 
 
 # Limits and neighbours -----------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ class Objective(nn.Module):
 
 
 class TVM(Objective):
-    """Terminal Velocity Matching: eq. 12, and with a condition eq. 15,.
+    """Terminal Velocity Matching (eq. 12; with a condition eq. 15).
 
         1/w^2 ( 1{t != s} ||d/ds f(x_t, t, s) - u*(x_t + sg f(x_t, t, s), s)||^2
                 + ||u(x_s', s') - [w v + (1 - w) u*(x_s', s', no class)]||^2 )

@@ -99,7 +99,11 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
         return 1
     if not finished:
         print(f"stopped at step {run.training.step}; what there is so far:")
-    metrics = run.report(arguments.points)
+    try:
+        metrics = run.report(arguments.points)
+    except KeyboardInterrupt:
+        print("\nstopped before everything was measured and drawn: the same command with --resume does that")
+        return 130
     seconds = metrics["seconds"]
     print(
         f"{seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all; pictures and figures: {run.folder}"

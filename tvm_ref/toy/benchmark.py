@@ -115,7 +115,11 @@ def main(argv: list[str] | None = None) -> int:
     report: dict[str, Any] = {"threads": threads, "milliseconds": times}
     if seeds:
         print(f"\ntime to quality on {base.dist} (one step, median over {seeds} seeds)")
-        report["quality"] = time_to_quality(base, times["TVM"]["step"], seeds=seeds, jobs=jobs, points=2000)
+        try:
+            report["quality"] = time_to_quality(base, times["TVM"]["step"], seeds=seeds, jobs=jobs, points=2000)
+        except KeyboardInterrupt:
+            print("\nstopped")
+            return 130
     if out:
         write_atomically(out, json.dumps(report, indent=2) + "\n")
     return 0

@@ -181,15 +181,11 @@ def main(argv: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         p.error(str(error))
-    report = compare(
-        base,
-        rates=own["rates"],
-        seeds=own["seeds"],
-        seconds=own["seconds"],
-        jobs=own["jobs"],
-        points=own["points"],
-        out=out,
-    )
+    try:
+        report = compare(base, out=out, **{k: own[k] for k in ("rates", "seeds", "seconds", "jobs", "points")})
+    except KeyboardInterrupt:
+        print(f"\nstopped; the runs that were finished are in {out / 'results.json'}")
+        return 130
     plot(out / "error.png", report)
     print(f"paired RMSE to the exact flow map: median over {own['seeds']} seeds (range)\n{table(report)}\n{out}")
     return 0

@@ -75,12 +75,17 @@ def main(argv: list[str] | None = None) -> int:
         p.error(str(error))
     configs = [replace(base, dist=dist, seed=seed) for dist in dists for seed in range(seeds)]
     results = []
-    for result in train_many(configs, one_step, jobs=jobs, points=points, label="training"):
-        results.append(result)
-        if out:
-            write_atomically(out, json.dumps(results, indent=2) + "\n")
+    status = 0
+    try:
+        for result in train_many(configs, one_step, jobs=jobs, points=points, label="training"):
+            results.append(result)
+            if out:
+                write_atomically(out, json.dumps(results, indent=2) + "\n")
+    except KeyboardInterrupt:
+        print(f"\nstopped after {len(results)} of {len(configs)} runs")
+        status = 130
     print(table(results))
-    return 0
+    return status
 
 
 if __name__ == "__main__":

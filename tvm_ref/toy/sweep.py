@@ -1,6 +1,7 @@
 """Many trainings side by side, one thread each: what compare and seeds share."""
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -33,6 +34,11 @@ def _train(config: ToyConfig, measure: Measure, points: int) -> dict[str, Any]:
     return result | {"diverged": False, "figures": measure(training, reference)}
 
 
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
+
+
 def train_many(
     configs: Sequence[ToyConfig], measure: Measure, *, jobs: int, points: int, label: str
 ) -> Iterator[dict[str, Any]]:
@@ -47,7 +53,7 @@ def train_many(
     """
     context = multiprocessing.get_context("spawn")
     with (
-        context.Pool(jobs, torch.set_num_threads, (1,)) as pool,
+        context.Pool(jobs, _start_worker) as pool,
         tqdm(total=len(configs), unit="run", desc=label) as bar,
     ):
         for result in pool.imap(partial(_train, measure=measure, points=points), configs):

@@ -146,6 +146,6 @@ class Training:
 
     @property
     def evaluated(self) -> Jump:
-        """How the evaluation weights take a step, on the CPU: a jump; after flow matching, which learns none, Euler's."""
+        """How the evaluation weights take a step, on the CPU: a jump, or, as flow matching learns none, Euler's."""
         model = copy.deepcopy(self.ema.module).cpu()
         return EulerStep(model) if self.config.objective == "fm" else model
