@@ -7,6 +7,7 @@ from functools import reduce
 from pathlib import Path
 
 import pytest
+import torch
 
 from tvm_ref.toy import __main__ as toy
 
@@ -80,6 +81,26 @@ def test_the_quoted_lines_are_those_of_the_code():
     quoted = README.split("class `TVM`:")[1].split("```python")[1].split("```")[0]
     source = {line.strip() for line in inspect.getsource(TVM.forward).splitlines()}
     assert all(line.strip() in source for line in quoted.strip().splitlines())
+
+
+def test_the_training_loop_runs():
+    """The README's own loop, on two batches of random images and a network of one layer."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 3, 1)
+
+        def forward(self, x, t, s, condition):
+            return self.layer(x * (1 + t - s)[:, None, None, None])
+
+    network = Network()
+    before = network.layer.weight.detach().clone()
+    scope = {"network": network, "batches": torch.randn(2, 4, 3, 8, 8)}
+    loop = README.split("In your own training loop:")[1].split("```python")[1].split("```")[0]
+    exec(loop, scope)
+    assert scope["images"].shape == (64, 3, 32, 32)
+    assert not torch.equal(network.layer.weight, before)
 
 
 def test_pictures_exist():

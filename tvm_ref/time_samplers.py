@@ -99,8 +99,8 @@ class TimeSampler:
         if not (self.share_equal >= 0 and self.share_noise >= 0 and self.share_equal + self.share_noise <= 1):
             raise ValueError("share_equal and share_noise must not be negative, nor exceed 1 together")
 
-    def draw(self, n: int, generator: torch.Generator | None = None) -> Times:
-        """Times of n samples, float32, on the CPU."""
+    def draw(self, n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Times:
+        """Times of n samples, float32. They are drawn on the CPU, in float64, and moved to `device`."""
         sampler, first, second = TIME_SAMPLERS[self.kind]
         times = sampler(n, self.first or first, self.second or second, generator)
         if self.share_equal or self.share_noise:
@@ -108,4 +108,4 @@ class TimeSampler:
             t = torch.where(u < self.share_equal, times.s, times.t)
             t = torch.where(u >= 1 - self.share_noise, 1.0, t)
             times = times._replace(t=t)
-        return Times(*(a.float() for a in times))
+        return Times(*(a.float().to(device) for a in times))
