@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 
 from tvm_ref.toy import plots
@@ -78,6 +79,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@matplotlib.rc_context(plots.STYLE)
 def plot(path: Path, report: dict[str, Any]) -> None:
     """Error against NFE: median and range over seeds."""
     figure, (ax,) = plots.make_figure(1, plane=False)

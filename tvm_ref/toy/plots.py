@@ -57,6 +57,7 @@ def _ones(x: Tensor, value: float = 1.0) -> Tensor:
     return x.new_full((len(x),), value)
 
 
+@matplotlib.rc_context(STYLE)
 def plot_samples(
     path: Path,
     distribution: GaussianMixture,
@@ -83,6 +84,7 @@ def plot_samples(
     save_figure(figure, path)
 
 
+@matplotlib.rc_context(STYLE)
 def plot_trajectories(
     path: Path, distribution: GaussianMixture, jump: Jump, reference: Reference, *, one_jump: bool = True
 ) -> None:
@@ -110,10 +112,11 @@ def plot_trajectories(
         scatter(ax, states[0], s=18, c="white", edgecolors=BLUE, zorder=3, label="noise (t = 1)")
         scatter(ax, states[-1], s=18, c=ORANGE, zorder=3, label="end (t = 0)")
         ax.set_title(title)
-    axes[0].legend(loc="lower left", fontsize=11)
+    axes[0].legend(loc="upper left", fontsize=11)
     save_figure(figure, path)
 
 
+@matplotlib.rc_context(STYLE)
 def plot_map(path: Path, distribution: GaussianMixture, jump: Jump, reference: Reference, nfe: int = 1) -> None:
     """A polar grid on the noise, and where the exact flow map and the model carry it."""
     radii, lines = [0.5, 1.0, 1.5, 2.0, 2.5], 24
@@ -146,20 +149,23 @@ def plot_map(path: Path, distribution: GaussianMixture, jump: Jump, reference: R
     save_figure(figure, path)
 
 
-def plot_losses(path: Path, log: Sequence[dict[str, float]]) -> None:
-    """Both terms of the objective over the steps, as means over the lines of train.jsonl."""
-    figure, (ax,) = make_figure(1, 5.0, plane=False)
-    figure.set_size_inches(8, 4.5)
-    steps = [line["step"] for line in log]
-    for key, label, colour in (
-        ("flow_map", "flow-map term", BLUE),
-        ("flow_matching", "flow-matching term", ORANGE),
-    ):
-        values = [line[key] for line in log]
-        if any(values):
-            ax.plot(steps, values, color=colour, label=label, lw=1.5)
-    ax.set(xlabel="step", ylabel="loss per dimension", yscale="log")
-    ax.set_title("training")
-    ax.grid(alpha=0.3)
-    ax.legend()
+@matplotlib.rc_context(STYLE)
+def plot_losses(path: Path, log: Sequence[dict[str, float]], minimum: float) -> None:
+    """The terms of the objective over the steps, as the lines of train.jsonl have them.
+
+    `minimum` is the flow-matching loss of the exact velocity, below which none can fall.
+    """
+    panels = {"flow_map": "flow-map term", "flow_matching": "flow-matching term"}
+    shown = [key for key in panels if any(line[key] for line in log)] or list(panels)
+    figure, axes = make_figure(len(shown), 4.5, plane=False)
+    figure.set_size_inches(6 * len(shown), 4)
+    for ax, key in zip(axes, shown, strict=True):
+        ax.plot([line["step"] for line in log], [line[key] for line in log], color=BLUE)
+        ax.set(xlabel="step", ylabel="loss per dimension", title=panels[key])
+        ax.grid(alpha=0.3)
+        if key == "flow_map":
+            ax.set_yscale("log")
+        else:
+            ax.axhline(minimum, color=ORANGE, ls="--", label="exact velocity")
+            ax.legend()
     save_figure(figure, path)
