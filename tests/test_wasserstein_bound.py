@@ -1,0 +1,319 @@
+"""The chain of theorem 1, link by link. Tolerances are the quadrature errors that the result reports, no more."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy.integrate import quad
+from torch import Tensor, nn
+
+from tvm_ref import wasserstein_bound as wb
+from tvm_ref.distances import wasserstein2
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.guidance import Condition
+from tvm_ref.lipschitz import jacobian_norms
+from tvm_ref.shapes import over
+from tvm_ref.toy.config import ToyConfig
+from tvm_ref.toy.distributions import DISTRIBUTIONS, make_distribution
+from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.network import ToyNetwork
+from tvm_ref.toy.training import Training
+
+SMALL = {"width": 16, "depth": 2}
+SEEDS = (0, 1, 2)
+TIMES = (0.3, 0.7, 1.0)
+
+
+def draws(oracle: GaussianMixture, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return oracle.sample(n, generator)[0], torch.randn(n, oracle.dim, generator=generator, dtype=torch.float64)
+
+
+def random_model(seed: int) -> FlowMap:
+    """Untrained, its last layer drawn like the others (ToyNetwork's own is zero: the exact flow of N(0, I))."""
+    torch.manual_seed(seed)
+    network = ToyNetwork(**SMALL)
+    nn.init.normal_(network.output.weight, std=0.5)
+    return FlowMap(network)
+
+
+def trained_model(name: str, seed: int, steps: int = 200) -> FlowMap:
+    training = Training(ToyConfig(dist=name, steps=steps, batch_size=128, seed=seed, **SMALL), make_distribution(name))
+    while training.step < steps:
+        training.train_step()
+    return training.ema.module
+
+
+def measured(model, oracle: GaussianMixture, t: float = 1.0, n: int = 100, steps: int = 64, seed: int = 0) -> wb.Bound:
+    return wb.measure(model, oracle, *draws(oracle, n, seed), t=t, scale=0.7 * oracle.sigma, steps=steps)
+
+
+# The ordering ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("state", ["trained", "random"])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_every_link_holds(name, state, seed):
+    oracle = make_distribution(name)
+    model = trained_model(name, seed) if state == "trained" else random_model(seed)
+    for t in TIMES:
+        bound = measured(model, oracle, t, seed=seed)
+        assert bound.violations() == [], f"t = {t}"
+        assert all(math.isfinite(value) for value in bound.values.values())
+        assert bound.quadrature_error <= 0.1 * max(bound.values["pathwise_one_sided"], bound.values["displacement"])
+        difference = bound.values["global_from_loss"] - bound.values["global"]
+        assert abs(difference) <= 5 * bound.standard_error, f"t = {t}: the loss disagrees with its residuals"
+        w2, coupling = bound.values["w2"], bound.values["displacement"]
+        assert w2 <= coupling * (1 + 1e-9)  # exact: no quadrature, no statistics
+
+
+def test_a_violated_link_is_named():
+    bound = measured(random_model(0), make_distribution("moons"), n=20, steps=16)
+    bound.values["displacement"] = 10 * bound.values["pathwise_one_sided"] + 10 * bound.values["terminal_velocity"]
+    names = [line.split()[0] + " " + line.split()[3] for line in bound.violations()]
+    assert names == ["displacement terminal_velocity", "displacement pathwise_one_sided"]
+
+
+def test_groenwall_holds_for_every_single_point():
+    oracle = make_distribution("checkerboard")
+    bound = measured(trained_model("checkerboard", 0), oracle, steps=256)
+    terms = wb.pointwise_terms(bound.paths)
+    coarse = wb.pointwise_terms(bound.paths.thinned())
+    for name in ("terminal_velocity", "pathwise_one_sided", "pathwise_two_sided"):
+        error = (terms[name] - coarse[name]).abs() + bound.errors["displacement"]
+        assert (terms["displacement"] <= terms[name] + error).all(), name
+
+
+@pytest.mark.parametrize("steps", [4, 6, 10])
+def test_the_links_between_bounds_are_exact_on_any_grid(steps):
+    """Positive weights that sum to t, and L above every observed ratio: no tolerance is needed, however coarse."""
+    values = measured(random_model(1), make_distribution("pinwheel"), t=0.7, n=30, steps=steps).values
+    assert values["pathwise_one_sided"] <= values["pathwise_two_sided"] <= values["global"]
+
+
+def test_lipschitz_is_at_least_every_jacobian_and_every_ratio_seen():
+    oracle = make_distribution("moons")
+    model = random_model(2).double()
+    bound = measured(model, oracle, n=30, steps=16)
+    assert (bound.lipschitz >= wb.two_sided_rate(bound.paths).amax(1)).all()
+    assert (wb.two_sided_rate(bound.paths) >= wb.one_sided_rate(bound.paths).abs() * (1 - 1e-12)).all()
+    for time, x, y, largest in zip(bound.paths.s, bound.paths.x, bound.paths.y, bound.lipschitz, strict=True):
+        for points in (x, y, (x + y) / 2):
+            norms = jacobian_norms(lambda z, time=time: model.velocity(z, wb.at(time, z)), points)
+            assert float(norms.max()) <= float(largest) * (1 + 1e-12)
+
+
+def test_reported_quadrature_error_covers_the_error():
+    """Against a grid four times as fine; and the error falls with the square of the step."""
+    oracle = make_distribution("moons")
+    model = trained_model("moons", 0)
+    rough, middle, fine = (measured(model, oracle, steps=steps) for steps in (32, 64, 256))
+    for name in ("w2", "displacement", "terminal_velocity", "pathwise_one_sided", "pathwise_two_sided", "global"):
+        assert abs(rough.values[name] - fine.values[name]) <= rough.errors[name] + fine.errors[name], name
+    assert middle.errors["terminal_velocity"] == pytest.approx(rough.errors["terminal_velocity"] / 4, rel=0.3)
+
+
+# Known cases ----------------------------------------------------------------------------------------------------
+
+
+def test_the_oracle_has_no_error_and_its_loss_is_minus_c():
+    oracle = make_distribution("moons")
+    bound = measured(oracle, oracle, n=25)
+    for name in wb.TERMS:
+        assert bound.values[name] <= 1e-4 + bound.errors[name], name  # the exact map's own solver: 1e-5
+    assert bound.violations() == []
+    s, x0, x1 = bound.paths.s, *draws(oracle, 25)
+    noise = wb.repaired(x1, len(s))
+    weight = 2 * torch.exp(2 * wb.running_integral(bound.lipschitz, s))
+    loss = wb.integral(weight * wb.tvm_loss(oracle, x0, noise, s).mean(1), s)
+    minimum = wb.integral(weight * wb.flow_matching_minimum(oracle, x0, noise, s).mean(1), s)
+    assert bound.constant == pytest.approx(-float(minimum), rel=1e-12)
+    assert float(loss) + bound.constant == pytest.approx(0, abs=1e-6 * float(loss))
+    assert bound.loss == pytest.approx(bound.loss_minimum, rel=1e-6)
+
+
+def test_constant_of_one_gaussian_is_its_closed_form():
+    """E||v - u||^2 = D sigma^2 / var_s, for v given x_s is Gaussian with that variance."""
+    sigma, n, t, rate = 0.5, 20_000, 0.8, 1.5
+    oracle = GaussianMixture(torch.tensor([[0.4, -0.3]]), sigma)
+    x0, x1 = draws(oracle, n)
+    s = wb.time_grid(t, 0.35, 64)
+    minimum = wb.flow_matching_minimum(oracle, x0, wb.repaired(x1, len(s)), s)
+    exact = -quad(lambda r: 2 * t * math.exp(2 * rate * r) * 2 * sigma**2 / ((1 - r) ** 2 * sigma**2 + r**2), 0, t)[0]
+    assert wb.constant(torch.full_like(s, rate), minimum, s) == pytest.approx(exact, rel=0.01)
+
+
+class Affine(nn.Module):
+    """F(x, t, s) = c x + d."""
+
+    def __init__(self, c: float, d: tuple[float, ...]):
+        super().__init__()
+        self.c, self.d = c, nn.Parameter(torch.tensor(d, dtype=torch.float64))
+
+    def forward(self, x, t, s, condition=None):
+        return self.c * x + self.d + 0 * over(s, x)
+
+
+@pytest.mark.parametrize("t", [0.6, 1.0])
+@pytest.mark.parametrize("c", [0.8, -0.8], ids=["contracting", "expanding"])
+def test_gaussian_data_and_a_linear_network_have_closed_forms(c, t):
+    """f = (s - t)(c x + d) and u_theta = c x + d, so m = -c and L = |c|; u and psi of one Gaussian are known."""
+    mean, sigma, d = torch.tensor([0.3, -0.5], dtype=torch.float64), 0.8, (0.2, 0.6)
+    oracle = GaussianMixture(mean[None], sigma)
+    x0, x1 = draws(oracle, 4)
+    s = wb.time_grid(t, 0.7, 2048)
+    x_t = (1 - t) * x0 + t * x1
+    paths = wb.follow(FlowMap(Affine(c, d)), oracle, x_t, s, 0.7)
+    found = {name: term.tolist() for name, term in wb.pointwise_terms(paths).items()}
+
+    average = c * x_t + torch.tensor(d, dtype=torch.float64)  # d/ds f
+    std = lambda r: math.sqrt((1 - r) ** 2 * sigma**2 + r**2)  # noqa: E731
+    direction = (x_t - (1 - t) * mean) / std(t)
+    psi = lambda r: (1 - r) * mean + std(r) * direction  # noqa: E731
+    u = lambda r: -mean + (r - (1 - r) * sigma**2) / std(r) * direction  # noqa: E731 - d/dr of psi
+    a = lambda r, i: abs(c) * (t - r) * float(average[i].norm())  # noqa: E731
+    b = lambda r, i: float((c * psi(r) + torch.tensor(d) - u(r))[i].norm())  # noqa: E731
+    seven = lambda r, i: float((average - u(r))[i].norm()) ** 2  # noqa: E731
+    integrate = lambda f: quad(f, 0, t, epsabs=1e-10, limit=200)[0]  # noqa: E731
+    total = 0.0
+    for i in range(4):
+        expected = {
+            "displacement": float((x_t - t * average - psi(0))[i].norm()),
+            "terminal_velocity": math.sqrt(t * integrate(lambda r, i=i: seven(r, i))),
+            "pathwise_one_sided": integrate(lambda r, i=i: math.exp(-c * r) * (a(r, i) + b(r, i))),
+            "pathwise_two_sided": integrate(lambda r, i=i: math.exp(abs(c) * r) * (a(r, i) + b(r, i))),
+        }
+        for name, value in expected.items():
+            assert found[name][i] == pytest.approx(value, abs=1e-6), name
+        total += integrate(lambda r, i=i: 2 * t * math.exp(2 * abs(c) * r) * (a(r, i) ** 2 + b(r, i) ** 2))
+    assert wb.global_bound(paths, torch.full_like(s, abs(c))) == pytest.approx(math.sqrt(total / 4), abs=1e-6)
+    start, end = paths.x[0], paths.y[0]
+    pairings = [(start - end[list(p)]).square().sum(1).mean().sqrt() for p in itertools.permutations(range(4))]
+    assert wasserstein2(start, end) == pytest.approx(float(min(pairings)), abs=1e-6)
+
+
+def test_lipschitz_constant_of_a_linear_network_is_its_slope():
+    oracle = GaussianMixture(torch.tensor([[0.3, -0.5]]), 0.8)
+    bound = measured(FlowMap(Affine(-0.8, (0.2, 0.6))), oracle, n=10, steps=16)
+    torch.testing.assert_close(bound.lipschitz, torch.full_like(bound.lipschitz, 0.8), rtol=1e-6, atol=0)
+    assert bound.path_length == pytest.approx(0.8, rel=1e-6)
+
+
+def test_more_than_two_dimensions():
+    oracle = GaussianMixture(torch.randn(5, 4), 0.5)
+    torch.manual_seed(0)
+    network = ToyNetwork(dim=4, **SMALL)
+    nn.init.normal_(network.output.weight, std=0.3)
+    bound = measured(FlowMap(network), oracle, n=20, steps=16)
+    assert bound.violations() == []
+
+
+def test_classes_are_measured_class_by_class():
+    oracle = make_distribution("circles")
+    x0, label = oracle.sample(60, torch.Generator().manual_seed(0))
+    x1 = torch.randn(60, 2, dtype=torch.float64)
+    condition = Condition(label, torch.ones(60, dtype=torch.float64))
+    model = FlowMap(ToyNetwork(num_classes=2, **SMALL))
+    bound = wb.measure(model, oracle, x0, x1, scale=0.07, steps=32, condition=condition)
+    assert bound.violations() == []
+    exact = oracle.jump(x1, torch.ones(60), torch.zeros(60), condition)
+    torch.testing.assert_close(bound.paths.y[0], exact, rtol=0, atol=1e-3)
+    guided = Condition(label, torch.full((60,), 0.5, dtype=torch.float64))
+    with pytest.raises(ValueError, match="guidance"):
+        wb.measure(model, oracle, x0, x1, scale=0.07, condition=guided)
+
+
+# Why every constant is needed -------------------------------------------------------------------------------------
+
+
+def tight_case(L: float, steps: int = 512) -> tuple[wb.Paths, Tensor]:
+    """Groenwall, Cauchy-Schwarz and (a + b)^2 <= 2 a^2 + 2 b^2 as equalities: paths at t = 1, and L(s).
+
+    u_theta = -L x. With p = n e^(-L s), ||n|| = 1, the exact field is u = -L y + p and the model's path has
+    dX/ds = -L X - p: a = b = e^(-L s) push X and Y apart along n, and e(0) = int e^(L s) (a + b) ds = 2.
+    Both are linear: Y = e^(L (1 - s)) x - (1 - s) p and X = e^(L (1 - s)) x + (1 - s) p.
+    """
+    x, n = torch.randn(50, 2, dtype=torch.float64), torch.tensor([0.6, 0.8], dtype=torch.float64)
+    s = wb.time_grid(1.0, 0.5, steps)
+    rows = []
+    for time in s.tolist():
+        p, grown = n * math.exp(-L * time), math.exp(L * (1 - time)) * x
+        x_s, y_s = grown + (1 - time) * p, grown - (1 - time) * p
+        rows.append((x_s, y_s, -L * x_s - p, -L * x_s, -L * y_s, -L * y_s + p))
+    return wb.Paths(s, *(torch.stack(column) for column in zip(*rows, strict=True))), torch.full_like(s, L)
+
+
+def test_theorem_1_is_attained():
+    paths, L = tight_case(3.0)
+    w2 = wasserstein2(paths.x[0], paths.y[0])
+    assert w2 == pytest.approx(2, rel=1e-9)  # the clouds differ by a translation of length 2
+    assert float(wb.pathwise(wb.one_sided_rate(paths), paths).max()) == pytest.approx(2, rel=1e-4)
+    assert wb.global_bound(paths, L) == pytest.approx(2, rel=1e-4)
+
+
+def half_exponent(lipschitz: Tensor, s: Tensor) -> Tensor:
+    """Log of 2 t exp(int L)."""
+    return math.log(2 * float(s[-1])) + wb.running_integral(lipschitz, s)
+
+
+def factor_free(lipschitz: Tensor, s: Tensor) -> Tensor:
+    """Log of exp(2 int L), as the paper's squared triangle inequality would have it."""
+    return 2 * wb.running_integral(lipschitz, s)
+
+
+@pytest.mark.parametrize("wrong", [half_exponent, factor_free])
+def test_a_wrong_lambda_fails(wrong):
+    paths, L = tight_case(3.0)
+    w2, error = wasserstein2(paths.x[0], paths.y[0]), 1e-3  # ten times the quadrature error
+    assert wb.global_bound(paths, L) >= w2 - error
+    assert wb.global_bound(paths, L, wrong) < 0.8 * w2
+    fine, _ = tight_case(3.0, 1024)  # no artefact of the grid
+    assert wb.global_bound(fine, torch.full_like(fine.s, 3.0), wrong) < 0.8 * w2
+
+
+# Integrals and bad input ------------------------------------------------------------------------------------------
+
+
+def test_trapezoids_on_the_graded_grid():
+    s = wb.time_grid(0.7, 0.07, 400)
+    assert float(s[0]) == 0
+    assert float(s[-1]) == 0.7
+    assert float(wb.integral(torch.ones_like(s), s)) == pytest.approx(0.7, rel=1e-14)
+    assert float(wb.integral(s.cos(), s)) == pytest.approx(math.sin(0.7), abs=1e-4)
+    torch.testing.assert_close(wb.running_integral(s, s), s.square() / 2, rtol=1e-12, atol=1e-14)
+
+
+def test_the_exact_path_is_the_oracle_s_flow_map():
+    oracle = make_distribution("two_spirals")
+    x, s = draws(oracle, 50)[1], wb.time_grid(0.9, 0.05, 128)
+    path = wb.exact_path(oracle, x, s, 0.05)
+    for i in (0, 40, 128):
+        exact = oracle.jump(x, wb.at(s[-1], x), wb.at(s[i], x))
+        assert float((path[i] - exact).norm(dim=1).square().mean().sqrt()) < 1e-4
+
+
+def test_huge_rates_do_not_overflow():
+    paths, _ = tight_case(3.0, 16)
+    rate = torch.full((17, 50), 500.0, dtype=torch.float64)
+    assert math.isfinite(wb.rms(wb.pathwise(rate, paths)))
+    assert math.isfinite(wb.global_bound(paths, rate[:, 0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"t": 0.0}, "start time"), ({"t": 1.5}, "start time"), ({"steps": 7}, "even"), ({"scale": 0.0}, "scale")],
+)
+def test_bad_settings_raise(options, message):
+    oracle = make_distribution("moons")
+    with pytest.raises(ValueError, match=message):
+        wb.measure(random_model(0), oracle, *draws(oracle, 10), **{"scale": 0.07, **options})
+
+
+def test_a_model_that_is_not_finite_raises():
+    model = random_model(0)
+    nn.init.constant_(model.network.output.bias, math.nan)
+    oracle = make_distribution("moons")
+    with pytest.raises(FloatingPointError, match="finite"):
+        wb.measure(model, oracle, *draws(oracle, 10), scale=0.07, steps=8)

@@ -1,0 +1,70 @@
+"""How fast a velocity field changes from place to place: spectral norms of its Jacobian, exact in the plane."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tvm_ref.flow_map import jvp
+from tvm_ref.shapes import PerSample, Sample
+
+Field = Callable[[Tensor], Tensor]  # x [B, ...] to u(x) [B, ...], each sample on its own
+POWER_ITERATIONS = 30
+
+
+def jacobian_norms(field: Field, x: Sample) -> PerSample:
+    """Spectral norm ||du/dx|| [B] at each point x [B, ...]: exact for one or two elements, power iteration above."""
+    return exact_norms(field, x) if x[0].numel() <= 2 else power_iteration_norms(field, x)
+
+
+def exact_norms(field: Field, x: Sample) -> PerSample:
+    """Largest singular value [B] of the Jacobian at points x [B, 1] or [B, 2], in closed form.
+
+    For a 2 x 2 matrix J it is the root of (q + sqrt(q^2 - 4 det(J)^2)) / 2, q = ||J||_F^2.
+
+    Raises:
+        ValueError: points with more than two elements.
+    """
+    if x[0].numel() > 2:
+        raise ValueError(f"the closed form is for one or two dimensions, got {x[0].numel()}")
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        u = field(x).flatten(1)
+        rows = [torch.autograd.grad(a.sum(), x, retain_graph=True)[0].flatten(1) for a in u.unbind(1)]
+    jacobian = torch.stack(rows, 1)  # [B, D, D]
+    square = jacobian.square().sum((1, 2))
+    determinant = torch.linalg.det(jacobian) if len(rows) == 2 else torch.zeros_like(square)
+    return ((square + (square**2 - 4 * determinant**2).clamp_min(0).sqrt()) / 2).sqrt()
+
+
+def power_iteration_norms(field: Field, x: Sample, iterations: int = POWER_ITERATIONS) -> PerSample:
+    """Largest singular value [B] of the Jacobian at points x [B, ...] by power iteration on J^T J: from below."""
+    generator = torch.Generator(x.device).manual_seed(0)
+    direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    norm = direction.new_zeros(len(x))
+    for _ in range(iterations):
+        direction = direction / _norms(direction).clamp_min(torch.finfo(x.dtype).tiny)
+        image = jvp(field, (x,), (direction,))[1]
+        norm = torch.maximum(norm, _norms(image).flatten())
+        variable = x.detach().requires_grad_()
+        with torch.enable_grad():
+            (direction,) = torch.autograd.grad(field(variable), variable, image)
+    return norm.detach()
+
+
+def _norms(x: Tensor) -> Tensor:
+    """||x|| of each sample [B, 1, ..., 1]."""
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def largest_on_segments(field: Field, x: Sample, y: Sample, places: int = 3) -> float:
+    """The largest ||du/dx|| over the points x and y [B, ...] and equally spaced points between each pair.
+
+    `places` counts the points per pair, its ends included.
+
+    Raises:
+        ValueError: fewer than two places.
+    """
+    if places < 2:
+        raise ValueError(f"a segment has at least two places, its ends; got {places}")
+    return max(float(jacobian_norms(field, torch.lerp(x, y, i / (places - 1))).max()) for i in range(places))

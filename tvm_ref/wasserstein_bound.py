@@ -1,0 +1,383 @@
+"""The 2-Wasserstein bound (theorem 1, proved in appendix A.4), each link of its chain with every constant.
+
+For points x_t, X_s = x_t + f(x_t, t, s) is where the model carries them and Y_s = psi(x_t, t, s) where the exact flow
+does. With the norms, not squared, of
+
+    a(s) = d/ds f(x_t, t, s) - u_theta(X_s, s)      the terminal velocity residual, on the model's path
+    b(s) = u_theta(Y_s, s) - u(Y_s, s)              the flow-matching residual, on the exact path
+    e(s) = X_s - Y_s,    e(t) = 0                   the displacement error
+
+the terms, all as distances, are
+
+    w2                   W2 between the clouds X_0 and Y_0, by POT
+    displacement         sqrt(E e(0)^2)                                                     (eq. 36-38)
+    terminal_velocity    sqrt(t int_0^t E ||d/ds f - u(Y_s, s)||^2 ds)                      (eq. 7)
+    pathwise_one_sided   RMS of int_0^t exp(int_0^s m) (a + b) ds,   m = -<du, dx> / ||dx||^2
+    pathwise_two_sided   the same with ||du|| / ||dx|| for m
+    global               sqrt(int_0^t lambda(s) (E a^2 + E b^2) ds),   lambda = 2 t exp(2 int_0^s L)    (theorem 1)
+    global_from_loss     sqrt(int_0^t lambda(s) L_TVM(t, s) ds + C),   C = -int_0^t lambda(s) E||v - u||^2 ds
+
+with dx = X_s - Y_s, du = u_theta(X_s, s) - u_theta(Y_s, s), and w2 <= displacement <= each of the others, in the
+order of LINKS. The trapezoidal rule has positive weights that sum to t, and L is at least every observed ||du||/||dx||;
+so pathwise_one_sided <= pathwise_two_sided <= global holds exactly on any grid, not only in the limit.
+
+L is the largest Jacobian norm over visited points: an estimate from below of the field's Lipschitz constant.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tvm_ref.bound_paths import (
+    STEPS,
+    Paths,
+    Watch,
+    at,
+    exact_path,
+    follow,
+    integral,
+    running_integral,
+    time_grid,
+    unwatched,
+)
+from tvm_ref.distances import wasserstein2
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.guidance import Condition
+from tvm_ref.interpolant import conditional_velocity, interpolate
+from tvm_ref.lipschitz import largest_on_segments
+from tvm_ref.objectives import TVM, Flow
+from tvm_ref.shapes import Sample
+from tvm_ref.time_samplers import Times
+
+TERMS = (
+    "w2", "displacement", "terminal_velocity", "pathwise_one_sided", "pathwise_two_sided", "global", "global_from_loss",
+)  # fmt: skip
+LINKS = (  # every inequality of the chain
+    ("w2", "displacement"),
+    ("displacement", "terminal_velocity"),
+    ("displacement", "pathwise_one_sided"),
+    ("pathwise_one_sided", "pathwise_two_sided"),
+    ("pathwise_two_sided", "global"),
+)
+ROUNDING = 1e-9  # relative: what float64 costs the links that hold exactly on a grid
+COINCIDENT = 1e-12  # X and Y nearer than this count as the same point: a ratio of roundings says nothing
+W2_ROUNDING = 3e-7  # POT expands squared distances: some 1e-14 there is this much in a distance of zero
+Weight = Callable[[Tensor, Tensor], Tensor]  # L [S] and s [S] to log lambda [S]
+
+
+def norms(a: Tensor) -> Tensor:
+    """||a|| of every sample at every time: [S, N, ...] to [S, N]."""
+    return a.flatten(2).norm(dim=2)
+
+
+def displacement_error(paths: Paths) -> Tensor:
+    """e(s) = ||X_s - Y_s|| [S, N] (eq. 5)."""
+    return norms(paths.x - paths.y)
+
+
+def terminal_velocity_residual(paths: Paths) -> Tensor:
+    """a(s) = ||d/ds f(x_t, t, s) - u_theta(X_s, s)|| [S, N] (the first term of eq. 9, before the square)."""
+    return norms(paths.df_ds - paths.u_x)
+
+
+def flow_matching_residual(paths: Paths) -> Tensor:
+    """b(s) = ||u_theta(Y_s, s) - u(Y_s, s)|| [S, N] (the second term of eq. 9, less its minimum)."""
+    return norms(paths.u_y - paths.exact)
+
+
+def one_sided_rate(paths: Paths) -> Tensor:
+    """m(s) = -<u_theta(X) - u_theta(Y), X - Y> / ||X - Y||^2 [S, N]: how fast the model's own field drives X from Y.
+
+    It is negative where the field contracts towards data.
+    """
+    dx, du = (paths.x - paths.y).flatten(2), (paths.u_x - paths.u_y).flatten(2)
+    return _ratio(-(du * dx).sum(2), displacement_error(paths).square(), displacement_error(paths))
+
+
+def two_sided_rate(paths: Paths) -> Tensor:
+    """||u_theta(X) - u_theta(Y)|| / ||X - Y|| [S, N], at least |m(s)|."""
+    e = displacement_error(paths)
+    return _ratio(norms(paths.u_x - paths.u_y), e, e)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor, e: Tensor) -> Tensor:
+    """Numerator / denominator [S, N], 0 where X = Y; at s = t, where both paths start, the value of the time before.
+
+    The ratio is continuous there, so this costs O(h) on a node of weight O(h).
+    """
+    apart = e > COINCIDENT
+    ratio = torch.where(apart, numerator / torch.where(apart, denominator, 1.0), 0.0)
+    return torch.cat([ratio[:-1], ratio[-2:-1]])
+
+
+# The links ----------------------------------------------------------------------------------------------------------
+
+
+def rms(a: Tensor) -> float:
+    """sqrt(E a^2) over samples [N]; no square overflows."""
+    top = float(a.abs().max())
+    return top * float((a / top).square().mean().sqrt()) if 0 < top < math.inf else top
+
+
+def displacement(paths: Paths) -> Tensor:
+    """e(0) = ||X_0 - Y_0|| [N] (eq. 36-38): (X_0, Y_0) is one coupling, so W2 is at most the RMS over points."""
+    return displacement_error(paths)[0]
+
+
+def terminal_velocity(paths: Paths) -> Tensor:
+    """sqrt(t int_0^t ||d/ds f - u(Y_s, s)||^2 ds) [N] (eq. 7, with the factor t that Cauchy and Schwarz ask for)."""
+    return (paths.s[-1] * integral(norms(paths.df_ds - paths.exact).square(), paths.s)).sqrt()
+
+
+def pathwise(rate: Tensor, paths: Paths) -> Tensor:
+    """int_0^t exp(int_0^s rate) (a(s) + b(s)) ds [N]: Groenwall's inequality along each path, a bound on its e(0).
+
+    `rate` [S, N] is one_sided_rate or two_sided_rate. The largest exponent is taken out, so that no term overflows.
+    """
+    exponent = running_integral(rate, paths.s)
+    top = exponent.amax(0)
+    residual = terminal_velocity_residual(paths) + flow_matching_residual(paths)
+    return integral((exponent - top).exp() * residual, paths.s) * top.exp()
+
+
+def lipschitz(model: Flow, paths: Paths, condition: Condition | None = None, watch: Watch = unwatched) -> Tensor:
+    """L(s) [S]: the largest Jacobian norm of u_theta over X_s, Y_s and between them, and the largest observed ratio.
+
+    An estimate from below of the true Lipschitz constant, and at least every rate that the path-wise bounds use.
+    """
+    values = []
+    for time, x, y in watch(list(zip(paths.s, paths.x, paths.y, strict=True)), "Jacobians"):
+
+        def field(z: Tensor, time: Tensor = time) -> Tensor:
+            return model.velocity(z, at(time, z), condition)
+
+        values.append(largest_on_segments(field, x, y))
+    return torch.maximum(torch.tensor(values, dtype=paths.s.dtype), two_sided_rate(paths).amax(1))
+
+
+def log_lambda(lipschitz: Tensor, s: Tensor) -> Tensor:
+    """Log of lambda[L](s) = 2 t exp(2 int_0^s L(r) dr) [S] (theorem 1, with its constants)."""
+    return math.log(2 * float(s[-1])) + 2 * running_integral(lipschitz, s)
+
+
+def weighted_root(log_weight: Tensor, values: Tensor, s: Tensor) -> float:
+    """sqrt(int_0^t exp(log_weight) values ds) for values [S], 0 if the integral is negative (Monte-Carlo noise can)."""
+    top = log_weight.max()
+    total = float(integral((log_weight - top).exp() * values, s))
+    return math.sqrt(max(total, 0.0)) * float((top / 2).exp())
+
+
+def global_bound(paths: Paths, lipschitz: Tensor, weight: Weight = log_lambda) -> float:
+    """sqrt(int_0^t lambda(s) (E a(s)^2 + E b(s)^2) ds): theorem 1 with the loss as residuals (eq. 10, 39-58)."""
+    square = terminal_velocity_residual(paths).square() + flow_matching_residual(paths).square()
+    return weighted_root(weight(lipschitz, paths.s), square.mean(1), paths.s)
+
+
+def repaired(x1: Sample, times: int) -> Tensor:
+    """Noise for every time [times, N, ...]: x1 shuffled anew, so that with x0 as it is each time has its own draws.
+
+    Errors of the mean then average out over times as well as over samples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([x1[torch.randperm(len(x1), generator=generator)] for _ in range(times)])
+
+
+def tvm_loss(
+    model: Flow,
+    x0: Sample,
+    x1: Tensor,
+    s: Tensor,
+    condition: Condition | None = None,
+    watch: Watch = unwatched,
+) -> Tensor:
+    """L_TVM(t, s) (eq. 9) of every draw at every time [S, N], t = s[-1], by the objective itself; see `repaired`.
+
+    The objective's squared norms are means over a sample's elements; the theorem's are sums.
+
+    Args:
+        model: a FlowMap, or another Flow.
+        x0: data [N, ...].
+        x1: noise at every time [S, N, ...].
+        s: [S] times, of the jump's end and of the flow-matching term.
+        condition: classes of x0.
+        watch: see measure.
+    """
+    objective = TVM(cast(FlowMap, model), detach_landing=False)  # any Flow will do
+    t = at(s[-1], x0)
+    rows = []
+    for time, noise in watch(list(zip(s, x1, strict=True)), "loss"):
+        now = at(time, x0)
+        rows.append(objective(x0, noise, Times(t, now, now), condition).total.detach())
+    return x0[0].numel() * torch.stack(rows)
+
+
+def flow_matching_minimum(
+    oracle: Flow, x0: Sample, x1: Tensor, s: Tensor, condition: Condition | None = None
+) -> Tensor:
+    """||v - u(x_s, s)||^2 of every draw of tvm_loss [S, N]: what no velocity can learn (eq. 1 at its minimum)."""
+    rows = []
+    for time, noise in zip(s, x1, strict=True):
+        now = at(time, x0)
+        error = conditional_velocity(x0, noise) - oracle.velocity(interpolate(x0, noise, now), now, condition)
+        rows.append(error.flatten(1).square().sum(1))
+    return torch.stack(rows)
+
+
+def constant(lipschitz: Tensor, minimum: Tensor, s: Tensor) -> float:
+    """C = -int_0^t lambda(s) E||v - u(x_s, s)||^2 ds (theorem 1), from flow_matching_minimum [S, N]."""
+    return -float(integral(log_lambda(lipschitz, s).exp() * minimum.mean(1), s))
+
+
+# The whole chain ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The chain, measured. All terms are distances.
+
+    Attributes:
+        t: where the jump to 0 starts.
+        values: every term by its name.
+        errors: the quadrature error of every term: its change, point by point, when every second time is left out.
+        standard_error: of global_from_loss against global, from the draws of data and noise.
+        constant: C, not rooted.
+        loss: (1/t) int_0^t E L_TVM(t, s) ds, unweighted; its minimum over models is `loss_minimum`.
+        lipschitz: L(s) [S].
+        paths: what was measured on.
+    """
+
+    t: float
+    values: dict[str, float]
+    errors: dict[str, float]
+    standard_error: float
+    constant: float
+    loss: float
+    loss_minimum: float
+    lipschitz: Tensor
+    paths: Paths
+
+    @property
+    def path_length(self) -> float:
+        """int_0^t L(s) ds."""
+        return float(integral(self.lipschitz, self.paths.s))
+
+    def tolerance(self, lower: str, upper: str) -> float:
+        """By how much `lower` may exceed `upper`: the quadrature error, or rounding where the grid is exact."""
+        if lower == "w2":
+            return math.hypot(self.values[upper], W2_ROUNDING) - self.values[upper]
+        if lower == "displacement":
+            return self.errors[lower] + self.errors[upper]
+        return ROUNDING * self.values[upper]
+
+    @property
+    def quadrature_error(self) -> float:
+        """The largest tolerance of any link: what the ordering is to be read up to."""
+        return max(self.tolerance(*link) for link in LINKS if link[0] == "displacement")
+
+    def violations(self) -> list[str]:
+        """The links that do not hold, named; empty if the theory, the code and the grid are right."""
+        return [
+            f"{lower} {self.values[lower]:.6g} > {upper} {self.values[upper]:.6g}"
+            for lower, upper in LINKS
+            if not self.values[lower] <= self.values[upper] + self.tolerance(lower, upper)
+        ]
+
+
+def pointwise_terms(paths: Paths) -> dict[str, Tensor]:
+    """The terms that are root mean squares over points, before the mean: [N] each."""
+    return {
+        "displacement": displacement(paths),
+        "terminal_velocity": terminal_velocity(paths),
+        "pathwise_one_sided": pathwise(one_sided_rate(paths), paths),
+        "pathwise_two_sided": pathwise(two_sided_rate(paths), paths),
+    }
+
+
+def measure(
+    model: Flow,
+    oracle: Flow,
+    x0: Sample,
+    x1: Sample,
+    *,
+    t: float = 1.0,
+    scale: float,
+    steps: int = STEPS,
+    condition: Condition | None = None,
+    watch: Watch = unwatched,
+) -> Bound:
+    """Measure the whole chain for a jump of the model from time t to 0.
+
+    Args:
+        model: a FlowMap (a float64 copy is measured) or another Flow in float64.
+        oracle: the exact flow that it learned.
+        x0: data [N, ...].
+        x1: noise [N, ...]; the jump starts at x_t = (1 - t) x0 + t x1.
+        t: in (0, 1].
+        scale: of the time grid: the time below which the exact field changes fast, about the width of the data's modes.
+        steps: intervals of the time grid, even.
+        condition: classes, with beta = 1: theorem 1 knows no guidance.
+        watch: wraps the loops over times, for a progress bar.
+
+    Raises:
+        ValueError: see time_grid; a condition with guidance.
+        FloatingPointError: a model whose path is not finite.
+    """
+    if condition is not None and not bool((condition.beta == 1).all()):
+        raise ValueError("the bound is stated without guidance: beta must be 1")
+    if isinstance(model, nn.Module):
+        model = copy.deepcopy(model).double()
+    x0, x1, s = x0.double(), x1.double(), time_grid(t, scale, steps)
+    x_t = interpolate(x0, x1, at(s[-1], x0))
+    paths = follow(model, oracle, x_t, s, scale, condition, watch)
+    if not all(bool(torch.isfinite(a).all()) for a in (paths.x, paths.df_ds, paths.u_x, paths.u_y)):
+        raise FloatingPointError("the model's path is not finite")
+    L = lipschitz(model, paths, condition, watch)
+
+    terms, coarse = pointwise_terms(paths), pointwise_terms(paths.thinned())
+    values = {name: rms(term) for name, term in terms.items()}
+    errors = {name: rms(term - coarse[name]) for name, term in terms.items()}  # of opposite signs, they do not cancel
+    values["w2"] = wasserstein2(paths.x[0].flatten(1), paths.y[0].flatten(1))
+    solver = exact_path(oracle, x_t, s[::2], scale, condition)[0] - paths.y[0]
+    errors["displacement"] = errors["w2"] = rms(solver.flatten(1).norm(dim=1))  # a shift of Y_0 moves both by no more
+    values["global"] = global_bound(paths, L)
+    errors["global"] = abs(values["global"] - global_bound(paths.thinned(), L[::2]))
+
+    noise = repaired(x1, len(s))
+    loss = tvm_loss(model, x0, noise, s, condition, watch)
+    minimum = flow_matching_minimum(oracle, x0, noise, s, condition)
+    excess = loss - minimum  # [S, N]: the same draws, so that most of their noise cancels
+    values["global_from_loss"] = weighted_root(log_lambda(L, s), excess.mean(1), s)
+    errors["global_from_loss"] = abs(
+        values["global_from_loss"] - weighted_root(log_lambda(L, s)[::2], excess.mean(1)[::2], s[::2])
+    )
+    return Bound(
+        t=t,
+        values={name: values[name] for name in TERMS},
+        errors={name: errors[name] for name in TERMS},
+        standard_error=loss_standard_error(paths, L, excess),
+        constant=constant(L, minimum, s),
+        loss=float(integral(loss.mean(1), s)) / t,
+        loss_minimum=float(integral(minimum.mean(1), s)) / t,
+        lipschitz=L,
+        paths=paths,
+    )
+
+
+def loss_standard_error(paths: Paths, lipschitz: Tensor, excess: Tensor) -> float:
+    """Standard error of global_from_loss - global over draws, both as distances; `excess` [S, N] is loss - minimum.
+
+    Each draw gives one difference of squares, int lambda (excess - a^2 - b^2) ds; a difference of roots is that over
+    the sum of the roots.
+    """
+    residual = terminal_velocity_residual(paths).square() + flow_matching_residual(paths).square()
+    log_weight = log_lambda(lipschitz, paths.s)
+    top = log_weight.max()
+    weight = (log_weight - top).exp()[:, None]
+    spread = integral(weight * (excess - residual), paths.s).std() / math.sqrt(excess.shape[1])
+    root = global_bound(paths, lipschitz) / float((top / 2).exp())  # in the same units
+    return float(spread) / max(root, math.sqrt(float(spread)), torch.finfo(torch.float64).tiny) * float((top / 2).exp())
