@@ -120,3 +120,23 @@ def follow(
         rows.append((x_s, df_ds, u_x, u_y, oracle.velocity(y_s, now, condition)))
     x, df_ds, u_x, u_y, exact = (torch.stack(column).detach() for column in zip(*rows, strict=True))
     return Paths(s, x, y, df_ds, u_x, u_y, exact)
+
+
+def norms(a: Tensor) -> Tensor:
+    """||a|| of every sample at every time: [S, N, ...] to [S, N]."""
+    return a.flatten(2).norm(dim=2)
+
+
+def displacement_error(paths: Paths) -> Tensor:
+    """e(s) = ||X_s - Y_s|| [S, N] (eq. 5)."""
+    return norms(paths.x - paths.y)
+
+
+def terminal_velocity_residual(paths: Paths) -> Tensor:
+    """a(s) = ||d/ds f(x_t, t, s) - u_theta(X_s, s)|| [S, N] (the first term of eq. 9, before the square)."""
+    return norms(paths.df_ds - paths.u_x)
+
+
+def flow_matching_residual(paths: Paths) -> Tensor:
+    """b(s) = ||u_theta(Y_s, s) - u(Y_s, s)|| [S, N] (the second term of eq. 9, less its minimum)."""
+    return norms(paths.u_y - paths.exact)

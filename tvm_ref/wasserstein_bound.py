@@ -38,10 +38,14 @@ from tvm_ref.bound_paths import (
     Paths,
     Watch,
     at,
+    displacement_error,
     exact_path,
+    flow_matching_residual,
     follow,
     integral,
+    norms,
     running_integral,
+    terminal_velocity_residual,
     time_grid,
     unwatched,
 )
@@ -68,26 +72,6 @@ ROUNDING = 1e-9  # relative: what float64 costs the links that hold exactly on a
 COINCIDENT = 1e-12  # X and Y nearer than this count as the same point: a ratio of roundings says nothing
 W2_ROUNDING = 3e-7  # POT expands squared distances: some 1e-14 there is this much in a distance of zero
 Weight = Callable[[Tensor, Tensor], Tensor]  # L [S] and s [S] to log lambda [S]
-
-
-def norms(a: Tensor) -> Tensor:
-    """||a|| of every sample at every time: [S, N, ...] to [S, N]."""
-    return a.flatten(2).norm(dim=2)
-
-
-def displacement_error(paths: Paths) -> Tensor:
-    """e(s) = ||X_s - Y_s|| [S, N] (eq. 5)."""
-    return norms(paths.x - paths.y)
-
-
-def terminal_velocity_residual(paths: Paths) -> Tensor:
-    """a(s) = ||d/ds f(x_t, t, s) - u_theta(X_s, s)|| [S, N] (the first term of eq. 9, before the square)."""
-    return norms(paths.df_ds - paths.u_x)
-
-
-def flow_matching_residual(paths: Paths) -> Tensor:
-    """b(s) = ||u_theta(Y_s, s) - u(Y_s, s)|| [S, N] (the second term of eq. 9, less its minimum)."""
-    return norms(paths.u_y - paths.exact)
 
 
 def one_sided_rate(paths: Paths) -> Tensor:
@@ -244,6 +228,8 @@ class Bound:
         t: where the jump to 0 starts.
         values: every term by its name.
         errors: the quadrature error of every term: its change, point by point, when every second time is left out.
+        medians: over points, of the terms that are means over points: their tails are heavy, for points near a
+            separatrix land in the wrong mode.
         standard_error: of global_from_loss against global, from the draws of data and noise.
         constant: C, not rooted.
         loss: (1/t) int_0^t E L_TVM(t, s) ds, unweighted; its minimum over models is `loss_minimum`.
@@ -254,6 +240,7 @@ class Bound:
     t: float
     values: dict[str, float]
     errors: dict[str, float]
+    medians: dict[str, float]
     standard_error: float
     constant: float
     loss: float
@@ -330,7 +317,7 @@ def measure(
     if condition is not None and not bool((condition.beta == 1).all()):
         raise ValueError("the bound is stated without guidance: beta must be 1")
     if isinstance(model, nn.Module):
-        model = copy.deepcopy(model).double()
+        model = copy.deepcopy(model).double().requires_grad_(False)
     x0, x1, s = x0.double(), x1.double(), time_grid(t, scale, steps)
     x_t = interpolate(x0, x1, at(s[-1], x0))
     paths = follow(model, oracle, x_t, s, scale, condition, watch)
@@ -359,6 +346,7 @@ def measure(
         t=t,
         values={name: values[name] for name in TERMS},
         errors={name: errors[name] for name in TERMS},
+        medians={name: float(term.median()) for name, term in terms.items()},
         standard_error=loss_standard_error(paths, L, excess),
         constant=constant(L, minimum, s),
         loss=float(integral(loss.mean(1), s)) / t,

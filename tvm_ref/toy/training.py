@@ -78,10 +78,7 @@ class Training:
         self.config = config
         self.distribution = distribution
         torch.manual_seed(config.seed)
-        network = ToyNetwork(
-            distribution.dim, distribution.num_classes if config.conditional else 0, config.width, config.depth
-        )
-        self.model = FlowMap(network, scaled=config.guidance != 1).to(config.device)
+        self.model = FlowMap(self._make_network(), scaled=config.guidance != 1).to(config.device)
         self.objective = self._make_objective()
         self.target = EMA(self.model, config.target_ema)
         self.ema = EMA(self.model, config.ema)
@@ -92,6 +89,10 @@ class Training:
         self.step = 0
         self.seconds = 0.0
         self._block: tuple[int, list[Batch]] = (-1, [])
+
+    def _make_network(self) -> ToyNetwork:
+        classes = self.distribution.num_classes if self.config.conditional else 0
+        return ToyNetwork(self.distribution.dim, classes, self.config.width, self.config.depth)
 
     def _make_objective(self) -> Objective:
         null_label = self.distribution.num_classes if self.config.guidance != 1 else None

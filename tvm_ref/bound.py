@@ -1,0 +1,297 @@
+"""Measure the 2-Wasserstein bound (theorem 1) with every constant, on data where every term of it is known.
+
+    python -m tvm_ref.bound runs/toy/moons                 a finished run of python -m tvm_ref.toy
+    python -m tvm_ref.bound runs/toy/moons --time 0.5      the jump from t = 0.5 instead of from noise
+    python -m tvm_ref.bound --dist moons --train           over training: does lowering the loss lower W2?
+    python -m tvm_ref.bound --dist moons --lipschitz       how RMSNorm and spectral initialisation change int L
+
+The first two print the chain W2 <= displacement <= bounds as a table, and write bound.json and bound.png into the run's
+folder. The others train first (a minute or more) and write into --out. "/ W2" says how loose a term is. The exit status
+is 1 if a link of the chain is violated, which the theory excludes.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from tvm_ref.distances import sampling_floor, wasserstein2
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.guidance import Condition
+from tvm_ref.toy import bound_training, taming
+from tvm_ref.toy.bound_plots import LABELS, plot_bound, plot_training
+from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, flag
+from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.run import distribution_of, load_run, write_atomically
+from tvm_ref.wasserstein_bound import STEPS, TERMS, Bound, measure
+
+SEED = 2**41  # of the draws that the bound is measured on: apart from those of training and of metrics.json
+TRAINING_OPTIONS = ["dist", "data", "bandwidth", "objective", "steps", "batch_size", "width", "depth", "lr",
+                    "time_sampler", "noise_share", "equal_share", "target_ema", "ema", "seed"]  # fmt: skip
+MAX_POINTS = 5000  # exact optimal transport holds points^2 costs
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = OneLineParser(
+        "python -m tvm_ref.bound", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("run", nargs="?", type=Path, help="folder of a finished run")
+    mode = p.add_mutually_exclusive_group()
+    mode.add_argument("--train", action="store_true", help="train while measuring, and draw the chain over training")
+    mode.add_argument("--lipschitz", action="store_true", help="compare int L of a plain and of tamed networks")
+    p.add_argument("--time", type=float, default=1.0, help="t in (0, 1], where the jump to 0 starts (default: 1)")
+    p.add_argument("--points", type=int, help="points measured on (default: 2000; with --train or --lipschitz: 500)")
+    p.add_argument("--grid", type=int, help=f"time steps of the integrals, even (default: {STEPS}; else {STEPS // 2})")
+    p.add_argument("--out", type=Path, help="folder of --train or --lipschitz (default: runs/toy/NAME-bound)")
+    p.add_argument("--overwrite", action="store_true", help="replace results that are already in that folder")
+    add_options(p.add_argument_group("what --train and --lipschitz train"), TRAINING_OPTIONS)  # type: ignore[arg-type]
+    return p
+
+
+def draw(
+    distribution: GaussianMixture, points: int, *, conditional: bool = False
+) -> tuple[Tensor, Tensor, Condition | None]:
+    """Data x0 and noise x1 [points, D] to measure on, and their classes."""
+    generator = torch.Generator().manual_seed(SEED)
+    x0, label = distribution.sample(points, generator)
+    x1 = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+    return x0, x1, Condition(label, torch.ones(points, dtype=x0.dtype)) if conditional else None
+
+
+def load_finished(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
+    """A run that the bound can be measured on, as load_run gives it.
+
+    Raises:
+        ValueError, OSError: no run, an unfinished or damaged one, one with guidance, or one that learned no jumps.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; train first: python -m tvm_ref.toy --out {folder}")
+    try:
+        config, distribution, model = load_run(folder)
+        done = json.loads((folder / "metrics.json").read_text())["steps"]["done"]
+    except FileNotFoundError as error:
+        if error.filename and Path(error.filename).name == "metrics.json":
+            raise ValueError(f"{folder} is not finished (no metrics.json); go on with --resume") from None
+        raise
+    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
+    if done < config.steps:
+        raise ValueError(f"{folder} stopped at step {done} of {config.steps}; go on with --resume")
+    check_objective(config)
+    return config, distribution, model
+
+
+def check_objective(config: ToyConfig) -> None:
+    """Raise ValueError for training that theorem 1 does not cover."""
+    if config.guidance != 1:
+        raise ValueError(
+            f"the bound is stated without guidance, and this run has --guidance {config.guidance:g}: "
+            "its labels have no distribution in closed form"
+        )
+    if config.objective == "fm":
+        raise ValueError("flow matching learns no jumps to bound; choose --objective tvm, pid or meanflow")
+
+
+def progress(times: Any, name: str) -> Any:
+    """A progress bar over times."""
+    return tqdm(times, desc=f"{name:>9}", unit="time", leave=False)
+
+
+# A finished run -----------------------------------------------------------------------------------------------------
+
+
+def measure_run(folder: Path, t: float, points: int, steps: int) -> Bound:
+    """Measure a finished run, print the chain, and write bound.json and bound.png into its folder.
+
+    Raises:
+        ValueError, OSError: see load_finished and measure.
+        FloatingPointError: a model whose path, or whose bounds, are not finite.
+    """
+    config, distribution, model = load_finished(folder)
+    x0, x1, condition = draw(distribution, points, conditional=config.conditional)
+    bound = measure(
+        model.cpu(), distribution, x0, x1, t=t, scale=0.7 * distribution.sigma, steps=steps, condition=condition,
+        watch=progress,
+    )  # fmt: skip
+    report = summary(bound) | {"points": points, "grid": steps}
+    report["w2_data"], report["w2_floor"] = against_data(bound, distribution)
+    write_atomically(folder / "bound.json", dumps(report))
+    plot_bound(folder / "bound.png", bound, config.name)
+    print(table(bound, report))
+    print(f"bound.json and bound.png: {folder}")
+    return bound
+
+
+def against_data(bound: Bound, distribution: GaussianMixture) -> tuple[float, float]:
+    """W2 of the model's samples against fresh data, and what it is for a perfect model, the sampling floor."""
+    generator = torch.Generator().manual_seed(SEED + 1)
+    samples = bound.paths.x[0]
+    floor, _ = sampling_floor(lambda n, g: distribution.sample(n, g)[0], len(samples), repeats=2, seed=SEED + 2)
+    return wasserstein2(samples, distribution.sample(len(samples), generator)[0]), floor
+
+
+def summary(bound: Bound) -> dict[str, Any]:
+    """What bound.json holds: every term as a distance, and how sure each is."""
+    return {
+        "t": bound.t,
+        **bound.values,
+        "quadrature_error": bound.quadrature_error,
+        "quadrature_errors": bound.errors,
+        "medians": bound.medians,
+        "standard_error": bound.standard_error,
+        "path_lipschitz": bound.path_length,
+        "loss": bound.loss,
+        "loss_minimum": bound.loss_minimum,
+        "constant": bound.constant,
+        "violations": bound.violations(),
+    }
+
+
+def table(bound: Bound, report: dict[str, Any]) -> str:
+    """The chain as a table to print."""
+    w2 = max(bound.values["w2"], torch.finfo(torch.float64).tiny)
+    lines = [f"{'t = ' + format(bound.t, 'g'):<28}{'value':>11}{'/ W2':>11}{'median':>11}{'quadrature error':>18}"]
+    for name in TERMS:
+        value, median = bound.values[name], bound.medians.get(name)
+        cells = f"{value:>11.4g}{value / w2:>11.4g}{'' if median is None else format(median, '.4g'):>11}"
+        note = f"   +- {bound.standard_error:.2g} (draws)" if name == "global_from_loss" else ""
+        lines.append(f"{LABELS[name]:<28}{cells}{bound.errors[name]:>18.1e}{note}")
+    lines += [
+        f"W2 to fresh data {report['w2_data']:.4f}; two clouds of data are {report['w2_floor']:.4f} apart",
+        f"int L = {bound.path_length:.2f}, from L(s), the largest slope seen: an estimate from below of the true one",
+        f"loss (eq. 9, mean over s) {bound.loss:.4f}, of which {bound.loss_minimum:.4f} cannot be learned",
+    ]
+    return "\n".join(lines)
+
+
+def dumps(report: dict[str, Any]) -> str:
+    """A report as JSON.
+
+    Raises:
+        FloatingPointError: numbers that JSON has no word for.
+    """
+    try:
+        return json.dumps(report, indent=2, allow_nan=False) + "\n"
+    except ValueError:
+        raise FloatingPointError("a bound is too large for a float64, or not a number") from None
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+def prepare_folder(out: Path, results: str, *, overwrite: bool) -> None:
+    """Make the folder of --train or --lipschitz.
+
+    Raises:
+        ValueError, OSError: something is in the way.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, not a folder")
+    if (out / results).exists() and not overwrite:
+        raise ValueError(f"{out} already holds {results}: --overwrite, or another --out")
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} holds a run; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def measure_training(config: ToyConfig, out: Path, t: float, points: int, steps: int) -> list[str]:
+    """--train: training.json (rewritten after every measurement) and training.png; returns violated links."""
+    distribution = distribution_of(config)
+    x0, x1, _ = draw(distribution, points)
+    records: list[bound_training.Record] = []
+    for record in bound_training.measure_over_training(config, distribution, x0, x1, t=t, steps=steps):
+        records.append(record)
+        write_atomically(out / "training.json", dumps({"t": t, "points": points, "grid": steps, "records": records}))
+    correlations = bound_training.rank_correlations(records)
+    known = {name: value if value == value else None for name, value in correlations.items()}
+    report = {"t": t, "points": points, "grid": steps, "records": records, "rank_correlation_with_w2": known}
+    write_atomically(out / "training.json", dumps(report))
+    plot_training(out / "training.png", records, correlations, config.name)
+    print(bound_training.table(records, correlations))
+    print(f"training.json and training.png: {out}")
+    return [f"step {r['step']}: {link}" for r in records for link in r["violations"]]
+
+
+def compare_tamings(config: ToyConfig, out: Path, t: float, points: int, steps: int) -> list[str]:
+    """--lipschitz: a table, and lipschitz.json; returns violated links."""
+    distribution = distribution_of(config)
+    x0, x1, _ = draw(distribution, points)
+    results = taming.diagnose(config, distribution, x0, x1, t=t, steps=steps)
+    report = {"t": t, "points": points, "grid": steps, "training_steps": config.steps, "networks": results}
+    write_atomically(out / "lipschitz.json", dumps(report))
+    print(taming.table(results))
+    print(f"L is the largest slope seen on the paths, an estimate from below; lipschitz.json: {out}")
+    return [
+        f"{name}, {state}: {link}"
+        for name, states in results.items()
+        for state, figures in states.items()
+        for link in figures["violations"]
+    ]
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+def check(arguments: dict[str, Any], training: dict[str, Any]) -> None:
+    """Raise ValueError for options that do not fit together or are out of range."""
+    trains = arguments["train"] or arguments["lipschitz"]
+    if (arguments["run"] is None) != trains:
+        raise ValueError("give either the folder of a finished run, or --dist NAME with --train or --lipschitz")
+    if not trains and (training or arguments["out"] or arguments["overwrite"]):
+        option = flag(next(iter(training))) if training else "--out" if arguments["out"] else "--overwrite"
+        raise ValueError(f"{option} goes with --train or --lipschitz; a finished run has its own options and folder")
+    if not 0 < arguments["time"] <= 1:
+        raise ValueError(f"--time must lie in (0, 1], got {arguments['time']}")
+    if not 10 <= arguments["points"] <= MAX_POINTS:
+        raise ValueError(f"--points must lie in [10, {MAX_POINTS}], got {arguments['points']}")
+    if arguments["grid"] < 4 or arguments["grid"] % 2:
+        raise ValueError(f"--grid must be even and at least 4, got {arguments['grid']}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 1 a violated link or divergence, 2 bad input."""
+    command = parser()
+    given = vars(command.parse_args(argv))
+    own = {
+        name: given.pop(name) for name in ("run", "train", "lipschitz", "time", "points", "grid", "out", "overwrite")
+    }
+    trains = own["train"] or own["lipschitz"]
+    own["points"] = own["points"] if own["points"] is not None else 500 if trains else 2000
+    own["grid"] = own["grid"] if own["grid"] is not None else STEPS // 2 if trains else STEPS
+    size = (own["time"], own["points"], own["grid"])
+    try:
+        check(own, given)
+        if trains:
+            config = ToyConfig(**given)
+            check_objective(config)
+            distribution_of(config)
+            kind = "training" if own["train"] else "lipschitz"
+            out = own["out"] or Path("runs/toy") / f"{config.name}-{'bound' if own['train'] else 'lipschitz'}"
+            prepare_folder(out, f"{kind}.json", overwrite=own["overwrite"])
+        else:
+            violated = measure_run(own["run"], *size).violations()
+    except (ValueError, OSError) as error:
+        command.error(str(error))
+    except FloatingPointError as error:
+        print(f"{command.prog}: error: {error}", file=sys.stderr)
+        return 1
+    if trains:
+        try:
+            violated = (measure_training if own["train"] else compare_tamings)(config, out, *size)
+        except FloatingPointError as error:
+            print(f"{command.prog}: error: diverged: {error}; a smaller --lr may help", file=sys.stderr)
+            return 1
+    for link in violated:
+        print(f"{command.prog}: violated: {link}", file=sys.stderr)
+    return 1 if violated else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

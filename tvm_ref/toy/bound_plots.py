@@ -1,0 +1,94 @@
+"""Pictures of the bound: its terms over time, the chain as bars, and the chain over training."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from tvm_ref.bound_paths import displacement_error, flow_matching_residual, terminal_velocity_residual
+from tvm_ref.toy.plots import BLUE, GREEN, GREY, ORANGE, PINK, SKY, make_figure, save_figure
+from tvm_ref.wasserstein_bound import TERMS, Bound, one_sided_rate, two_sided_rate
+
+LABELS = {
+    "w2": "W2 (optimal transport)",
+    "displacement": "displacement (eq. 36-38)",
+    "terminal_velocity": "terminal velocity (eq. 7)",
+    "pathwise_one_sided": "path-wise, one-sided",
+    "pathwise_two_sided": "path-wise, two-sided",
+    "global": "global (theorem 1)",
+    "global_from_loss": "global, from the TVM loss",
+}
+COLOURS = dict(zip(TERMS, ("#000000", BLUE, SKY, GREEN, ORANGE, PINK, GREY), strict=True))
+
+
+def plot_bound(path: Path, bound: Bound, title: str) -> None:
+    """Residuals and errors over s, growth rates over s, and the chain as bars on a logarithmic axis."""
+    figure, (left, middle, right) = make_figure(3, 5.2, plane=False)
+    figure.suptitle(f"{title}: the 2-Wasserstein bound, t = {bound.t:g}", fontsize=16)
+    _residuals(left, bound)
+    _rates(middle, bound)
+    names = list(TERMS)[::-1]
+    values = [bound.values[name] for name in names]
+    right.barh(range(len(names)), values, color=[COLOURS[name] for name in names])
+    for i, value in enumerate(values):
+        right.annotate(f" {value:.3g}", (value, i), va="center", fontsize=11)
+    positive = [value for value in values if value > 0] or [1.0]
+    right.set(xscale="log", xlim=(min(positive) / 3, max(positive) * (max(positive) / min(positive)) ** 0.25 * 3))
+    right.set_yticks(range(len(names)), [LABELS[name] for name in names], fontsize=11)
+    right.set_title("the chain, as distances")
+    save_figure(figure, path)
+
+
+def _residuals(ax: Axes, bound: Bound) -> None:
+    s = bound.paths.s.numpy()
+    for label, values, colour in (
+        ("a: terminal velocity residual", terminal_velocity_residual(bound.paths), BLUE),
+        ("b: flow-matching residual", flow_matching_residual(bound.paths), ORANGE),
+        ("e: displacement error", displacement_error(bound.paths), GREEN),
+    ):
+        ax.plot(s, values.square().mean(1).sqrt().numpy(), color=colour, label=label)
+    ax.set(xlabel="time s (0 is data)", ylabel="RMS over points", ylim=(0, None))
+    ax.set_title("residuals and error")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=11)
+
+
+def _rates(ax: Axes, bound: Bound) -> None:
+    s = bound.paths.s.numpy()
+    for label, values, colour in (
+        ("L: largest seen", bound.lipschitz, PINK),
+        ("two-sided, mean over points", two_sided_rate(bound.paths).mean(1), ORANGE),
+        ("one-sided m, mean over points", one_sided_rate(bound.paths).mean(1), GREEN),
+    ):
+        ax.plot(s, values.numpy(), color=colour, label=label)
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set(xlabel="time s (0 is data)", ylabel="growth rate of the error")
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set_title("rates")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=11)
+
+
+def plot_training(path: Path, records: list[dict[str, Any]], correlations: dict[str, float], title: str) -> None:
+    """W2, displacement and bounds over training; the loss over training, with the rank correlations."""
+    figure, (left, right) = make_figure(2, 5.2, plane=False)
+    figure.set_size_inches(13, 5.2)
+    figure.suptitle(f"{title}: the bound over training", fontsize=16)
+    steps = [record["step"] for record in records]
+    for name in TERMS[:-1]:
+        left.plot(steps, [record[name] for record in records], color=COLOURS[name], label=LABELS[name], marker=".")
+    left.set(xscale="log", yscale="log", xlabel="training step", ylabel="distance")
+    left.set_title("the chain")
+    w2 = [record["w2"] for record in records]
+    for name, label, colour in (
+        ("training_loss", "loss as trained (EMA target)", BLUE),
+        ("loss", "TVM loss, eq. 9, mean over s", ORANGE),
+    ):
+        values = [record[name] for record in records]
+        right.scatter(values, w2, color=colour, label=f"{label}\nrank correlation with W2: {correlations[name]:.2f}")
+    right.set(xlabel="loss", ylabel="W2", yscale="log")
+    right.set_title("does lowering the loss lower W2?")
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=10)
+    save_figure(figure, path)
