@@ -66,7 +66,7 @@ def _rates(ax: Axes, bound: Bound) -> None:
     ax.set_yscale("symlog", linthresh=1)
     ax.set_title("rates")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=11)
+    ax.legend(fontsize=11, loc="upper right")
 
 
 def plot_training(path: Path, records: list[dict[str, Any]], correlations: dict[str, float], title: str) -> None:
@@ -90,5 +90,6 @@ def plot_training(path: Path, records: list[dict[str, Any]], correlations: dict[
     right.set_title("does lowering the loss lower W2?")
     for ax in (left, right):
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=10)
+    left.legend(fontsize=10, loc="upper left")
+    right.legend(fontsize=10, loc="lower right")
     save_figure(figure, path)

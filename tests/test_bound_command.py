@@ -1,0 +1,232 @@
+import json
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from tvm_ref import bound as command
+from tvm_ref.toy import bound_training, taming
+from tvm_ref.toy.__main__ import main as toy
+from tvm_ref.toy.config import ToyConfig
+from tvm_ref.toy.distributions import make_distribution
+from tvm_ref.toy.network import ToyNetwork
+from tvm_ref.wasserstein_bound import LINKS, TERMS
+
+KEYS = {"t", *TERMS, "quadrature_error"}
+SMALL = ["--width", "16", "--depth", "2", "--batch-size", "128"]
+SIZE = ["--points", "100", "--grid", "64"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "moons"
+    assert toy(["--dist", "moons", "--steps", "400", "--points", "50", "--out", str(folder), *SMALL]) == 0
+    return folder
+
+
+def copied(run, tmp_path, **changes):
+    """The run with another config.json."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "metrics.json"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def refusal(arguments, capsys) -> str:
+    """The one line that bad input gives, on stderr, with exit status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        command.main([str(a) for a in arguments])
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    return err
+
+
+def test_a_finished_run_is_measured_written_and_drawn(run, capsys):
+    assert command.main([str(run), "--points", "400"]) == 0
+    result = json.loads((run / "bound.json").read_text())
+    assert set(result) >= KEYS
+    for lower, upper in LINKS:
+        assert result[lower] <= result[upper] + result["quadrature_error"] + 1e-9 * result[upper]
+    assert result["violations"] == []
+    assert result["t"] == 1
+    assert result["pathwise_one_sided"] <= 4 * result["displacement"]
+    assert math.isfinite(result["global"])
+    assert abs(result["global_from_loss"] - result["global"]) <= 4 * result["standard_error"]
+    assert (run / "bound.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "estimate from below" in printed
+    assert all(line in printed for line in ("W2 (optimal transport)", "global (theorem 1)"))
+
+
+def test_results_are_reproducible_and_depend_on_t(run, capsys):
+    results = []
+    for t in ("1", "1", "0.4"):
+        assert command.main([str(run), *SIZE, "--time", t]) == 0
+        results.append(json.loads((run / "bound.json").read_text()))
+    assert results[0] == results[1]
+    assert results[2]["t"] == 0.4
+    assert results[2]["path_lipschitz"] < results[0]["path_lipschitz"]
+
+
+def test_a_conditional_run_is_measured(tmp_path, capsys):
+    folder = tmp_path / "circles"
+    options = ["--dist", "circles", "--conditional", "--steps", "50", "--points", "50", "--out", str(folder)]
+    assert toy([*options, *SMALL]) == 0
+    assert command.main([str(folder), *SIZE]) == 0
+    assert json.loads((folder / "bound.json").read_text())["violations"] == []
+
+
+def test_a_violated_link_is_named_and_fails(run, capsys, monkeypatch):
+    monkeypatch.setattr(command.Bound, "violations", lambda self: ["w2 2 > displacement 1"])
+    assert command.main([str(run), *SIZE]) == 1
+    assert "violated: w2 2 > displacement 1" in capsys.readouterr().err
+
+
+def test_training_is_measured_and_drawn(tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--dist", "moons", "--train", "--steps", "120", "--points", "60", "--grid", "32", "--out", str(out)]
+    assert command.main([*options, *SMALL]) == 0
+    result = json.loads((out / "training.json").read_text())
+    steps = [record["step"] for record in result["records"]]
+    assert steps == bound_training.measured_steps(120)
+    assert steps[-1] == 120
+    assert all(record["violations"] == [] for record in result["records"])
+    assert all(set(record) >= {*TERMS, "loss", "training_loss", "path_lipschitz"} for record in result["records"])
+    assert all(-1 <= value <= 1 for value in result["rank_correlation_with_w2"].values())
+    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert "Spearman" in capsys.readouterr().out
+    assert "--overwrite" in refusal([*options, *SMALL], capsys)
+    assert command.main([*options, *SMALL, "--overwrite"]) == 0
+
+
+def test_training_that_diverges_is_reported(tmp_path, capsys, monkeypatch):
+    def diverge(self):
+        raise FloatingPointError("the flow_map loss is NaN")
+
+    monkeypatch.setattr(bound_training.Training, "train_step", diverge)
+    assert command.main(["--dist", "moons", "--train", "--out", str(tmp_path / "out"), *SMALL]) == 1
+    assert "diverged" in capsys.readouterr().err
+
+
+def test_lipschitz_table(tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--dist", "moons", "--lipschitz", "--steps", "10", "--points", "30", "--grid", "16", "--out", str(out)]
+    assert command.main([*options, *SMALL]) == 0
+    networks = json.loads((out / "lipschitz.json").read_text())["networks"]
+    assert list(networks) == list(taming.TAMINGS)
+    assert all(figures["violations"] == [] for states in networks.values() for figures in states.values())
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in taming.TAMINGS)
+    assert "--overwrite" in refusal([*options, *SMALL], capsys)
+
+
+def test_spectral_initialisation_and_rms_norm_do_what_they_say():
+    network = taming.tame(ToyNetwork(width=16, depth=3), taming.Taming(rms_norm=True, spectral=True))
+    for layer, norm in network.hidden:
+        expected = min(1.0, math.sqrt(layer.out_features / layer.in_features))
+        assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(expected, rel=1e-5)
+        assert not layer.bias.any()
+        x = 5 * torch.randn(10, 16)
+        torch.testing.assert_close(norm(x).square().mean(1), torch.ones(10))
+    plain = taming.tame(ToyNetwork(width=16), taming.TAMINGS["plain MLP"])
+    assert all(isinstance(layer, nn.Linear) for layer in plain.hidden)
+
+
+def test_tamed_networks_have_right_terminal_velocities():
+    """A JVP passes through RMSNorm: against central differences."""
+    model = taming.at_random(ToyConfig(width=16, depth=2), make_distribution("moons"), taming.TAMINGS["both"]).double()
+    x, t, s = torch.randn(20, 2).double(), torch.full((20,), 0.9).double(), torch.full((20,), 0.4).double()
+    df_ds = model.displacement_and_terminal_velocity(x, t, s)[1]
+    difference = (model.jump(x, t, s + 1e-5) - model.jump(x, t, s - 1e-5)) / 2e-5
+    torch.testing.assert_close(df_ds, difference, rtol=1e-6, atol=1e-8)
+
+
+def test_rank_correlation_sees_order_alone():
+    names = [*bound_training.LOSSES, *TERMS]
+    records = [dict.fromkeys(names, float(x)) | {"loss": math.exp(x), "global": -x} for x in range(5)]
+    correlations = bound_training.rank_correlations(records)
+    assert correlations["loss"] == pytest.approx(1)
+    assert correlations["global"] == pytest.approx(-1)
+    assert all(math.isnan(value) for value in bound_training.rank_correlations(records[:2]).values())
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--help"])
+    assert stopped.value.code == 0
+    assert "python -m tvm_ref.bound runs/toy/moons" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either the folder"),
+        (["--train", "--lipschitz"], "not allowed"),
+        (["RUN", "--train"], "either the folder"),
+        (["RUN", "--steps", "5"], "--steps goes with"),
+        (["RUN", "--overwrite"], "--overwrite goes with"),
+        (["RUN", "--time", "0"], r"\(0, 1\]"),
+        (["RUN", "--time", "nan"], r"\(0, 1\]"),
+        (["RUN", "--time", "soon"], "--time"),
+        (["RUN", "--points", "3"], "--points"),
+        (["RUN", "--points", "99999"], "--points"),
+        (["RUN", "--grid", "7"], "--grid"),
+        (["--train", "--dist", "suns"], "suns"),
+        (["--train", "--lr", "-1"], "--lr"),
+        (["--train", "--objective", "fm"], "flow matching"),
+        (["--train", "--data", "none.csv"], "none.csv"),
+        (["--train", "--out", "RUN"], "holds a run"),
+        (["--train", "--out", "FILE"], "is a file"),
+        (["FILE"], "not a folder"),
+        (["/nowhere"], "not a folder"),
+        (["EMPTY"], "no config.json"),
+    ],
+)
+def test_bad_input_gives_one_line(run, arguments, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    places = {"RUN": run, "FILE": tmp_path / "file", "EMPTY": tmp_path / "empty"}
+    error = refusal([places.get(a, a) for a in arguments], capsys)
+    assert re.search(message, error)
+
+
+def test_runs_that_theorem_1_does_not_cover_are_refused(run, tmp_path, capsys):
+    assert "guidance" in refusal([copied(run, tmp_path, conditional=True, guidance=2.0)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 500}, "step 400 of 500"),
+        ({"objective": "fm"}, "flow matching"),
+        ({"width": 8}, "damaged"),
+        ({"depht": 2}, "config.json"),
+    ],
+)
+def test_unfinished_or_damaged_runs_are_refused(run, changes, message, tmp_path, capsys):
+    assert message in refusal([copied(run, tmp_path, **changes)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", None, "no model"),
+        ("model.safetensors", "rubbish", "damaged"),
+        ("metrics.json", None, "not finished"),
+        ("metrics.json", "{}", "damaged"),
+        ("config.json", "[", "configuration"),
+    ],
+)
+def test_missing_or_broken_files_are_named(run, name, content, message, tmp_path, capsys):
+    folder = copied(run, tmp_path)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    assert message in refusal([folder], capsys)
