@@ -8,6 +8,7 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor, nn
 
+from tvm_ref import bound_paths
 from tvm_ref import wasserstein_bound as wb
 from tvm_ref.distances import wasserstein2
 from tvm_ref.flow_map import FlowMap
@@ -101,7 +102,7 @@ def test_lipschitz_is_at_least_every_jacobian_and_every_ratio_seen():
     assert (wb.two_sided_rate(bound.paths) >= wb.one_sided_rate(bound.paths).abs() * (1 - 1e-12)).all()
     for time, x, y, largest in zip(bound.paths.s, bound.paths.x, bound.paths.y, bound.lipschitz, strict=True):
         for points in (x, y, (x + y) / 2):
-            norms = jacobian_norms(lambda z, time=time: model.velocity(z, wb.at(time, z)), points)
+            norms = jacobian_norms(lambda z, time=time: model.velocity(z, bound_paths.at(time, z)), points)
             assert float(norms.max()) <= float(largest) * (1 + 1e-12)
 
 
@@ -125,10 +126,10 @@ def test_the_oracle_has_no_error_and_its_loss_is_minus_c():
         assert bound.values[name] <= 1e-4 + bound.errors[name], name  # the exact map's own solver: 1e-5
     assert bound.violations() == []
     s, x0, x1 = bound.paths.s, *draws(oracle, 25)
-    noise = wb.repaired(x1, len(s))
-    weight = 2 * torch.exp(2 * wb.running_integral(bound.lipschitz, s))
-    loss = wb.integral(weight * wb.tvm_loss(oracle, x0, noise, s).mean(1), s)
-    minimum = wb.integral(weight * wb.flow_matching_minimum(oracle, x0, noise, s).mean(1), s)
+    noise = bound_paths.repaired(x1, len(s))
+    weight = 2 * torch.exp(2 * bound_paths.running_integral(bound.lipschitz, s))
+    loss = bound_paths.integral(weight * bound_paths.tvm_loss(oracle, x0, noise, s).mean(1), s)
+    minimum = bound_paths.integral(weight * bound_paths.flow_matching_minimum(oracle, x0, noise, s).mean(1), s)
     assert bound.constant == pytest.approx(-float(minimum), rel=1e-12)
     assert float(loss) + bound.constant == pytest.approx(0, abs=1e-6 * float(loss))
     assert bound.loss == pytest.approx(bound.loss_minimum, rel=1e-6)
@@ -139,8 +140,8 @@ def test_constant_of_one_gaussian_is_its_closed_form():
     sigma, n, t, rate = 0.5, 20_000, 0.8, 1.5
     oracle = GaussianMixture(torch.tensor([[0.4, -0.3]]), sigma)
     x0, x1 = draws(oracle, n)
-    s = wb.time_grid(t, 0.35, 64)
-    minimum = wb.flow_matching_minimum(oracle, x0, wb.repaired(x1, len(s)), s)
+    s = bound_paths.time_grid(t, 0.35, 64)
+    minimum = bound_paths.flow_matching_minimum(oracle, x0, bound_paths.repaired(x1, len(s)), s)
     exact = -quad(lambda r: 2 * t * math.exp(2 * rate * r) * 2 * sigma**2 / ((1 - r) ** 2 * sigma**2 + r**2), 0, t)[0]
     assert wb.constant(torch.full_like(s, rate), minimum, s) == pytest.approx(exact, rel=0.01)
 
@@ -163,9 +164,9 @@ def test_gaussian_data_and_a_linear_network_have_closed_forms(c, t):
     mean, sigma, d = torch.tensor([0.3, -0.5], dtype=torch.float64), 0.8, (0.2, 0.6)
     oracle = GaussianMixture(mean[None], sigma)
     x0, x1 = draws(oracle, 4)
-    s = wb.time_grid(t, 0.7, 2048)
+    s = bound_paths.time_grid(t, 0.7, 2048)
     x_t = (1 - t) * x0 + t * x1
-    paths = wb.follow(FlowMap(Affine(c, d)), oracle, x_t, s, 0.7)
+    paths = bound_paths.follow(FlowMap(Affine(c, d)), oracle, x_t, s, 0.7)
     found = {name: term.tolist() for name, term in wb.pointwise_terms(paths).items()}
 
     average = c * x_t + torch.tensor(d, dtype=torch.float64)  # d/ds f
@@ -228,7 +229,7 @@ def test_classes_are_measured_class_by_class():
 # Why every constant is needed -------------------------------------------------------------------------------------
 
 
-def tight_case(L: float, steps: int = 512) -> tuple[wb.Paths, Tensor]:
+def tight_case(L: float, steps: int = 512) -> tuple[bound_paths.Paths, Tensor]:
     """Groenwall, Cauchy-Schwarz and (a + b)^2 <= 2 a^2 + 2 b^2 as equalities: paths at t = 1, and L(s).
 
     u_theta = -L x. With p = n e^(-L s), ||n|| = 1, the exact field is u = -L y + p and the model's path has
@@ -236,13 +237,13 @@ def tight_case(L: float, steps: int = 512) -> tuple[wb.Paths, Tensor]:
     Both are linear: Y = e^(L (1 - s)) x - (1 - s) p and X = e^(L (1 - s)) x + (1 - s) p.
     """
     x, n = torch.randn(50, 2, dtype=torch.float64), torch.tensor([0.6, 0.8], dtype=torch.float64)
-    s = wb.time_grid(1.0, 0.5, steps)
+    s = bound_paths.time_grid(1.0, 0.5, steps)
     rows = []
     for time in s.tolist():
         p, grown = n * math.exp(-L * time), math.exp(L * (1 - time)) * x
         x_s, y_s = grown + (1 - time) * p, grown - (1 - time) * p
         rows.append((x_s, y_s, -L * x_s - p, -L * x_s, -L * y_s, -L * y_s + p))
-    return wb.Paths(s, *(torch.stack(column) for column in zip(*rows, strict=True))), torch.full_like(s, L)
+    return bound_paths.Paths(s, *(torch.stack(column) for column in zip(*rows, strict=True))), torch.full_like(s, L)
 
 
 def test_theorem_1_is_attained():
@@ -255,12 +256,12 @@ def test_theorem_1_is_attained():
 
 def half_exponent(lipschitz: Tensor, s: Tensor) -> Tensor:
     """Log of 2 t exp(int L)."""
-    return math.log(2 * float(s[-1])) + wb.running_integral(lipschitz, s)
+    return math.log(2 * float(s[-1])) + bound_paths.running_integral(lipschitz, s)
 
 
 def factor_free(lipschitz: Tensor, s: Tensor) -> Tensor:
     """Log of exp(2 int L), as the paper's squared triangle inequality would have it."""
-    return 2 * wb.running_integral(lipschitz, s)
+    return 2 * bound_paths.running_integral(lipschitz, s)
 
 
 @pytest.mark.parametrize("wrong", [half_exponent, factor_free])
@@ -277,20 +278,20 @@ def test_a_wrong_lambda_fails(wrong):
 
 
 def test_trapezoids_on_the_graded_grid():
-    s = wb.time_grid(0.7, 0.07, 400)
+    s = bound_paths.time_grid(0.7, 0.07, 400)
     assert float(s[0]) == 0
     assert float(s[-1]) == 0.7
-    assert float(wb.integral(torch.ones_like(s), s)) == pytest.approx(0.7, rel=1e-14)
-    assert float(wb.integral(s.cos(), s)) == pytest.approx(math.sin(0.7), abs=1e-4)
-    torch.testing.assert_close(wb.running_integral(s, s), s.square() / 2, rtol=1e-12, atol=1e-14)
+    assert float(bound_paths.integral(torch.ones_like(s), s)) == pytest.approx(0.7, rel=1e-14)
+    assert float(bound_paths.integral(s.cos(), s)) == pytest.approx(math.sin(0.7), abs=1e-4)
+    torch.testing.assert_close(bound_paths.running_integral(s, s), s.square() / 2, rtol=1e-12, atol=1e-14)
 
 
 def test_the_exact_path_is_the_oracle_s_flow_map():
     oracle = make_distribution("two_spirals")
-    x, s = draws(oracle, 50)[1], wb.time_grid(0.9, 0.05, 128)
-    path = wb.exact_path(oracle, x, s, 0.05)
+    x, s = draws(oracle, 50)[1], bound_paths.time_grid(0.9, 0.05, 128)
+    path = bound_paths.exact_path(oracle, x, s, 0.05)
     for i in (0, 40, 128):
-        exact = oracle.jump(x, wb.at(s[-1], x), wb.at(s[i], x))
+        exact = oracle.jump(x, bound_paths.at(s[-1], x), bound_paths.at(s[i], x))
         assert float((path[i] - exact).norm(dim=1).square().mean().sqrt()) < 1e-4
 
 

@@ -1,17 +1,20 @@
-"""Where a model and the exact flow carry the same points, and integrals over the times in between."""
+"""What the Wasserstein bound is made of: the model's path and the exact one, their residuals, the loss, integrals."""
 
 import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
-from tvm_ref.objectives import Flow
+from tvm_ref.interpolant import conditional_velocity, interpolate
+from tvm_ref.objectives import TVM, Flow
 from tvm_ref.shapes import Sample, Time
+from tvm_ref.time_samplers import Times
 
 STEPS = 128  # intervals of the time grid
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]  # a loop over times and its name to the loop with a progress bar
@@ -108,7 +111,11 @@ def follow(
     condition: Condition | None = None,
     watch: Watch = unwatched,
 ) -> Paths:
-    """Both paths from points x_t [N, ...] at time t = s[-1], and the velocities along them."""
+    """Both paths from points x_t [N, ...] at time t = s[-1], and the velocities along them.
+
+    Raises:
+        FloatingPointError: a model whose path is not finite.
+    """
     y = exact_path(oracle, x_t, s, scale, condition)
     t = at(s[-1], x_t)
     rows = []
@@ -117,9 +124,11 @@ def follow(
         f, df_ds = model.displacement_and_terminal_velocity(x_t, t, now, condition)
         x_s = x_t + f
         u_x, u_y = model.velocity(x_s, now, condition), model.velocity(y_s, now, condition)
-        rows.append((x_s, df_ds, u_x, u_y, oracle.velocity(y_s, now, condition)))
-    x, df_ds, u_x, u_y, exact = (torch.stack(column).detach() for column in zip(*rows, strict=True))
-    return Paths(s, x, y, df_ds, u_x, u_y, exact)
+        rows.append((x_s, y_s, df_ds, u_x, u_y, oracle.velocity(y_s, now, condition)))
+    paths = Paths(s, *(torch.stack(column).detach() for column in zip(*rows, strict=True)))
+    if not all(bool(torch.isfinite(a).all()) for a in (paths.x, paths.df_ds, paths.u_x, paths.u_y)):
+        raise FloatingPointError("the model's path is not finite")
+    return paths
 
 
 def norms(a: Tensor) -> Tensor:
@@ -140,3 +149,72 @@ def terminal_velocity_residual(paths: Paths) -> Tensor:
 def flow_matching_residual(paths: Paths) -> Tensor:
     """b(s) = ||u_theta(Y_s, s) - u(Y_s, s)|| [S, N] (the second term of eq. 9, less its minimum)."""
     return norms(paths.u_y - paths.exact)
+
+
+def repaired(x1: Sample, times: int, seed: int = 0) -> Tensor:
+    """Noise for every time [times, N, ...]: x1 shuffled anew, so that with x0 as it is each time has its own draws.
+
+    Errors of the mean then average out over times as well as over samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([x1[torch.randperm(len(x1), generator=generator)] for _ in range(times)])
+
+
+def tvm_loss(
+    model: Flow,
+    x0: Sample,
+    x1: Tensor,
+    s: Tensor,
+    condition: Condition | None = None,
+    watch: Watch = unwatched,
+) -> Tensor:
+    """L_TVM(t, s) (eq. 9) of every draw at every time [S, N], t = s[-1], by the objective itself; see `repaired`.
+
+    The objective's squared norms are means over a sample's elements; the theorem's are sums.
+
+    Args:
+        model: a FlowMap, or another Flow.
+        x0: data [N, ...].
+        x1: noise at every time [S, N, ...].
+        s: [S] times, of the jump's end and of the flow-matching term.
+        condition: classes of x0.
+        watch: wraps the loop over times, for a progress bar.
+    """
+    objective = TVM(cast(FlowMap, model), detach_landing=False)  # any Flow will do
+    t = at(s[-1], x0)
+    rows = []
+    for time, noise in watch(list(zip(s, x1, strict=True)), "loss"):
+        now = at(time, x0)
+        rows.append(objective(x0, noise, Times(t, now, now), condition).total.detach())
+    return x0[0].numel() * torch.stack(rows)
+
+
+def flow_matching_minimum(
+    oracle: Flow, x0: Sample, x1: Tensor, s: Tensor, condition: Condition | None = None
+) -> Tensor:
+    """||v - u(x_s, s)||^2 of every draw of tvm_loss [S, N]: what no velocity can learn (eq. 1 at its minimum)."""
+    rows = []
+    for time, noise in zip(s, x1, strict=True):
+        now = at(time, x0)
+        error = conditional_velocity(x0, noise) - oracle.velocity(interpolate(x0, noise, now), now, condition)
+        rows.append(error.flatten(1).square().sum(1))
+    return torch.stack(rows)
+
+
+def loss_and_minimum(
+    model: Flow,
+    oracle: Flow,
+    x0: Sample,
+    x1: Sample,
+    s: Tensor,
+    pairings: int = 1,
+    condition: Condition | None = None,
+    watch: Watch = unwatched,
+) -> tuple[Tensor, Tensor]:
+    """tvm_loss and flow_matching_minimum [S, N] on the same draws, means over `pairings` of data with noise."""
+    losses, minima = [], []
+    for seed in range(pairings):
+        noise = repaired(x1, len(s), seed)
+        losses.append(tvm_loss(model, x0, noise, s, condition, watch))
+        minima.append(flow_matching_minimum(oracle, x0, noise, s, condition))
+    return torch.stack(losses).mean(0), torch.stack(minima).mean(0)

@@ -28,7 +28,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +42,7 @@ from tvm_ref.bound_paths import (
     flow_matching_residual,
     follow,
     integral,
+    loss_and_minimum,
     norms,
     running_integral,
     terminal_velocity_residual,
@@ -50,13 +50,11 @@ from tvm_ref.bound_paths import (
     unwatched,
 )
 from tvm_ref.distances import wasserstein2
-from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
-from tvm_ref.interpolant import conditional_velocity, interpolate
+from tvm_ref.interpolant import interpolate
 from tvm_ref.lipschitz import largest_on_segments
-from tvm_ref.objectives import TVM, Flow
+from tvm_ref.objectives import Flow
 from tvm_ref.shapes import Sample
-from tvm_ref.time_samplers import Times
 
 TERMS = (
     "w2", "displacement", "terminal_velocity", "pathwise_one_sided", "pathwise_two_sided", "global", "global_from_loss",
@@ -162,56 +160,6 @@ def global_bound(paths: Paths, lipschitz: Tensor, weight: Weight = log_lambda) -
     return weighted_root(weight(lipschitz, paths.s), square.mean(1), paths.s)
 
 
-def repaired(x1: Sample, times: int, seed: int = 0) -> Tensor:
-    """Noise for every time [times, N, ...]: x1 shuffled anew, so that with x0 as it is each time has its own draws.
-
-    Errors of the mean then average out over times as well as over samples.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([x1[torch.randperm(len(x1), generator=generator)] for _ in range(times)])
-
-
-def tvm_loss(
-    model: Flow,
-    x0: Sample,
-    x1: Tensor,
-    s: Tensor,
-    condition: Condition | None = None,
-    watch: Watch = unwatched,
-) -> Tensor:
-    """L_TVM(t, s) (eq. 9) of every draw at every time [S, N], t = s[-1], by the objective itself; see `repaired`.
-
-    The objective's squared norms are means over a sample's elements; the theorem's are sums.
-
-    Args:
-        model: a FlowMap, or another Flow.
-        x0: data [N, ...].
-        x1: noise at every time [S, N, ...].
-        s: [S] times, of the jump's end and of the flow-matching term.
-        condition: classes of x0.
-        watch: see measure.
-    """
-    objective = TVM(cast(FlowMap, model), detach_landing=False)  # any Flow will do
-    t = at(s[-1], x0)
-    rows = []
-    for time, noise in watch(list(zip(s, x1, strict=True)), "loss"):
-        now = at(time, x0)
-        rows.append(objective(x0, noise, Times(t, now, now), condition).total.detach())
-    return x0[0].numel() * torch.stack(rows)
-
-
-def flow_matching_minimum(
-    oracle: Flow, x0: Sample, x1: Tensor, s: Tensor, condition: Condition | None = None
-) -> Tensor:
-    """||v - u(x_s, s)||^2 of every draw of tvm_loss [S, N]: what no velocity can learn (eq. 1 at its minimum)."""
-    rows = []
-    for time, noise in zip(s, x1, strict=True):
-        now = at(time, x0)
-        error = conditional_velocity(x0, noise) - oracle.velocity(interpolate(x0, noise, now), now, condition)
-        rows.append(error.flatten(1).square().sum(1))
-    return torch.stack(rows)
-
-
 def constant(lipschitz: Tensor, minimum: Tensor, s: Tensor) -> float:
     """C = -int_0^t lambda(s) E||v - u(x_s, s)||^2 ds (theorem 1), from flow_matching_minimum [S, N]."""
     return -float(integral(log_lambda(lipschitz, s).exp() * minimum.mean(1), s))
@@ -285,6 +233,18 @@ def pointwise_terms(paths: Paths) -> dict[str, Tensor]:
     }
 
 
+def measured_terms(paths: Paths, lipschitz: Tensor) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Values of all terms that the paths give, their quadrature errors, and the medians of those that are means."""
+    terms, coarse = pointwise_terms(paths), pointwise_terms(paths.thinned())
+    values = {name: rms(term) for name, term in terms.items()}
+    errors = {name: rms(term - coarse[name]) for name, term in terms.items()}  # of opposite signs, they do not cancel
+    medians = {name: float(term.median()) for name, term in terms.items()}
+    values["w2"] = wasserstein2(paths.x[0].flatten(1), paths.y[0].flatten(1))
+    values["global"] = global_bound(paths, lipschitz)
+    errors["global"] = abs(values["global"] - global_bound(paths.thinned(), lipschitz[::2]))
+    return values, errors, medians
+
+
 def measure(
     model: Flow,
     oracle: Flow,
@@ -323,32 +283,22 @@ def measure(
     x0, x1, s = x0.double(), x1.double(), time_grid(t, scale, steps)
     x_t = interpolate(x0, x1, at(s[-1], x0))
     paths = follow(model, oracle, x_t, s, scale, condition, watch)
-    if not all(bool(torch.isfinite(a).all()) for a in (paths.x, paths.df_ds, paths.u_x, paths.u_y)):
-        raise FloatingPointError("the model's path is not finite")
     L = lipschitz(model, paths, condition, watch)
 
-    terms, coarse = pointwise_terms(paths), pointwise_terms(paths.thinned())
-    values = {name: rms(term) for name, term in terms.items()}
-    errors = {name: rms(term - coarse[name]) for name, term in terms.items()}  # of opposite signs, they do not cancel
-    values["w2"] = wasserstein2(paths.x[0].flatten(1), paths.y[0].flatten(1))
+    values, errors, medians = measured_terms(paths, L)
     solver = exact_path(oracle, x_t, s[::2], scale, condition)[0] - paths.y[0]
     errors["displacement"] = errors["w2"] = rms(solver.flatten(1).norm(dim=1))  # a shift of Y_0 moves both by no more
-    values["global"] = global_bound(paths, L)
-    errors["global"] = abs(values["global"] - global_bound(paths.thinned(), L[::2]))
 
-    noises = [repaired(x1, len(s), seed) for seed in range(pairings)]
-    loss = torch.stack([tvm_loss(model, x0, noise, s, condition, watch) for noise in noises]).mean(0)
-    minimum = torch.stack([flow_matching_minimum(oracle, x0, noise, s, condition) for noise in noises]).mean(0)
-    excess = loss - minimum  # [S, N]: the same draws, so that most of their noise cancels
-    values["global_from_loss"] = weighted_root(log_lambda(L, s), excess.mean(1), s)
-    errors["global_from_loss"] = abs(
-        values["global_from_loss"] - weighted_root(log_lambda(L, s)[::2], excess.mean(1)[::2], s[::2])
-    )
+    loss, minimum = loss_and_minimum(model, oracle, x0, x1, s, pairings, condition, watch)
+    excess, weight = loss - minimum, log_lambda(L, s)  # the same draws, so that most of their noise cancels
+    values["global_from_loss"] = weighted_root(weight, excess.mean(1), s)
+    coarse = weighted_root(weight[::2], excess.mean(1)[::2], s[::2])
+    errors["global_from_loss"] = abs(values["global_from_loss"] - coarse)
     return Bound(
         t=t,
         values={name: values[name] for name in TERMS},
         errors={name: errors[name] for name in TERMS},
-        medians={name: float(term.median()) for name, term in terms.items()},
+        medians=medians,
         standard_error=loss_standard_error(paths, L, excess),
         constant=constant(L, minimum, s),
         loss=float(integral(loss.mean(1), s)) / t,
