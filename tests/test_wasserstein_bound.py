@@ -87,6 +87,25 @@ def test_groenwall_holds_for_every_single_point():
         assert (terms["displacement"] <= terms[name] + error).all(), name
 
 
+def test_with_signs_groenwall_is_an_identity():
+    """d/ds e = <n, residuals> - m e, n the unit vector from Y to X, so e(0) = -int exp(int m) <n, a + b> ds.
+
+    It fails for a wrong sign or size of a, b or m.
+    """
+    bound = measured(trained_model("moons", 0), make_distribution("moons"), n=100, steps=256)
+
+    def signed(paths: wb.Paths) -> Tensor:
+        apart = paths.x - paths.y
+        direction = apart / apart.norm(dim=2, keepdim=True).clamp_min(1e-12)
+        residual = (direction * (paths.df_ds - paths.u_x + paths.u_y - paths.exact)).sum(2)
+        growth = bound_paths.running_integral(wb.one_sided_rate(paths), paths.s).exp()
+        return -bound_paths.integral(growth * residual, paths.s)
+
+    fine, coarse = signed(bound.paths), signed(bound.paths.thinned())
+    error = wb.rms(fine - coarse) + bound.errors["displacement"]
+    assert wb.rms(fine - wb.displacement(bound.paths)) <= error < 0.01 * bound.values["displacement"]
+
+
 @pytest.mark.parametrize("steps", [4, 6, 10])
 def test_the_links_between_bounds_are_exact_on_any_grid(steps):
     """Positive weights that sum to t, and L above every observed ratio: no tolerance is needed, however coarse."""
