@@ -64,6 +64,7 @@ def _rates(ax: Axes, bound: Bound) -> None:
     ax.axhline(0, color="black", lw=0.8)
     ax.set(xlabel="time s (0 is data)", ylabel="growth rate of the error")
     ax.set_yscale("symlog", linthresh=1)
+    ax.set_ylim(top=30 * max(1.0, float(bound.lipschitz.max())))  # room for the legend
     ax.set_title("rates")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=11, loc="upper right")
