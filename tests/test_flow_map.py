@@ -114,6 +114,18 @@ def test_scaled_parameterisation_multiplies_by_w():
         torch.testing.assert_close(a, w * b)
 
 
+def test_times_may_be_expanded_from_one_number():
+    flow_map, _, x, _, _ = setup((5, 2))
+    half = torch.tensor(0.5, dtype=torch.float64)
+    for a, b in zip(
+        flow_map.displacement_and_terminal_velocity(x, half.expand(5), half.expand(5) / 2),
+        flow_map.displacement_and_terminal_velocity(x, half.repeat(5), half.repeat(5) / 2),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    flow_map.displacement_and_terminal_velocity(x, half.expand(5), half.expand(5))
+
+
 def bad_calls():
     x, half, third = torch.zeros(4, 2), torch.full((4,), 0.5), torch.full((4,), 0.3)
     nan = torch.tensor([0.1, float("nan"), 0.1, 0.1])

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -84,7 +83,7 @@ def load_finished(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
         if error.filename and Path(error.filename).name == "metrics.json":
             raise ValueError(f"{folder} is not finished (no metrics.json); go on with --resume") from None
         raise
-    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
     if done < config.steps:
         raise ValueError(f"{folder} stopped at step {done} of {config.steps}; go on with --resume")

@@ -78,6 +78,7 @@ class FlowMap(nn.Module):
         Gradients flow through value and tangent. With `detach_jvp` they stop at dF/ds: cheaper, biased (sec. 7.4).
         """
         self._check(x, t, s, condition)
+        s = s.contiguous()  # a JVP refuses memory that is shared, as by expand
         F, dF_ds = jvp(lambda s: self.network(x, t, s, condition), (s,), (torch.ones_like(s),))
         if detach_jvp:
             dF_ds = dF_ds.detach()

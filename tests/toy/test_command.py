@@ -243,12 +243,14 @@ def test_compare_writes_results_table_and_figure(tmp_path, capsys):
     assert stop.value.code == 2
 
 
-def test_best_rate_takes_each_method_at_its_own_best():
-    def result(lr, one, many):
-        return {"lr": lr, "figures": {str(n): one for n in compare.NFES} | {"64": many}}
+def test_best_rate_judges_each_method_at_the_nfe_that_it_is_for():
+    def result(objective, lr, one, many):
+        return {"objective": objective, "lr": lr, "figures": {"1": one, "64": many}}
 
-    diverged = {"lr": 0.3, "figures": {}}
-    assert compare.best_rate([result(0.1, 2.0, 0.5), result(0.2, 1.0, 0.6), diverged]) == 0.1
+    for objective, best in (("tvm", 0.2), ("fm", 0.1)):
+        diverged = {"objective": objective, "lr": 0.3, "figures": {}}
+        results = [result(objective, 0.1, 2.0, 0.5), result(objective, 0.2, 1.0, 0.6), diverged]
+        assert compare.best_rate(results) == best
 
 
 def test_seeds_reports_median_and_worst(tmp_path, capsys):

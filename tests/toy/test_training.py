@@ -139,6 +139,11 @@ def test_a_finished_run_is_loaded_as_it_was_evaluated(tmp_path):
     assert oracle.sigma == run.distribution.sigma
 
 
+def damage(folder):
+    (folder / "config.json").write_text('{"dist": "moons"}')
+    (folder / "model.safetensors").write_bytes(b"not weights")
+
+
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
@@ -146,8 +151,9 @@ def test_a_finished_run_is_loaded_as_it_was_evaluated(tmp_path):
         (lambda folder: (folder / "config.json").write_text("{"), "is not a configuration"),
         (lambda folder: (folder / "config.json").write_text('{"colour": "red"}'), "colour"),
         (lambda folder: (folder / "config.json").write_text('{"dist": "moons"}'), "holds no model"),
+        (damage, "is damaged"),
     ],
-    ids=["no run", "broken", "unknown key", "unfinished"],
+    ids=["no run", "broken", "unknown key", "unfinished", "damaged"],
 )
 def test_folders_that_hold_no_finished_run_raise(tmp_path, prepare, message):
     prepare(tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -214,7 +215,7 @@ def load_run(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
     """Configuration, distribution and evaluation model of a run's folder.
 
     Raises:
-        ValueError: a folder that is no run, or one that has written no model.
+        ValueError: a folder that is no run, one that has written no model, or a damaged one.
         OSError: files that cannot be read.
     """
     config = read_config(folder)
@@ -222,7 +223,10 @@ def load_run(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
         raise ValueError(f"{folder} holds no model yet; finish it with --resume")
     distribution = distribution_of(config)
     model = Training(config, distribution).model
-    model.network.load_state_dict(load_file(folder / "model.safetensors"))
+    try:
+        model.network.load_state_dict(load_file(folder / "model.safetensors"))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'} is damaged: {str(error).splitlines()[0]}") from None
     return config, distribution, model.requires_grad_(False)
 
 
