@@ -304,3 +304,21 @@ def test_bad_shapes_and_times_raise(objective):
         objective(model)(x0, x1, Times(*(a[:3] for a in times)))
     with pytest.raises(ValueError, match="time"):
         objective(model)(x0, x1, Times(*(a + 2 for a in times)))
+
+
+@pytest.mark.parametrize("objective", [TVM, FlowMatching, MeanFlow, PID])
+def test_guidance_without_a_null_label_raises(objective):
+    x0, x1, times = draw()
+    condition = Condition(torch.zeros(B, dtype=torch.long), torch.full((B,), 0.5, dtype=torch.float64))
+    with pytest.raises(ValueError, match="null_label"):
+        objective(FlowMap(Waves()))(x0, x1, times, condition)
+
+
+def test_a_network_of_the_wrong_output_shape_raises():
+    class OneColumn(torch.nn.Module):
+        def forward(self, x, t, s, condition):
+            return x[:, :1]
+
+    x0, x1, times = draw()
+    with pytest.raises(ValueError, match="must return the shape of x"):
+        TVM(FlowMap(OneColumn()))(x0, x1, times)

@@ -91,6 +91,7 @@ def test_same_generator_same_times():
         ({"kind": "uniform"}, "unknown time sampler"),
         ({"first": (0.0, 0.0)}, "standard deviation"),
         ({"second": (0.0, float("nan"))}, "standard deviation"),
+        ({"first": (float("nan"), 1.0)}, "mean"),
         ({"share_equal": -0.1}, "share"),
         ({"share_equal": 0.6, "share_noise": 0.6}, "share"),
     ],

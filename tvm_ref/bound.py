@@ -42,7 +42,10 @@ MAX_POINTS = 5000  # exact optimal transport holds points^2 costs
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = OneLineParser(
-        "python -m tvm_ref.bound", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tvm_ref.bound",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument("run", nargs="?", type=Path, help="folder of a finished run")
     mode = p.add_mutually_exclusive_group()

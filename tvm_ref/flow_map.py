@@ -35,7 +35,8 @@ class FlowMap(nn.Module):
     """The displacement f(x, t, s) = (s - t) F(x, t, s) of a network F, and what follows from it.
 
     The network is called as network(x, t, s, condition) with x [B, ...], times t and s [B] and a Condition or None,
-    and returns F [B, ...], the average velocity over [s, t].
+    and returns F [B, ...], the average velocity over [s, t]. It should embed t and t - s, and torch.func.jvp must run
+    through it (so no layer that changes its buffers, as BatchNorm does in training).
 
     Args:
         network: F.
@@ -43,7 +44,8 @@ class FlowMap(nn.Module):
             the guided velocity in w.
         factor: gamma(t, s) in place of s - t (appendix A.1).
 
-    Every method raises ValueError for shapes that do not fit and for times that break 0 <= s <= t <= 1.
+    Every method raises ValueError for shapes that do not fit and, on the CPU outside torch.compile, for times that
+    break 0 <= s <= t <= 1.
     """
 
     def __init__(self, network: nn.Module, *, scaled: bool = False, factor: Factor = DIFFERENCE):
@@ -63,12 +65,12 @@ class FlowMap(nn.Module):
     def displacement(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
         """Net displacement f(x, t, s) = gamma(t, s) F(x, t, s) [B, ...] (eq. 4 and 20)."""
         self._check(x, t, s, condition)
-        return self._scale(self.factor.gamma(t, s), x, condition) * self.network(x, t, s, condition)
+        return self._scale(self.factor.gamma(t, s), x, condition) * self._average_velocity(x, t, s, condition)
 
     def velocity(self, x: Sample, t: Time, condition: Condition | None = None) -> Sample:
         """The model's velocity u(x, t) = d/ds f(x, t, s) at s = t [B, ...]: F(x, t, t) (eq. 4), or eq. 21."""
         self._check(x, t, t, condition)
-        return self._scale(self.factor.gamma_ds(t, t), x, condition) * self.network(x, t, t, condition)
+        return self._scale(self.factor.gamma_ds(t, t), x, condition) * self._average_velocity(x, t, t, condition)
 
     def displacement_and_terminal_velocity(
         self, x: Sample, t: Time, s: Time, condition: Condition | None = None, *, detach_jvp: bool = False
@@ -79,7 +81,7 @@ class FlowMap(nn.Module):
         """
         self._check(x, t, s, condition)
         s = s.contiguous()  # a JVP refuses memory that is shared, as by expand
-        F, dF_ds = jvp(lambda s: self.network(x, t, s, condition), (s,), (torch.ones_like(s),))
+        F, dF_ds = jvp(lambda s: self._average_velocity(x, t, s, condition), (s,), (torch.ones_like(s),))
         if detach_jvp:
             dF_ds = dF_ds.detach()
         gamma = self._scale(self.factor.gamma(t, s), x, condition)
@@ -97,9 +99,15 @@ class FlowMap(nn.Module):
         if self.factor is not DIFFERENCE:
             raise ValueError("MeanFlow (eq. 18) is stated for the factor s - t alone")
         self._check(x, t, s, condition)
-        F, dF_dt = jvp(lambda x, t: self.network(x, t, s, condition), (x, t), (v, torch.ones_like(t)))
+        F, dF_dt = jvp(lambda x, t: self._average_velocity(x, t, s, condition), (x, t), (v, torch.ones_like(t)))
         w = self._scale(torch.ones_like(t), x, condition)
         return w * F, w * dF_dt
+
+    def _average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Tensor:
+        F = self.network(x, t, s, condition)
+        if F.shape != x.shape:
+            raise ValueError(f"the network must return the shape of x, {list(x.shape)}; it returned {list(F.shape)}")
+        return F
 
     def _scale(self, a: Tensor, x: Tensor, condition: Condition | None) -> Tensor:
         """A [B], times w = 1/beta in the scaled parameterisation, shaped to broadcast over x."""

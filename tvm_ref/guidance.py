@@ -57,6 +57,9 @@ def without_label(condition: Condition, null_label: int, where: Tensor | None = 
 
 
 def guided_velocity(conditional: Sample, unconditional: Sample, beta: PerSample) -> Sample:
-    """W u(x, c) + (1 - w) u(x) [B, ...] with w = 1/beta (eq. 13); with v for u(x, c), the target of eq. 14."""
+    """The guided velocity w u(x, c) + (1 - w) u(x) [B, ...], w = 1/beta (eq. 13).
+
+    With the conditional velocity v for u(x, c) it is the target of eq. 14.
+    """
     w = over(1 / beta, conditional)
     return w * conditional + (1 - w) * unconditional

@@ -16,5 +16,5 @@ def interpolate(x0: Sample, x1: Sample, t: Time) -> Sample:
 
 
 def conditional_velocity(x0: Sample, x1: Sample) -> Sample:
-    """V = d/dt x_t = x1 - x0 [B, ...] (sec. 2)."""
+    """The velocity v = d/dt x_t = x1 - x0 [B, ...] (sec. 2)."""
     return x1 - x0

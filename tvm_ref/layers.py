@@ -24,7 +24,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Y = x W^T + b [..., out_features] for x [..., in_features]."""
+        """The layer's y = x W^T + b [..., out_features] for x [..., in_features]."""
         value, tangent = forward_ad.unpack_dual(input)
         if tangent is None or has_tangent(self.weight):
             return super().forward(input)

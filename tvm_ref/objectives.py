@@ -67,11 +67,18 @@ def mean_square(a: Sample) -> PerSample:
 def guided_target(
     v: Sample, x: Sample, t: Time, condition: Condition | None, null_label: int | None, target: Flow
 ) -> Sample:
-    """What u(x, t, c, w) is regressed on (eq. 14): w v + (1 - w) u*(x, t, no class, 1), or v where w = 1 throughout.
+    """What u(x, t, c, w) is regressed on (eq. 14): w v + (1 - w) u*(x, t, no class, 1), or v without a null label.
 
     No gradient flows through the target's velocity u*.
+
+    Raises:
+        ValueError: guidance (beta other than 1) without a null label; values are looked at as in check_times.
     """
-    if condition is None or null_label is None:
+    if condition is None:
+        return v
+    if null_label is None:
+        if not torch.compiler.is_compiling() and v.device.type == "cpu" and bool((condition.beta != 1).any()):
+            raise ValueError("guidance (beta other than 1) needs the objective's null_label")
         return v
     with torch.no_grad():
         unconditional = target.velocity(x, t, without_label(condition, null_label))
@@ -96,7 +103,8 @@ class Objective(nn.Module):
     ) -> LossTerms:
         """The loss terms [B] of data x0 and noise x1, both [B, ...], at times drawn by a TimeSampler.
 
-        `target` is a frozen flow map, usually the EMA of the model; None means the model itself.
+        `target` is a flow map, usually the EMA of the model, that the caller has frozen (as EMA does); None means the
+        model itself.
 
         Raises:
             ValueError: shapes that do not fit, times that break 0 <= s <= t <= 1.
@@ -110,13 +118,14 @@ class TVM(Objective):
         1/w^2 ( 1{t != s} ||d/ds f(x_t, t, s) - u*(x_t + sg f(x_t, t, s), s)||^2
                 + ||u(x_s', s') - [w v + (1 - w) u*(x_s', s', no class)]||^2 )
 
-    where u* is the velocity of the target. Without a target it is the model's own, with gradients, as in eq. 9.
+    where u* is the velocity of the target; without a target, the model's own, with gradients. 1/w^2 is each sample's
+    own beta^2. Without a target and with detach_landing=False this is eq. 9.
 
     Args:
         flow_map: the model.
         null_label: see Objective.
         detach_jvp: no gradient through dF/ds: cheaper, biased (sec. 7.4).
-        detach_landing: sg, no gradient through the point where u* is taken. False, without a target, is eq. 9.
+        detach_landing: sg, no gradient through the point where u* is taken (eq. 8).
     """
 
     def __init__(
@@ -165,7 +174,10 @@ class PID(TVM):
 
 
 class FlowMatching(Objective):
-    """Flow matching (eq. 1; with a condition eq. 14): ||u(x_s', s') - v||^2. It trains the velocity alone."""
+    """Flow matching (eq. 1): ||u(x_s', s') - v||^2. It trains the velocity alone.
+
+    With a condition it is eq. 14, weighted by 1/w^2: guided_target stands for v.
+    """
 
     def forward(
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
@@ -182,6 +194,7 @@ class FlowMatching(Objective):
 class MeanFlow(Objective):
     """MeanFlow (eq. 18): ||F(x_t, t, s) - sg(v + (s - t) [v . grad_x F + dF/dt])||^2.
 
+    With a condition, guided_target stands for v and the loss is weighted by 1/w^2, as in TVM.
     It matches the velocity where a jump starts; its JVP runs in x and t. It is flow matching at t = s, so its times
     need a share of t = s (TimeSampler.share_equal).
     """

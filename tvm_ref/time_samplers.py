@@ -1,5 +1,6 @@
 """How training draws its times: the four samplers of the paper's sec. 7.3, each exact."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ class Times(NamedTuple):
 def logit_normal(
     n: int, normal: Normal, upper: Tensor | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """N draws [n] (float64) of sigmoid(z), z ~ N(mean, std^2), truncated to (0, upper] where `upper` [n] is given.
+    """Draw n times [n] (float64): sigmoid(z), z ~ N(mean, std^2), truncated to (0, upper] where `upper` [n] is given.
 
     Exact, by inverting the distribution function: u is uniform below that of the bound.
     """
@@ -49,14 +50,14 @@ def trunc(n: int, t: Normal, s: Normal, generator: torch.Generator | None = None
 
 
 def clamp(n: int, t: Normal, s: Normal, generator: torch.Generator | None = None) -> Times:
-    """T and s on their own, then s = min(s, t) (sec. 7.3)."""
+    """Draw t and s on their own, then s = min(s, t) (sec. 7.3)."""
     start = logit_normal(n, t, None, generator)
     end = torch.minimum(logit_normal(n, s, None, generator), start)
     return Times(start, end, end)
 
 
 def gap(n: int, g: Normal, s: Normal, generator: torch.Generator | None = None) -> Times:
-    """G = t - s, then s truncated to s <= 1 - g, then t = s + g (sec. 7.3)."""
+    """Draw g = t - s, then s truncated to s <= 1 - g, then t = s + g (sec. 7.3)."""
     difference = logit_normal(n, g, None, generator)
     end = logit_normal(n, s, 1 - difference, generator)
     return Times((end + difference).clamp_max(1.0), end, end)
@@ -96,6 +97,8 @@ class TimeSampler:
         for normal in (self.first, self.second):
             if normal is not None and not normal[1] > 0:
                 raise ValueError(f"the standard deviation of logit(time) must be positive, got {normal[1]}")
+            if normal is not None and not math.isfinite(normal[0]):
+                raise ValueError(f"the mean of logit(time) must be finite, got {normal[0]}")
         if not (self.share_equal >= 0 and self.share_noise >= 0 and self.share_equal + self.share_noise <= 1):
             raise ValueError("share_equal and share_noise must not be negative, nor exceed 1 together")
 

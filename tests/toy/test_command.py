@@ -118,6 +118,10 @@ BAD = {
     "nothing to resume": ["--resume"],
     "resume and overwrite": ["--resume", "--overwrite"],
     "negative seed": ["--seed", "-1"],
+    "empty name of points": ["--data", ""],
+    "abbreviated option": ["--step", "50"],
+    "a network beyond memory": ["--width", "99999999999999"],
+    "a device without data": ["--device", "meta"],
     "detaching what is not there": ["--detach-jvp", "--objective", "fm"],
 }
 
@@ -143,6 +147,59 @@ def test_folders_in_the_way(tmp_path, capsys):
         assert stop.value.code == 2
     assert (tmp_path / "full" / "thesis.tex").read_text() == "precious"
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_overwrite_spares_a_folder_that_merely_has_a_config(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"my": "project"}')
+    (tmp_path / "model.safetensors").write_text("mine")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--overwrite")
+    assert "holds something that is no run" in capsys.readouterr().err
+    assert (tmp_path / "model.safetensors").read_text() == "mine"
+
+
+def test_overwrite_looks_before_it_deletes_and_clears_what_was_measured_of_the_old_run(tmp_path, capsys):
+    assert run(tmp_path) == 0
+    (tmp_path / "bound.json").write_text("{}")
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "losses.png").unlink()
+    (tmp_path / "losses.png").mkdir()
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--overwrite")
+    assert "losses.png is a folder" in capsys.readouterr().err
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    (tmp_path / "losses.png").rmdir()
+    assert run(tmp_path, "--overwrite") == 0
+    assert not (tmp_path / "bound.json").exists()
+
+
+def test_resume_refuses_points_that_have_changed(tmp_path, capsys):
+    points = np.random.default_rng(0).normal(size=(50, 2))
+    np.save(tmp_path / "points.npy", points)
+    assert run(tmp_path / "run", "--data", str(tmp_path / "points.npy")) == 0
+    np.save(tmp_path / "points.npy", points[:40])
+    with pytest.raises(SystemExit):
+        command.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert "was trained on other points" in capsys.readouterr().err
+
+
+def test_few_points_are_enough_to_draw(tmp_path):
+    assert run(tmp_path, "--points", "10") == 0
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "train.jsonl"])
+def test_files_with_unexpected_content_end_with_one_line_that_names_them(tmp_path, capsys, name):
+    assert run(tmp_path) == 0
+    if name == "checkpoint.pt":
+        torch.save([1, 2], tmp_path / name)
+    else:
+        (tmp_path / name).write_text('{"a": 1}\n')
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        command.main(["--out", str(tmp_path), "--resume"])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert name in error
 
 
 def test_resume_refuses_other_options(tmp_path, capsys):

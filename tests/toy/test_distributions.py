@@ -49,13 +49,15 @@ def points():
     return np.concatenate([rng.normal([3, 10], [0.2, 2], (60, 2)), rng.normal([7, -10], [0.2, 2], (40, 2))])
 
 
-@pytest.mark.parametrize("form", ["npy", "csv", "csv with header"])
+@pytest.mark.parametrize("form", ["npy", "csv", "csv with header", "csv with byte order mark", "CSV"])
 def test_points_are_read_back(tmp_path, points, form):
     path = tmp_path / f"points.{form[:3]}"
     if form == "npy":
         np.save(path, points)
     else:
         np.savetxt(path, points, delimiter=",", header="x,y" if "header" in form else "", comments="")
+        if "mark" in form:
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     torch.testing.assert_close(read_points(path), torch.from_numpy(points))
     oracle = load_points(path, 0.2)
     torch.testing.assert_close(oracle.centres, standardise(torch.from_numpy(points), 0.2))
@@ -75,6 +77,8 @@ def bad_files():
     yield "pickle.npy", np.array([{"a": 1}], dtype=object), "not a table of numbers"
     yield "line.npy", np.zeros(20), "N x 2, got 20"
     yield "words.npy", np.array([["a", "b"]] * 20), "not a table of numbers"
+    yield "complex.npy", np.zeros((20, 2), dtype=complex), "its type is complex128"
+    yield "huge.csv", "1e200,1\n-1e200,2\n" * 10, "beyond 1e100"
     yield "junk.npy", "not numpy", "not a table of numbers"
 
 

@@ -6,8 +6,8 @@
     python -m tvm_ref.toy --dist circles --conditional --guidance 2
     python -m tvm_ref.toy --dist moons --resume           go on after Ctrl-C, bit for bit
 
-All objectives on equal terms, with learning-rate sweeps: python -m tvm_ref.toy.compare --help
-Speed, and quality over seeds: python -m tvm_ref.toy.benchmark --help
+All objectives on equal terms: python -m tvm_ref.toy.compare    Quality over seeds: python -m tvm_ref.toy.seeds
+Speed: python -m tvm_ref.toy.benchmark    The Wasserstein bound of a run: python -m tvm_ref.bound
 """
 
 import argparse
@@ -24,14 +24,17 @@ from tvm_ref.toy.run import Run, read_config
 THREADS = 2  # more do not help tensors this small, and cost dearly where other programs share the cores
 OWN_FILES = (  # what a run writes, and --overwrite may remove
     "config.json", "train.jsonl", "checkpoint.pt", "model.safetensors", "metrics.json",
-    "samples.png", "trajectories.png", "map.png", "losses.png",
+    "samples.png", "trajectories.png", "map.png", "losses.png", "bound.json", "bound.png",
 )  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = OneLineParser(
-        "python -m tvm_ref.toy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tvm_ref.toy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_options(p)
     p.add_argument("--points", type=int, default=2000, help="samples that every figure is measured on (default: 2000)")
@@ -66,10 +69,13 @@ def prepare(arguments: argparse.Namespace, started: float) -> tuple[Run, bool]:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder")
     if folder.exists() and any(folder.iterdir()):
+        if not ((folder / "config.json").is_file() and (folder / "train.jsonl").is_file()):
+            raise ValueError(f"{folder} holds something that is no run: choose another --out")
         if not overwrite:
             raise ValueError(f"{folder} already holds a run: --resume, --overwrite, or another --out")
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} holds something that is no run: choose another --out")
+        for name in OWN_FILES:
+            if (folder / name).is_dir():
+                raise ValueError(f"{folder / name} is a folder, where a run writes a file: choose another --out")
     run = Run(folder, config, started)
     for name in OWN_FILES:
         (folder / name).unlink(missing_ok=True)
@@ -91,11 +97,13 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
         sums = run.load() if resumed else None
     except (ValueError, OSError) as error:
         command.error(str(error))
+    except (RuntimeError, MemoryError) as error:  # a network that does not fit in memory
+        command.error(str(error).splitlines()[0])
     try:
         finished = run.train(sums)
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, RuntimeError, MemoryError) as error:
         what = "training diverged at " if isinstance(error, FloatingPointError) else ""
-        print(f"{command.prog}: error: {what}{error}", file=sys.stderr)
+        print(f"{command.prog}: error: {what}{str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     if not finished:
         print(f"stopped at step {run.training.step}; what there is so far:")

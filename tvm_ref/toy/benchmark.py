@@ -86,7 +86,10 @@ def time_to_quality(
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     p = OneLineParser(
-        "python -m tvm_ref.toy.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tvm_ref.toy.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_options(p, ["batch_size", "width", "depth"])
     p.add_argument("--rounds", type=int, default=10, help="rounds of timing (default: 10)")
@@ -105,7 +108,9 @@ def main(argv: list[str] | None = None) -> int:
         require_at_least(0, seeds=seeds)
         if out and out.exists():
             raise ValueError(f"{out} exists already; choose another --out")
-    except ValueError as error:
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         p.error(str(error))
     torch.set_num_threads(threads)
     distribution = distribution_of(base)

@@ -96,7 +96,7 @@ def plot(path: Path, report: dict[str, Any]) -> None:
     ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.grid(alpha=0.3)
-    ax.set_title(f"{report['dist']}: {report['seconds']:g} s of training each, {report['seeds']} seeds")
+    ax.set_title(f"{report['dist']}: {report['seconds']:g} s of training each, seeds: {report['seeds']}")
     ax.legend(fontsize=11)
     plots.save_figure(figure, path)
 
@@ -150,7 +150,10 @@ def compare(
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     p = OneLineParser(
-        "python -m tvm_ref.toy.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tvm_ref.toy.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_options(p, ["dist", "data", "bandwidth", "batch_size", "width", "depth", "time_sampler", "noise_share"])
     p.add_argument(
@@ -174,6 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         base = ToyConfig(**given)
         distribution_of(base)
         require_at_least(0.1, seconds=own["seconds"])
+        if own["seconds"] == float("inf"):
+            raise ValueError("--seconds must be finite")
         require_at_least(1, seeds=own["seeds"], jobs=own["jobs"])
         require_at_least(10, points=own["points"])
         if not all(0 < rate < float("inf") for rate in own["rates"]):
@@ -187,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         report = compare(base, out=out, **{k: own[k] for k in ("rates", "seeds", "seconds", "jobs", "points")})
     except KeyboardInterrupt:
-        print(f"\nstopped; the runs that were finished are in {out / 'results.json'}")
+        print(f"\nstopped; runs that were finished are in {out}")
         return 130
     plot(out / "error.png", report)
     print(f"paired RMSE to the exact flow map: median over {own['seeds']} seeds (range)\n{table(report)}\n{out}")

@@ -56,6 +56,9 @@ class ToyConfig:
     device: str = _option("cpu", "where to train: cpu, cuda, ... (networks this small are fastest on a CPU)", type=str)
 
     def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "width", "depth", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{flag(name)} must be a whole number, got {getattr(self, name)}")
         require_at_least(1, steps=self.steps, batch_size=self.batch_size, width=self.width, depth=self.depth)
         for name in ("lr", "guidance", "bandwidth"):
             value = getattr(self, name)
@@ -70,14 +73,14 @@ class ToyConfig:
             raise ValueError(f"--seed must lie in [0, 2^63), got {self.seed}")
         if self.guidance != 1 and not self.conditional:
             raise ValueError("--guidance needs --conditional")
-        if self.conditional and self.data:
+        if self.conditional and self.data is not None:
             raise ValueError("--conditional needs classes, and points of --data have none")
-        if self.bandwidth and not self.data:
+        if self.bandwidth and self.data is None:
             raise ValueError("--bandwidth goes with --data")
         if self.detach_jvp and self.objective not in ("tvm", "pid"):
             raise ValueError(f"--detach-jvp does nothing for --objective {self.objective}")
         try:
-            torch.empty(0, device=self.device)
+            torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {self.device} cannot be used here: {str(error).splitlines()[0]}") from None
 
@@ -91,7 +94,7 @@ class ToyConfig:
     @property
     def name(self) -> str:
         """What the run folder is called by default: the data's name and what differs from plain TVM."""
-        parts = [Path(self.data).stem if self.data else self.dist]
+        parts = [Path(self.data).stem if self.data is not None else self.dist]
         parts += [self.objective] if self.objective != "tvm" else []
         parts += ["detached"] if self.detach_jvp else []
         parts += ["conditional"] if self.conditional else []

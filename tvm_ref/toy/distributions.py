@@ -24,7 +24,7 @@ def _polar(radius: Tensor, angle: Tensor) -> Tensor:
 
 
 def _middles(n: int) -> Tensor:
-    """N midpoints of equal cells of [0, 1]."""
+    """The n midpoints of equal cells of [0, 1]."""
     return (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
@@ -115,15 +115,19 @@ def read_points(path: Path) -> Tensor:
         ValueError: another kind of file, other than two columns, text, NaN or infinite values, fewer than 10 points.
         OSError: a file that is missing or cannot be read.
     """
-    if path.suffix not in (".csv", ".npy"):
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".npy"):
         raise ValueError(f"{path}: points come as .csv or .npy, not '{path.suffix or 'a file without extension'}'")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
-        if path.suffix == ".npy":
-            points = np.load(path, allow_pickle=False).astype(np.float64)
+        if kind == ".npy":
+            points = np.load(path, allow_pickle=False)
+            if points.dtype.kind not in "fiu":
+                raise ValueError(f"its type is {points.dtype}")
+            points = points.astype(np.float64)
         else:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
             if lines and not _is_number(lines[0].split(",")[0]):
                 lines = lines[1:]  # a header
             if not lines:
@@ -137,6 +141,8 @@ def read_points(path: Path) -> Tensor:
         raise ValueError(f"{path}: at least 10 points are needed, got {len(points)}")
     if not np.isfinite(points).all():
         raise ValueError(f"{path}: {int((~np.isfinite(points)).any(1).sum())} points are NaN or infinite")
+    if np.abs(points).max() > 1e100:
+        raise ValueError(f"{path}: numbers beyond 1e100 cannot be standardised")
     for axis in range(2):
         if np.ptp(points[:, axis]) == 0:
             raise ValueError(f"{path}: column {axis + 1} is constant")

@@ -66,7 +66,7 @@ def plot_samples(
     nfes: Sequence[int] = (1, 2, 4),
     points: int = 4000,
 ) -> None:
-    """Data beside samples of the model, classes in colour."""
+    """Data beside samples of the model, classes in colour; with guidance, the exact guided flow in place of data."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(points, distribution.dim, generator=generator)
     data, label = distribution.sample(points, generator)
@@ -74,6 +74,9 @@ def plot_samples(
     if reference.condition is not None:
         condition = Condition(label, reference.condition.beta[:1].expand(points))
     panels = {"data": data}
+    if condition is not None and float(condition.beta[0]) != 1:
+        exact = distribution.jump(noise, _ones(noise), _ones(noise, 0.0), condition)
+        panels = {f"exact flow, w = {1 / float(condition.beta[0]):g}": exact}
     panels |= {f"model, {n} step{'s' if n > 1 else ''}": sample(jump, noise, n, condition) for n in nfes}
     figure, axes = make_figure(len(panels))
     for ax, (title, x) in zip(axes, panels.items(), strict=True):
@@ -92,19 +95,20 @@ def plot_trajectories(
 
     Without `one_jump` (a model that knows only its velocity) the model's path is a chain of 64 small steps.
     """
-    n, grid = 40, torch.linspace(1, 0, 65)
-    noise, condition = reference.noise[:n].float(), reference.condition
+    grid, condition = torch.linspace(1, 0, 65), reference.condition
+    inside = (reference.noise.abs() < 0.95 * EXTENT).all(1).nonzero().flatten()[:40]
+    noise, n = reference.noise[inside].float(), len(inside)
     # every path at every time in one batch, ordered by time: [65 * n, 2]
     x1, s = noise.repeat(len(grid), 1), grid.repeat_interleave(n)
-    many = None if condition is None else Condition(*(a[:n].repeat(len(grid)) for a in condition))
+    many = None if condition is None else Condition(*(a[inside].repeat(len(grid)) for a in condition))
     panels = {"exact flow": distribution.jump(x1, _ones(x1), s, many).view(-1, n, 2)}
     if one_jump:
         with torch.no_grad():
-            panels["model: one jump to every s"] = jump(x1, _ones(x1), s, many).view(-1, n, 2)
+            panels["model: one jump from t = 1 to each s"] = jump(x1, _ones(x1), s, many).view(-1, n, 2)
     else:
-        first = None if condition is None else Condition(*(a[:n] for a in condition))
+        first = None if condition is None else Condition(*(a[inside] for a in condition))
         panels["model: 64 Euler steps"] = torch.stack(sample_path(jump, noise, grid.tolist(), first))
-    data = distribution.sample(3000, torch.Generator().manual_seed(2))[0]
+    data = reference.data
     figure, axes = make_figure(2, 5.0)
     for ax, (title, states) in zip(axes, panels.items(), strict=True):
         scatter(ax, data, s=3, c=GREY, alpha=0.25, linewidths=0)
@@ -132,10 +136,11 @@ def plot_map(path: Path, distribution: GaussianMixture, jump: Jump, reference: R
     if reference.condition is not None:  # the map of the first class
         condition = Condition(torch.zeros(len(x1), dtype=torch.long), reference.condition.beta[:1].expand(len(x1)))
     zeros, ones = _ones(x1, 0.0), _ones(x1)
+    of_class = "" if condition is None else ", class 0"
     panels = {
         "noise": x1,
-        "exact flow map": distribution.jump(x1, ones, zeros, condition),
-        f"model, {nfe} step{'s' if nfe > 1 else ''}": sample(jump, x1, nfe, condition),
+        f"exact flow map{of_class}": distribution.jump(x1, ones, zeros, condition),
+        f"model, {nfe} step{'s' if nfe > 1 else ''}{of_class}": sample(jump, x1, nfe, condition),
     }
     hues = matplotlib.colormaps["twilight"](np.linspace(0, 1, lines, endpoint=False))
     figure, axes = make_figure(3, 4.5)
@@ -153,19 +158,21 @@ def plot_map(path: Path, distribution: GaussianMixture, jump: Jump, reference: R
 def plot_losses(path: Path, log: Sequence[dict[str, float]], minimum: float) -> None:
     """The terms of the objective over the steps, as the lines of train.jsonl have them.
 
-    `minimum` is the flow-matching loss of the exact velocity, below which none can fall.
+    `minimum` is the flow-matching loss of the exact velocity, below which none falls in expectation.
     """
     panels = {"flow_map": "flow-map term", "flow_matching": "flow-matching term"}
     shown = [key for key in panels if any(line[key] for line in log)] or list(panels)
     figure, axes = make_figure(len(shown), 4.5, plane=False)
     figure.set_size_inches(6 * len(shown), 4)
     for ax, key in zip(axes, shown, strict=True):
-        ax.plot([line["step"] for line in log], [line[key] for line in log], color=BLUE)
+        ax.plot(
+            [line["step"] for line in log], [line[key] for line in log], color=BLUE, marker="o" if len(log) < 5 else ""
+        )
         ax.set(xlabel="step", ylabel="loss per dimension", title=panels[key])
         ax.grid(alpha=0.3)
         if key == "flow_map":
             ax.set_yscale("log")
         else:
-            ax.axhline(minimum, color=ORANGE, ls="--", label="exact velocity")
+            ax.axhline(minimum, color=ORANGE, ls="--", label="loss of the exact velocity")
             ax.legend()
     save_figure(figure, path)

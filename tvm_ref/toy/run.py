@@ -1,6 +1,7 @@
 """A run and its folder: train with a progress bar, stop and resume, measure, draw, say where things are."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -34,7 +35,9 @@ def distribution_of(config: ToyConfig) -> GaussianMixture:
     Raises:
         ValueError, OSError: points that cannot be used, or classes asked of data without.
     """
-    distribution = load_points(Path(config.data), config.bandwidth) if config.data else make_distribution(config.dist)
+    distribution = (
+        make_distribution(config.dist) if config.data is None else load_points(Path(config.data), config.bandwidth)
+    )
     if config.conditional and not distribution.num_classes:
         raise ValueError(
             f"--conditional needs classes, and {config.dist} has none (moons, circles, eight_gaussians do)"
@@ -47,6 +50,12 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def fingerprint(distribution: GaussianMixture) -> str:
+    """A hash of a distribution, so that a run is not continued on other data."""
+    parts = (distribution.centres, distribution.log_weights, torch.tensor(distribution.sigma, dtype=torch.float64))
+    return hashlib.sha256(b"".join(a.numpy().tobytes() for a in parts)).hexdigest()
 
 
 class Interruption:
@@ -104,26 +113,35 @@ class Run:
     def save(self, sums: torch.Tensor) -> None:
         """Write checkpoint.pt; `sums` are the losses since the last line of the log."""
         partial = self.path("checkpoint.pt.partial")
-        torch.save(self.training.state_dict() | {"sums": sums}, partial)
+        torch.save(self.training.state_dict() | {"sums": sums, "data": fingerprint(self.distribution)}, partial)
         os.replace(partial, self.path("checkpoint.pt"))
 
     def load(self) -> torch.Tensor:
         """Read checkpoint.pt, drop what the log has beyond it, and return the losses since the log's last line.
 
         Raises:
-            ValueError: a checkpoint that is damaged, unreadable or of another network.
+            ValueError: a checkpoint that is damaged, unreadable, or of another network or other data; a damaged log.
         """
         try:
             state = torch.load(self.path("checkpoint.pt"), weights_only=True)
             self.training.load_state_dict(state)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            sums, data = state["sums"], state["data"]
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, OSError) as error:
+            reason = str(error).splitlines()[0] if isinstance(error, RuntimeError | OSError) else "it is damaged"
             raise ValueError(f"{self.path('checkpoint.pt')} cannot be used: {reason}") from None
+        if data != fingerprint(self.distribution):
+            raise ValueError(
+                f"{self.folder} was trained on other points than {self.config.data or self.config.dist} has"
+            )
         self._before = self.training.seconds
-        lines = [json.loads(line) for line in self.path("train.jsonl").read_text().splitlines()]
-        self.log = [line for line in lines if line["step"] <= self.training.step]
+        try:
+            text = self.path("train.jsonl").read_text() if self.path("train.jsonl").exists() else ""
+            lines = [json.loads(line) for line in text.splitlines()]
+            self.log = [line for line in lines if line["step"] <= self.training.step]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.path('train.jsonl')} is damaged; without that file the log starts anew") from None
         write_atomically(self.path("train.jsonl"), "".join(json.dumps(line) + "\n" for line in self.log))
-        return state["sums"]
+        return sums
 
     # Training ---------------------------------------------------------------------------------------------------
 
@@ -184,6 +202,7 @@ class Run:
 
     def report(self, points: int) -> dict[str, Any]:
         """Measure and draw; write model.safetensors, metrics.json and the pictures; return the metrics."""
+        print("measuring and drawing")
         config, jump = self.config, self.training.evaluated
         weights = {name: a.cpu().contiguous() for name, a in self.training.ema.module.network.state_dict().items()}
         save_file(weights, self.path("model.safetensors"))
@@ -241,5 +260,5 @@ def read_config(folder: Path) -> ToyConfig:
         return ToyConfig(**stored)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no run (no config.json)") from None
-    except (TypeError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a configuration of this program: {error}") from None

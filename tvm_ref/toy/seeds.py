@@ -49,7 +49,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     p = OneLineParser(
-        "python -m tvm_ref.toy.seeds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tvm_ref.toy.seeds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument(
         "--dist",
@@ -71,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         require_at_least(10, points=points)
         if out and out.exists():
             raise ValueError(f"{out} exists already; choose another --out")
-    except ValueError as error:
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         p.error(str(error))
     configs = [replace(base, dist=dist, seed=seed) for dist in dists for seed in range(seeds)]
     results = []

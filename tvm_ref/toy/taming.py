@@ -45,7 +45,7 @@ TAMINGS = {
 
 
 class RMSNorm(nn.Module):
-    """Y = x / sqrt(mean(x^2) + eps), without weights: Lipschitz with constant 1 / sqrt(eps) (appendix B.1)."""
+    """RMSNorm without weights, y = x / sqrt(mean(x^2) + eps): Lipschitz with constant 1 / sqrt(eps) (appendix B.1)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of x [..., D]; of plain operations, so that a JVP passes through."""
