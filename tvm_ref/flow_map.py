@@ -1,5 +1,6 @@
 """FlowMap: any network F(x, t, s, condition) read as a map along the flow, with its velocity at both ends."""
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 
 from tvm_ref.guidance import Condition
 from tvm_ref.shapes import Sample, Time, check_batch, check_times, over
+
+# PyTorch's first JVP of a process uses torch.jit.script itself, and warns its caller of it
+warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
 
 
 class Factor(NamedTuple):
