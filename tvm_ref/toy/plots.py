@@ -127,7 +127,7 @@ def plot_map(path: Path, distribution: GaussianMixture, jump: Jump, reference: R
     angle = torch.linspace(0, 2 * torch.pi, 361)
     rings = [r * torch.stack([angle.cos(), angle.sin()], -1) for r in radii]
     spokes = [
-        torch.linspace(0, radii[-1], 121)[:, None] * torch.tensor([np.cos(a), np.sin(a)], dtype=torch.float32)
+        torch.linspace(0.02, radii[-1], 121)[:, None] * torch.tensor([np.cos(a), np.sin(a)], dtype=torch.float32)
         for a in 2 * np.pi * np.arange(lines) / lines
     ]
     curves = spokes + rings
