@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from tvm_ref.toy import __main__ as command
-from tvm_ref.toy import benchmark, compare, seeds
+from tvm_ref.toy import benchmark, compare, plots, seeds
+from tvm_ref.toy import training as training_module
 from tvm_ref.toy.config import ToyConfig
+from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.metrics import FIGURES, NFES
 from tvm_ref.toy.run import read_config
+from tvm_ref.toy.training import draw_block
 
 SMALL = ["--steps", "60", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
 PICTURES = ("samples.png", "trajectories.png", "map.png", "losses.png")
@@ -232,6 +235,16 @@ def test_a_disk_that_fails_ends_with_one_line_and_status_1(tmp_path, capsys, mon
     assert capsys.readouterr().err.strip().splitlines()[-1].endswith("No space left on device")
 
 
+def test_a_disk_that_fails_while_drawing_ends_with_one_line_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plots, "plot_map", full)
+    assert run(tmp_path) == 1
+    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 60
+
+
 def test_divergence_ends_with_one_line_and_status_1(tmp_path, capsys):
     assert run(tmp_path, "--lr", "1e30") == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -324,6 +337,21 @@ def test_seeds_counts_what_diverged():
     lines = seeds.table([ok, ok, {"dist": "moons", "diverged": True, "figures": {}}]).splitlines()
     assert lines[1].endswith("1 of 3")
     assert "0.500 (inf)" in lines[1]
+
+
+def test_benchmark_draws_no_data_while_it_times_gradients(monkeypatch):
+    """Gradients once asked for step 0's batch, so that they and the steps drew each other's block anew every round."""
+    drawn = []
+
+    def counted(config, distribution, block):
+        drawn.append(block)
+        return draw_block(config, distribution, block)
+
+    monkeypatch.setattr(training_module, "draw_block", counted)
+    config = ToyConfig(batch_size=4, width=4, depth=1)
+    training = training_module.Training(config, make_distribution("moons"))
+    benchmark.step_times({"TVM": training}, rounds=3, repeats=20)
+    assert drawn == [0, 1]  # 80 steps, 50 to a block
 
 
 def test_benchmark_prints_ratios(tmp_path, capsys):

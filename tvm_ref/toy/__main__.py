@@ -112,6 +112,9 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped before everything was measured and drawn: the same command with --resume does that")
         return 130
+    except OSError as error:
+        print(f"{command.prog}: error: {error}; once mended, the same command with --resume goes on", file=sys.stderr)
+        return 1
     seconds = metrics["seconds"]
     print(
         f"{seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all; pictures and figures: {run.folder}"

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,14 @@ from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, require_at
 from tvm_ref.toy.run import distribution_of, write_atomically
 from tvm_ref.toy.seeds import one_step
 from tvm_ref.toy.sweep import train_many
-from tvm_ref.toy.training import Training
+from tvm_ref.toy.training import Batch, Training
 
 QUALITY = {"paired_rmse": 0.07, "w2_same_noise": 0.06, "low_density": 0.04}  # one step, moons, median over seeds
 BUDGETS = (500, 1000, 2000, 3000, 4000)  # training steps
 
 
-def gradients(training: Training) -> None:
+def gradients(training: Training, batch: Batch) -> None:
     """Loss and gradients of one batch."""
-    batch = training.batch(0)
     terms = training.objective(batch.x0, batch.x1, batch.times, batch.condition, training.target.module)
     terms.total.mean().backward()
 
@@ -39,9 +39,13 @@ def gradients(training: Training) -> None:
 def step_times(trainings: dict[str, Training], rounds: int, repeats: int) -> dict[str, dict[str, float]]:
     """Milliseconds per whole step and per loss with gradients: medians over rounds, in each of which all take turns."""
     times: dict[str, dict[str, list[float]]] = {name: {"step": [], "gradients": []} for name in trainings}
+    batches = {name: training.batch(training.step) for name, training in trainings.items()}
     for _ in range(rounds + 1):
         for name, training in trainings.items():
-            for kind, call in (("step", training.train_step), ("gradients", lambda t=training: gradients(t))):
+            for kind, call in (
+                ("step", training.train_step),
+                ("gradients", partial(gradients, training, batches[name])),
+            ):
                 begun = time.perf_counter()
                 for _ in range(repeats):
                     call()
