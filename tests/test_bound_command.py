@@ -65,6 +65,16 @@ def test_a_finished_run_is_measured_written_and_drawn(run, capsys):
     assert all(line in printed for line in ("W2 (optimal transport)", "global (theorem 1)"))
 
 
+def test_the_default_moons_run_is_bounded_within_a_factor_of_4(tmp_path):
+    """Path by path and one-sided; with ||a|| + ||b|| for ||a + b|| it was 3.5 to 5.6."""
+    folder = tmp_path / "moons"
+    assert toy(["--dist", "moons", "--out", str(folder)]) == 0
+    assert command.main([str(folder)]) == 0
+    result = json.loads((folder / "bound.json").read_text())
+    assert result["displacement"] < result["pathwise_one_sided"] <= 4 * result["displacement"]
+    assert math.isfinite(result["global"])
+
+
 def test_results_are_reproducible_and_depend_on_t(run, capsys):
     results = []
     for t in ("1", "1", "0.4"):

@@ -193,8 +193,10 @@ def test_gaussian_data_and_a_linear_network_have_closed_forms(c, t):
     direction = (x_t - (1 - t) * mean) / std(t)
     psi = lambda r: (1 - r) * mean + std(r) * direction  # noqa: E731
     u = lambda r: -mean + (r - (1 - r) * sigma**2) / std(r) * direction  # noqa: E731 - d/dr of psi
-    a = lambda r, i: abs(c) * (t - r) * float(average[i].norm())  # noqa: E731
-    b = lambda r, i: float((c * psi(r) + torch.tensor(d) - u(r))[i].norm())  # noqa: E731
+    a = lambda r, i: (c * (t - r) * average)[i]  # noqa: E731
+    b = lambda r, i: (c * psi(r) + torch.tensor(d) - u(r))[i]  # noqa: E731
+    both = lambda r, i: float((a(r, i) + b(r, i)).norm())  # noqa: E731
+    split = lambda r, i: float(a(r, i).square().sum() + b(r, i).square().sum())  # noqa: E731
     seven = lambda r, i: float((average - u(r))[i].norm()) ** 2  # noqa: E731
     integrate = lambda f: quad(f, 0, t, epsabs=1e-10, limit=200)[0]  # noqa: E731
     total = 0.0
@@ -202,12 +204,12 @@ def test_gaussian_data_and_a_linear_network_have_closed_forms(c, t):
         expected = {
             "displacement": float((x_t - t * average - psi(0))[i].norm()),
             "terminal_velocity": math.sqrt(t * integrate(lambda r, i=i: seven(r, i))),
-            "pathwise_one_sided": integrate(lambda r, i=i: math.exp(-c * r) * (a(r, i) + b(r, i))),
-            "pathwise_two_sided": integrate(lambda r, i=i: math.exp(abs(c) * r) * (a(r, i) + b(r, i))),
+            "pathwise_one_sided": integrate(lambda r, i=i: math.exp(-c * r) * both(r, i)),
+            "pathwise_two_sided": integrate(lambda r, i=i: math.exp(abs(c) * r) * both(r, i)),
         }
         for name, value in expected.items():
             assert found[name][i] == pytest.approx(value, abs=1e-6), name
-        total += integrate(lambda r, i=i: 2 * t * math.exp(2 * abs(c) * r) * (a(r, i) ** 2 + b(r, i) ** 2))
+        total += integrate(lambda r, i=i: 2 * t * math.exp(2 * abs(c) * r) * split(r, i))
     assert wb.global_bound(paths, torch.full_like(s, abs(c))) == pytest.approx(math.sqrt(total / 4), abs=1e-6)
     start, end = paths.x[0], paths.y[0]
     pairings = [(start - end[list(p)]).square().sum(1).mean().sqrt() for p in itertools.permutations(range(4))]
@@ -249,10 +251,10 @@ def test_classes_are_measured_class_by_class():
 
 
 def tight_case(L: float, steps: int = 512) -> tuple[bound_paths.Paths, Tensor]:
-    """Groenwall, Cauchy-Schwarz and (a + b)^2 <= 2 a^2 + 2 b^2 as equalities: paths at t = 1, and L(s).
+    """Groenwall, Cauchy-Schwarz and ||a + b||^2 <= 2 ||a||^2 + 2 ||b||^2 as equalities: paths at t = 1, and L(s).
 
     u_theta = -L x. With p = n e^(-L s), ||n|| = 1, the exact field is u = -L y + p and the model's path has
-    dX/ds = -L X - p: a = b = e^(-L s) push X and Y apart along n, and e(0) = int e^(L s) (a + b) ds = 2.
+    dX/ds = -L X - p: a = b = -p push X and Y apart along n, and ||e(0)|| = int e^(L s) ||a + b|| ds = 2.
     Both are linear: Y = e^(L (1 - s)) x - (1 - s) p and X = e^(L (1 - s)) x + (1 - s) p.
     """
     x, n = torch.randn(50, 2, dtype=torch.float64), torch.tensor([0.6, 0.8], dtype=torch.float64)

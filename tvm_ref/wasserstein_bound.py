@@ -1,25 +1,29 @@
 """The 2-Wasserstein bound (theorem 1, proved in appendix A.4), each link of its chain with every constant.
 
 For points x_t, X_s = x_t + f(x_t, t, s) is where the model carries them and Y_s = psi(x_t, t, s) where the exact flow
-does. With the norms, not squared, of
+does. With
 
     a(s) = d/ds f(x_t, t, s) - u_theta(X_s, s)      the terminal velocity residual, on the model's path
     b(s) = u_theta(Y_s, s) - u(Y_s, s)              the flow-matching residual, on the exact path
     e(s) = X_s - Y_s,    e(t) = 0                   the displacement error
 
-the terms, all as distances, are
+and de/ds = a + b + u_theta(X_s, s) - u_theta(Y_s, s),
+
+the terms, all as distances, are (norms over dimensions, E over points)
 
     w2                   W2 between the clouds X_0 and Y_0, by POT
-    displacement         sqrt(E e(0)^2)                                                     (eq. 36-38)
+    displacement         sqrt(E ||e(0)||^2)                                                 (eq. 36-38)
     terminal_velocity    sqrt(t int_0^t E ||d/ds f - u(Y_s, s)||^2 ds)                      (eq. 7)
-    pathwise_one_sided   RMS of int_0^t exp(int_0^s m) (a + b) ds,   m = -<du, dx> / ||dx||^2
+    pathwise_one_sided   RMS of int_0^t exp(int_0^s m) ||a + b|| ds,   m = -<du, dx> / ||dx||^2
     pathwise_two_sided   the same with ||du|| / ||dx|| for m
-    global               sqrt(int_0^t lambda(s) (E a^2 + E b^2) ds),   lambda = 2 t exp(2 int_0^s L)    (theorem 1)
+    global               sqrt(int_0^t lambda(s) E(||a||^2 + ||b||^2) ds),   lambda = 2 t exp(2 int_0^s L)    (theorem 1)
     global_from_loss     sqrt(int_0^t lambda(s) L_TVM(t, s) ds + C),   C = -int_0^t lambda(s) E||v - u||^2 ds
 
 with dx = X_s - Y_s, du = u_theta(X_s, s) - u_theta(Y_s, s), and w2 <= displacement <= each of the others, in the
-order of LINKS. The trapezoidal rule has positive weights that sum to t, and L is at least every observed ||du||/||dx||;
-so pathwise_one_sided <= pathwise_two_sided <= global holds exactly on any grid, not only in the limit.
+order of LINKS. Groenwall's inequality asks for ||a + b|| alone; the theorem wants two separate losses and splits it:
+||a + b||^2 <= 2 ||a||^2 + 2 ||b||^2. The trapezoidal rule has positive weights that sum to t, and L is at least every
+observed ||du||/||dx||; so pathwise_one_sided <= pathwise_two_sided <= global holds exactly on any grid, not only in the
+limit.
 
 L is the largest Jacobian norm over visited points: an estimate from below of the field's Lipschitz constant.
 """
@@ -116,15 +120,19 @@ def terminal_velocity(paths: Paths) -> Tensor:
     return (paths.s[-1] * integral(norms(paths.df_ds - paths.exact).square(), paths.s)).sqrt()
 
 
+def residual(paths: Paths) -> Tensor:
+    """||a(s) + b(s)|| [S, N]: what drives the model's path from the exact one, beside the model's own field."""
+    return norms(paths.df_ds - paths.u_x + paths.u_y - paths.exact)
+
+
 def pathwise(rate: Tensor, paths: Paths) -> Tensor:
-    """int_0^t exp(int_0^s rate) (a(s) + b(s)) ds [N]: Groenwall's inequality along each path, a bound on its e(0).
+    """int_0^t exp(int_0^s rate) ||a(s) + b(s)|| ds [N]: Groenwall's inequality along each path, a bound on its e(0).
 
     `rate` [S, N] is one_sided_rate or two_sided_rate. The largest exponent is taken out, so that no term overflows.
     """
     exponent = running_integral(rate, paths.s)
     top = exponent.amax(0)
-    residual = terminal_velocity_residual(paths) + flow_matching_residual(paths)
-    return integral((exponent - top).exp() * residual, paths.s) * top.exp()
+    return integral((exponent - top).exp() * residual(paths), paths.s) * top.exp()
 
 
 def lipschitz(model: Flow, paths: Paths, condition: Condition | None = None, watch: Watch = unwatched) -> Tensor:
@@ -154,10 +162,14 @@ def weighted_root(log_weight: Tensor, values: Tensor, s: Tensor) -> float:
     return math.sqrt(max(total, 0.0)) * float((top / 2).exp())
 
 
+def split_squares(paths: Paths) -> Tensor:
+    """||a(s)||^2 + ||b(s)||^2 [S, N]: the excess of eq. 9 over its minimum, at least half of residual squared."""
+    return terminal_velocity_residual(paths).square() + flow_matching_residual(paths).square()
+
+
 def global_bound(paths: Paths, lipschitz: Tensor, weight: Weight = log_lambda) -> float:
-    """sqrt(int_0^t lambda(s) (E a(s)^2 + E b(s)^2) ds): theorem 1 with the loss as residuals (eq. 10, 39-58)."""
-    square = terminal_velocity_residual(paths).square() + flow_matching_residual(paths).square()
-    return weighted_root(weight(lipschitz, paths.s), square.mean(1), paths.s)
+    """sqrt(int_0^t lambda(s) E(||a||^2 + ||b||^2) ds): theorem 1 with the loss as residuals (eq. 10, 39-58)."""
+    return weighted_root(weight(lipschitz, paths.s), split_squares(paths).mean(1), paths.s)
 
 
 def constant(lipschitz: Tensor, minimum: Tensor, s: Tensor) -> float:
@@ -311,13 +323,12 @@ def measure(
 def loss_standard_error(paths: Paths, lipschitz: Tensor, excess: Tensor) -> float:
     """Standard error of global_from_loss - global over draws, both as distances; `excess` [S, N] is loss - minimum.
 
-    Each draw gives one difference of squares, int lambda (excess - a^2 - b^2) ds; a difference of roots is that over
-    the sum of the roots.
+    Each draw gives one difference of squares, int lambda (excess - ||a||^2 - ||b||^2) ds; a difference of roots is that
+    over the sum of the roots.
     """
-    residual = terminal_velocity_residual(paths).square() + flow_matching_residual(paths).square()
     log_weight = log_lambda(lipschitz, paths.s)
     top = log_weight.max()
     weight = (log_weight - top).exp()[:, None]
-    spread = integral(weight * (excess - residual), paths.s).std() / math.sqrt(excess.shape[1])
+    spread = integral(weight * (excess - split_squares(paths)), paths.s).std() / math.sqrt(excess.shape[1])
     root = global_bound(paths, lipschitz) / float((top / 2).exp())  # in the same units
     return float(spread) / max(root, math.sqrt(float(spread)), torch.finfo(torch.float64).tiny) * float((top / 2).exp())
