@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tvm_ref.guidance import Condition
 from tvm_ref.objectives import Flow
@@ -38,7 +38,10 @@ def sample_path(
 
     Raises:
         ValueError: fewer than one step, or a grid that does not fall within [0, 1].
+        TypeError: a network that is not wrapped in a FlowMap: it gives average velocities F, not states.
     """
+    if isinstance(jump, nn.Module) and not hasattr(jump, "displacement"):
+        raise TypeError(f"{type(jump).__name__} is a network, not a flow map; wrap it: FlowMap(network)")
     grid = uniform_times(times) if isinstance(times, int) else [float(a) for a in times]
     if len(grid) < 2 or not all(1 >= a > b >= 0 for a, b in itertools.pairwise(grid)):
         raise ValueError(f"a time grid must fall strictly within [0, 1] and hold at least two times, got {grid}")
