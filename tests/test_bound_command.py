@@ -66,12 +66,17 @@ def test_a_finished_run_is_measured_written_and_drawn(run, capsys):
 
 
 def test_the_default_moons_run_is_bounded_within_a_factor_of_4(tmp_path):
-    """Path by path and one-sided; with ||a|| + ||b|| for ||a + b|| it was 3.5 to 5.6."""
+    """One-sided, path by path and in mean square; with ||a|| + ||b|| for ||a + b|| the former was 3.5 to 5.6.
+
+    The path-wise figure has a heavy tail: on other points a single one near a separatrix can double it.
+    """
     folder = tmp_path / "moons"
     assert toy(["--dist", "moons", "--out", str(folder)]) == 0
     assert command.main([str(folder)]) == 0
     result = json.loads((folder / "bound.json").read_text())
-    assert result["displacement"] < result["pathwise_one_sided"] <= 4 * result["displacement"]
+    for name in ("mean_square", "pathwise_one_sided"):
+        assert result["displacement"] < result[name] <= 4 * result["displacement"]
+    assert result["medians"]["pathwise_one_sided"] <= 4 * result["medians"]["displacement"]
     assert math.isfinite(result["global"])
 
 

@@ -6,19 +6,20 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from tvm_ref.bound_paths import displacement_error, flow_matching_residual, terminal_velocity_residual
-from tvm_ref.toy.plots import BLUE, GREEN, GREY, ORANGE, PINK, SKY, make_figure, save_figure
+from tvm_ref.toy.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, make_figure, save_figure
 from tvm_ref.wasserstein_bound import TERMS, Bound, one_sided_rate, two_sided_rate
 
 LABELS = {
     "w2": "W2 (optimal transport)",
     "displacement": "displacement (eq. 36-38)",
     "terminal_velocity": "terminal velocity (eq. 7)",
+    "mean_square": "mean-square, one-sided",
     "pathwise_one_sided": "path-wise, one-sided",
     "pathwise_two_sided": "path-wise, two-sided",
     "global": "global (theorem 1)",
     "global_from_loss": "global, from the TVM loss",
 }
-COLOURS = dict(zip(TERMS, ("#000000", BLUE, SKY, GREEN, ORANGE, PINK, GREY), strict=True))
+COLOURS = dict(zip(TERMS, ("#000000", BLUE, SKY, RED, GREEN, ORANGE, PINK, GREY), strict=True))
 
 
 def plot_bound(path: Path, bound: Bound, title: str) -> None:

@@ -76,8 +76,8 @@ def table(records: list[Record], correlations: dict[str, float]) -> str:
     """Every third record and the last, and the correlations under their columns."""
     columns = {
         "training_loss": "train. loss", "loss": "loss", "displacement": "displacement",
-        "terminal_velocity": "eq. 7", "pathwise_one_sided": "one-sided", "pathwise_two_sided": "two-sided",
-        "global": "global",
+        "terminal_velocity": "eq. 7", "mean_square": "mean-square", "pathwise_one_sided": "one-sided",
+        "pathwise_two_sided": "two-sided", "global": "global",
     }  # fmt: skip
     lines = [f"{'step':>8}{'W2':>9}" + "".join(f"{title:>13}" for title in columns.values())]
     shown = records[::-3][::-1]

@@ -17,7 +17,7 @@ from tvm_ref.toy.metrics import Reference
 from tvm_ref.toy.mixture import GaussianMixture
 
 # Okabe and Ito's palette, told apart with every common colour blindness
-BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999"
+BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#D55E00"
 EXTENT = 2.6  # half width of the window on the plane; data have unit variance
 STYLE: dict[Any, Any] = {
     "font.size": 13,
