@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tvm_ref.command_line import write_atomically
 from tvm_ref.distances import sampling_floor, wasserstein2
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
@@ -28,7 +29,7 @@ from tvm_ref.toy import bound_training, taming
 from tvm_ref.toy.bound_plots import LABELS, plot_bound, plot_training
 from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, flag
 from tvm_ref.toy.mixture import GaussianMixture
-from tvm_ref.toy.run import distribution_of, load_run, read_config, write_atomically
+from tvm_ref.toy.run import distribution_of, load_run, read_config
 from tvm_ref.wasserstein_bound import STEPS, TERMS, Bound, measure
 
 SEED = 2**41  # of the draws that the bound is measured on: apart from those of training and of metrics.json

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
+from tvm_ref.command_line import write_atomically
 from tvm_ref.toy.compare import METHODS
 from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, require_at_least
-from tvm_ref.toy.run import distribution_of, write_atomically
+from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.seeds import one_step
 from tvm_ref.toy.sweep import train_many
 from tvm_ref.toy.training import Batch, Training

@@ -21,10 +21,11 @@ from typing import Any
 import matplotlib
 import torch
 
+from tvm_ref.command_line import write_atomically
 from tvm_ref.toy import plots
 from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, require_at_least
 from tvm_ref.toy.metrics import Reference, paired_errors
-from tvm_ref.toy.run import distribution_of, write_atomically
+from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.sweep import train_many
 from tvm_ref.toy.training import Training
 

@@ -1,21 +1,18 @@
 """The toy's settings: one frozen dataclass, each field with its reason, which is also its --help."""
 
 import argparse
-import dataclasses
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 
+from tvm_ref import command_line
+from tvm_ref.command_line import OneLineParser, flag, option, require_at_least
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.time_samplers import TIME_SAMPLERS, TimeSampler
 from tvm_ref.toy.distributions import DISTRIBUTIONS
 
-
-def _option(default: Any, help: str, **argparse_options: Any) -> Any:
-    return field(default=default, metadata={"help": help, **argparse_options})
+__all__ = ["OneLineParser", "ToyConfig", "add_options", "flag", "require_at_least"]
 
 
 @dataclass(frozen=True)
@@ -26,34 +23,34 @@ class ToyConfig:
         ValueError: a bad value, named by its option.
     """
 
-    dist: str = _option("moons", "distribution to learn", choices=list(DISTRIBUTIONS))
-    data: str | None = _option(None, "learn your own points instead: a .csv or .npy file of N x 2 numbers", type=str)
-    bandwidth: float | None = _option(
+    dist: str = option("moons", "distribution to learn", choices=list(DISTRIBUTIONS))
+    data: str | None = option(None, "learn your own points instead: a .csv or .npy file of N x 2 numbers", type=str)
+    bandwidth: float | None = option(
         None, "width of the Gaussian around each point of --data (default: by leave-one-out likelihood)", type=float
     )
-    objective: str = _option(
+    objective: str = option(
         "tvm", "what to minimise: TVM, or a neighbour that it is compared with", choices=list(OBJECTIVES)
     )
-    detach_jvp: bool = _option(False, "TVM without gradients through the JVP: cheaper, biased (paper, sec. 7.4)")
-    conditional: bool = _option(False, "condition on the class (moons, circles and eight_gaussians have classes)")
-    guidance: float = _option(1.0, "classifier-free guidance weight w, with --conditional (paper, eq. 15)", type=float)
-    steps: int = _option(3800, "training steps", type=int)
-    batch_size: int = _option(1024, "samples per step", type=int)
-    width: int = _option(64, "units per hidden layer of the network", type=int)
-    depth: int = _option(4, "hidden layers of the network", type=int)
-    lr: float = _option(7e-3, "peak learning rate of SOAP: linear warm-up, then cosine to zero", type=float)
-    time_sampler: str = _option("gap*", "how times are drawn (paper, sec. 7.3)", choices=list(TIME_SAMPLERS))
-    noise_share: float = _option(
+    detach_jvp: bool = option(False, "TVM without gradients through the JVP: cheaper, biased (paper, sec. 7.4)")
+    conditional: bool = option(False, "condition on the class (moons, circles and eight_gaussians have classes)")
+    guidance: float = option(1.0, "classifier-free guidance weight w, with --conditional (paper, eq. 15)", type=float)
+    steps: int = option(3800, "training steps", type=int)
+    batch_size: int = option(1024, "samples per step", type=int)
+    width: int = option(64, "units per hidden layer of the network", type=int)
+    depth: int = option(4, "hidden layers of the network", type=int)
+    lr: float = option(7e-3, "peak learning rate of SOAP: linear warm-up, then cosine to zero", type=float)
+    time_sampler: str = option("gap*", "how times are drawn (paper, sec. 7.3)", choices=list(TIME_SAMPLERS))
+    noise_share: float = option(
         0.0, "share of samples whose jump starts at t = 1, where one-step sampling does (not in the paper)", type=float
     )
-    equal_share: float | None = _option(
+    equal_share: float | None = option(
         None, "share of samples with t = s, table 4d of the paper (default: 0; 0.75 for meanflow, as in its own paper)",
         type=float,
     )  # fmt: skip
-    target_ema: float = _option(0.99, "decay of the target's weights (paper, table 4b)", type=float)
-    ema: float = _option(0.998, "decay of the weights that are evaluated", type=float)
-    seed: int = _option(0, "seed of the initial weights and of the data", type=int)
-    device: str = _option("cpu", "where to train: cpu, cuda, ... (networks this small are fastest on a CPU)", type=str)
+    target_ema: float = option(0.99, "decay of the target's weights (paper, table 4b)", type=float)
+    ema: float = option(0.998, "decay of the weights that are evaluated", type=float)
+    seed: int = option(0, "seed of the initial weights and of the data", type=int)
+    device: str = option("cpu", "where to train: cpu, cuda, ... (networks this small are fastest on a CPU)", type=str)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "width", "depth", "seed"):
@@ -102,38 +99,6 @@ class ToyConfig:
         return "-".join(parts)
 
 
-def flag(name: str) -> str:
-    """The command-line option of a field."""
-    return "--" + name.replace("_", "-")
-
-
-def require_at_least(least: float, **values: float) -> None:
-    """Raise ValueError, naming the option, for a value below `least` or NaN."""
-    for name, value in values.items():
-        if not value >= least:
-            raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Errors in one line, exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `message` and where help is, and exit."""
-        print(f"{self.prog}: error: {message} (--help lists all options)", file=sys.stderr)
-        sys.exit(2)
-
-
 def add_options(parser: argparse.ArgumentParser, only: list[str] | None = None) -> None:
     """Add an option per field of ToyConfig, or per field in `only`. Options not given stay absent when parsed."""
-    for f in dataclasses.fields(ToyConfig):
-        if only is not None and f.name not in only:
-            continue
-        options = dict(f.metadata)
-        text = options.pop("help")
-        if isinstance(f.default, bool):
-            options["action"] = "store_true"
-        elif f.default is not None:
-            text += f" (default: {f.default})"
-            options.setdefault("metavar", None if "choices" in options else f.name.upper().split("_")[-1])
-        options = {k: v for k, v in options.items() if v is not None}
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
+    command_line.add_options(parser, ToyConfig, only)

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pickle
-import signal
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from tvm_ref.command_line import Interruption, write_atomically
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.objectives import FlowMatching
 from tvm_ref.toy import plots
@@ -45,39 +45,10 @@ def distribution_of(config: ToyConfig) -> GaussianMixture:
     return distribution
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old text or the new one and nothing between."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def fingerprint(distribution: GaussianMixture) -> str:
     """A hash of a distribution, so that a run is not continued on other data."""
     parts = (distribution.centres, distribution.log_weights, torch.tensor(distribution.sigma, dtype=torch.float64))
     return hashlib.sha256(b"".join(a.numpy().tobytes() for a in parts)).hexdigest()
-
-
-class Interruption:
-    """Ctrl-C or SIGTERM, noted instead of raised, so that the step under way is finished. A second one is raised."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "Interruption":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
-
-    def __exit__(self, *_: Any) -> None:
-        self._restore()
 
 
 class Run:

@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tvm_ref.command_line import write_atomically
 from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, require_at_least
 from tvm_ref.toy.distributions import DISTRIBUTIONS
 from tvm_ref.toy.metrics import Reference, evaluate
-from tvm_ref.toy.run import write_atomically
 from tvm_ref.toy.sweep import train_many
 from tvm_ref.toy.training import Training
 
