@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 
 
 def option(default: Any, help: str, **argparse_options: Any) -> Any:
-    """A field of a configuration: its default, the reason for it, and what argparse must know of it."""
+    """A field of a configuration: its default, the reason for it, and what argparse must know of it.
+
+    `resume` is for the program: whether a run may be resumed with another value.
+    """
     return field(default=default, metadata={"help": help, **argparse_options})
 
 
@@ -43,8 +46,9 @@ def add_options(parser: argparse._ActionsContainer, config: type, only: list[str
             continue
         options = dict(f.metadata)
         text = options.pop("help")
+        options.pop("resume", None)
         if isinstance(f.default, bool):
-            options["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+            options.setdefault("action", "store_true")
         elif f.default is not None:
             text += f" (default: {f.default})"
             options.setdefault("metavar", None if "choices" in options else f.name.upper().split("_")[-1])

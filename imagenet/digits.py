@@ -1,0 +1,39 @@
+"""The digits that ship with scikit-learn: 1437 images to learn from, 360 to judge by, and the judges."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TEST = 360  # images held out
+
+
+class Split(NamedTuple):
+    """Images float32 [N, 1, 8, 8] in [-1, 1] and labels [N], to learn from and held out.
+
+    Attributes:
+        train: images, labels.
+        test: images, labels.
+    """
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def load_digits() -> Split:
+    """The digits, split once and for all, with every class in both parts in proportion.
+
+    Raises:
+        ValueError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn import datasets
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise ValueError("the digits come with scikit-learn: pip install -e '.[imagenet]'") from None
+    stored = datasets.load_digits()
+    x = (stored.images[:, None] / 8 - 1).astype(np.float32)
+    parts = train_test_split(x, stored.target.astype(np.int64), test_size=TEST, stratify=stored.target, random_state=0)
+    x_train, x_test, y_train, y_test = map(torch.from_numpy, parts)
+    return Split((x_train, y_train), (x_test, y_test))
