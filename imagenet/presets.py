@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dit import ATTENTION, DIT, DiT, DiTConfig
 

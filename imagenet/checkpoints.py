@@ -1,0 +1,230 @@
+"""States of a run, written whole or not at all and checked when read; and weights for others, as safetensors.
+
+RUN/checkpoints/00002000/state.pt           everything that continues the run bit for bit: tensors and numbers
+RUN/checkpoints/00002000/checkpoint.json    its step, size and SHA-256
+RUN/weights.safetensors                     the evaluation weights, with the configuration in the metadata
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from presets import Config, build_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tvm_ref import FlowMap
+
+STATE, SUMMARY = "state.pt", "checkpoint.json"
+WEIGHTS = "weights.safetensors"
+CONFIG = "config.json"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
+    """Write the state of a step, and remove all but the newest `keep` checkpoints.
+
+    A crash at any moment leaves a checkpoint that is whole, or none under that name.
+
+    Raises:
+        OSError: it could not be written; nothing that was there is touched.
+    """
+    final, partial = folder / f"{step:08d}", folder / f"{step:08d}.partial"
+    try:
+        remove_leftovers(folder)
+        partial.mkdir(parents=True)
+        with (partial / STATE).open("wb") as file:
+            torch.save(dict(state), file)
+            _flush(file)
+        summary = {"step": step, "bytes": (partial / STATE).stat().st_size, "sha256": _sha256(partial / STATE)}
+        with (partial / SUMMARY).open("w") as text:
+            json.dump(summary | {"torch": torch.__version__}, text, indent=2)
+            _flush(text)
+        _flush_folder(partial)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        last = checkpoints(folder)[-1:]
+        kept = f"; {last[0]} is whole" if last else ""
+        raise OSError(f"the checkpoint of step {step} could not be written: {_reason(error)}{kept}") from None
+    if final.exists():
+        final.rename(final.with_suffix(".old"))
+    partial.rename(final)
+    _flush_folder(folder)
+    for path in checkpoints(folder)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+    remove_leftovers(folder)
+    return final
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a crash in the middle of writing left."""
+    for pattern in ("*.partial", "*.old"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a complaint about each newer one that is not.
+
+    Raises:
+        ValueError: checkpoints are there, and none is whole.
+    """
+    complaints = []
+    for path in reversed(checkpoints(folder)):
+        fault = _fault(path)
+        if fault is None:
+            return path, complaints
+        complaints.append(f"{path} is damaged ({fault})")
+    if complaints:
+        raise ValueError("; ".join(complaints) + "; no other checkpoint is left")
+    return None, []
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        summary = json.loads((path / SUMMARY).read_text())
+        size = (path / STATE).stat().st_size
+        if size != summary["bytes"]:
+            return f"{size} bytes in place of {summary['bytes']}"
+        return None if _sha256(path / STATE) == summary["sha256"] else "its checksum does not match"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{SUMMARY} cannot be read"
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint, on the CPU.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path / STATE} cannot be read: {_reason(error)}") from None
+
+
+# Weights ------------------------------------------------------------------------------------------------------------
+
+
+def save_weights(path: Path, state_dict: Mapping[str, Tensor], config: Config, **metadata: str) -> None:
+    """Write a network's weights and the configuration that they need, whole or not at all.
+
+    Args:
+        path: a .safetensors file.
+        state_dict: of the DiT, without a prefix.
+        config: the configuration.
+        metadata: more to say in the file.
+    """
+    partial = path.with_name(path.name + ".partial")
+    tensors = {name: a.detach().cpu().contiguous() for name, a in state_dict.items()}
+    save_file(tensors, partial, {"format": "pt", "config": config.to_json(), **metadata})
+    os.replace(partial, path)
+
+
+def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[FlowMap, Config]:
+    """The model of a .safetensors file or of a run's folder, without gradients, and its configuration.
+
+    Of a run that has not finished it is the evaluation weights of the newest checkpoint.
+
+    Args:
+        path: the file or folder.
+        attention: a key of ATTENTION in place of the configuration's.
+
+    Raises:
+        ValueError: no weights there, damaged ones, or weights that do not fit their configuration.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / WEIGHTS).is_file():
+        config, weights = _weights_of_run(path)
+    else:
+        path = path / WEIGHTS if path.is_dir() else path
+        config, weights = _read_weights(path)
+    model = build_model(config, attention=attention)
+    try:
+        model.network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its configuration: {_reason(error, line=1)}") from None
+    return model.eval().requires_grad_(False), config
+
+
+def _read_weights(path: Path) -> tuple[Config, dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {_reason(error)}") from None
+    if "config" not in metadata:
+        raise ValueError(f"{path} does not say which configuration its weights need (metadata 'config')")
+    try:
+        return Config.from_json(metadata["config"]), weights
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _weights_of_run(folder: Path) -> tuple[Config, dict[str, Tensor]]:
+    config = read_config(folder)
+    checkpoint, _ = find_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        raise ValueError(f"{folder} holds no weights yet; go on with it by --resume")
+    weights = read_checkpoint(checkpoint)["ema"]["module"]
+    return config, {name.removeprefix("network."): a for name, a in weights.items()}
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: no run there, or a config.json that is not ours.
+    """
+    try:
+        return Config.from_json((folder / CONFIG).read_text())
+    except OSError:
+        raise ValueError(f"{folder} holds no run (no {CONFIG})") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+def _reason(error: Exception, line: int = 0) -> str:
+    """One line of what went wrong."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[min(line, len(lines) - 1)].strip()
+
+
+def _flush(file: Any) -> None:
+    """On to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """A folder's list of names on to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
