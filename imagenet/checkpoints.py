@@ -3,6 +3,8 @@
 RUN/checkpoints/00002000/state.pt           everything that continues the run bit for bit: tensors and numbers
 RUN/checkpoints/00002000/checkpoint.json    its step, size and SHA-256
 RUN/weights.safetensors                     the evaluation weights, with the configuration in the metadata
+
+A damaged checkpoint is detected and named, and the one before it serves.
 """
 
 import hashlib

@@ -95,7 +95,7 @@ class Synthetic:
         return self._x[chosen % self.STORE], chosen % self.classes
 
 
-def load_data(config: Config, folder: Path | None = None, *, download: bool = False) -> Data:
+def load_data(config: Config, folder: str | Path | None = None, *, download: bool = False) -> Data:
     """The data of a configuration.
 
     Args:
@@ -136,7 +136,7 @@ def _check_labels(data: Data, classes: int) -> None:
         raise ValueError(f"the data have labels up to {int(labels.max())}, the configuration {classes} classes")
 
 
-def _load_cifar10(folder: Path, download: bool) -> tuple[Tensor, Tensor]:
+def _load_cifar10(folder: str | Path, download: bool) -> tuple[Tensor, Tensor]:
     """Images uint8 [50000, 3, 32, 32] and labels of the training split."""
     try:
         from torchvision.datasets import CIFAR10

@@ -31,11 +31,12 @@ def require_at_least(least: float, **values: float) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors in one line, exit status 2."""
+    """Errors in one line, exit status 2. Of many processes under torchrun the first one speaks."""
 
     def error(self, message: str) -> NoReturn:
         """Print `message` and where help is, and exit."""
-        print(f"{self.prog}: error: {message} (--help lists all options)", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.prog}: error: {message} (--help lists all options)", file=sys.stderr)
         sys.exit(2)
 
 

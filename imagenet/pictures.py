@@ -1,0 +1,43 @@
+"""Grids of images as PNG files."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+GAP = 1  # pixels between images, before enlarging
+SMALL = 256  # grids narrower than this are enlarged
+
+
+def to_pixels(x: Float[Tensor, "n c h w"]) -> NDArray[np.uint8]:
+    """Images with values about [-1, 1] as uint8 [N, H, W, 3]; of latents, their first three channels at half contrast.
+
+    One channel is grey, three are colours.
+    """
+    x = x.float().cpu()
+    if x.shape[1] not in (1, 3):
+        x = x[:, :3] / 2
+    x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def grid(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
+    """Images [N, H, W, 3] in rows of `columns`, on white."""
+    n, h, w, _ = images.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (h + GAP) + GAP, columns * (w + GAP) + GAP, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = GAP + i // columns * (h + GAP), GAP + i % columns * (w + GAP)
+        canvas[y : y + h, x : x + w] = image
+    factor = max(1, -(-SMALL // canvas.shape[1]))
+    return canvas.repeat(factor, 0).repeat(factor, 1)
+
+
+def save_grid(path: Path, x: Float[Tensor, "n c h w"], columns: int) -> None:
+    """Write images, or latents, as one PNG."""
+    from matplotlib.image import imsave
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imsave(path, grid(to_pixels(x), columns))
