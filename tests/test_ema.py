@@ -51,3 +51,15 @@ def test_buffers_are_copied_and_state_restores_bit_for_bit():
 def test_decay_outside_the_unit_interval_raises(decay):
     with pytest.raises(ValueError, match="decay"):
         EMA(nn.Linear(1, 1), decay)
+
+
+def test_parameters_that_were_replaced_are_followed():
+    """FSDP puts new parameters into a module after its average was made; the average must not hold on to the old."""
+    module = nn.Linear(2, 2)
+    ema = EMA(module, 0.0)
+    for m in (module, ema.module):
+        m.weight = nn.Parameter(m.weight.detach() + 1, requires_grad=m is module)
+    with torch.no_grad():
+        module.weight.mul_(3)
+    ema.update(module)
+    assert torch.equal(ema.module.weight, module.weight)

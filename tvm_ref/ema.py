@@ -29,13 +29,13 @@ class EMA(Generic[M]):
         self.module: M = copy.deepcopy(module).requires_grad_(False)
         self.decay = decay
         self.updates = 0
-        self._averages: list[Tensor] = list(self.module.parameters())
 
     @torch.no_grad()
     def update(self, module: M) -> None:
         """Move the average towards the weights of `module`; buffers are copied."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._averages, list(module.parameters()), 1 - decay)
+        averages: list[Tensor] = list(self.module.parameters())  # asked for anew, as FSDP replaces parameters
+        torch._foreach_lerp_(averages, list(module.parameters()), 1 - decay)
         for average, value in zip(self.module.buffers(), module.buffers(), strict=True):
             average.copy_(value)
         self.updates += 1
