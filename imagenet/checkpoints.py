@@ -82,7 +82,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     Raises:
         ValueError: checkpoints are there, and none is whole.
     """
-    complaints = []
+    complaints: list[str] = []
     for path in reversed(checkpoints(folder)):
         fault = _fault(path)
         if fault is None:

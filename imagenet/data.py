@@ -7,16 +7,18 @@ index).
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from presets import Config
 from torch import Tensor
 
 from tvm_ref import Condition, Times, draw_beta, drop_labels
 
 BLOCK = 32  # samples whose noise and times are drawn at once: any process can draw any block alone
+Indices: TypeAlias = Sequence[int] | NDArray[np.int64]
 PERMUTATION, FLIP, NOISE = 101, 102, 103  # what random numbers are for: no stream serves twice
 
 
@@ -37,7 +39,7 @@ class Data(Protocol):
         """A sample x [C, H, W] and its label."""
         ...
 
-    def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Indices, draw: int) -> tuple[Tensor, Tensor]:
         """Samples x [B, C, H, W] and labels [B]."""
         ...
 
@@ -63,7 +65,7 @@ class Images:
         x, labels = self.batch([index], 0)
         return x[0], int(labels[0])
 
-    def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Indices, draw: int) -> tuple[Tensor, Tensor]:
         """See Data."""
         chosen = torch.as_tensor(indices)
         x, labels = self.x[chosen], self.labels[chosen]
@@ -89,7 +91,7 @@ class Synthetic:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._x[index % self.STORE], index % self.classes
 
-    def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Indices, draw: int) -> tuple[Tensor, Tensor]:
         """See Data."""
         chosen = torch.as_tensor(indices)
         return self._x[chosen % self.STORE], chosen % self.classes
@@ -207,7 +209,7 @@ class Batches:
         self.config, self.data = config, data
         self.start = config.batch_size * rank // world
         self.stop = config.batch_size * (rank + 1) // world
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
         return self.config.steps
@@ -241,7 +243,7 @@ class Batches:
         x, labels = zip(*parts, strict=True)
         return torch.cat(x), torch.cat(labels)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
         """The order of an epoch."""
         if self._order[0] != epoch:
             generator = np.random.default_rng((PERMUTATION, self.config.seed, epoch))
@@ -253,7 +255,7 @@ def loader(batches: Batches, start: int, workers: int, *, pin: bool = False) -> 
     """The batches of steps start, start + 1, ..., read ahead by `workers` processes (0: by none)."""
     if not workers:
         return (batches[step] for step in range(start, len(batches)))
-    steps = torch.utils.data.Subset(batches, range(start, len(batches)))  # type: ignore[arg-type]
+    steps: Any = torch.utils.data.Subset(batches, range(start, len(batches)))  # type: ignore[arg-type]
     return iter(
         torch.utils.data.DataLoader(
             steps, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_interrupts

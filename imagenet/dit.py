@@ -182,7 +182,7 @@ class ScalarEmbedding(nn.Module):
 
     def forward(self, a: Time) -> Float[Tensor, "b d"]:
         """[B, D] for a [B]."""
-        return self.mlp(embed_scalar(a).to(self.mlp[0].weight.dtype))
+        return self.mlp(embed_scalar(a).to(next(self.parameters()).dtype))
 
 
 class LabelEmbedding(nn.Module):
@@ -204,6 +204,13 @@ class Modulation(nn.Sequential):
         super().__init__(nn.SiLU(), Linear(config.hidden_size, vectors * config.hidden_size))
         self.vectors = vectors
         self.normalised = config.modulation_norm
+
+    @property
+    def layer(self) -> Linear:
+        """The linear layer."""
+        layer = self[1]
+        assert isinstance(layer, Linear)
+        return layer
 
     def forward(self, c: Float[Tensor, "b d"]) -> tuple[Tensor, ...]:
         """The vectors, in the order of the rows of the weights."""
@@ -324,12 +331,12 @@ def recomputed(block: nn.Module, x: Tokens, c: Float[Tensor, "b d"]) -> Tokens:
 
     torch.utils.checkpoint knows nothing of tangents, so inside a JVP what is checkpointed is the block's own JVP.
     """
-    options = {"use_reentrant": False, "preserve_rng_state": False}
     (x, dx), (c, dc) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(c)
     if dx is None and dc is None:
-        return checkpoint(block, x, c, **options)
+        return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
     tangents = tuple(torch.zeros_like(a) if da is None else da for a, da in ((x, dx), (c, dc)))
-    return forward_ad.make_dual(*checkpoint(jvp, block, (x, c), tangents, **options))
+    y, dy = checkpoint(jvp, block, (x, c), tangents, use_reentrant=False, preserve_rng_state=False)
+    return forward_ad.make_dual(y, dy)
 
 
 @torch.no_grad()
@@ -343,10 +350,10 @@ def initialise(network: DiT) -> None:
     nn.init.normal_(network.y_embedder.embedding_table.weight, std=0.02)
     if network.config.time_init == "normal":
         for embedding in (network.t_embedder, network.s_embedder, network.guidance_embedder):
-            for layer in (embedding.mlp[0], embedding.mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02)
-    for block in (*network.blocks, network.final_layer):
-        nn.init.zeros_(block.adaLN_modulation[1].weight)
+            for weight in (p for p in embedding.parameters() if p.ndim == 2):
+                nn.init.normal_(weight, std=0.02)
+    for modulation in (module for module in network.modules() if isinstance(module, Modulation)):
+        nn.init.zeros_(modulation.layer.weight)
     nn.init.zeros_(network.final_layer.linear.weight)
 
 

@@ -12,11 +12,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from dit import Block
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tvm_ref import EMA, TVM, FlowMap
+from tvm_ref import EMA, FlowMap
+from tvm_ref.objectives import Objective
 
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl"}  # numbers on the CPU travel by gloo, gradients by NCCL
 PATIENCE = timedelta(hours=2)  # how long a process waits for the others, as while one writes a checkpoint
@@ -95,7 +97,7 @@ def check_version() -> None:
         raise ValueError(f"--parallel fsdp needs PyTorch 2.13 or later, as a JVP is wrong before; this is {version}")
 
 
-def wrap(objective: TVM, averages: list[EMA[FlowMap]], world: World, kind: str) -> nn.Module:
+def wrap(objective: Objective, averages: list[EMA[FlowMap]], world: World, kind: str) -> nn.Module:
     """The objective, so that its backward gives the mean gradient of all processes (kind ddp or fsdp).
 
     With fsdp, the weights of the objective's model and of the averages are spread over the processes, block by block.
@@ -106,12 +108,13 @@ def wrap(objective: TVM, averages: list[EMA[FlowMap]], world: World, kind: str) 
         if not distributed.is_initialized():  # alone; FSDP wants a group all the same
             backend = BACKENDS.get(world.device.type, "gloo")
             distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
-        for model in (objective.flow_map, *(average.module for average in averages)):
-            for block in model.network.blocks:  # type: ignore[union-attr]
+        for block in (m for module in (objective, *(a.module for a in averages)) for m in module.modules()):
+            if isinstance(block, Block):
                 fully_shard(block)
         for average in averages:
-            fully_shard(average.module.network)
-        return fully_shard(objective)
+            fully_shard(average.module.network, reshard_after_forward=True)  # so that it is spread when updated
+        fully_shard(objective)
+        return objective
     if world.size == 1:
         return objective
     return DistributedDataParallel(objective, device_ids=[world.device] if world.device.type == "cuda" else None)

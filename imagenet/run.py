@@ -92,7 +92,8 @@ class Run:
         Raises:
             ValueError: no whole checkpoint is left, or it does not fit.
         """
-        path, complaints, error = None, [], None
+        path, error = None, None
+        complaints: list[str] = []
         if self.world.first:
             try:
                 path, complaints = checkpoints.find_checkpoint(self.checkpoints)

@@ -1,0 +1,100 @@
+"""Two processes against one: the same losses, gradients, weights; NaN and failure stop both."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from parallel import World, check_version
+from workers import steps
+
+ROOT = Path(__file__).parents[2]
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def torchrun(*arguments, processes=2, **options):
+    paths = [ROOT, ROOT / "imagenet", ROOT / "tests" / "imagenet"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together")
+    done = torchrun(ROOT / "tests" / "imagenet" / "workers.py", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return steps(ALONE)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["ddp", "ddp, two micro-batches", "ddp, checkpointing", "fsdp", "fsdp, two micro-batches", "fsdp, checkpointing"],
+)
+def test_two_processes_are_one(together, alone, kind):
+    result = together[1][kind]
+    for a, b in zip(result["told"], alone["told"], strict=True):
+        assert a[:3] == pytest.approx(b[:3], rel=1e-5)
+    for name, gradient in alone["gradients"].items():
+        torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-3, atol=1e-5)
+    for part in ("model", "target", "ema"):
+        mine, theirs = (r["state"][part].get("module", r["state"][part]) for r in (result, alone))
+        assert list(mine) == list(theirs)
+        for name, value in theirs.items():
+            torch.testing.assert_close(mine[name], value, rtol=0, atol=3e-5)
+    assert result["state"]["optimizer"]["state"].keys() == alone["state"]["optimizer"]["state"].keys()
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(together):
+    assert [row[3] for row in together[1]["ddp"]["told"]] == [False, True, False]
+
+
+def test_nan_on_one_rank_stops_both_with_its_name(together):
+    texts = {(together[0] / f"nan-{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(texts) == 1
+    assert "step 1: the flow_map loss is NaN or infinite on rank 1" in texts.pop()
+
+
+def test_a_failure_of_the_first_is_every_ones(together):
+    assert {(together[0] / f"agreed-{rank}.txt").read_text() for rank in (0, 1)} == {"no space"}
+
+
+def test_a_state_from_two_fsdp_processes_loads_into_one(together):
+    from training import Training
+    from workers import SMALL
+
+    training = Training(SMALL, ALONE)
+    training.load_state_dict(together[1]["fsdp"]["state"])
+    for name, value in training.model.state_dict().items():
+        assert torch.equal(value, together[1]["fsdp"]["state"]["model"][name])
+    assert training.step == 3
+
+
+def test_fsdp_alone_is_plain_training(alone):
+    from parallel import stop
+
+    try:
+        result = steps(ALONE, parallel="fsdp")
+    finally:
+        stop()
+    assert result["told"][0][:3] == pytest.approx(alone["told"][0][:3], rel=1e-6)
+    for name, gradient in alone["gradients"].items():
+        torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_fsdp_is_refused_where_its_jvp_would_be_wrong(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
+    with pytest.raises(ValueError, match=r"2\.13"):
+        check_version()
+    for version in ("2.13.0", "2.15.0.dev20261001+cu130", "3.0.0a0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        check_version()

@@ -1,0 +1,78 @@
+"""What the tests run in processes of their own."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import parallel
+import torch
+from data import Batches, load_data
+from presets import Config
+from training import Training
+
+SMALL = Config(patch_size=4, hidden_size=16, depth=2, heads=2, batch_size=12, steps=50, w=2.0, warmup=3)
+
+
+def randomise(module, seed=0):
+    """Random numbers where a new network has zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype) / p.shape[-1] ** 0.5)
+    return module
+
+
+def start_state(config):
+    """The state of a training that is not at its zero start."""
+    training = Training(config, parallel.World(0, 1, torch.device("cpu")))
+    for module, seed in ((training.model, 0), (training.target.module, 1), (training.ema.module, 2)):
+        randomise(module, seed)
+    return training.state_dict()
+
+
+def steps(world, count=3, poison=None, **fields):
+    """Train from start_state: losses and gradient norm of each step, the last gradients, and the state at the end."""
+    plain = Config(**{**json.loads(SMALL.to_json()), **fields, "parallel": "ddp", "accumulate": 1})
+    training = Training(Config(**{**json.loads(plain.to_json()), **fields}), world)
+    training.load_state_dict(start_state(plain))
+    batches = Batches(training.config, load_data(training.config), world.rank, world.size)
+    told = []
+    for step in range(count):
+        batch = batches[step]
+        if poison == (step, world.rank):
+            batch.x0[1] = float("nan")
+        result = training.train_step(batch, stop=(step, world.rank) == (1, 1))
+        told.append([*result.losses, result.gradient_norm, result.asked_to_stop])
+    gradients = parallel.whole({name: p.grad for name, p in training.model.named_parameters()})
+    return {"told": told, "gradients": gradients, "state": training.state_dict()}
+
+
+def main(folder):
+    """Under torchrun: every way of training together, results of rank 0 saved in `folder`."""
+    torch.set_num_threads(1)
+    world = parallel.start("cpu")
+    results = {
+        "ddp": steps(world),
+        "ddp, two micro-batches": steps(world, accumulate=2),
+        "ddp, checkpointing": steps(world, checkpointing=True),
+        "fsdp": steps(world, parallel="fsdp"),
+        "fsdp, two micro-batches": steps(world, parallel="fsdp", accumulate=2),
+        "fsdp, checkpointing": steps(world, parallel="fsdp", checkpointing=True),
+    }
+    try:
+        steps(world, poison=(1, 1))
+    except FloatingPointError as error:
+        (folder / f"nan-{world.rank}.txt").write_text(str(error))
+    try:
+        world.agree(OSError("no space") if world.first else None)
+    except OSError as error:
+        (folder / f"agreed-{world.rank}.txt").write_text(str(error))
+    if world.first:
+        torch.save(results, folder / "results.pt")
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    assert "RANK" in os.environ
+    main(Path(sys.argv[1]))
