@@ -58,7 +58,8 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int
         shutil.rmtree(partial, ignore_errors=True)
         last = checkpoints(folder)[-1:]
         kept = f"; {last[0]} is whole" if last else ""
-        raise OSError(f"the checkpoint of step {step} could not be written: {_reason(error)}{kept}") from None
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides it
+        raise OSError(f"the checkpoint of step {step} could not be written: {_reason(cause)}{kept}") from None
     if final.exists():
         final.rename(final.with_suffix(".old"))
     partial.rename(final)
@@ -130,10 +131,17 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], config: Config, *
         state_dict: of the DiT, without a prefix.
         config: the configuration.
         metadata: more to say in the file.
+
+    Raises:
+        OSError: the file could not be written; what was there stays.
     """
     partial = path.with_name(path.name + ".partial")
     tensors = {name: a.detach().cpu().contiguous() for name, a in state_dict.items()}
-    save_file(tensors, partial, {"format": "pt", "config": config.to_json(), **metadata})
+    try:
+        save_file(tensors, partial, {"format": "pt", "config": config.to_json(), **metadata})
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {_reason(error)}") from None
     os.replace(partial, path)
 
 

@@ -7,9 +7,15 @@ Judged are as many samples as there are held-out images, of the same labels, eac
     frechet_floor    that of the held-out images: what a perfect generator scores, as a sample this small is never exact
     recall           share of the real images within reach of the samples (Kynkaanniemi et al. 2019, k = 3), by the
                      features of a small network that was trained to tell digits
+
+`python imagenet/digits.py --seeds 3` trains the preset with three seeds, and judges the runs and their controls.
 """
 
 import functools
+import json
+import statistics
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +24,13 @@ from metrics import Gaussian, frechet_distance, gaussian_statistics, precision_r
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tvm_ref.command_line import OneLineParser, require_at_least
+
 TEST = 360  # images held out
 NEIGHBOURS = 3  # k of the recall
 FEATURES = 64  # hidden units of the network that the recall looks through
+# what one-step samples must reach: at least, or at most for the distance; the controls do not
+ACCEPTED = {"accuracy": 0.95, "frechet": 0.40, "recall": 0.45}
 
 Pixels = NDArray[np.float32]  # [N, 64], each in [0, 1]
 
@@ -100,3 +110,64 @@ def class_means(labels: Tensor) -> Tensor:
     x, y = load_digits().train
     means = torch.stack([x[y == label].mean(0) for label in range(10)])
     return means[labels]
+
+
+def accepted(figures: dict[str, float]) -> bool:
+    """Whether figures reach ACCEPTED."""
+    return (
+        figures["accuracy"] >= ACCEPTED["accuracy"]
+        and figures["frechet"] <= ACCEPTED["frechet"]
+        and figures["recall"] >= ACCEPTED["recall"]
+    )
+
+
+def _row(name: str, figures: dict[str, float]) -> str:
+    cells = "  ".join(f"{figures[key]:8.3f}" for key in ACCEPTED)
+    return f"{name:<30} {cells}  {'passes' if accepted(figures) else 'fails'}"
+
+
+def _train(folder: Path, *options: str) -> dict[str, dict[str, float]]:
+    """Figures by number of steps of a run of the preset."""
+    import train
+
+    status = train.main(["digits", "--out", str(folder), *options])
+    if status:
+        sys.exit(status)
+    figures: dict[str, dict[str, float]] = json.loads((folder / "metrics.json").read_text())["nfe"]
+    return figures
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, judge, print the table; returns 0 if every seed passes and every control fails, else 1."""
+    p = OneLineParser("digits.py", description="Train the preset digits with several seeds; judge it and its controls.")
+    p.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    p.add_argument("--out", type=Path, default=Path("runs/imagenet/digits-seeds"), help="folder of the runs")
+    p.add_argument("--steps", type=int, help="training steps (default: the preset's)")
+    arguments = p.parse_args(argv)
+    try:
+        require_at_least(1, seeds=arguments.seeds)
+        if arguments.out.exists():
+            raise ValueError(f"{arguments.out} exists already; choose another --out")
+        judges = Judges()
+    except ValueError as error:
+        p.error(str(error))
+    options = ["--steps", str(arguments.steps)] if arguments.steps is not None else []
+    runs = [_train(arguments.out / f"seed{k}", "--seed", str(k), *options) for k in range(arguments.seeds)]
+    plain = _train(arguments.out / "fm", "--objective", "fm", *options)
+    medians = {nfe: {key: statistics.median(run[nfe][key] for run in runs) for key in ACCEPTED} for nfe in ("1", "4")}
+    controls = {"class means": judges.judge(class_means(judges.labels)), "flow matching, 1 step": plain["1"]}
+    print(f"{'':<30} " + "  ".join(f"{key:>8}" for key in ACCEPTED))
+    print(_row("held-out images", judges.judge(load_digits().test[0])))
+    for name, figures in controls.items():
+        print(_row(name, figures))
+    print(_row("flow matching, 4 steps", plain["4"]))
+    for k, run in enumerate(runs):
+        print(_row(f"TVM, 1 step, seed {k}", run["1"]))
+    print(_row("TVM, 1 step, median", medians["1"]))
+    print(_row("TVM, 4 steps, median", medians["4"]))
+    fine = all(accepted(run["1"]) for run in runs) and not any(map(accepted, controls.values()))
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -72,7 +72,8 @@ class Run:
         self.folder, self.training, self.data, self.keep = folder, training, data, keep
         self.world: World = training.world
         self.seconds = 0.0  # of training, in all programs that worked on it
-        self.sums = [0.0] * len(TERMS)  # losses since the last line of the log
+        self.sums = [0.0] * len(TERMS)  # losses since the last line of the log,
+        self.summed = 0  # and their number
         self._log: Any = None
         self._board: Any = None
 
@@ -108,7 +109,7 @@ class Run:
         state = checkpoints.read_checkpoint(path)
         try:
             self.training.load_state_dict(state)
-            self.seconds, self.sums = state["seconds"], state["sums"]
+            self.seconds, self.sums, self.summed = state["seconds"], state["sums"], state["summed"]
         except (RuntimeError, KeyError, ValueError) as fault:
             raise ValueError(f"{path} does not fit its run: {str(fault).splitlines()[0]}") from None
 
@@ -120,7 +121,8 @@ class Run:
         """
         step = self.training.step
         if self.training.config.parallel == "fsdp" or self.world.first:  # spread weights are gathered from all
-            state = self.training.state_dict() | {"seconds": self.seconds, "sums": self.sums}
+            state = self.training.state_dict()
+            state |= {"seconds": self.seconds, "sums": self.sums, "summed": self.summed}
         error = None
         if self.world.first:
             try:
@@ -149,22 +151,23 @@ class Run:
     def note(self, told: Step, seconds: float) -> None:
         """Remember a step's losses for the next line of the log, and how long training has taken."""
         self.sums = [a + b for a, b in zip(self.sums, told.losses, strict=True)]
+        self.summed += 1
         self.seconds = seconds
 
-    def log(self, steps: int, told: Step, images_per_second: float) -> dict[str, float]:
-        """Add a line to the log: mean losses since the last one, `steps` steps ago; returns it."""
+    def log(self, told: Step, images_per_second: float) -> dict[str, float]:
+        """Add a line to the log, with the mean losses since the last one; returns it."""
         cuda = self.world.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(self.world.device) if cuda else psutil.Process().memory_info().rss
         line = {
             "step": self.training.step,
-            **{name: a / steps for name, a in zip(TERMS, self.sums, strict=True)},
+            **{name: a / self.summed for name, a in zip(TERMS, self.sums, strict=True)},
             "gradient_norm": told.gradient_norm,
             "lr": learning_rate(self.training.config, self.training.step - 1),
             "images_per_second": round(images_per_second, 1),
             "gib": round(memory / 2**30, 3),
             "seconds": round(self.seconds, 3),
         }
-        self.sums = [0.0] * len(TERMS)
+        self.sums, self.summed = [0.0] * len(TERMS), 0
         if self._log is not None:
             self._log.write(json.dumps(line) + "\n")
             self._log.flush()

@@ -152,7 +152,7 @@ def train(run: Run, options: Options) -> bool:
             run.note(told, before + elapsed)
             bar.update()
             if step % options.log_every == 0:
-                line = run.log(options.log_every, told, (step - first) * config.batch_size / elapsed)
+                line = run.log(told, (step - first) * config.batch_size / elapsed)
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in (*TERMS, "images_per_second", "gib")}, refresh=False)
             if step % options.sample_every == 0:
                 run.draw(f"samples/{step:08d}.png", 1)

@@ -73,6 +73,30 @@ def main(folder):
     parallel.stop()
 
 
+def short_of_space(arguments, size):
+    """The command where no file may grow beyond `size` bytes, as on a full disk; its messages go to stderr.txt."""
+    import contextlib
+    import resource
+
+    import train
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    torch.set_num_threads(1)
+    with open("stderr.txt", "w") as file, contextlib.redirect_stderr(file):
+        sys.exit(train.main(arguments))
+
+
+def quiet(arguments):
+    """The command, one thread, without its progress."""
+    import contextlib
+
+    import train
+
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as file, contextlib.redirect_stdout(file):
+        sys.exit(train.main(arguments))
+
+
 if __name__ == "__main__":
     assert "RANK" in os.environ
     main(Path(sys.argv[1]))
