@@ -1,0 +1,163 @@
+"""Images on disk: folders of pictures and .npz files in (as a stream: they may not fit memory), PNG and .npz out."""
+
+import math
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
+NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"  # as in the .npz files of ADM
+
+Pixels = NDArray[np.uint8]  # [B, H, W, 3]
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file's name is that of a picture."""
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+
+
+def to_pixels(x: Tensor) -> Pixels:
+    """Images [B, C, H, W] with values in [-1, 1], C = 1 or 3, as pixels [B, H, W, 3]; values beyond are clipped."""
+    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+# Out ----------------------------------------------------------------------------------------------------------------
+
+
+def save_png(path: Path, pixels: Pixels) -> None:
+    """Write one image [H, W, 3]."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    Image.fromarray(pixels).save(partial, format="PNG")
+    os.replace(partial, path)
+
+
+def grid(pixels: Pixels, columns: int | None = None, enlarge: int = 1) -> Pixels:
+    """Images [B, H, W, 3] as one picture, row by row, one pixel apart; as square as can be unless told `columns`."""
+    n, h, w, _ = pixels.shape
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows * (h + 1) - 1, columns * (w + 1) - 1, 3), 255, np.uint8)
+    for i, image in enumerate(pixels):
+        y, x = i // columns * (h + 1), i % columns * (w + 1)
+        sheet[y : y + h, x : x + w] = image
+    return sheet.repeat(enlarge, 0).repeat(enlarge, 1)
+
+
+def write_npz(path: Path, count: int, batches: Iterable[Pixels], labels: NDArray[np.int64]) -> None:
+    """Write arr_0 [count, H, W, 3] and arr_1 [count], as ADM's evaluation takes them; only a batch is held at a time.
+
+    Raises:
+        ValueError: batches that do not add up to `count`.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    written = 0
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(f"{NPZ_IMAGES}.npy", "w", force_zip64=True) as stream:
+            for batch in batches:
+                if not written:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *batch.shape[1:])}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(np.ascontiguousarray(batch).data)
+                written += len(batch)
+        with archive.open(f"{NPZ_LABELS}.npy", "w") as stream:
+            np.lib.format.write_array(stream, labels, allow_pickle=False)
+    if written != count:
+        partial.unlink()
+        raise ValueError(f"{path}: {written} images came where {count} were announced")
+    os.replace(partial, path)
+
+
+# In -----------------------------------------------------------------------------------------------------------------
+
+
+class ImageFiles:
+    """The images of a folder (searched to any depth, in order of names) or of a .npz file's arr_0.
+
+    Raises:
+        ValueError: no images there, or a file of another kind.
+    """
+
+    def __init__(self, source: Path):
+        self.source = source
+        self._paths: list[Path] = []
+        if source.is_dir():
+            self._paths = sorted(path for path in source.rglob("*") if is_image(path))
+            self.count = len(self._paths)
+        elif source.suffix == ".npz" and source.is_file():
+            self.count = _npz_shape(source)[0]
+        else:
+            raise ValueError(f"{source} is neither a folder of images nor a .npz file")
+        if not self.count:
+            raise ValueError(f"{source} holds no images")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, size: int, limit: int | None = None) -> Iterator[Tensor]:
+        """Images uint8 [B, 3, H, W], `size` at a time; `limit` of them in all.
+
+        Raises:
+            ValueError: an image that cannot be read, or differs in size from the first.
+        """
+        count = self.count if limit is None else min(limit, self.count)
+        read = self._from_folder if self._paths else self._from_npz
+        for batch in read(size, count):
+            yield torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
+
+    def _from_folder(self, size: int, count: int) -> Iterator[Pixels]:
+        shape = None
+        for start in range(0, count, size):
+            images = [read_image(path) for path in self._paths[start : min(start + size, count)]]
+            shape = shape or images[0].shape
+            for path, image in zip(self._paths[start:], images, strict=False):
+                if image.shape != shape:
+                    raise ValueError(f"{path} is {image.shape[1]} x {image.shape[0]}, others {shape[1]} x {shape[0]}")
+            yield np.stack(images)
+
+    def _from_npz(self, size: int, count: int) -> Iterator[Pixels]:
+        with zipfile.ZipFile(self.source) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
+            shape = _read_header(self.source, stream)
+            for start in range(0, count, size):
+                n = min(size, count - start)
+                data = stream.read(n * math.prod(shape[1:]))
+                yield np.frombuffer(bytearray(data), np.uint8).reshape(n, *shape[1:])
+
+
+def read_image(path: Path) -> Pixels:
+    """One image [H, W, 3].
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _npz_shape(path: Path) -> tuple[int, ...]:
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
+            return _read_header(path, stream)
+    except (zipfile.BadZipFile, KeyError, EOFError):
+        raise ValueError(f"{path} holds no images (an array {NPZ_IMAGES}, uint8 [N, H, W, 3])") from None
+
+
+def _read_header(path: Path, stream: IO[bytes]) -> tuple[int, ...]:
+    """The shape of a .npy stream of images, which is left at the first image."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran:
+        raise ValueError(f"{path}: {NPZ_IMAGES} must be uint8 [N, H, W, 3], and is {dtype} {list(shape)}")
+    return shape

@@ -1,0 +1,197 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from encode import centre_crop, main
+from latents import NORMALISATION, Latents
+from PIL import Image
+from ranks import Ranks
+
+pytest.importorskip("diffusers")
+from autoencoders import tiny_vae
+
+SIZES = {"cat": [(20, 16), (37, 40), (16, 16), (9, 12)], "dog": [(64, 33), (18, 18), (50, 20)]}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name, sizes in SIZES.items():
+        (tmp_path / "images" / name / "deeper").mkdir(parents=True)
+        for i, (w, h) in enumerate(sizes):
+            path = tmp_path / "images" / name / ("deeper" if i == 1 else "") / f"{i}.png"
+            Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "images" / "cat" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+def encode(source: Path, out: Path, *more: str, vae: torch.nn.Module | None = None) -> int:
+    options = [str(source), "--out", str(out), "--image-size", "16", "--batch-size", "2", "--shard-size", "3", *more]
+    return main([*options, "--device", "cpu", "--vae", "tiny"], vae=vae or tiny_vae())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_centre_crop_of_a_fitting_image_is_its_middle():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 22, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(centre_crop(Image.fromarray(pixels), 16), pixels[:, 3:19])
+
+
+def test_centre_crop_halves_by_averaging():
+    """From 32 to 16 every pixel is the mean of four: reducing by one bicubic step would alias."""
+    pixels = 4 * np.random.default_rng(0).integers(0, 64, (32, 32, 3), dtype=np.uint8)
+    means = pixels.reshape(16, 2, 16, 2, 3).astype(float).mean((1, 3))
+    assert np.abs(centre_crop(Image.fromarray(pixels), 16) - means).max() <= 0.5
+
+
+@pytest.mark.parametrize("size", [(100, 41), (7, 31), (33, 32), (640, 16)])
+def test_centre_crop_of_any_shape_is_square_and_keeps_a_constant(size):
+    grey = Image.new("L", size, 77)
+    np.testing.assert_array_equal(centre_crop(grey, 16), np.full((16, 16, 3), 77))
+
+
+def test_latents_are_the_posteriors_of_the_images(source, tmp_path):
+    assert encode(source, tmp_path / "out") == 0
+    latents = Latents(tmp_path / "out")
+    paths = [p for name in ("cat", "dog") for p in sorted((source / name).rglob("*.png"), key=str)]
+    assert latents.classes == ["cat", "dog"]
+    assert latents.labels.tolist() == [0] * 4 + [1] * 3
+    for index, path in enumerate(paths):
+        pixels = torch.from_numpy(centre_crop(Image.open(path), 16).copy()).permute(2, 0, 1)[None]
+        posterior = tiny_vae().encode(pixels / 127.5 - 1).latent_dist
+        mean, std = latents.posterior(index)
+        torch.testing.assert_close(mean, posterior.mean[0], rtol=1e-3, atol=1e-3)  # stored in half precision
+        torch.testing.assert_close(std, posterior.std[0], rtol=1e-3, atol=1e-3)
+
+
+def test_other_sizes_are_normalised_by_what_was_measured(source, tmp_path):
+    """Draws from the posteriors then have mean 0 and standard deviation 1 in every channel."""
+    encode(source, tmp_path / "out")
+    latents = Latents(tmp_path / "out")
+    x = torch.stack([latents[i, k][0] for i in range(len(latents)) for k in range(60)]).transpose(0, 1).flatten(1)
+    assert x.mean(1).abs().max() < 0.03  # 26,880 draws per channel
+    assert (x.std(1) - 1).abs().max() < 0.03
+
+
+def test_the_paper_s_sizes_have_the_paper_s_constants(source, tmp_path):
+    assert encode(source, tmp_path / "out", "--image-size", "256") == 0
+    assert Latents(tmp_path / "out").normalisation == NORMALISATION[256]
+
+
+class Interrupted(torch.nn.Module):
+    """An autoencoder that stops the program at its nth call, as Ctrl-C does."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.vae, self.calls = tiny_vae(), calls
+
+    def encode(self, x: torch.Tensor):
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        return self.vae.encode(x)
+
+
+def test_a_stopped_encoding_goes_on_to_the_same_files(source, tmp_path, capsys):
+    encode(source, tmp_path / "whole")
+    for calls in range(5):  # 3 shards of 2, 2 and 1 batches
+        out = tmp_path / f"stopped{calls}"
+        assert encode(source, out, vae=Interrupted(calls)) == 130
+        assert "goes on" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="no latents"):
+            Latents(out)
+        done = {name: (out / name).stat().st_mtime_ns for name in files(out)}
+        assert encode(source, out) == 0
+        assert files(out) == files(tmp_path / "whole")
+        assert all((out / name).stat().st_mtime_ns == written for name, written in done.items())  # nothing done twice
+
+
+def test_two_processes_write_the_files_of_one(source, tmp_path, monkeypatch):
+    encode(source, tmp_path / "one")
+    two = tmp_path / "two"
+    for rank in (0, 1, 0):  # rank 0 comes too early to the end, as if there were no barrier, and then again
+        monkeypatch.setattr(ranks, "start", lambda rank=rank: Ranks(rank, 2, rank))
+        monkeypatch.setattr(Ranks, "barrier", lambda self: None)
+        encode(source, two)
+    assert files(two) == files(tmp_path / "one")
+
+
+def test_corrupt_images_are_skipped_and_listed(source, tmp_path, capsys):
+    (source / "cat" / "0.png").write_bytes((source / "cat" / "0.png").read_bytes()[:60])
+    (source / "dog" / "0.png").write_text("no image at all")
+    assert encode(source, tmp_path / "out") == 0
+    assert "2 images could not be decoded" in capsys.readouterr().out
+    assert Latents(tmp_path / "out").labels.tolist() == [0] * 3 + [1] * 2
+    skipped = [line.split("\t") for line in (tmp_path / "out" / "skipped.txt").read_text().splitlines()]
+    assert [path for path, _ in skipped] == ["cat/0.png", "dog/0.png"]
+    assert all(reason for _, reason in skipped)
+
+
+def test_images_that_are_all_corrupt_end_in_one_line(tmp_path, capsys):
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "0.png").write_text("")
+    assert encode(tmp_path / "images", tmp_path / "out") == 2
+    assert "not one of 1 images" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten(source, tmp_path, capsys):
+    encode(source, tmp_path / "out")
+    before = files(tmp_path / "out")
+    assert encode(source, tmp_path / "out") == 2
+    assert "already holds finished latents" in capsys.readouterr().err
+    (tmp_path / "out" / "latents.json").unlink()
+    assert encode(source, tmp_path / "out", "--image-size", "8") == 2
+    assert "other image_size (16, not 8)" in capsys.readouterr().err
+    assert files(tmp_path / "out").items() < before.items()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    assert encode(source, tmp_path / "mine") == 2
+    assert "holds something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source_name", "more", "message"),
+    [
+        ("absent", (), "is not a folder"),
+        ("images/cat/deeper", (), "one folder of images per class"),
+        ("images", ("--batch-size", "0"), "--batch-size must be at least 1"),
+        ("images", ("--device", "abacus"), "cannot be used here"),
+        (".", ("--image-size", "16"), "lies inside"),
+        ("images", ("--image-size", "x"), "invalid int"),
+    ],
+)
+def test_bad_input_ends_with_one_line(source, tmp_path, capsys, source_name, more, message):
+    try:
+        status = main([str(tmp_path / source_name), "--out", str(tmp_path / "out"), *more], vae=tiny_vae())
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_empty_class_is_an_error(source, tmp_path, capsys):
+    (source / "emu").mkdir()
+    assert encode(source, tmp_path / "out") == 2
+    assert "emu holds no images" in capsys.readouterr().err
+
+
+def test_latents_that_are_not_finite_stop_the_encoding(source, tmp_path, capsys):
+    vae = tiny_vae()
+    vae.quant_conv.bias.data.fill_(1e6)  # beyond half precision
+    assert encode(source, tmp_path / "out", vae=vae) == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.npy"))
+
+
+def test_the_plan_says_what_decides_the_outcome(source, tmp_path):
+    encode(source, tmp_path / "out")
+    plan = json.loads((tmp_path / "out" / "encode.json").read_text())
+    assert plan["images"] == 7
+    assert plan["vae"] == "tiny"
