@@ -4,6 +4,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -115,13 +116,15 @@ class ImageFiles:
 
     def _from_folder(self, size: int, count: int) -> Iterator[Pixels]:
         shape = None
-        for start in range(0, count, size):
-            images = [read_image(path) for path in self._paths[start : min(start + size, count)]]
-            shape = shape or images[0].shape
-            for path, image in zip(self._paths[start:], images, strict=False):
-                if image.shape != shape:
-                    raise ValueError(f"{path} is {image.shape[1]} x {image.shape[0]}, others {shape[1]} x {shape[0]}")
-            yield np.stack(images)
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, count, size):
+                paths = self._paths[start : min(start + size, count)]
+                images = list(pool.map(read_image, paths))
+                shape = shape or images[0].shape
+                for path, (h, w, _) in zip(paths, (image.shape for image in images), strict=True):
+                    if (h, w) != shape[:2]:
+                        raise ValueError(f"{path} is {w} x {h}, and others are {shape[1]} x {shape[0]}")
+                yield np.stack(images)
 
     def _from_npz(self, size: int, count: int) -> Iterator[Pixels]:
         with zipfile.ZipFile(self.source) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:

@@ -1,0 +1,86 @@
+"""The arithmetic of a TVM step: how much there must be, and how much there is.
+
+Only matrix products count; all else (norms, GELU, softmax, optimizer) is a few per cent of them and no product.
+
+A layer y = x W^T costs one product in a forward, and two in its backward: one for x, one for W. In the pass with a
+tangent, y' = x' W^T is a second product, and its backward two more. Attention has two products of two moving factors,
+S = Q K^T and O = P V, and S' = Q' K^T + Q K'^T: two products for the tangent, four more in its backward. So, in
+products per forward product,
+
+                                          a layer            attention
+    forward, value and tangent             1 + 1               1 + 2
+    backward of both                       2 + 2               2 + 4
+    flow matching, forward and backward    1 + 2               1 + 2
+    two forwards of the target             2                   2
+    TVM step                               11                  14
+    the same, gradient of JVP detached     9                   10
+    flow-matching step with guidance       4                   4
+
+Layers in front of which nothing is trained (patches, the first of each scalar embedding) save the product for x, and
+layers that s does not reach (patches, embeddings of t and of beta) those of tangents.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dit import FREQUENCIES, DiTConfig
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Part(NamedTuple):
+    """Some of a network's products.
+
+    Attributes:
+        macs: multiplications with addition in a forward of one sample.
+        moves: factors of each product that have a tangent once s has one: 0, 1 (a layer) or 2 (attention).
+        gradients: factors of each product that need a gradient: the weight, and what is in front if it is trained.
+    """
+
+    macs: int
+    moves: int
+    gradients: int
+
+
+def parts(config: DiTConfig) -> list[Part]:
+    """The products of a DiT."""
+    d, patch = config.hidden_size, config.patch_size**2 * config.in_channels
+    tokens = (config.input_size // config.patch_size) ** 2
+    first, second = 2 * FREQUENCIES * d, d * d
+    return [
+        Part(config.depth * tokens * 12 * d**2, 1, 2),  # qkv, proj: 4 d^2; MLP: 8 d^2
+        Part(config.depth * 2 * tokens**2 * d, 2, 2),  # scores, and values weighted by them
+        Part((6 * config.depth + 2) * d**2, 1, 2),  # modulations
+        Part(tokens * d * patch, 1, 2),  # output
+        Part(tokens * patch * d, 0, 1),  # patches
+        Part(first, 1, 1),  # t - s
+        Part(second, 1, 2),
+        Part(2 * first, 0, 1),  # t and beta
+        Part(2 * second, 0, 2),
+    ]
+
+
+def forward_flops(config: DiTConfig) -> int:
+    """Floating-point operations of one forward of one sample."""
+    return 2 * sum(part.macs for part in parts(config))
+
+
+def least_step_flops(config: DiTConfig, *, detach_jvp: bool = False, guided: bool = True) -> int:
+    """Floating-point operations that a TVM step needs per sample, by the table above.
+
+    Args:
+        config: the network.
+        detach_jvp: no gradient through dF/ds.
+        guided: the target is called a second time, without a class, for classifier-free guidance.
+    """
+    total = 0
+    for macs, moves, gradients in parts(config):
+        dual = 1 + moves + gradients * (1 if detach_jvp else 1 + moves)
+        total += macs * (dual + 1 + gradients + 1 + guided)
+    return 2 * total
+
+
+def count_flops(step: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products that `step` runs; it may run on the device "meta"."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()

@@ -1,0 +1,85 @@
+"""Features of images for FID and its relatives: the Inception network of 2015, from torch-fidelity.
+
+    pool       [B, 2048] FID, precision and recall
+    logits     [B, 1008] inception score (without the last layer's bias, as in the first implementations)
+    spatial    [B, 2023] sFID: 7 channels of the 17 x 17 feature map in the middle of the network, row by row
+
+torch-fidelity has no sFID; its features here are those of ADM's evaluation, the first seven channels of "mixed_6/conv".
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+SHA256 = "6726825d"  # how the digest of these weights begins: no other network may stand in for this one
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
+SPATIAL_CHANNELS = 7
+
+
+class Features(NamedTuple):
+    """What is measured of a batch of images: [B, ...] each."""
+
+    pool: Tensor
+    logits: Tensor
+    spatial: Tensor
+
+
+Extractor = Callable[[Tensor], Features]  # of images uint8 [B, 3, H, W]
+
+
+class Inception:
+    """The extractor that published figures are measured with.
+
+    Args:
+        weights: file of the weights; without, where torch.hub keeps what it downloads.
+        device: where to run.
+
+    Raises:
+        ValueError: torch-fidelity is not installed, or the weights are not there, or are others.
+    """
+
+    def __init__(self, weights: Path | None = None, device: str | torch.device = "cpu"):
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError:
+            raise ValueError("FID needs torch-fidelity: pip install -e '.[imagenet]'") from None
+        weights = weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
+        check_weights(weights)
+        layers = ["2048", "logits_unbiased"]
+        self.network = FeatureExtractorInceptionV3("inception", layers, feature_extractor_weights_path=str(weights))
+        self.network.to(device).eval().requires_grad_(False)
+        self.device = device
+        self._spatial: Tensor | None = None
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # [B, 17 * 17 * 7]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:
+        """Features, on the CPU, of images uint8 [B, 3, H, W]; they are resized to 299 x 299 as TensorFlow does."""
+        pool, logits = self.network(images.to(self.device))
+        assert self._spatial is not None
+        return Features(pool.cpu(), logits.cpu(), self._spatial.float().cpu())
+
+
+def check_weights(path: Path) -> None:
+    """See that a file holds the weights of 2015's Inception, and nothing that loading would execute.
+
+    Raises:
+        ValueError: no file, another one, or one that does more than hold weights.
+    """
+    if not path.is_file():
+        raise ValueError(f"the weights of Inception are not here ({path}): fetch {URL} and name it with --inception")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(SHA256):
+        raise ValueError(f"{path} is not Inception as published figures use it (sha256 {digest[:8]}, not {SHA256})")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} holds more than weights: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_files import ImageFiles, grid, save_png, to_pixels, write_npz
+
+rng = np.random.default_rng(0)
+PIXELS = rng.integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
+
+
+def test_pixels_round_and_clip():
+    x = torch.tensor([-3.0, -1.0, -1 + 0.9 / 255, -1 + 1.1 / 255, 0.0, 1.0, 1.7]).view(1, 1, 1, 7)
+    assert to_pixels(x)[0, 0, :, 1].tolist() == [0, 0, 0, 1, 128, 255, 255]
+
+
+def test_pixels_are_undone_by_what_encoding_does():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, -1, -1)
+    np.testing.assert_array_equal(to_pixels(images / 127.5 - 1), images.permute(0, 2, 3, 1))
+
+
+def test_grids_hold_every_image_in_reading_order():
+    sheet = grid(PIXELS, columns=3)
+    assert sheet.shape == (3 * 6 - 1, 3 * 7 - 1, 3)
+    np.testing.assert_array_equal(sheet[:5, :6], PIXELS[0])
+    np.testing.assert_array_equal(sheet[6:11, 7:13], PIXELS[4])
+    np.testing.assert_array_equal(grid(PIXELS[:1], enlarge=2)[::2, 1::2], PIXELS[0])
+    assert grid(PIXELS[:4]).shape[0] == 2 * 6 - 1
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    write_npz(tmp_path / "images.npz", 7, iter([PIXELS[:4], PIXELS[4:]]), np.arange(7))
+    return tmp_path / "images.npz"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images" / "below").mkdir(parents=True)
+    for i, image in enumerate(PIXELS):
+        save_png(tmp_path / "images" / ("below" if i == 6 else "") / f"{i:03d}.png", image)
+    (tmp_path / "images" / "notes.txt").write_text("")
+    return tmp_path / "images"
+
+
+def test_an_npz_is_what_numpy_reads(npz):
+    with np.load(npz) as stored:
+        np.testing.assert_array_equal(stored["arr_0"], PIXELS)
+        assert stored["arr_1"].tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+def test_images_are_read_as_they_were_written(kind, size, request):
+    images = ImageFiles(request.getfixturevalue(kind))
+    assert len(images) == 7
+    batches = list(images.batches(size))
+    assert all(len(batch) == size for batch in batches[:-1])
+    order = [0, 1, 2, 3, 4, 5, 6]
+    np.testing.assert_array_equal(torch.cat(batches).permute(0, 2, 3, 1), PIXELS[order])
+    assert len(torch.cat(list(images.batches(size, limit=5)))) == 5
+
+
+def test_an_npz_with_fewer_images_than_announced_is_not_left_behind(tmp_path):
+    with pytest.raises(ValueError, match="7 images came where 8"):
+        write_npz(tmp_path / "images.npz", 8, [PIXELS], np.arange(8))
+    assert not list(tmp_path.iterdir())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: np.savez(p / "a.npz", mu=np.zeros(3)), "holds no images"),
+        (lambda p: np.savez(p / "a.npz", arr_0=np.zeros((2, 4, 4, 3))), "must be uint8"),
+        (lambda p: np.savez(p / "a.npz", arr_0=np.zeros((0, 4, 4, 3), np.uint8)), "holds no images"),
+        (lambda p: (p / "a.npz").write_bytes(b"PK\x03\x04"), "holds no images"),
+        (lambda p: (p / "a.npz").mkdir(), "holds no images"),
+        (lambda p: None, "neither a folder"),
+    ],
+)
+def test_what_holds_no_images_is_named(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        ImageFiles(tmp_path / "a.npz")
+
+
+def test_images_that_cannot_be_read_or_differ_in_size_are_named(folder):
+    save_png(folder / "003.png", PIXELS[3, :4])
+    with pytest.raises(ValueError, match=r"003.png is 6 x 4, and others are 6 x 5"):
+        list(ImageFiles(folder).batches(2))
+    cut(folder / "002.png")
+    with pytest.raises(ValueError, match=r"002.png cannot be read"):
+        list(ImageFiles(folder).batches(2))
