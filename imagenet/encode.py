@@ -44,8 +44,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tvm_ref.toy.config import OneLineParser
-from tvm_ref.toy.run import write_atomically
+from tvm_ref.command_line import OneLineParser, write_atomically
 
 PLAN = "encode.json"  # what is being encoded, and how: an encoding goes on only if it is the same
 SKIPPED = "skipped.txt"

@@ -1,0 +1,150 @@
+"""Convert weights that Luma released into safetensors, without executing anything in them.
+
+    python imagenet/convert.py im256_w2.pkl imagenet256-w2.safetensors
+    python imagenet/convert.py network-snapshot-500.pkl out.safetensors --preset imagenet256-w1.75
+
+The released .pkl files are pickles that carry Python source, and loading them as usual runs it. Here they are read by
+a reader that can build tensors and nothing else (safe_pickle.py lists the names that it knows); a file that asks for
+any other name is refused, and the name is told. Names, shapes and numbers of the tensors are checked against the
+preset, which the file's name decides for Luma's own files and --preset for others. The result holds the preset's
+configuration, so that sample.py and evaluate.py need nothing else. The weights keep their owner's terms.
+"""
+
+import argparse
+import hashlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import save_weights
+from presets import PRESETS, Config, build_model
+from safe_pickle import module_state, read_module, tensors_of
+from torch import Tensor
+
+from tvm_ref.command_line import OneLineParser
+
+RELEASED = {  # by name of the file
+    "im256_w2": "imagenet256-w2",
+    "im256_w1p75": "imagenet256-w1.75",
+    "im512_w2p5": "imagenet512-w2.5",
+    "im512_w2p25": "imagenet512-w2.25",
+}
+WRAPPERS = ("_orig_mod.", "model.")  # around the network, in front of its names
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = OneLineParser(
+        "convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument("source", type=Path, help="a .pkl file")
+    p.add_argument("out", type=Path, help="the .safetensors file to write")
+    p.add_argument(
+        "--preset", choices=list(PRESETS), help="what the weights were trained as (default: by the file's name)"
+    )
+    return p
+
+
+def preset_of(source: Path, preset: str | None) -> str:
+    """The preset of a file.
+
+    Raises:
+        ValueError: neither its name nor `preset` tells.
+    """
+    preset = preset or RELEASED.get(source.stem)
+    if preset is None:
+        names = ", ".join(f"{name}.pkl" for name in RELEASED)
+        raise ValueError(f"the name {source.name} tells no preset as {names} do; say it with --preset")
+    return preset
+
+
+def network_of(data: Any) -> Any:
+    """The module in what a .pkl file holds: a dict with the averaged network as "ema" or "net", or the module itself.
+
+    Raises:
+        ValueError: no module is there.
+    """
+    if not isinstance(data, dict):
+        return data
+    found = [data[key] for key in ("ema", "net") if data.get(key) is not None]
+    if not found:
+        raise ValueError(f"no network ('ema' or 'net') in it, only {', '.join(map(repr, list(data)[:5])) or 'nothing'}")
+    return found[0]
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a tensor in the network, for its name in a module around the network."""
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def checked(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The tensors, in float32, if they are all that the network of a configuration has.
+
+    Raises:
+        ValueError: a tensor too few, too many, of another shape or kind, or with numbers that are not finite.
+    """
+    with torch.device("meta"):
+        expected = build_model(config, attention="plain").network.state_dict()
+    for missing in expected.keys() - tensors.keys():
+        raise ValueError(f"{missing} is missing ({len(expected.keys() - tensors.keys())} tensors are)")
+    for unknown in tensors.keys() - expected.keys():
+        raise ValueError(f"{unknown} is no tensor of this network ({len(tensors.keys() - expected.keys())} are not)")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} is of shape {list(tensor.shape)}, not {list(expected[name].shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds numbers that are not finite")
+    return {name: tensor.float().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
+def convert(source: Path, out: Path, preset: str | None = None) -> Config:
+    """Convert a file; returns the configuration that its weights need.
+
+    Raises:
+        ValueError: a file that is refused, or does not hold what it should; `out` exists or is not .safetensors.
+        OSError: it cannot be read or written.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out} must end in .safetensors")
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another name")
+    config, preset = PRESETS[preset_of(source, preset)], preset_of(source, preset)
+    try:
+        module = network_of(read_module(source))
+        scaled = module_state(module).get("do_scale_param", config.scaled)  # the file knows best how it was trained
+        config = replace(config, scaled=bool(scaled))
+        tensors = checked({without_wrappers(name): a for name, a in tensors_of(module).items()}, config)
+    except RecursionError:
+        raise ValueError(f"{source} holds a module within itself") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(source) in str(error) else f"{source}: {error}") from None
+    with source.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    about = {"preset": preset, "source": source.name, "source_sha256": digest}
+    save_weights(out, tensors, config, w=f"{config.w:g}", scaled=str(config.scaled).lower(), **about)
+    return config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 2 bad input."""
+    options = parser().parse_args(argv)
+    try:
+        config = convert(options.source, options.out, options.preset)
+    except (ValueError, OSError) as error:
+        print(f"convert.py: error: {error}", file=sys.stderr)
+        return 2
+    kind = "scaled" if config.scaled else "plain"
+    print(
+        f"{options.out}: w = {config.w:g}, {kind} parameterisation, {8 * config.input_size} x {8 * config.input_size}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
