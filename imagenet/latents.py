@@ -86,7 +86,7 @@ class Latents:
         index = read_index(self.folder)
         self.image_size: int = index["image_size"]
         self.classes: list[str] = index["classes"]
-        self.normalisation = Normalisation(*(tuple(index["normalisation"][k]) for k in ("mean", "std")))
+        self.normalisation = read_normalisation(self.folder)
         opened = [self._open(shard["name"], shard["count"]) for shard in index["shards"] if shard["count"]]
         if not opened:
             raise ValueError(f"{self.folder} holds no latents: every image was skipped")
@@ -170,6 +170,19 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{path} is not in the format {FORMAT!r}" + (f": {min(missing)} is missing" if missing else "")
         )
     return index
+
+
+def read_normalisation(folder: Path) -> Normalisation:
+    """How the latents of a folder are normalised.
+
+    Raises:
+        ValueError: see read_index.
+    """
+    stored = read_index(folder)["normalisation"]
+    try:
+        return Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{folder / INDEX} is damaged: its normalisation is {stored}") from None
 
 
 def write_shard(folder: Path, name: str, posteriors: NDArray[np.float16], labels: NDArray[np.int64]) -> None:

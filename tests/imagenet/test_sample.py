@@ -1,0 +1,201 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from checkpoints import save_weights
+from image_files import ImageFiles
+from latents import NORMALISATION, decode
+from noise import PRIOR, normal
+from PIL import Image
+from presets import Config, build_model
+from ranks import Ranks
+from sample import main
+
+from tvm_ref import Condition
+
+ROOT = Path(__file__).parents[2]
+CONFIG = Config(data="digits", hidden_size=16, depth=1, heads=2, w=2.0, classes=5)
+
+
+def network(config: Config) -> torch.nn.Module:
+    torch.manual_seed(0)
+    net = build_model(config).network
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def weights(path: Path, config: Config = CONFIG) -> Path:
+    save_weights(path, network(config).state_dict(), config)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return weights(tmp_path / "model.safetensors")
+
+
+def draw(model: Path, out: Path, *more: str, **keywords) -> int:
+    return main([str(model), "--out", str(out), "--device", "cpu", *more], **keywords)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return torch.cat(list(ImageFiles(path).batches(100))).permute(0, 2, 3, 1).numpy()
+
+
+def test_images_are_the_flow_map_s_jumps_from_noise_of_their_own(model, tmp_path):
+    """Two steps by hand: x <- x + (s - t) w F(x, t, s), with class i modulo 5."""
+    assert draw(model, tmp_path / "a.npz", "--count", "7", "--steps", "2", "--seed", "3") == 0
+    net = network(CONFIG)
+    x = torch.stack([normal((1, 8, 8), PRIOR, 3, i) for i in range(7)])
+    condition = Condition(torch.arange(7) % 5, torch.full((7,), 0.5))
+    for t, s in ((1.0, 0.5), (0.5, 0.0)):
+        with torch.no_grad():
+            x = x + (s - t) * 2.0 * net(x, torch.full((7,), t), torch.full((7,), s), condition)
+    expected = (x.clamp(-1, 1) + 1) * 127.5
+    found = pixels(tmp_path / "a.npz")
+    assert np.abs(found - expected.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()).max() <= 0.51
+    with np.load(tmp_path / "a.npz") as stored:
+        assert stored["arr_1"].tolist() == [0, 1, 2, 3, 4, 0, 1]
+
+
+@pytest.mark.parametrize("out", ["a.npz", "a"])
+def test_batch_size_does_not_matter(model, tmp_path, out):
+    draw(model, tmp_path / "whole.npz", "--count", "13")
+    assert draw(model, tmp_path / out, "--count", "13", "--batch-size", "4") == 0
+    assert np.abs(pixels(tmp_path / out).astype(int) - pixels(tmp_path / "whole.npz")).max() <= 1  # of rounding
+    assert len(np.unique(pixels(tmp_path / out).reshape(13, -1), axis=0)) == 13
+
+
+@pytest.mark.parametrize("count", [7, 2])
+@pytest.mark.parametrize("out", ["a.npz", "a", "a.png"])
+def test_processes_share_the_work(model, tmp_path, out, count, monkeypatch):
+    """Ranks 1 and 2 of 3 come first, rank 0 last, as behind a barrier; of 2 images one process has none."""
+    whole = tmp_path / f"whole{Path(out).suffix}"
+    draw(model, whole, "--count", str(count))
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr("sample.prepare", lambda *_: None)
+    monkeypatch.setattr(Ranks, "barrier", lambda self: None)
+    for rank in (1, 2, 0):
+        monkeypatch.setattr(ranks, "start", lambda rank=rank: Ranks(rank, 3, rank))
+        assert draw(model, tmp_path / out, "--count", str(count), "--batch-size", "2") == 0
+    found, expected = (np.array(Image.open(a)) if out == "a.png" else pixels(a) for a in (tmp_path / out, whole))
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_torchrun_with_two_processes(model, tmp_path):
+    draw(model, tmp_path / "one.npz", "--count", "5")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(ROOT / "imagenet" / "sample.py"), str(model), "--out", str(tmp_path / "two.npz"), "--count", "5"]
+    done = subprocess.run([*command, *script, "--device", "cpu"], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("images per second") == 1
+    assert np.abs(pixels(tmp_path / "two.npz").astype(int) - pixels(tmp_path / "one.npz")).max() <= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "one.npz", "two.npz"]
+
+
+def test_classes_are_taken_in_turn(model, tmp_path):
+    draw(model, tmp_path / "a.npz", "--count", "5", "--classes", "4", "1")
+    with np.load(tmp_path / "a.npz") as stored:
+        assert stored["arr_1"].tolist() == [4, 1, 4, 1, 4]
+
+
+def test_a_grid_holds_the_images(model, tmp_path):
+    draw(model, tmp_path / "a.png", "--count", "10")
+    draw(model, tmp_path / "a.npz", "--count", "10")
+    sheet = np.array(Image.open(tmp_path / "a.png"))
+    assert sheet.shape == (8 * (3 * 9 - 1), 8 * (4 * 9 - 1), 3)  # 3 rows of 4, each pixel 8 times as large
+    np.testing.assert_array_equal(sheet[9 * 8 : 17 * 8 : 8, : 8 * 8 : 8], pixels(tmp_path / "a.npz")[4])
+
+
+def test_another_guidance_weight_warns_and_is_used(model, tmp_path, capsys):
+    draw(model, tmp_path / "a.npz", "--count", "3")
+    assert "warning" not in capsys.readouterr().err
+    assert draw(model, tmp_path / "b.npz", "--count", "3", "--w", "3") == 0
+    assert "was trained with w = 2; with w = 3" in capsys.readouterr().err
+    assert not np.array_equal(pixels(tmp_path / "a.npz"), pixels(tmp_path / "b.npz"))
+
+
+def test_any_guidance_weight_of_a_trained_range_is_silent(tmp_path, capsys):
+    model = weights(tmp_path / "range.safetensors", replace(CONFIG, w=1.0, w_max=3.0))
+    draw(model, tmp_path / "a.npz", "--count", "1", "--w", "2.5")
+    assert "warning" not in capsys.readouterr().err
+    draw(model, tmp_path / "b.npz", "--count", "1", "--w", "3.5")
+    assert "trained with w = 1 to 3" in capsys.readouterr().err
+
+
+def test_latents_are_decoded(tmp_path):
+    pytest.importorskip("diffusers")
+    from autoencoders import tiny_vae
+
+    config = replace(CONFIG, data="latents", in_channels=4, input_size=32, patch_size=8)
+    model = weights(tmp_path / "latents.safetensors", config)
+    vae = tiny_vae()
+    assert draw(model, tmp_path / "a.npz", "--count", "2", vae=vae) == 0
+    net = network(config)
+    x = torch.stack([normal((4, 32, 32), PRIOR, 0, i) for i in range(2)])
+    with torch.no_grad():
+        F = net(x, torch.ones(2), torch.zeros(2), Condition(torch.arange(2), torch.full((2,), 0.5)))
+    images = decode(vae, x - 2 * F, NORMALISATION[256]).clamp(-1, 1)
+    expected = (images.permute(0, 2, 3, 1).numpy() + 1) * 127.5
+    assert pixels(tmp_path / "a.npz").shape == (2, 64, 64, 3)
+    assert np.abs(pixels(tmp_path / "a.npz") - expected).max() <= 0.51
+
+
+def test_latents_of_other_sizes_need_their_normalisation(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    from autoencoders import tiny_vae
+
+    model = weights(tmp_path / "a.safetensors", replace(CONFIG, data="latents", in_channels=4))
+    assert draw(model, tmp_path / "a.npz", vae=tiny_vae()) == 2
+    assert "say --latents FOLDER" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_unasked(model, tmp_path, capsys):
+    for name in ("a.npz", "a.png", "a"):
+        assert draw(model, tmp_path / name, "--count", "2") == 0
+        assert draw(model, tmp_path / name, "--count", "1") == 2
+        assert "--overwrite replaces it" in capsys.readouterr().err
+        assert draw(model, tmp_path / name, "--count", "1", "--overwrite") == 0
+    assert len(ImageFiles(tmp_path / "a")) == 1
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    assert draw(model, tmp_path / "mine", "--overwrite") == 2
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--count", "0"), "--count must be at least 1"),
+        (("--steps", "0"), "--steps must be at least 1"),
+        (("--batch-size", "0"), "--batch-size must be at least 1"),
+        (("--seed", "-1"), "--seed must be at least 0"),
+        (("--classes", "5"), "--classes must lie in 0 to 4"),
+        (("--w", "0"), "--w must be positive"),
+        (("--device", "abacus"), "cannot be used here"),
+        (("--steps", "two"), "invalid int"),
+    ],
+)
+def test_bad_input_ends_with_one_line(model, tmp_path, capsys, more, message):
+    try:
+        status = draw(model, tmp_path / "a.png", *more)
+    except SystemExit as error:
+        status = error.code
+    err = capsys.readouterr().err
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_source_without_weights_ends_with_one_line(tmp_path, capsys):
+    for source in (tmp_path, tmp_path / "absent.safetensors"):
+        assert draw(source, tmp_path / "a.png") == 2
+        assert capsys.readouterr().err.count("\n") == 1
