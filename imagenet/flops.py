@@ -14,7 +14,6 @@ products per forward product,
     two forwards of the target             2                   2
     TVM step                               11                  14
     the same, gradient of JVP detached     9                   10
-    flow-matching step with guidance       4                   4
 
 Layers in front of which nothing is trained (patches, the first of each scalar embedding) save the product for x, and
 layers that s does not reach (patches, embeddings of t and of beta) those of tangents.
@@ -23,8 +22,12 @@ layers that s does not reach (patches, embeddings of t and of beta) those of tan
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from dit import FREQUENCIES, DiTConfig
+from presets import Config, build_model
 from torch.utils.flop_counter import FlopCounterMode
+
+from tvm_ref import TVM, Condition, Times
 
 
 class Part(NamedTuple):
@@ -84,3 +87,28 @@ def count_flops(step: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
+
+
+def is_guided(config: Config) -> bool:
+    """Whether a step calls the target a second time, without a class."""
+    return config.w != 1 or config.w_max is not None
+
+
+def counted_step_flops(config: Config) -> int:
+    """Floating-point operations of the TVM step of a configuration, per sample: those that are run, counted.
+
+    Nothing is computed (it runs on the device "meta"), and attention is plain: a fused kernel hides its products.
+    """
+    b, side = 2, config.input_size
+    with torch.device("meta"):
+        model, target = (build_model(config, attention="plain") for _ in range(2))
+        null_label = config.classes if is_guided(config) else None
+        objective = TVM(model, null_label=null_label, detach_jvp=config.detach_jvp)
+        x, t = torch.empty(b, config.in_channels, side, side), torch.empty(b)
+        condition = Condition(torch.empty(b, dtype=torch.long), t)
+
+        def step() -> None:
+            terms = objective(x, x, Times(t, t, t), condition, target.requires_grad_(False))
+            terms.total.mean().backward()
+
+        return count_flops(step) // b

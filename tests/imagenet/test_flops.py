@@ -1,0 +1,62 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from flops import count_flops, counted_step_flops, forward_flops, least_step_flops
+from presets import PRESETS, Config, build_model
+from torch import nn
+
+from tvm_ref import EMA, TVM, Condition, Linear, TimeSampler
+
+CONFIG = Config(data="latents", input_size=8, in_channels=4, classes=10, hidden_size=64, depth=2, heads=2, w=2.0)
+SIZES = {
+    "small": CONFIG,
+    "long": replace(CONFIG, input_size=32, hidden_size=32),  # attention outweighs layers
+    "wide": replace(CONFIG, input_size=4, hidden_size=256, depth=1),
+    "digits": Config(),
+}
+
+
+def step_flops(config: Config, batch: int = 3) -> int:
+    """Of a TVM step as training runs it, on real numbers."""
+    model = build_model(config)
+    objective = TVM(model, null_label=config.classes if config.w != 1 else None, detach_jvp=config.detach_jvp)
+    target = EMA(model, 0.99)
+    x = torch.randn(batch, config.in_channels, config.input_size, config.input_size)
+    condition = Condition(torch.zeros(batch, dtype=torch.long), torch.full((batch,), 1 / config.w))
+    times = TimeSampler().draw(batch)
+    return count_flops(lambda: objective(x, x, times, condition, target.module).total.mean().backward()) // batch
+
+
+CASES = [(size, detached, 2.0) for size in SIZES for detached in (False, True)] + [("small", False, 1.0)]
+
+
+@pytest.mark.parametrize(("size", "detached", "w"), CASES)
+def test_a_step_has_no_needless_arithmetic(size, detached, w):
+    config = replace(SIZES[size], detach_jvp=detached, w=w)
+    least = least_step_flops(config.network(), detach_jvp=detached, guided=w != 1)
+    assert least <= step_flops(config) <= 1.02 * least
+    assert counted_step_flops(config) == step_flops(config)
+
+
+def test_the_count_would_show_needless_products(monkeypatch):
+    """With nn.Linear a JVP runs its product rule's empty half: 13 forwards' worth of layers in place of 11."""
+    monkeypatch.setattr(Linear, "forward", nn.Linear.forward)
+    config = SIZES["wide"]
+    assert step_flops(config) > 1.15 * least_step_flops(config.network())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_forward_is_counted_as_it_runs(size):
+    config = SIZES[size]
+    model = build_model(config).requires_grad_(False)
+    x, t = torch.randn(1, config.in_channels, config.input_size, config.input_size), torch.ones(1)
+    condition = Condition(torch.zeros(1, dtype=torch.long), t)
+    assert count_flops(lambda: model.network(x, t, t, condition)) == forward_flops(config.network())
+
+
+def test_known_sizes():
+    """DiT-XL/2 at 256: 118.6 G multiplications with addition, as its paper says."""
+    network = PRESETS["imagenet256-w2"].network()
+    assert forward_flops(network) / 2e9 == pytest.approx(118.6, abs=0.1)
+    assert least_step_flops(network) / forward_flops(network) == pytest.approx(11.1, abs=0.05)
