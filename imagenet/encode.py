@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import ranks
+import parallel
 import torch
 from image_files import Pixels, is_image
 from latents import (
@@ -40,6 +40,7 @@ from latents import (
     load_vae,
     write_shard,
 )
+from parallel import World, on_first
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -256,8 +257,8 @@ def finish(out: Path, names: list[str], classes: list[str], plan: dict[str, Any]
     return index
 
 
-def run(options: argparse.Namespace, vae: nn.Module | None = None) -> dict[str, Any] | None:
-    """Encode; `vae` is used in place of the one that the options name. Returns latents.json on rank 0.
+def run(options: argparse.Namespace, world: World, vae: nn.Module | None = None) -> dict[str, Any] | None:
+    """Encode; `vae` is used in place of the one that the options name. Returns latents.json in the first process.
 
     Raises:
         ValueError, OSError: bad input.
@@ -268,17 +269,14 @@ def run(options: argparse.Namespace, vae: nn.Module | None = None) -> dict[str, 
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     if options.out.resolve().is_relative_to(options.source.resolve()):
         raise ValueError(f"--out {options.out} lies inside {options.source}, where it would count as a class")
-    me = ranks.start()
     classes, entries = find_images(options.source)
     plan = plan_of(options, classes, entries)
-    if me.rank == 0:
-        prepare(options.out, plan)
-    me.barrier()
-    vae = (load_vae(options.vae) if vae is None else vae).to(me.device(options.device))
+    on_first(world, lambda: prepare(options.out, plan))
+    vae = (load_vae(options.vae) if vae is None else vae).to(world.device)
     names = [f"{i:05d}" for i in range(-(-len(entries) // options.shard_size))]
-    mine = [names[i] for i in me.share(len(names))]
+    mine = [names[i] for i in world.share(len(names))]
     todo = [name for name in mine if not (options.out / f"{name}.json").exists()]
-    bar = tqdm(total=len(me.share(len(entries))), unit="image", desc="encoding", disable=me.rank > 0)
+    bar = tqdm(total=len(world.share(len(entries))), unit="image", desc="encoding", disable=not world.first)
     with bar:
         for name in mine:
             part = entries[int(name) * options.shard_size :][: options.shard_size]
@@ -286,15 +284,15 @@ def run(options: argparse.Namespace, vae: nn.Module | None = None) -> dict[str, 
                 encode_shard(options.out, name, options.source, part, vae, options, bar)
             else:
                 bar.update(len(part))
-    me.barrier()
-    return finish(options.out, names, classes, plan) if me.rank == 0 else None
+    world.wait()
+    return finish(options.out, names, classes, plan) if world.first else None
 
 
 def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 latents that are not finite, 2 bad input."""
     options = parser().parse_args(argv)
     try:
-        index = run(options, vae)
+        index = run(options, parallel.start(options.device), vae)
     except (ValueError, OSError) as error:
         print(f"encode.py: error: {error}", file=sys.stderr)
         return 2
@@ -305,7 +303,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
         print("encode.py: stopped; the same command goes on", file=sys.stderr)
         return 130
     finally:
-        ranks.stop()
+        parallel.stop()
     if index is not None:
         print(f"{index['count']} latents of {len(index['classes'])} classes: {options.out}")
         if index["skipped"]:

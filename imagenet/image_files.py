@@ -25,12 +25,6 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
 
 
-def to_pixels(x: Tensor) -> Pixels:
-    """Images [B, C, H, W] with values in [-1, 1], C = 1 or 3, as pixels [B, H, W, 3]; values beyond are clipped."""
-    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
 # Out ----------------------------------------------------------------------------------------------------------------
 
 
@@ -39,18 +33,6 @@ def save_png(path: Path, pixels: Pixels) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     Image.fromarray(pixels).save(partial, format="PNG")
     os.replace(partial, path)
-
-
-def grid(pixels: Pixels, columns: int | None = None, enlarge: int = 1) -> Pixels:
-    """Images [B, H, W, 3] as one picture, row by row, one pixel apart; as square as can be unless told `columns`."""
-    n, h, w, _ = pixels.shape
-    columns = min(n, columns or math.ceil(math.sqrt(n)))
-    rows = math.ceil(n / columns)
-    sheet = np.full((rows * (h + 1) - 1, columns * (w + 1) - 1, 3), 255, np.uint8)
-    for i, image in enumerate(pixels):
-        y, x = i // columns * (h + 1), i % columns * (w + 1)
-        sheet[y : y + h, x : x + w] = image
-    return sheet.repeat(enlarge, 0).repeat(enlarge, 1)
 
 
 def write_npz(path: Path, count: int, batches: Iterable[Pixels], labels: NDArray[np.int64]) -> None:

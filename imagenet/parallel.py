@@ -6,10 +6,10 @@ the module inside one trains without synchronising, silently.
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from dit import Block
@@ -21,6 +21,7 @@ from tvm_ref import EMA, FlowMap
 from tvm_ref.objectives import Objective
 
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl"}  # numbers on the CPU travel by gloo, gradients by NCCL
+T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # how long a process waits for the others, as while one writes a checkpoint
 
 
@@ -45,6 +46,14 @@ class World:
         rows = [torch.empty_like(row) for _ in range(self.size)]
         distributed.all_gather(rows, row)
         return torch.stack(rows)
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self.gather([0.0])
+
+    def share(self, n: int) -> range:
+        """What of 0 to n - 1 is this process's: contiguous parts, whose sizes differ by one at most."""
+        return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def tell(self, thing: Any) -> Any:
         """What the first process hands over, in all."""
@@ -88,6 +97,18 @@ def stop() -> None:
     """Leave the other processes."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def on_first(world: World, task: Callable[[], T]) -> T | None:
+    """Do something in the first process alone, while the others wait; if it fails, all fail."""
+    result, error = None, None
+    if world.first:
+        try:
+            result = task()
+        except (ValueError, OSError) as fault:
+            error = fault
+    world.agree(error)
+    return result
 
 
 def check_version() -> None:

@@ -16,30 +16,32 @@ warning. Models of latents need the autoencoder that made them (--vae).
 import argparse
 import contextlib
 import json
+import math
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ranks
+import parallel
 import torch
 from checkpoints import load_weights
-from image_files import Pixels, grid, save_png, to_pixels, write_npz
+from image_files import Pixels, save_png, write_npz
 from latents import NORMALISATION, VAE, Normalisation, decode, load_vae, read_normalisation
 from noise import PRIOR, normal
+from parallel import World, on_first
+from pictures import grid, to_pixels
 from presets import Config
-from ranks import Ranks
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tvm_ref import Condition, FlowMap, sample
+from tvm_ref import Condition, EulerStep, FlowMap, sample
 from tvm_ref.command_line import OneLineParser, require_at_least, write_atomically
+from tvm_ref.sampling import Jump
 
-SMALL = 64  # images of fewer pixels a side are enlarged in a grid
 CHUNK = 256  # images put together at a time
 LATENT_SIDE = 8  # pixels of the image per number of the latent
 
@@ -58,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def add_model_options(p: argparse.ArgumentParser) -> None:
+def add_model_options(p: argparse._ActionsContainer) -> None:
     """The options that decide how a model draws images, for every command that lets it."""
     p.add_argument("--classes", type=int, nargs="+", help="classes, in turn (default: all)")
     p.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
@@ -105,7 +107,12 @@ class Generator:
         condition = Condition(label, torch.full((len(x1),), 1 / self.w, device=self.device))
         half = config.precision == "bfloat16" and self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext():
-            return sample(self.flow_map.jump, x1, steps, condition).float()
+            return sample(self.jump, x1, steps, condition).float()
+
+    @property
+    def jump(self) -> Jump:
+        """How the model takes a step: a jump, or, as flow matching learns none, Euler's."""
+        return EulerStep(self.flow_map) if self.config.objective == "fm" else self.flow_map.jump
 
     def images(self, numbers: Sequence[int], steps: int) -> Pixels:
         """Images [B, H, W, 3]."""
@@ -124,7 +131,7 @@ class Generator:
         return [self.classes[i % len(self.classes)] for i in numbers]
 
 
-def load_generator(source: Path, options: argparse.Namespace, me: Ranks, vae: nn.Module | None = None) -> Generator:
+def load_generator(source: Path, options: argparse.Namespace, world: World, vae: nn.Module | None = None) -> Generator:
     """The model of a run or of weights, with the options of add_model_options; `vae` replaces the one they name.
 
     Raises:
@@ -132,7 +139,7 @@ def load_generator(source: Path, options: argparse.Namespace, me: Ranks, vae: nn
     """
     require_at_least(1, batch_size=options.batch_size)
     require_at_least(0, seed=options.seed)
-    device = me.device(options.device)
+    device = world.device
     flow_map, config = load_weights(source, attention=None if device.type == "cuda" else "plain")
     classes = options.classes or list(range(config.classes))
     if not all(0 <= label < config.classes for label in classes):
@@ -140,7 +147,7 @@ def load_generator(source: Path, options: argparse.Namespace, me: Ranks, vae: nn
     w = config.w if options.w is None else options.w
     if not 0 < w < float("inf"):
         raise ValueError(f"--w must be positive and finite, got {w}")
-    if not config.w <= w <= (config.w_max or config.w) and me.rank == 0:
+    if not config.w <= w <= (config.w_max or config.w) and world.first:
         trained = f"{config.w:g}" if config.w_max is None else f"{config.w:g} to {config.w_max:g}"
         print(
             f"warning: this model was trained with w = {trained}; with w = {w:g} it does not work well", file=sys.stderr
@@ -197,11 +204,11 @@ def is_folder(out: Path) -> bool:
 
 
 def part_of(out: Path, rank: int) -> Path:
-    """Where a process keeps its images until rank 0 puts them together."""
+    """Where a process keeps its images until the first puts them together."""
     return out.with_name(f"{out.name}.part{rank:04d}.npy")
 
 
-def write_share(out: Path, batches: Iterator[Pixels], me: Ranks, share: range, bar: Any) -> None:
+def write_share(out: Path, batches: Iterator[Pixels], world: World, share: range, bar: Any) -> None:
     """Write this process's images: as PNG if --out is a folder, else as a part of the whole."""
     part, done = None, 0
     for pixels in batches:
@@ -211,7 +218,7 @@ def write_share(out: Path, batches: Iterator[Pixels], me: Ranks, share: range, b
         else:
             if part is None:
                 shape = (len(share), *pixels.shape[1:])
-                part = np.lib.format.open_memmap(part_of(out, me.rank), "w+", np.uint8, shape)
+                part = np.lib.format.open_memmap(part_of(out, world.rank), "w+", np.uint8, shape)
             part[done : done + len(pixels)] = pixels
         done += len(pixels)
         bar.update(len(pixels))
@@ -219,19 +226,15 @@ def write_share(out: Path, batches: Iterator[Pixels], me: Ranks, share: range, b
         part.flush()
 
 
-def put_together(out: Path, me: Ranks, labels: list[int]) -> None:
+def put_together(out: Path, world: World, labels: list[int]) -> None:
     """Make the .npz or the grid of the parts of all processes, in order, and remove the parts."""
-    parts = [
-        np.load(part_of(out, rank), mmap_mode="r")
-        for rank in range(me.world)
-        if me._replace(rank=rank).share(len(labels))
-    ]
+    ranks = (rank for rank in range(world.size) if replace(world, rank=rank).share(len(labels)))
+    parts = [np.load(part_of(out, rank), mmap_mode="r") for rank in ranks]
     if out.suffix == ".npz":
         batches = (part[i : i + CHUNK] for part in parts for i in range(0, len(part), CHUNK))
         write_npz(out, len(labels), batches, np.array(labels, np.int64))
     else:
-        pixels = np.concatenate(parts)
-        save_png(out, grid(pixels, enlarge=max(1, SMALL // pixels.shape[1])))
+        save_png(out, grid(np.concatenate(parts), math.ceil(math.sqrt(len(labels)))))
     for path in out.parent.glob(f"{out.name}.part*.npy"):
         path.unlink()
 
@@ -239,24 +242,21 @@ def put_together(out: Path, me: Ranks, labels: list[int]) -> None:
 # The command --------------------------------------------------------------------------------------------------------
 
 
-def run(options: argparse.Namespace, vae: nn.Module | None = None) -> str | None:
-    """Draw images; `vae` replaces the one that the options name. Returns what there is to say, on rank 0.
+def run(options: argparse.Namespace, world: World, vae: nn.Module | None = None) -> str | None:
+    """Draw images; `vae` replaces the one that the options name. Returns what there is to say, in the first process.
 
     Raises:
         ValueError, OSError: bad input.
     """
     require_at_least(1, count=options.count, steps=options.steps)
-    me = ranks.start()
-    generator = load_generator(options.source, options, me, vae)
-    if me.rank == 0:
-        prepare(options.out, options.overwrite)
-    me.barrier()
-    share, started = me.share(options.count), time.perf_counter()
-    with tqdm(total=len(share), unit="image", desc="sampling", disable=me.rank > 0) as bar:
+    generator = load_generator(options.source, options, world, vae)
+    on_first(world, lambda: prepare(options.out, options.overwrite))
+    share, started = world.share(options.count), time.perf_counter()
+    with tqdm(total=len(share), unit="image", desc="sampling", disable=not world.first) as bar:
         batches = generator.batches(share, options.steps, options.batch_size)
-        write_share(options.out, batches, me, share, bar)
-    me.barrier()
-    if me.rank:
+        write_share(options.out, batches, world, share, bar)
+    world.wait()
+    if not world.first:
         return None
     seconds = time.perf_counter() - started
     labels = generator.labels(range(options.count))
@@ -264,7 +264,7 @@ def run(options: argparse.Namespace, vae: nn.Module | None = None) -> str | None
         about = {"source": options.source.name, "steps": options.steps, "w": generator.w, "seed": options.seed}
         write_atomically(options.out / "samples.json", json.dumps(about | {"labels": labels}) + "\n")
     else:
-        put_together(options.out, me, labels)
+        put_together(options.out, world, labels)
     rate = f"{options.count / seconds:.3g} images per second"
     return f"{options.out}: {options.count} images, {options.steps} steps each, w = {generator.w:g}, {rate}"
 
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 2 bad input."""
     options = parser().parse_args(argv)
     try:
-        said = run(options, vae)
+        said = run(options, parallel.start(options.device), vae)
     except (ValueError, OSError) as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
         return 2
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
         print("sample.py: stopped", file=sys.stderr)
         return 130
     finally:
-        ranks.stop()
+        parallel.stop()
     if said is not None:
         print(said)
     return 0

@@ -13,16 +13,15 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import checkpoints
 import parallel
 import psutil
 import torch
 from data import Batches, load_data, loader
-from parallel import World
+from parallel import World, on_first
 from presets import PRESETS, Config
 from run import Run, check_new, stored_config
 from tqdm import tqdm
@@ -30,7 +29,6 @@ from training import TERMS, Training
 
 from tvm_ref.command_line import Interruption, OneLineParser, add_options, option, require_at_least
 
-T = TypeVar("T")
 THREADS = 4  # on a CPU; more do not help networks this small
 
 
@@ -95,18 +93,6 @@ def prepare(preset: str, given: dict[str, Any], options: Options, world_size: in
     if config.parallel == "fsdp":
         parallel.check_version()
     return config, folder, resumed
-
-
-def on_first(world: World, task: Callable[[], T]) -> T | None:
-    """Do something in the first process alone, while the others wait; if it fails, all fail."""
-    result, error = None, None
-    if world.first:
-        try:
-            result = task()
-        except (ValueError, OSError) as fault:
-            error = fault
-    world.agree(error)
-    return result
 
 
 def begin(preset: str, given: dict[str, Any], options: Options, world: World) -> Run:

@@ -2,13 +2,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import parallel
 import pytest
-import ranks
 import torch
 from encode import centre_crop, main
 from latents import NORMALISATION, Latents
+from parallel import World
 from PIL import Image
-from ranks import Ranks
 
 pytest.importorskip("diffusers")
 from autoencoders import tiny_vae
@@ -115,8 +115,9 @@ def test_two_processes_write_the_files_of_one(source, tmp_path, monkeypatch):
     encode(source, tmp_path / "one")
     two = tmp_path / "two"
     for rank in (0, 1, 0):  # rank 0 comes too early to the end, as if there were no barrier, and then again
-        monkeypatch.setattr(ranks, "start", lambda rank=rank: Ranks(rank, 2, rank))
-        monkeypatch.setattr(Ranks, "barrier", lambda self: None)
+        monkeypatch.setattr(parallel, "start", lambda _, rank=rank: World(rank, 2, torch.device("cpu")))
+        monkeypatch.setattr(World, "gather", lambda self, values: None)
+        monkeypatch.setattr(World, "tell", lambda self, thing: thing)
         encode(source, two)
     assert files(two) == files(tmp_path / "one")
 

@@ -3,29 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import ImageFiles, grid, save_png, to_pixels, write_npz
+from image_files import ImageFiles, save_png, write_npz
 
 rng = np.random.default_rng(0)
 PIXELS = rng.integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
-
-
-def test_pixels_round_and_clip():
-    x = torch.tensor([-3.0, -1.0, -1 + 0.9 / 255, -1 + 1.1 / 255, 0.0, 1.0, 1.7]).view(1, 1, 1, 7)
-    assert to_pixels(x)[0, 0, :, 1].tolist() == [0, 0, 0, 1, 128, 255, 255]
-
-
-def test_pixels_are_undone_by_what_encoding_does():
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, -1, -1)
-    np.testing.assert_array_equal(to_pixels(images / 127.5 - 1), images.permute(0, 2, 3, 1))
-
-
-def test_grids_hold_every_image_in_reading_order():
-    sheet = grid(PIXELS, columns=3)
-    assert sheet.shape == (3 * 6 - 1, 3 * 7 - 1, 3)
-    np.testing.assert_array_equal(sheet[:5, :6], PIXELS[0])
-    np.testing.assert_array_equal(sheet[6:11, 7:13], PIXELS[4])
-    np.testing.assert_array_equal(grid(PIXELS[:1], enlarge=2)[::2, 1::2], PIXELS[0])
-    assert grid(PIXELS[:4]).shape[0] == 2 * 6 - 1
 
 
 @pytest.fixture

@@ -1,0 +1,227 @@
+"""Measure images, or a model, against a reference: FID, sFID, inception score, precision and recall.
+
+    python imagenet/evaluate.py samples256 --reference VIRTUAL_imagenet256_labeled.npz    a folder of images
+    python imagenet/evaluate.py samples256.npz --reference img256.pkl                     images as ADM stores them
+    python imagenet/evaluate.py imagenet256-w2.safetensors --reference img256.pkl --steps 1 2 --count 50000
+    python imagenet/evaluate.py runs/imagenet/digits --steps 1 4                          digits have their own judges
+
+A model's images are made on the fly, the same that sample.py draws; sample.py under torchrun is faster for many.
+What is measured depends on the reference: statistics (mu, sigma) give FID, spatial ones (mu_s, sigma_s) sFID, images
+precision and recall; the inception score needs none. references.py lists the formats. Pickles are read without
+executing anything in them.
+
+The features are those of 2015's Inception, from torch-fidelity, whose weights must be on this machine (--inception); no
+other network ever stands in. Published figures use 50,000 samples, and FID is larger for fewer. Figures are comparable
+only against the same reference.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import parallel
+import torch
+from image_files import ImageFiles
+from inception import Extractor, Features, Inception
+from metrics import frechet_distance, gaussian_statistics
+from parallel import World
+from references import Reference, read_reference
+from sample import Generator, add_model_options, load_generator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tvm_ref.command_line import OneLineParser, require_at_least, write_atomically
+
+LEAST = 10  # images: the inception score is a mean over as many parts
+PUBLISHED = 50_000  # samples that published figures use
+NEIGHBOURS = 3  # of precision and recall, as in ADM
+NAMES = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "inception_score_std": "+-"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = OneLineParser(
+        "evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument("source", type=Path, help="images (a folder, a .npz) or a model (a run's folder, a .safetensors)")
+    p.add_argument("--reference", type=Path, help="a .npz or .pkl of statistics, or images; digits need none")
+    p.add_argument("--count", type=int, help=f"images to measure (default: all; of a model: {PUBLISHED:,})")
+    p.add_argument("--steps", type=int, nargs="+", default=[1], help="of a model: numbers of steps (default: 1)")
+    p.add_argument("--inception", type=Path, help="file of Inception's weights (default: where torch.hub keeps it)")
+    p.add_argument("--out", type=Path, help="write the figures as JSON")
+    add_model_options(p.add_argument_group("of a model"))
+    return p
+
+
+# Measuring ----------------------------------------------------------------------------------------------------------
+
+
+def extract(images: Iterable[Tensor], count: int, extractor: Extractor, what: str) -> Features:
+    """Features of `count` images that come in batches uint8 [B, 3, H, W], with a progress bar."""
+    found = []
+    with tqdm(total=count, unit="image", desc=what) as bar:
+        for batch in images:
+            found.append(extractor(batch))
+            bar.update(len(batch))
+    return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def figures(features: Features, reference: Reference, real: Features | None) -> dict[str, float]:
+    """What can be measured of images against a reference; `real` are features of the reference's images, if any.
+
+    Precision, recall and the inception score are torch-fidelity's. The Frechet distance is that of metrics.py: the same
+    formula, sound also where there are fewer images than features.
+
+    Raises:
+        ValueError: features that are not finite, or of another size than the reference's.
+    """
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    measured: dict[str, float] = {}
+    if reference.pool is not None:
+        measured["fid"] = frechet_distance(*gaussian_statistics(features.pool), *reference.pool)
+    if reference.spatial is not None:
+        measured["sfid"] = frechet_distance(*gaussian_statistics(features.spatial), *reference.spatial)
+    score = isc_features_to_metric(features.logits)
+    measured["inception_score"] = score["inception_score_mean"]
+    measured["inception_score_std"] = score["inception_score_std"]
+    if real is not None:
+        shares = prc_features_to_metric(
+            features.pool, real.pool, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False
+        )
+        measured |= {name: shares[name] for name in ("precision", "recall")}
+    return measured
+
+
+def is_model(source: Path) -> bool:
+    """Whether a path is that of a run or of weights."""
+    return source.suffix == ".safetensors" or (source / "config.json").is_file()
+
+
+def drawn(generator: Generator, steps: int, count: int, size: int) -> Iterable[Tensor]:
+    """A model's images uint8 [B, 3, H, W]."""
+    for pixels in generator.batches(range(count), steps, size):
+        yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def candidates(options: argparse.Namespace, generator: Generator | None) -> dict[str, tuple[Iterable[Tensor], int]]:
+    """What there is to measure, by name: batches of images and their number. A model's are drawn as they are asked for.
+
+    Raises:
+        ValueError, OSError: no images there, or too few.
+    """
+    size = options.batch_size
+    if generator is not None:
+        count = options.count or PUBLISHED
+        return {f"{steps} NFE": (drawn(generator, steps, count, size), count) for steps in options.steps}
+    images = ImageFiles(options.source)
+    count = options.count or len(images)
+    if count > len(images):
+        raise ValueError(f"{options.source} holds {len(images)} images, fewer than --count {count}")
+    if count < LEAST:
+        raise ValueError(f"{options.source} holds {count} images; {LEAST} are the least that can be measured")
+    return {"images": (images.batches(size, count), count)}
+
+
+def measured_images(
+    options: argparse.Namespace, world: World, generator: Generator | None, extractor: Extractor | None
+) -> dict[str, Any]:
+    """What --out holds of images measured against --reference.
+
+    Raises:
+        ValueError, OSError: bad input.
+    """
+    if options.reference is None:
+        raise ValueError("--reference is needed: statistics (.npz, .pkl) or images to measure against")
+    reference, found, real = read_reference(options.reference), candidates(options, generator), None
+    if extractor is None:
+        extractor = Inception(options.inception, world.device)
+    if reference.images is not None:
+        batches = reference.images.batches(options.batch_size)
+        real = extract(batches, len(reference.images), extractor, "reference")
+        reference = reference.completed(real)
+    measured = {}
+    for name, (images, count) in found.items():
+        measured[name] = {"samples": count, **figures(extract(images, count, extractor, name), reference, real)}
+    about = {"name": reference.name, "images": len(reference.images) if reference.images else None}
+    return {"source": options.source.name, "reference": about, "figures": measured}
+
+
+def judged_digits(options: argparse.Namespace, generator: Generator) -> dict[str, Any]:
+    """What --out holds of digits: what digits.py judges of samples with the labels of the held-out images."""
+    from digits import Judges
+
+    judges = Judges()
+    labels = judges.labels.tolist()
+    generator = dataclasses.replace(generator, classes=labels)
+    samples = {n: generator.samples(range(len(labels)), n) for n in options.steps}
+    measured = {f"{n} NFE": {"samples": len(labels), **judges.judge(x)} for n, x in samples.items()}
+    return {"source": options.source.name, "reference": {"name": "scikit-learn's digits"}, "figures": measured}
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+def run(
+    options: argparse.Namespace, world: World, extractor: Extractor | None, vae: nn.Module | None
+) -> dict[str, Any]:
+    """Measure; returns what --out holds.
+
+    Raises:
+        ValueError, OSError: bad input.
+    """
+    require_at_least(1, steps=min(options.steps), batch_size=options.batch_size)
+    if options.count is not None:
+        require_at_least(LEAST, count=options.count)
+    if world.size > 1:
+        raise ValueError("this runs as one process; sample.py under torchrun draws images faster")
+    if options.out is not None and options.out.exists():
+        raise ValueError(f"{options.out} exists; choose another --out")
+    generator = load_generator(options.source, options, world, vae) if is_model(options.source) else None
+    if generator is not None and generator.config.data == "digits" and options.reference is None:
+        return judged_digits(options, generator)
+    return measured_images(options, world, generator, extractor)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The figures, what they were measured against, and what could not be measured."""
+    lines, reference, measured = [], report["reference"], report["figures"]
+    for name, row in measured.items():
+        cells = [f"{NAMES.get(key, key)} {value:.4g}" for key, value in row.items() if key != "samples"]
+        lines.append(f"{name:<8} {'   '.join(cells)}   ({row['samples']:,} samples)")
+    count = reference.get("images")
+    lines.append(f"against {reference['name']}" + (f", {count:,} images" if count else ""))
+    if "inception_score" in row:
+        if "sfid" not in row:
+            lines.append("no sFID: the reference has no spatial statistics (mu_s, sigma_s)")
+        if "precision" not in row:
+            lines.append("no precision and recall: the reference has no images")
+        if row["samples"] != PUBLISHED:
+            lines.append(f"published figures use {PUBLISHED:,} samples; FID is larger for fewer")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None, extractor: Extractor | None = None, vae: nn.Module | None = None) -> int:
+    """Run the command; `extractor` and `vae` replace Inception and the autoencoder. Returns the exit status: 0, 2."""
+    options = parser().parse_args(argv)
+    try:
+        report = run(options, parallel.start(options.device), extractor, vae)
+    except (ValueError, OSError) as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("evaluate.py: stopped", file=sys.stderr)
+        return 130
+    print(table(report))
+    if options.out is not None:
+        write_atomically(options.out, json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

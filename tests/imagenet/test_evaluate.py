@@ -1,0 +1,181 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import save_weights
+from image_files import ImageFiles, save_png
+from presets import Config, build_model
+from torch import Tensor
+
+pytest.importorskip("torch_fidelity")
+import sample
+from evaluate import figures, main
+from inception import Features
+from metrics import frechet_distance, gaussian_statistics, precision_recall
+from references import Reference
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+CONFIG = Config(hidden_size=16, depth=1, heads=2)
+
+
+def linear(images: Tensor) -> Features:
+    """An extractor of known features: means of parts of the image."""
+    x = images.double() / 255
+    channels, rows = x.mean((2, 3)), x.mean((1, 3))
+    return Features(torch.cat([channels, rows], 1), 20 * channels, rows)
+
+
+def pictures(folder: Path, count: int, seed: int) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        save_png(folder / f"{i:03d}.png", rng.integers(0, 200 + 20 * seed, (8, 8, 3), dtype=np.uint8))
+    return folder
+
+
+def features(folder: Path) -> Features:
+    return linear(torch.cat(list(ImageFiles(folder).batches(100))))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return pictures(tmp_path / "images", 40, 0)
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Path:
+    return pictures(tmp_path / "real", 30, 1)
+
+
+def test_figures_of_known_features():
+    """Gaussians of known distances, and an inception score near 5: labels are certain, and even over 5 classes.
+
+    Each tenth, of n = 400, is even up to its draw, which costs a share (5 - 1) / (2 n) of the score.
+    """
+    n = 4000
+    pool, spatial = torch.randn(n, 3, dtype=torch.float64), torch.randn(n, 2, dtype=torch.float64)
+    logits = 100.0 * torch.eye(5)[torch.arange(n) % 5]
+    reference = Reference("r", gaussian_statistics(pool + 2), gaussian_statistics(3 * spatial))
+    measured = figures(Features(pool, logits, spatial), reference, Features(pool + 100, logits, spatial))
+    assert measured["fid"] == pytest.approx(3 * 2**2)
+    assert measured["sfid"] == pytest.approx(sum((3 - 1) ** 2 * spatial.var(0)) + 4 * spatial.mean(0).square().sum())
+    assert measured["inception_score"] == pytest.approx(5 * (1 - 4 / 800), abs=0.02)
+    assert (measured["precision"], measured["recall"]) == (0, 0)
+
+
+def test_fid_is_torch_fidelity_s():
+    a, b = torch.randn(300, 20), 1.2 * torch.randn(200, 20) + 0.1
+    theirs = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), False)
+    measured = figures(Features(a, a, a), Reference("b", gaussian_statistics(b)), None)
+    assert measured["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
+    assert "sfid" not in measured
+    assert "precision" not in measured
+
+
+def test_images_against_images_give_everything(images, real, tmp_path, capsys):
+    out = tmp_path / "report.json"
+    arguments = [str(images), "--reference", str(real), "--batch-size", "7", "--out", str(out)]
+    assert main(arguments, extractor=linear) == 0
+    report = json.loads(out.read_text())
+    assert report["reference"] == {"name": "real", "images": 30}
+    measured, f, r = report["figures"]["images"], features(images), features(real)
+    assert measured["samples"] == 40
+    assert measured["fid"] == pytest.approx(
+        frechet_distance(*gaussian_statistics(f.pool), *gaussian_statistics(r.pool))
+    )
+    spatial = frechet_distance(*gaussian_statistics(f.spatial), *gaussian_statistics(r.spatial))
+    assert measured["sfid"] == pytest.approx(spatial)
+    assert (measured["precision"], measured["recall"]) == pytest.approx(precision_recall(r.pool, f.pool), abs=1e-6)
+    printed = capsys.readouterr().out
+    assert "(40 samples)" in printed
+    assert "against real, 30 images" in printed
+    assert "published figures use 50,000 samples" in printed
+
+
+def test_statistics_alone_give_fid_and_say_what_is_lacking(images, real, tmp_path, capsys):
+    mu, sigma = gaussian_statistics(features(real).pool)
+    np.savez(tmp_path / "statistics.npz", mu=mu, sigma=sigma)
+    assert main([str(images), "--reference", str(tmp_path / "statistics.npz")], extractor=linear) == 0
+    printed = capsys.readouterr().out
+    assert "no sFID" in printed
+    assert "no precision and recall" in printed
+    assert "against statistics.npz" in printed
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    network = build_model(CONFIG).network
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_weights(tmp_path / "model.safetensors", network.state_dict(), CONFIG)
+    return tmp_path / "model.safetensors"
+
+
+def test_a_model_is_measured_as_the_images_that_sample_draws(model, real, tmp_path):
+    arguments = ["--reference", str(real), "--count", "20", "--device", "cpu", "--seed", "5"]
+    out = tmp_path / "report.json"
+    assert main([str(model), *arguments, "--steps", "1", "3", "--out", str(out)], extractor=linear) == 0
+    measured = json.loads(out.read_text())["figures"]
+    assert list(measured) == ["1 NFE", "3 NFE"]
+    for steps in (1, 3):
+        images = tmp_path / f"images{steps}"
+        options = ["--count", "20", "--steps", str(steps), "--seed", "5", "--device", "cpu"]
+        sample.main([str(model), "--out", str(images), *options])
+        f, r = features(images), features(real)
+        expected = frechet_distance(*gaussian_statistics(f.pool), *gaussian_statistics(r.pool))
+        assert measured[f"{steps} NFE"]["fid"] == pytest.approx(expected)
+
+
+def test_digits_are_judged_by_their_own_judges(model, capsys):
+    """Noise has the figures of noise."""
+    pytest.importorskip("sklearn")
+    assert main([str(model), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "against scikit-learn's digits" in printed
+    assert "1 NFE" in printed
+    figure = {
+        name: float(value)
+        for name, value in zip(printed.split()[2::2], printed.split()[3::2], strict=False)
+        if name in ("accuracy", "frechet", "recall")
+    }
+    assert figure["accuracy"] < 0.3
+    assert figure["frechet"] > 1
+
+
+def test_inception_is_never_replaced(images, real, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert main([str(images), "--reference", str(real), "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert "the weights of Inception are not here" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "--reference is needed"),
+        (("--reference", "absent.npz"), "No such file"),
+        (("--reference", "absent.csv"), "is no reference"),
+        (("--reference", "real", "--count", "41"), "holds 40 images, fewer than --count 41"),
+        (("--reference", "real", "--count", "9"), "--count must be at least 10"),
+        (("--reference", "real", "--steps", "0"), "--steps must be at least 1"),
+        (("--reference", "real", "--out", "real"), "exists; choose another --out"),
+        (("--reference", "small.npz"), "of one size"),
+    ],
+)
+def test_bad_input_ends_with_one_line(images, real, tmp_path, capsys, monkeypatch, more, message):
+    monkeypatch.chdir(tmp_path)
+    np.savez("small.npz", mu=np.zeros(2), sigma=np.eye(2))
+    assert main([str(images), *more], extractor=linear) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("evaluate.py: error: ")
+    assert message in err
+
+
+def test_hostile_references_are_refused(images, tmp_path, capsys):
+    (tmp_path / "evil.pkl").write_bytes(b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.")
+    assert main([str(images), "--reference", str(tmp_path / "evil.pkl")], extractor=linear) == 2
+    assert "is refused: it asks for posix.system" in capsys.readouterr().err
