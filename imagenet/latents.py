@@ -97,12 +97,8 @@ class Latents:
         if not bool(((self.labels >= 0) & (self.labels < len(self.classes))).all()):
             raise ValueError(f"{self.folder} holds labels beyond its {len(self.classes)} classes")
         self._ends = list(itertools.accumulate(len(posteriors) for posteriors in self._posteriors))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a latent."""
-        c, h, w = self._posteriors[0].shape[2:]
-        return c, h, w
+        _, _, c, h, w = self._posteriors[0].shape
+        self.shape: tuple[int, int, int] = (c, h, w)  # of a latent
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -163,7 +159,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
         missing = {"format", "image_size", "classes", "normalisation", "shards"} - set(index)
-    except (ValueError, TypeError) as error:
+        index["shards"] = [{"name": str(a["name"]), "count": int(a["count"])} for a in index.get("shards", [])]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
     if missing or index["format"] != FORMAT:
         raise ValueError(
@@ -187,7 +184,8 @@ def read_normalisation(folder: Path) -> Normalisation:
 
 def write_shard(folder: Path, name: str, posteriors: NDArray[np.float16], labels: NDArray[np.int64]) -> None:
     """Write posteriors [n, 2, C, H, W] and labels [n], each file whole or not at all."""
-    for file, array in zip(shard_files(name), (posteriors, labels), strict=True):
+    arrays: tuple[NDArray[Any], ...] = (posteriors, labels)
+    for file, array in zip(shard_files(name), arrays, strict=True):
         partial = folder / f"{file}.{os.getpid()}.partial"
         with partial.open("wb") as stream:
             np.save(stream, array, allow_pickle=False)

@@ -25,14 +25,16 @@ class Refused(ValueError):
 
 
 class Inert:
-    """An object of a class that is not loaded: its name, arguments, state and items, and no behaviour."""
+    """An object of a class that is not loaded: its name, arguments and state, and no behaviour."""
 
     name = ""
+    args: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
         """Made with or without __init__ being called, as pickles do."""
         self = super().__new__(cls)
-        self.args, self.state, self.items = args, None, {}
+        self.args, self.state = args, None
         return self
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -42,19 +44,17 @@ class Inert:
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        try:
-            self.items[key] = value
-        except TypeError:
-            raise Refused(f"a key of {self.name} cannot be a key") from None
+        """For classes like a dict: items are not wanted."""
 
     def append(self, item: Any) -> None:
-        """For classes like a list: the item is not wanted."""
+        """For classes like a list: items are not wanted."""
 
 
 class Call:
     """A function that a pickle may call. It has no attributes that a pickle could set."""
 
     __slots__ = ("_function",)
+    _function: Callable[..., Any]
 
     def __init__(self, function: Callable[..., Any]):
         object.__setattr__(self, "_function", function)
@@ -165,10 +165,10 @@ def module_state(module: Any) -> dict[str, Any]:
         if isinstance(first, Inert):  # torch.compile's module around a module
             return module_state(first)
         state = first.get("state") if isinstance(first, dict) else None
-    parts = [state.get(kind) for kind in ("_parameters", "_buffers", "_modules")] if isinstance(state, dict) else []
-    if not parts or not all(isinstance(part, dict) for part in parts):
-        raise ValueError(f"{getattr(module, 'name', type(module).__name__)} is not a module of PyTorch")
-    return state
+    kinds = ("_parameters", "_buffers", "_modules")
+    if isinstance(state, dict) and all(isinstance(state.get(kind), dict) for kind in kinds):
+        return state
+    raise ValueError(f"{getattr(module, 'name', type(module).__name__)} is not a module of PyTorch")
 
 
 # Arrays -------------------------------------------------------------------------------------------------------------
