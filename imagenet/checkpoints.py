@@ -139,10 +139,9 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], config: Config, *
     tensors = {name: a.detach().cpu().contiguous() for name, a in state_dict.items()}
     try:
         save_file(tensors, partial, {"format": "pt", "config": config.to_json(), **metadata})
-    except SafetensorError as error:
-        partial.unlink(missing_ok=True)
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
         raise OSError(f"{path} could not be written: {_reason(error)}") from None
-    os.replace(partial, path)
 
 
 def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[FlowMap, Config]:

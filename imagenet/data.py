@@ -7,7 +7,7 @@ index).
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from tvm_ref import Condition, Times, draw_beta, drop_labels
 
 BLOCK = 32  # samples whose noise and times are drawn at once: any process can draw any block alone
-Indices: TypeAlias = Sequence[int] | NDArray[np.int64]
 PERMUTATION, FLIP, NOISE = 101, 102, 103  # what random numbers are for: no stream serves twice
 
 
@@ -39,7 +38,7 @@ class Data(Protocol):
         """A sample x [C, H, W] and its label."""
         ...
 
-    def batch(self, indices: Indices, draw: int) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
         """Samples x [B, C, H, W] and labels [B]."""
         ...
 
@@ -65,7 +64,7 @@ class Images:
         x, labels = self.batch([index], 0)
         return x[0], int(labels[0])
 
-    def batch(self, indices: Indices, draw: int) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
         """See Data."""
         chosen = torch.as_tensor(indices)
         x, labels = self.x[chosen], self.labels[chosen]
@@ -91,7 +90,7 @@ class Synthetic:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._x[index % self.STORE], index % self.classes
 
-    def batch(self, indices: Indices, draw: int) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
         """See Data."""
         chosen = torch.as_tensor(indices)
         return self._x[chosen % self.STORE], chosen % self.classes
@@ -238,7 +237,7 @@ class Batches:
         while start < stop:
             epoch, place = divmod(start, len(self.data))
             end = min(stop, (epoch + 1) * len(self.data))
-            parts.append(self.data.batch(self._permutation(epoch)[place : place + end - start], epoch))
+            parts.append(self.data.batch(self._permutation(epoch)[place : place + end - start].tolist(), epoch))
             start = end
         x, labels = zip(*parts, strict=True)
         return torch.cat(x), torch.cat(labels)

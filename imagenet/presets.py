@@ -51,7 +51,7 @@ class Config:
         0.0, "share of samples whose jump starts at t = 1, where one step does (not in the paper)", type=float
     )
     # Optimisation
-    steps: int = option(800, "training steps", type=int)
+    steps: int = option(1000, "training steps", type=int)
     batch_size: int = option(128, "samples per step, over all processes", type=int)
     optimizer: str = option("soap", "AdamW as in the paper; SOAP learns digits faster", choices=("adamw", "soap"))
     lr: float = option(1e-2, "learning rate, at its peak", type=float)

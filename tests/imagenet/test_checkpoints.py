@@ -1,0 +1,134 @@
+"""Checkpoints at every moment that a crash could choose, and weights that say what they need."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import checkpoints
+import pytest
+import torch
+from checkpoints import find_checkpoint, load_weights, read_checkpoint, save_checkpoint, save_weights
+from presets import Config, build_model
+from safetensors.torch import load_file, save_file
+
+CONFIG = Config(hidden_size=16, depth=1)
+
+
+class Crash(BaseException):
+    """The power goes."""
+
+
+def save(folder, step, keep=2):
+    return save_checkpoint(folder, {"step": step, "a": torch.full((50,), float(step))}, step, keep)
+
+
+def crash_at(monkeypatch, moment):
+    """Let the call number `moment` of what touches the disk be the last; returns how many calls there were."""
+    count = [0]
+
+    def counting(function):
+        def wrapped(*args, **kwargs):
+            count[0] += 1
+            if count[0] == moment:
+                raise Crash
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(os, "fsync", counting(os.fsync))
+    monkeypatch.setattr(torch, "save", counting(torch.save))
+    monkeypatch.setattr(shutil, "rmtree", counting(shutil.rmtree))
+    monkeypatch.setattr(json, "dump", counting(json.dump))
+    for name in ("rename", "mkdir"):
+        monkeypatch.setattr(pathlib.Path, name, counting(getattr(pathlib.Path, name)))
+    return count
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "a step that is there"])
+def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, again):
+    """Every call that touches the disk is the last one once; what is found is whole, and saving goes on from there."""
+    with monkeypatch.context() as patch:
+        save(tmp_path / "count", 1)
+        save(tmp_path / "count", 2)
+        count = crash_at(patch, 0)
+        save(tmp_path / "count", 2 if again else 3)
+    assert count[0] > 5
+    for moment in range(1, count[0] + 1):
+        folder = tmp_path / str(moment)
+        save(folder, 1)
+        save(folder, 2)
+        with monkeypatch.context() as patch:
+            crash_at(patch, moment)
+            with pytest.raises(Crash):
+                save(folder, 2 if again else 3)
+        path, complaints = find_checkpoint(folder)
+        assert complaints == []
+        state = read_checkpoint(path)
+        assert state["step"] == int(path.name) >= (1 if again else 2)
+        assert (state["a"] == state["step"]).all()
+        save(folder, 4)
+        assert [p.name for p in sorted(folder.iterdir())][-1] == "00000004"
+        assert not list(folder.glob("*.partial")) + list(folder.glob("*.old"))
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in range(1, 8):
+        save(tmp_path, step, keep=3)
+    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["00000005", "00000006", "00000007"]
+
+
+def test_a_state_is_never_unpickled_into_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    path = save(tmp_path, 1)
+    torch.save({"step": Evil()}, path / "state.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_come_back_with_their_configuration(tmp_path):
+    model = build_model(CONFIG)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    save_weights(tmp_path / "w.safetensors", model.network.state_dict(), CONFIG, source="made here")
+    again, config = load_weights(tmp_path / "w.safetensors")
+    assert config == CONFIG
+    assert not any(p.requires_grad for p in again.parameters())
+    for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_that_cannot_be_used(tmp_path):
+    model = build_model(CONFIG)
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_weights(path)
+    path.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_weights(path)
+    save_file(model.network.state_dict(), path)
+    with pytest.raises(ValueError, match="which configuration"):
+        load_weights(path)
+    save_weights(path, model.network.state_dict(), Config(hidden_size=32, depth=1))
+    with pytest.raises(ValueError, match="does not fit"):
+        load_weights(path)
+    save_file(load_file(path), path, {"config": '{"colour": "red"}'})
+    with pytest.raises(ValueError, match="not a configuration"):
+        load_weights(path)
+    with pytest.raises(ValueError, match=r"holds no run"):
+        load_weights(tmp_path)
+
+
+def test_weights_are_not_replaced_by_half_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, build_model(CONFIG).network.state_dict(), CONFIG)
+    before = path.read_bytes()
+    (tmp_path / "w.safetensors.partial").mkdir()  # nothing can be written there
+    with pytest.raises(OSError, match="could not be written"):
+        save_weights(path, build_model(CONFIG).network.state_dict(), CONFIG)
+    assert path.read_bytes() == before

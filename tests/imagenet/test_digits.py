@@ -1,0 +1,88 @@
+"""The judges of digits, their controls, and a short training that beats both."""
+
+import json
+
+import digits
+import pytest
+import torch
+import train
+from digits import Judges, accepted, class_means, load_digits, pixels
+
+
+@pytest.fixture(scope="module")
+def judges():
+    return Judges()
+
+
+def test_the_split_is_fixed_whole_and_in_proportion():
+    (x, y), (x_test, y_test) = load_digits()
+    assert x.shape == (1437, 1, 8, 8)
+    assert x_test.shape == (360, 1, 8, 8)
+    assert float(x.min()) == -1
+    assert float(x.max()) == 1
+    assert ((torch.bincount(y_test) - torch.bincount(y) / 4).abs() < 2).all()
+    rows = torch.cat([x, x_test]).flatten(1)
+    assert len(rows.unique(dim=0)) == 1797  # no image is in both parts, or twice in one
+
+
+def test_pixels_undo_the_scaling():
+    x = load_digits().train[0][:5]
+    torch.testing.assert_close(torch.from_numpy(pixels(x)), (x.flatten(1) + 1) / 2)
+    assert pixels(torch.full((1, 1, 8, 8), 3.0)).max() == 1
+
+
+def test_held_out_images_pass_and_their_distance_is_the_floor(judges):
+    figures = judges.judge(load_digits().test[0])
+    assert figures["frechet"] == figures["frechet_floor"] == pytest.approx(0.103, abs=0.001)
+    assert figures["accuracy"] > 0.98
+    assert figures["recall"] > 0.9
+    assert accepted(figures)
+
+
+def test_class_means_fail_though_they_are_accurate(judges):
+    figures = judges.judge(class_means(judges.labels))
+    assert figures["accuracy"] == 1
+    assert figures["frechet"] == pytest.approx(1.75, abs=0.01)
+    assert figures["recall"] == 0
+    assert not accepted(figures)
+
+
+def test_wrong_labels_fail_though_the_images_are_real(judges):
+    assert not accepted(judges.judge(load_digits().test[0].roll(1, 0)))
+
+
+def test_noise_and_blur_raise_the_distance(judges):
+    x = load_digits().test[0]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    distances = [judges.judge(x + a * noise)["frechet"] for a in (0, 0.2, 0.5)]
+    assert distances == sorted(distances)
+    assert distances[2] > 0.4
+    assert judges.judge(0.7 * x + 0.3 * class_means(judges.labels))["frechet"] > distances[0] + 0.05
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A quarter of the default's steps, of TVM and of flow matching."""
+    folder, figures = tmp_path_factory.mktemp("digits"), {}
+    for objective in ("tvm", "fm"):
+        options = ["--steps", "250", "--objective", objective, "--out", str(folder / objective)]
+        assert train.main(options) == 0
+        figures[objective] = json.loads((folder / objective / "metrics.json").read_text())["nfe"]
+    return figures
+
+
+def test_a_short_training_generates_in_one_step_what_flow_matching_cannot(trained, judges):
+    tvm, fm = trained["tvm"]["1"], trained["fm"]["1"]
+    means = judges.judge(class_means(judges.labels))
+    assert tvm["accuracy"] > 0.95
+    assert tvm["frechet"] < 0.5 * min(fm["frechet"], means["frechet"])
+    assert tvm["recall"] > max(fm["recall"], means["recall"]) + 0.2
+    assert not accepted(fm)
+
+
+def test_bad_options_of_the_comparison(tmp_path, capsys):
+    for options in (["--seeds", "0"], ["--out", str(tmp_path)], ["--colour", "red"]):
+        with pytest.raises(SystemExit) as stop:
+            digits.main(options)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1

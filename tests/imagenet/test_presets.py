@@ -1,0 +1,80 @@
+"""The presets are the paper's table 6, and configurations survive JSON and refuse what they do not know."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from presets import PRESETS, RESUMABLE, Config, build_model
+
+IMAGENET = ("imagenet256-w2", "imagenet256-w1.75", "imagenet512-w2.5", "imagenet512-w2.25")
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "w", "scaled", "time_init"),
+    [
+        ("imagenet256-w2", 32, 2.0, True, "spectral"),
+        ("imagenet256-w1.75", 32, 1.75, True, "normal"),
+        ("imagenet512-w2.5", 64, 2.5, False, "normal"),
+        ("imagenet512-w2.25", 64, 2.25, True, "spectral"),
+    ],
+)
+def test_table_6(name, side, w, scaled, time_init):
+    c = PRESETS[name]
+    assert (c.data, c.input_size, c.in_channels, c.classes) == ("latents", side, 4, 1000)
+    assert (c.hidden_size, c.depth, c.heads, c.patch_size) == (1152, 28, 18, 2)
+    assert (c.w, c.w_max, c.scaled, c.time_init, c.label_dropout) == (w, None, scaled, time_init, 0.1)
+    assert (c.optimizer, c.lr, c.beta2, c.schedule, c.warmup, c.clip) == ("adamw", 1e-4, 0.95, "constant", 0, 0)
+    assert (c.steps, c.batch_size, c.ema, c.target_ema) == (300_000, 2048, 0.9999, 0.99)
+    assert (c.time_sampler, c.equal_share, c.noise_share, c.detach_jvp) == ("gap*", 0, 0, False)
+    assert (c.block_norm, c.qk_norm, c.modulation_norm, c.objective) == ("rms", True, True, "tvm")
+    assert c.precision == "bfloat16"
+
+
+def test_the_largest_is_the_papers_size():
+    with torch.device("meta"):
+        network = build_model(PRESETS["imagenet256-w2"], attention="plain").network
+    assert sum(a.numel() for a in network.state_dict().values()) == pytest.approx(678.363e6, abs=500)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configurations_survive_json(name):
+    assert Config.from_json(PRESETS[name].to_json()) == PRESETS[name]
+
+
+def test_the_default_is_digits():
+    assert PRESETS["digits"] == Config()
+
+
+BAD = {
+    "an unknown key": {"colour": "red"},
+    "text for a number": {"steps": "many"},
+    "a number for a switch": {"qk_norm": 1},
+    "a switch for a number": {"steps": True},
+    "nothing for a number": {"lr": None},
+    "an unknown choice": {"objective": "gan"},
+    "a fraction of a step": {"steps": 1.5},
+    "a list": {"w": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_stored_configurations_are_checked(change):
+    stored = json.loads(Config().to_json()) | change
+    with pytest.raises(ValueError, match=r".+"):
+        Config.from_json(json.dumps(stored))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"steps": '])
+def test_what_is_no_configuration(text):
+    with pytest.raises(ValueError, match=r".+"):
+        Config.from_json(text)
+
+
+def test_what_may_change_on_resuming_changes_no_weights_names():
+    """Nothing that decides what is learned is among the fields that --resume may change."""
+    assert set(RESUMABLE) == {"precision", "attention", "compile", "checkpointing", "parallel", "accumulate"}
+    small = replace(Config(), hidden_size=16, depth=1)
+    names = set(build_model(small).state_dict())
+    assert names == set(build_model(replace(small, checkpointing=True, precision="bfloat16")).state_dict())
+    assert {f.name for f in fields(Config)} > set(RESUMABLE)
