@@ -5,6 +5,7 @@ A data set is map-style, data[index] -> (x float32 [C, H, W], label), and gives 
 index).
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -257,13 +258,12 @@ def loader(batches: Batches, start: int, workers: int, *, pin: bool = False) -> 
     steps: Any = torch.utils.data.Subset(batches, range(start, len(batches)))  # type: ignore[arg-type]
     return iter(
         torch.utils.data.DataLoader(
-            steps, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_interrupts
+            steps, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_signals
         )
     )
 
 
-def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; only the trainer answers it."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM reach every process of a group, and only the trainer answers them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -138,7 +138,8 @@ def wrap(objective: Objective, averages: list[EMA[FlowMap]], world: World, kind:
         return objective
     if world.size == 1:
         return objective
-    return DistributedDataParallel(objective, device_ids=[world.device] if world.device.type == "cuda" else None)
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(objective, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def unsynchronised(wrapped: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 GAP = 1  # pixels between images, before enlarging
-SMALL = 256  # grids narrower than this are enlarged
+SMALL = 480  # grids narrower than this are enlarged
 
 
 def to_pixels(x: Float[Tensor, "n c h w"]) -> NDArray[np.uint8]:

@@ -99,6 +99,8 @@ class Config:
             raise ValueError(f"--detach-jvp does nothing for --objective {self.objective}")
         if self.optimizer == "soap" and self.parallel == "fsdp":
             raise ValueError("--optimizer soap needs whole weights: it does not go with --parallel fsdp")
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError("--compile has not been tried with --parallel fsdp: choose one")
         if self.seed >= 2**63:
             raise ValueError(f"--seed must lie below 2^63, got {self.seed}")
         self.sampler()

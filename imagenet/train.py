@@ -22,7 +22,7 @@ import psutil
 import torch
 from data import Batches, load_data, loader
 from parallel import World, on_first
-from presets import PRESETS, Config
+from presets import PRESETS, RESUMABLE, Config
 from run import Run, check_new, stored_config
 from tqdm import tqdm
 from training import TERMS, Training
@@ -82,7 +82,8 @@ def prepare(preset: str, given: dict[str, Any], options: Options, world_size: in
     folder = Path(options.out or f"runs/imagenet/{preset}")
     resumed = options.resume and (folder / checkpoints.CONFIG).exists()
     if resumed:
-        config = stored_config(folder, given if preset == "digits" else dataclasses.asdict(config))
+        of_preset = {} if preset == "digits" else dataclasses.asdict(PRESETS[preset])  # digits may be unsaid
+        config = stored_config(folder, {k: v for k, v in of_preset.items() if k not in RESUMABLE} | given)
     else:
         check_new(folder)
     if config.batch_size % (world_size * config.accumulate):

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import checkpoints
@@ -12,6 +14,7 @@ import pytest
 import torch
 import train
 import workers
+from checkpoints import find_checkpoint
 from data import Batches, load_data
 from presets import PRESETS, Config
 from run import Run
@@ -157,6 +160,27 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(tmp_path, who
     assert_same_run(folder, whole[0])
 
 
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_to_the_whole_group_spares_the_processes_that_read_ahead(tmp_path, stop):
+    """A terminal's Ctrl-C and torchrun's SIGTERM go to them too; they once died of it, and the trainer with them."""
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--steps", "100000", "--workers", "2", "--out", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "imagenet" / "train.py", *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while process.poll() is None and not (folder / "train.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    os.killpg(process.pid, stop)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error[-2000:]
+    assert "and saved" in out
+    assert "Traceback" not in error
+    assert find_checkpoint(folder / "checkpoints")[0] is not None
+
+
 def inode(path):
     """Which file lies there: a run replaces its log where its training begins."""
     return path.stat().st_ino if path.exists() else None
@@ -181,7 +205,7 @@ def test_ten_sigkills_at_random_moments_change_nothing(tmp_path, whole, forks):
         whole_ones = checkpoints.checkpoints(folder / "checkpoints") if folder.exists() else []
         reached.append(int(whole_ones[-1].name) if whole_ones else 0)
         for path in whole_ones:
-            assert checkpoints.find_checkpoint(folder / "checkpoints")[1] == []
+            assert find_checkpoint(folder / "checkpoints")[1] == []
             assert same(state(path), state(reference / "checkpoints" / path.name)), path
     assert reached == sorted(reached)
     assert reached[-1] > 0
@@ -267,7 +291,13 @@ def test_a_run_is_never_overwritten_and_keeps_its_options(tmp_path, capsys):
         assert complaint in error
         assert error.count("\n") == 1
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
-    assert command(folder, "--resume", "--accumulate", "2") == 0  # how, not what: may change
+    assert command(folder, "--steps", 4, "--resume", "--accumulate", "2") == 0  # how, not what: may change
+    assert checkpoints.read_config(folder).accumulate == 2
+    assert train.main(["--out", str(folder), "--resume"]) == 0  # what is not said stays
+    assert checkpoints.read_config(folder).accumulate == 2
+    with pytest.raises(SystemExit):
+        train.main(["synthetic", "--out", str(folder), "--resume"])
+    assert "has --input-size 8" in capsys.readouterr().err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")
     (tmp_path / "file").write_text("")
@@ -308,6 +338,7 @@ BAD = {
     "negative seed": ["--seed", "-1"],
     "no line of the log": ["--log-every", "0"],
     "SOAP on spread weights": ["--optimizer", "soap", "--parallel", "fsdp"],
+    "what nobody has tried": ["--compile", "--parallel", "fsdp"],
     "detaching what is not there": ["--objective", "fm", "--detach-jvp"],
 }
 
