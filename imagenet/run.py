@@ -72,6 +72,7 @@ class Run:
         self.folder, self.training, self.data, self.keep = folder, training, data, keep
         self.world: World = training.world
         self.seconds = 0.0  # of training, in all programs that worked on it
+        self.before = 0.0  # what of that was before this program
         self.sums = [0.0] * len(TERMS)  # losses since the last line of the log,
         self.summed = 0  # and their number
         self._log: Any = None
@@ -110,6 +111,7 @@ class Run:
         try:
             self.training.load_state_dict(state)
             self.seconds, self.sums, self.summed = state["seconds"], state["sums"], state["summed"]
+            self.before = self.seconds
         except (RuntimeError, KeyError, ValueError) as fault:
             raise ValueError(f"{path} does not fit its run: {str(fault).splitlines()[0]}") from None
 
@@ -208,7 +210,10 @@ class Run:
         for nfe in NFES:
             self.draw(f"samples-{nfe}.png", nfe)
         metrics: dict[str, Any] = {"nfe": self._judge()} if config.data == "digits" else {}
-        metrics["seconds"] = {"training": round(self.seconds, 2), "total": round(time.time() - started, 2)}
+        metrics["seconds"] = {
+            "training": round(self.seconds, 2),
+            "total": round(time.time() - started + self.before, 2),
+        }
         metrics["steps"] = {"done": training.step, "planned": config.steps}
         weights = training.ema.state_dict()["module"]
         if config.parallel == "fsdp":

@@ -61,6 +61,7 @@ def parser() -> OneLineParser:
         lines.append(f"  {name}: " + (", ".join(f"{f.name} {getattr(preset, f.name)}" for f in changed) or "default"))
     p = OneLineParser(
         "train.py",
+        usage="train.py [PRESET] [--option value ...]",
         description=__doc__,
         epilog="\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -125,7 +126,7 @@ def train(run: Run, options: Options) -> bool:
     """
     training, config, world = run.training, run.training.config, run.world
     batches = Batches(config, run.data, world.rank, world.size)
-    before, begun, first = run.seconds, time.perf_counter(), training.step
+    begun, first = time.perf_counter(), training.step
     bar = tqdm(
         total=config.steps, initial=first, unit="step", desc="training", file=sys.stdout, mininterval=0.5,
         disable=not world.first,
@@ -136,7 +137,7 @@ def train(run: Run, options: Options) -> bool:
         for batch in loader(batches, first, options.workers, pin=world.device.type == "cuda"):
             told = training.train_step(batch, stop=interruption.requested)
             step, elapsed = training.step, time.perf_counter() - begun
-            run.note(told, before + elapsed)
+            run.note(told, run.before + elapsed)
             bar.update()
             if step % options.log_every == 0:
                 line = run.log(told, (step - first) * config.batch_size / elapsed)

@@ -50,6 +50,8 @@ def add_options(parser: argparse._ActionsContainer, config: type, only: list[str
         options.pop("resume", None)
         if isinstance(f.default, bool):
             options.setdefault("action", "store_true")
+            if options["action"] is argparse.BooleanOptionalAction:
+                text += f" (default: {'yes' if f.default else 'no'})"
         elif f.default is not None:
             text += f" (default: {f.default})"
             options.setdefault("metavar", None if "choices" in options else f.name.upper().split("_")[-1])

@@ -11,7 +11,7 @@ from data import Batches, load_data
 from presets import Config
 from training import Training
 
-SMALL = Config(patch_size=4, hidden_size=16, depth=2, heads=2, batch_size=12, steps=50, w=2.0, warmup=3)
+SMALL = Config(hidden_size=16, depth=2, batch_size=12, steps=50, w=2.0, warmup=3, optimizer="adamw", lr=1e-3)
 
 
 def randomise(module, seed=0):
