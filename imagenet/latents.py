@@ -114,7 +114,7 @@ class Latents:
         raw = mean + std * normal(self.shape, POSTERIOR, self.seed, draw, index)
         return self.normalisation.normalise(raw), int(self.labels[index])
 
-    def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Sequence[int] | NDArray[np.int64], draw: int) -> tuple[Tensor, Tensor]:
         """Latents x [B, C, H, W] and labels [B] of many indices."""
         pairs = [self[int(index), draw] for index in indices]
         return torch.stack([x for x, _ in pairs]), torch.tensor([label for _, label in pairs])

@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,9 @@ def write_share(out: Path, batches: Iterator[Pixels], world: World, share: range
     part, done = None, 0
     for pixels in batches:
         if is_folder(out):
-            for i, image in enumerate(pixels, share.start + done):
-                save_png(out / f"{i:06d}.png", image)
+            names = (out / f"{i:06d}.png" for i in range(share.start + done, share.stop))
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(save_png, names, pixels))
         else:
             if part is None:
                 shape = (len(share), *pixels.shape[1:])
