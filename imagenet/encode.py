@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -124,7 +125,8 @@ def load(path: Path, size: int) -> Pixels | str:
         with Image.open(BytesIO(data)) as image:
             return centre_crop(image, size)
     except Exception as error:  # a damaged file can break a decoder anywhere; the reason is recorded
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return re.sub(r"\s*<[^>]* at 0x[0-9a-f]+>", "", reason)  # an address would differ from run to run
 
 
 def load_ahead(paths: Sequence[Path], size: int, batch_size: int, workers: int) -> Iterator[list[Pixels | str]]:
@@ -253,6 +255,8 @@ def finish(out: Path, names: list[str], classes: list[str], plan: dict[str, Any]
         vae=plan["vae"],
         measured={"mean": measured.mean, "std": measured.std},
     )
+    for leftover in out.glob("*.partial"):  # of a process that was killed while it wrote
+        leftover.unlink()
     write_atomically(out / INDEX, json.dumps(index, indent=2) + "\n")
     return index
 

@@ -105,9 +105,11 @@ def test_a_stopped_encoding_goes_on_to_the_same_files(source, tmp_path, capsys):
         assert "goes on" in capsys.readouterr().err
         with pytest.raises(ValueError, match="no latents"):
             Latents(out)
+        (out / "00001.latents.npy.99.partial").write_bytes(b"of a process that was killed")
         done = {name: (out / name).stat().st_mtime_ns for name in files(out)}
         assert encode(source, out) == 0
         assert files(out) == files(tmp_path / "whole")
+        del done["00001.latents.npy.99.partial"]
         assert all((out / name).stat().st_mtime_ns == written for name, written in done.items())  # nothing done twice
 
 
@@ -131,6 +133,15 @@ def test_corrupt_images_are_skipped_and_listed(source, tmp_path, capsys):
     skipped = [line.split("\t") for line in (tmp_path / "out" / "skipped.txt").read_text().splitlines()]
     assert [path for path, _ in skipped] == ["cat/0.png", "dog/0.png"]
     assert all(reason for _, reason in skipped)
+
+
+def test_reasons_are_the_same_each_time(source, tmp_path):
+    """Pillow's message holds the address of what it was given; two encodings differed in nothing but that."""
+    (source / "cat" / "0.png").write_text("no image at all")
+    for name in ("one", "two"):
+        encode(source, tmp_path / name)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert "cannot identify image file" in (tmp_path / "one" / "skipped.txt").read_text()
 
 
 def test_images_that_are_all_corrupt_end_in_one_line(tmp_path, capsys):
