@@ -35,9 +35,9 @@ import parallel
 import torch
 from data import Batches, Synthetic
 from dit import ATTENTION
-from flops import counted_step_flops, is_guided, least_step_flops
+from flops import count_weights, counted_step_flops, is_guided, least_step_flops
 from parallel import World
-from presets import PRESETS, Config, build_model
+from presets import PRESETS, Config
 from tqdm import tqdm
 from training import Training
 
@@ -213,15 +213,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("this runs as one process, on one device")
     device = world.device
     config = configs[0]
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_model(config, attention="plain").parameters())
     report: dict[str, Any] = {
         "preset": options.preset,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{torch.get_num_threads()} CPU threads",
         "torch": torch.__version__,
-        "parameters": parameters,
+        "parameters": count_weights(config),
         "matmul_flops_per_second": matmul_rate(device, getattr(torch, config.precision)),
         "config": {name: getattr(config, name) for name in COMPUTED},
         "flops": {str(d).lower(): arithmetic(replace(config, detach_jvp=d)) for d in DETACHED[options.detach_jvp]},

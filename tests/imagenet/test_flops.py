@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import flops
 import pytest
 import torch
 from flops import count_flops, counted_step_flops, forward_flops, least_step_flops
@@ -60,3 +61,15 @@ def test_known_sizes():
     network = PRESETS["imagenet256-w2"].network()
     assert forward_flops(network) / 2e9 == pytest.approx(118.6, abs=0.1)
     assert least_step_flops(network) / forward_flops(network) == pytest.approx(11.1, abs=0.05)
+
+
+def test_the_table_has_the_numbers(monkeypatch, capsys):
+    monkeypatch.setattr(flops, "PRESETS", {"one": replace(CONFIG, batch_size=100, steps=1000)})
+    assert flops.main([]) == 0
+    head, row = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head == ["preset", "weights", "forward", "step", "detached", "training", "state"]
+    network = CONFIG.network()
+    weights = sum(p.numel() for p in build_model(CONFIG).parameters())
+    assert float(row[1]) * 1e6 == pytest.approx(weights, rel=1e-3)
+    assert float(row[5]) * 1e9 == pytest.approx(least_step_flops(network), rel=1e-3)
+    assert float(row[9]) == pytest.approx(1e5 * least_step_flops(network), rel=0.05)
