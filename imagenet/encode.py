@@ -46,7 +46,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tvm_ref.command_line import OneLineParser, write_atomically
+from tvm_ref.command_line import OneLineParser, require_at_least, write_atomically
 
 PLAN = "encode.json"  # what is being encoded, and how: an encoding goes on only if it is the same
 SKIPPED = "skipped.txt"
@@ -144,7 +144,7 @@ def load_ahead(paths: Sequence[Path], size: int, batch_size: int, workers: int) 
 
 
 def encode_shard(
-    out: Path, name: str, source: Path, entries: Sequence[Entry], vae: nn.Module, options: argparse.Namespace, bar: Any
+    out: Path, name: str, entries: Sequence[Entry], vae: nn.Module, options: argparse.Namespace, bar: Any
 ) -> None:
     """Write one shard, and NAME.json last, which says that the shard is whole.
 
@@ -153,7 +153,7 @@ def encode_shard(
     """
     device = next(vae.parameters()).device
     posteriors, labels, skipped = [], [], []
-    paths = [source / entry.path for entry in entries]
+    paths = [options.source / entry.path for entry in entries]
     batches = load_ahead(paths, options.image_size, options.batch_size, options.workers)
     for i, results in enumerate(batches):
         batch = entries[i * options.batch_size :][: len(results)]
@@ -268,28 +268,23 @@ def run(options: argparse.Namespace, world: World, vae: nn.Module | None = None)
         ValueError, OSError: bad input.
         FloatingPointError: see encode_shard.
     """
-    for name in ("image_size", "batch_size", "shard_size", "workers"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    require_at_least(1, **{k: getattr(options, k) for k in ("image_size", "batch_size", "shard_size", "workers")})
     if options.out.resolve().is_relative_to(options.source.resolve()):
         raise ValueError(f"--out {options.out} lies inside {options.source}, where it would count as a class")
     classes, entries = find_images(options.source)
     plan = plan_of(options, classes, entries)
     on_first(world, lambda: prepare(options.out, plan))
     vae = (load_vae(options.vae) if vae is None else vae).to(world.device)
-    names = [f"{i:05d}" for i in range(-(-len(entries) // options.shard_size))]
-    mine = [names[i] for i in world.share(len(names))]
-    todo = [name for name in mine if not (options.out / f"{name}.json").exists()]
-    bar = tqdm(total=len(world.share(len(entries))), unit="image", desc="encoding", disable=not world.first)
-    with bar:
+    starts = range(0, len(entries), options.shard_size)
+    shards = {f"{i:05d}": entries[start : start + options.shard_size] for i, start in enumerate(starts)}
+    todo = world.tell([name for name in shards if not (options.out / f"{name}.json").exists()])
+    mine = [todo[i] for i in world.share(len(todo))]
+    total = sum(len(shards[name]) for name in mine)
+    with tqdm(total=total, unit="image", desc="encoding", disable=not world.first) as bar:
         for name in mine:
-            part = entries[int(name) * options.shard_size :][: options.shard_size]
-            if name in todo:
-                encode_shard(options.out, name, options.source, part, vae, options, bar)
-            else:
-                bar.update(len(part))
+            encode_shard(options.out, name, shards[name], vae, options, bar)
     world.wait()
-    return finish(options.out, names, classes, plan) if world.first else None
+    return finish(options.out, list(shards), classes, plan) if world.first else None
 
 
 def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:

@@ -238,7 +238,10 @@ def read_arrays(path: Path) -> Any:
         Refused: it names anything else.
         ValueError, OSError: it is no pickle, or cannot be read.
     """
-    return _plain(_read(path, REMADE_ARRAYS, inert=False))
+    try:
+        return _plain(_read(path, REMADE_ARRAYS, inert=False))
+    except RecursionError:
+        raise ValueError(f"{path} holds something within itself") from None
 
 
 def _plain(value: Any) -> Any:
@@ -290,7 +293,7 @@ def _read(path: Path, remade: dict[str, Any], *, inert: bool) -> Any:
         except Refused as error:
             raise Refused(f"{path} is refused: {error}") from None
         except MemoryError:
-            raise
+            raise ValueError(f"{path} asks for more memory than there is") from None
         except Exception as error:  # a damaged pickle can break the reader anywhere
             reason = str(error).strip().splitlines()
             raise ValueError(f"{path} is no sound pickle: {reason[0] if reason else type(error).__name__}") from None

@@ -166,6 +166,20 @@ def test_files_that_are_no_pickles_are_named(tmp_path, read, data):
         read(tmp_path / "file.pkl")
 
 
+def test_what_holds_itself_is_no_reason_to_crash(tmp_path):
+    around: dict = {}
+    around["again"] = around
+    (tmp_path / "file.pkl").write_bytes(pickle.dumps(around))
+    with pytest.raises(ValueError, match="within itself"):
+        read_arrays(tmp_path / "file.pkl")
+
+
+def test_sizes_that_are_lies_are_no_reason_to_crash(tmp_path):
+    (tmp_path / "file.pkl").write_bytes(b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"short.")
+    with pytest.raises(ValueError, match=r"no sound pickle|more memory"):
+        read_module(tmp_path / "file.pkl")
+
+
 def test_functions_that_may_be_called_cannot_be_changed(tmp_path):
     """BUILD with a pair as its state sets attributes: here __defaults__ of the function that makes tensors."""
     data = b"\x80\x04ctorch._utils\n_rebuild_tensor_v2\nN}\x8c\x09_functionK\x01s\x86b."
