@@ -113,8 +113,12 @@ class ImageFiles:
             shape = _read_header(self.source, stream)
             for start in range(0, count, size):
                 n = min(size, count - start)
-                data = stream.read(n * math.prod(shape[1:]))
-                yield np.frombuffer(bytearray(data), np.uint8).reshape(n, *shape[1:])
+                try:
+                    data = bytearray(stream.read(n * math.prod(shape[1:])))
+                    batch = np.frombuffer(data, np.uint8).reshape(n, *shape[1:])
+                except (zipfile.BadZipFile, EOFError, ValueError) as error:
+                    raise ValueError(f"{self.source} is damaged: {error}") from None
+                yield batch
 
 
 def read_image(path: Path) -> Pixels:
@@ -134,7 +138,9 @@ def _npz_shape(path: Path) -> tuple[int, ...]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
             return _read_header(path, stream)
-    except (zipfile.BadZipFile, KeyError, EOFError):
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    except KeyError:
         raise ValueError(f"{path} holds no images (an array {NPZ_IMAGES}, uint8 [N, H, W, 3])") from None
 
 

@@ -13,11 +13,12 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 
 class Refused(ValueError):
@@ -256,8 +257,25 @@ def _plain(value: Any) -> Any:
 # The reader ---------------------------------------------------------------------------------------------------------
 
 
+class _Watched:
+    """A file, as far as an unpickler needs one, that moves a progress bar."""
+
+    def __init__(self, stream: BinaryIO, bar: Any):
+        self._stream, self._bar = stream, bar
+
+    def read(self, n: int) -> bytes:
+        data = self._stream.read(n)
+        self._bar.update(len(data))
+        return data
+
+    def readline(self) -> bytes:
+        data = self._stream.readline()
+        self._bar.update(len(data))
+        return data
+
+
 class _Reader(pickle.Unpickler):
-    def __init__(self, stream: io.BufferedReader, remade: dict[str, Any], *, inert: bool):
+    def __init__(self, stream: _Watched, remade: dict[str, Any], *, inert: bool):
         super().__init__(stream)
         self._remade, self._inert = remade, inert
 
@@ -287,9 +305,10 @@ class _Reader(pickle.Unpickler):
 
 
 def _read(path: Path, remade: dict[str, Any], *, inert: bool) -> Any:
-    with path.open("rb") as stream:
+    size, what = path.stat().st_size, f"reading {path.name}"
+    with path.open("rb") as stream, tqdm(total=size, unit="B", unit_scale=True, desc=what, delay=1) as bar:
         try:
-            return _Reader(stream, remade, inert=inert).load()
+            return _Reader(_Watched(stream, bar), remade, inert=inert).load()
         except Refused as error:
             raise Refused(f"{path} is refused: {error}") from None
         except MemoryError:

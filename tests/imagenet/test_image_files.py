@@ -48,6 +48,16 @@ def test_an_npz_with_fewer_images_than_announced_is_not_left_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("copies", [1, 1000])  # found on opening, and on the way
+def test_a_damaged_npz_is_named(tmp_path, copies):
+    write_npz(tmp_path / "images.npz", 7 * copies, [PIXELS] * copies, np.arange(7 * copies))
+    data = bytearray((tmp_path / "images.npz").read_bytes())
+    data[data.rindex(PIXELS[3].tobytes())] ^= 1
+    (tmp_path / "images.npz").write_bytes(data)
+    with pytest.raises(ValueError, match=r"images.npz is damaged: Bad CRC"):
+        list(ImageFiles(tmp_path / "images.npz").batches(3))
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
 
@@ -58,7 +68,7 @@ def cut(path: Path) -> None:
         (lambda p: np.savez(p / "a.npz", mu=np.zeros(3)), "holds no images"),
         (lambda p: np.savez(p / "a.npz", arr_0=np.zeros((2, 4, 4, 3))), "must be uint8"),
         (lambda p: np.savez(p / "a.npz", arr_0=np.zeros((0, 4, 4, 3), np.uint8)), "holds no images"),
-        (lambda p: (p / "a.npz").write_bytes(b"PK\x03\x04"), "holds no images"),
+        (lambda p: (p / "a.npz").write_bytes(b"PK\x03\x04"), "is damaged"),
         (lambda p: (p / "a.npz").mkdir(), "holds no images"),
         (lambda p: None, "neither a folder"),
     ],

@@ -1,6 +1,7 @@
 import importlib
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -33,4 +34,4 @@ def test_no_module_hides_another():
     others = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "imagenet", ROOT / "tests")]
     for name in ours:
         assert name not in sys.stdlib_module_names
-        assert importlib.machinery.PathFinder.find_spec(name, others) is None, name
+        assert PathFinder.find_spec(name, others) is None, name
