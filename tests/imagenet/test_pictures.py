@@ -1,6 +1,6 @@
 import numpy as np
 import torch
-from pictures import GAP, grid, to_pixels
+from pictures import GAP, SMALL, grid, to_pixels
 
 
 def test_pixels_round_and_clip():
@@ -14,8 +14,19 @@ def test_pixels_are_undone_by_what_training_does():
 
 
 def test_a_grid_holds_every_image_in_reading_order():
-    images = np.random.default_rng(0).integers(0, 256, (7, 100, 90, 3), dtype=np.uint8)
+    h, w = 100, SMALL  # large enough not to be enlarged
+    images = np.random.default_rng(0).integers(0, 256, (7, h, w, 3), dtype=np.uint8)
     sheet = grid(images, columns=3)
-    assert sheet.shape == (3 * 100 + 4 * GAP, 3 * 90 + 4 * GAP, 3)
-    np.testing.assert_array_equal(sheet[GAP:101, GAP:91], images[0])
-    np.testing.assert_array_equal(sheet[101 + GAP : 201 + GAP, 91 + GAP : 181 + GAP], images[4])
+    assert sheet.shape == (3 * h + 4 * GAP, 3 * w + 4 * GAP, 3)
+    for number, row, column in ((0, 0, 0), (4, 1, 1), (6, 2, 0)):
+        y, x = GAP + row * (h + GAP), GAP + column * (w + GAP)
+        np.testing.assert_array_equal(sheet[y : y + h, x : x + w], images[number])
+
+
+def test_small_grids_are_enlarged_pixel_by_pixel():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    sheet = grid(images, columns=2)
+    factor = sheet.shape[1] // (2 * 8 + 3 * GAP)
+    assert sheet.shape[1] >= SMALL
+    np.testing.assert_array_equal(sheet[GAP * factor : (GAP + 8) * factor, GAP * factor : (GAP + 8) * factor],
+                                  images[0].repeat(factor, 0).repeat(factor, 1))  # fmt: skip

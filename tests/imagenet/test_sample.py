@@ -111,7 +111,8 @@ def test_a_grid_holds_the_images(model, tmp_path):
     draw(model, tmp_path / "a.png", "--count", "10")
     draw(model, tmp_path / "a.npz", "--count", "10")
     sheet = np.array(Image.open(tmp_path / "a.png"))
-    small = sheet[::7, ::7]  # 3 rows of 4, each pixel 7 times as large
+    factor = sheet.shape[1] // (4 * 9 + 1)
+    small = sheet[::factor, ::factor]  # 3 rows of 4, each pixel enlarged
     assert small.shape == (3 * 9 + 1, 4 * 9 + 1, 3)
     np.testing.assert_array_equal(small[10:18, 1:9], pixels(tmp_path / "a.npz")[4])
 
