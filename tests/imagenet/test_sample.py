@@ -48,15 +48,19 @@ def pixels(path: Path) -> np.ndarray:
     return torch.cat(list(ImageFiles(path).batches(100))).permute(0, 2, 3, 1).numpy()
 
 
-def test_images_are_the_flow_map_s_jumps_from_noise_of_their_own(model, tmp_path):
-    """Two steps by hand: x <- x + (s - t) w F(x, t, s), with class i modulo 5."""
+@pytest.mark.parametrize("objective", ["tvm", "fm"])
+def test_images_are_the_flow_map_s_jumps_from_noise_of_their_own(tmp_path, objective):
+    """Two steps by hand: x <- x + (s - t) w F(x, t, s), with class i modulo 5; after flow matching F(x, t, t)."""
+    model = weights(tmp_path / "model.safetensors", replace(CONFIG, objective=objective))
     assert draw(model, tmp_path / "a.npz", "--count", "7", "--steps", "2", "--seed", "3") == 0
     net = network(CONFIG)
     x = torch.stack([normal((1, 8, 8), PRIOR, 3, i) for i in range(7)])
     condition = Condition(torch.arange(7) % 5, torch.full((7,), 0.5))
     for t, s in ((1.0, 0.5), (0.5, 0.0)):
         with torch.no_grad():
-            x = x + (s - t) * 2.0 * net(x, torch.full((7,), t), torch.full((7,), s), condition)
+            x = x + (s - t) * 2.0 * net(
+                x, torch.full((7,), t), torch.full((7,), s if objective == "tvm" else t), condition
+            )
     expected = (x.clamp(-1, 1) + 1) * 127.5
     found = pixels(tmp_path / "a.npz")
     assert np.abs(found - expected.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()).max() <= 0.51
