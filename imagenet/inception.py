@@ -46,8 +46,9 @@ class Inception:
     def __init__(self, weights: Path | None = None, device: str | torch.device = "cpu"):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError:
-            raise ValueError("FID needs torch-fidelity: pip install -e '.[imagenet]'") from None
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another PyTorch
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"FID needs torch-fidelity: pip install -e '.[imagenet]' ({reason})") from None
         weights = weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
         check_weights(weights)
         layers = ["2048", "logits_unbiased"]

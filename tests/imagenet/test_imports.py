@@ -35,3 +35,29 @@ def test_no_module_hides_another():
     for name in ours:
         assert name not in sys.stdlib_module_names
         assert PathFinder.find_spec(name, others) is None, name
+
+
+@pytest.mark.parametrize("fault", [ImportError("No module named 'torch_fidelity'"), RuntimeError("operator nms\nat")])
+def test_a_library_that_is_not_there_ends_with_one_line(tmp_path, monkeypatch, capsys, fault):
+    """Also one that fails while it is imported, as a torchvision that was built for another PyTorch."""
+    import builtins
+
+    import evaluate
+    import numpy as np
+    from image_files import write_npz
+
+    write_npz(tmp_path / "a.npz", 10, [np.zeros((10, 4, 4, 3), np.uint8)], np.arange(10))
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(2), sigma=np.eye(2))
+    real = builtins.__import__
+
+    def fail(name: str, *arguments: object, **keywords: object) -> object:
+        if name.startswith("torch_fidelity"):
+            raise fault
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    arguments = [str(tmp_path / "a.npz"), "--reference", str(tmp_path / "reference.npz"), "--device", "cpu"]
+    assert evaluate.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "FID needs torch-fidelity" in err
+    assert err.count("\n") == 1
