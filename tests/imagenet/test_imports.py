@@ -1,4 +1,6 @@
 import importlib
+import re
+import shlex
 import subprocess
 import sys
 from importlib.machinery import PathFinder
@@ -61,3 +63,18 @@ def test_a_library_that_is_not_there_ends_with_one_line(tmp_path, monkeypatch, c
     err = capsys.readouterr().err
     assert "FID needs torch-fidelity" in err
     assert err.count("\n") == 1
+
+
+def commands_to_copy() -> list[str]:
+    """Of the README and of each script's first lines, without what is said about them."""
+    texts = [(ROOT / "imagenet" / "README.md").read_text(), *(importlib.import_module(c).__doc__ for c in COMMANDS)]
+    found = re.findall(r"imagenet/(\w+\.py(?: [^\n#`']+)?)", "\n".join(texts).replace("\\\n", ""))
+    return sorted({re.split(r"\s{2,}", command)[0].strip() for command in found})
+
+
+@pytest.mark.parametrize("command", commands_to_copy())
+def test_commands_to_copy_parse(command):
+    name, *options = shlex.split(command)
+    module = importlib.import_module(name.removesuffix(".py"))
+    if "--help" not in options and hasattr(module, "parser"):
+        module.parser().parse_args(options)
