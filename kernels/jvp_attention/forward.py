@@ -1,0 +1,103 @@
+"""The forward kernel: attention, and with tangents its Jacobian-vector product in the same pass.
+
+S = scale q k^T; P = softmax(S); T = scale (dq k^T + q dk^T); mu = row sum of P * T
+o = P v; do = (P * T) v + P dv - mu o
+
+The softmax is taken online: P carries a factor that depends on the largest logit so far, and everything summed over
+keys is rescaled when that grows. Products of matrices per tile: 2, with tangents 6.
+"""
+
+import triton
+import triton.language as tl
+
+from jvp_attention.tiles import (
+    LOG2_E,
+    load_rows,
+    place,
+    row_max,
+    row_sum,
+    store_numbers,
+    store_rows,
+)
+
+
+@triton.heuristics({"WHOLE_KEYS": lambda a: a["M"] % a["KEYS"] == 0})
+@triton.jit
+def forward_kernel(
+    q,
+    k,
+    v,
+    dq,
+    dk,
+    dv,
+    o,
+    do,
+    o_low,
+    do_low,
+    lse,
+    mu,
+    scale,
+    heads,
+    N,
+    M,
+    D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr,  # M is a multiple of KEYS
+    PRECISION: tl.constexpr,  # of float32 products
+    QUERIES: tl.constexpr,  # per tile
+    KEYS: tl.constexpr,
+    CHANNELS: tl.constexpr,  # D, or the next size that a tile may have
+):
+    """One tile of queries against all keys. Grid: tiles of queries x heads x batch.
+
+    Without tangents dq, dk, dv, do, mu are None. o_low and do_low, if not None, take what o and do lose in rounding;
+    lse is the logarithm to base 2 of the sum of exp(S).
+    """
+    start, b, h, head = place(N, heads, QUERIES)
+    dtype = q[0].dtype.element_ty
+    rows = start + tl.arange(0, QUERIES)
+    q_tile = load_rows(q, b, h, start, N, D, QUERIES, CHANNELS, False)
+    largest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.full([QUERIES], 0.0, tl.float32)
+    sum_pv = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)
+    if dq is not None:
+        dq_tile = load_rows(dq, b, h, start, N, D, QUERIES, CHANNELS, False)
+        sum_pt = tl.full([QUERIES], 0.0, tl.float32)
+        sum_do = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)  # (P * T) v + P dv
+    end = tl.minimum(M, start + QUERIES) if CAUSAL else M
+    for at in range(0, end, KEYS):
+        k_tile = load_rows(k, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
+        keys = at + tl.arange(0, KEYS)
+        if CAUSAL:
+            s = tl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
+        if not WHOLE_KEYS:
+            s = tl.where((keys < M)[None, :], s, float("-inf"))
+        before = largest
+        largest = tl.maximum(before, row_max(s))
+        p = tl.exp2(s - largest[:, None])
+        shrink = tl.exp2(before - largest)
+        total = total * shrink + row_sum(p)
+        v_tile = load_rows(v, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
+        sum_pv = tl.dot(p.to(dtype), v_tile, sum_pv * shrink[:, None], input_precision=PRECISION)
+        if dq is not None:
+            dk_tile = load_rows(dk, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
+            t = tl.dot(dq_tile, tl.trans(k_tile), input_precision=PRECISION)
+            t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
+            pt = (p * (t * scale)).to(dtype)
+            sum_pt = sum_pt * shrink + row_sum(pt.to(tl.float32))  # as rounded, so that do cancels where it should
+            dv_tile = load_rows(dv, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
+            sum_do = tl.dot(pt, v_tile, sum_do * shrink[:, None], input_precision=PRECISION)
+            sum_do = tl.dot(p.to(dtype), dv_tile, sum_do, input_precision=PRECISION)
+    value = sum_pv / total[:, None]
+    store_rows(o, value, b, h, start, N, D, QUERIES, CHANNELS)
+    store_numbers(lse, largest + tl.log2(total), head, start, N, QUERIES)
+    if o_low is not None:
+        store_rows(o_low, value - value.to(dtype).to(tl.float32), b, h, start, N, D, QUERIES, CHANNELS)
+    if dq is not None:
+        mean = sum_pt / total
+        tangent = sum_do / total[:, None] - mean[:, None] * value
+        store_rows(do, tangent, b, h, start, N, D, QUERIES, CHANNELS)
+        store_numbers(mu, mean, head, start, N, QUERIES)
+        if o_low is not None:
+            store_rows(do_low, tangent - tangent.to(dtype).to(tl.float32), b, h, start, N, D, QUERIES, CHANNELS)

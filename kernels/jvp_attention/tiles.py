@@ -1,0 +1,77 @@
+"""What the kernels share: where a program works, how it reads and writes rows of a head, and row reductions.
+
+A tensor [B, H, rows, D] reaches a kernel as the tuple (pointer, stride of B, stride of H, stride of rows); channels lie
+side by side. Offsets are 64-bit. Rows beyond a tensor's end read as zeros.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+# tl.sum and tl.max are these reductions. By their combiners' names they also work in an interpreter that is switched on
+# after something else, such as torch.compile, has imported triton.
+@triton.jit
+def row_sum(x):
+    """Sums over the last axis of x [rows, columns]."""
+    return tl.reduce(x, 1, tl.standard._sum_combine)
+
+
+@triton.jit
+def row_max(x):
+    """Maxima over the last axis of x [rows, columns]."""
+    return tl.reduce(x, 1, tl.standard._elementwise_max)
+
+
+@triton.jit
+def place(length, heads, SIZE: tl.constexpr):
+    """The first row of this program's tile, its batch element and head, and the index of the two together."""
+    tiles = (length + SIZE - 1) // SIZE
+    program = tl.program_id(0)
+    head = (program // tiles).to(tl.int64)
+    return program % tiles * SIZE, head // heads, head % heads, head
+
+
+@triton.jit
+def row_pointers(x, b, h, start, SIZE: tl.constexpr, CHANNELS: tl.constexpr):
+    """Pointers [SIZE, CHANNELS] to rows start, start + 1, ... of head (b, h) of x."""
+    rows = (start + tl.arange(0, SIZE)).to(tl.int64)
+    return x[0] + b * x[1] + h * x[2] + rows[:, None] * x[3] + tl.arange(0, CHANNELS)[None, :]
+
+
+@triton.jit
+def load_rows(x, b, h, start, length, D: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows start, start + 1, ... of head (b, h) of x [SIZE, CHANNELS]; WHOLE: all of them exist."""
+    pointers = row_pointers(x, b, h, start, SIZE, CHANNELS)
+    if WHOLE and D == CHANNELS:
+        tile = tl.load(pointers)
+    else:
+        rows = start + tl.arange(0, SIZE)
+        exists = (tl.arange(0, CHANNELS) < D)[None, :]
+        if not WHOLE:
+            exists = exists & (rows < length)[:, None]
+        tile = tl.load(pointers, mask=exists, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(x, value, b, h, start, length, D: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write value [SIZE, CHANNELS] to rows start, start + 1, ... of head (b, h) of x, in x's dtype."""
+    exists = (start + tl.arange(0, SIZE) < length)[:, None] & (tl.arange(0, CHANNELS) < D)[None, :]
+    pointers = row_pointers(x, b, h, start, SIZE, CHANNELS)
+    tl.store(pointers, value.to(x[0].dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def load_numbers(x, head, start, length, SIZE: tl.constexpr):
+    """One float32 per row from x [B H, length]: [SIZE], zero beyond the end."""
+    rows = start + tl.arange(0, SIZE)
+    return tl.load(x + head * length + rows, mask=rows < length, other=0.0)
+
+
+@triton.jit
+def store_numbers(x, value, head, start, length, SIZE: tl.constexpr):
+    """Write one float32 per row, value [SIZE], to x [B H, length]."""
+    rows = start + tl.arange(0, SIZE)
+    tl.store(x + head * length + rows, value, mask=rows < length)

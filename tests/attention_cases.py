@@ -1,0 +1,145 @@
+"""Attention's inputs on poisoned memory, its float64 reference, and how far results may lie from it."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from jvp_attention import reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # relative, in the Frobenius norm
+NAMES = ("o", "do", "gq", "gk", "gv", "gdq", "gdk", "gdv")
+ORDERS = ((0, 1, 2), (0, 2, 1), (2, 1, 0))  # of B, H and rows in memory
+GAP = 3  # elements of poison after every axis
+SENTINEL = 777.0
+
+
+def on_poison(x: Tensor, order: Sequence[int] = (0, 1, 2), gap: int = GAP) -> Tensor:
+    """X [B, H, rows, D] as a view into memory that is NaN everywhere else, its axes in the given order."""
+    return _inside(x.shape, x.dtype, x.device, order, gap, math.nan)[1].copy_(x)
+
+
+def _inside(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, order: Sequence[int], gap: int, poison: float
+) -> tuple[Tensor, Tensor]:
+    """A buffer full of poison, and a view of the given shape into its middle."""
+    axes = (*order, 3)
+    buffer = torch.full([shape[a] + gap for a in axes], poison, dtype=dtype, device=device)
+    inner = buffer[tuple(slice(gap // 2, gap // 2 + shape[a]) for a in axes)]
+    return buffer, inner.permute([axes.index(a) for a in range(4)])
+
+
+class GuardedOutputs:
+    """Stands in for the allocation of results: NaN inside, and memory around it that nobody may write."""
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+
+    def rows(self, like: Tensor) -> Tensor:
+        """In place of empty_rows."""
+        return self._keep(*_inside(like.shape, like.dtype, like.device, (0, 2, 1), GAP, SENTINEL))
+
+    def numbers(self, like: Tensor) -> Tensor:
+        """In place of empty_numbers."""
+        count = math.prod(like.shape[:3])
+        buffer = torch.full((count + 200,), SENTINEL, device=like.device)
+        return self._keep(buffer, buffer[100 : 100 + count].view(like.shape[:3]))
+
+    def _keep(self, buffer: Tensor, inner: Tensor) -> Tensor:
+        inner.fill_(math.nan)
+        self.buffers.append((buffer, inner.detach()))
+        return inner
+
+    def check(self) -> None:
+        """Everything inside was written, nothing around it."""
+        for buffer, inner in self.buffers:
+            assert not inner.isnan().any(), "a part of a result was not written"
+            inner.fill_(SENTINEL)
+            assert bool((buffer == SENTINEL).all()), "written beyond a result"
+
+
+@dataclass
+class Case:
+    """One problem: inputs, tangents and gradients of the outputs; None where there is none."""
+
+    shape: tuple[int, int, int, int, int]  # B, H, N, M, D
+    dtype: torch.dtype = torch.float32
+    causal: bool = False
+    scale: float | None = None
+    tangents: tuple[bool, bool, bool] = (True, True, True)  # of q, k, v
+    gradients: tuple[bool, bool] = (True, True)  # of o, do
+    orders: Sequence[Sequence[int]] = ((0, 1, 2),) * 6
+    device: str = "cpu"
+    seed: int = 0
+    edit: Callable[[list[Tensor]], None] | None = None  # changes q, k, v, dq, dk, dv, go, gdo in place, in float64
+    tensors: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        b, h, n, m, d = self.shape
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = (n, m, m, n, m, m, n, n)
+        exact = [torch.randn(b, h, r, d, dtype=torch.float64, generator=generator) for r in rows]
+        if self.edit:
+            self.edit(exact)
+        orders = [*self.orders, (0, 1, 2), (0, 2, 1)]
+        self.tensors = [on_poison(x.to(self.dtype).to(self.device), o) for x, o in zip(exact, orders, strict=True)]
+
+    def results(self, attention: Callable[..., Tensor], tensors: list[Tensor] | None = None) -> list[Tensor]:
+        """[o, do, gradients of q, k, v and of the tangents that there are], by torch.func.jvp and autograd."""
+        *inputs, go, gdo = self.tensors if tensors is None else tensors
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        with_tangent = [i for i in range(3) if self.tangents[i]]
+
+        def of_some(*some: Tensor) -> Tensor:
+            given = dict(zip(with_tangent, some, strict=True))
+            qkv = [given.get(i, inputs[i]) for i in range(3)]
+            return attention(*qkv, scale=self.scale, causal=self.causal)
+
+        variables = inputs[:3] + [inputs[3 + i] for i in with_tangent]
+        if with_tangent:
+            primals, tangents = zip(*((inputs[i], inputs[3 + i]) for i in with_tangent), strict=True)
+            outputs = list(torch.func.jvp(of_some, primals, tangents))
+        else:
+            outputs = [of_some()]
+        pairs = [(x, g) for x, g, wanted in zip(outputs, (go, gdo), self.gradients, strict=False) if wanted]
+        if not pairs:
+            return [x.detach() for x in outputs]
+        values, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(values, variables, given, allow_unused=True)
+        zeros = [torch.zeros_like(x) if g is None else g for x, g in zip(variables, found, strict=True)]
+        return [x.detach() for x in (*outputs, *zeros)]
+
+    def exact(self) -> list[Tensor]:
+        """The same of the reference in float64, on the CPU."""
+        return self.results(reference.attention, [x.detach().double().cpu() for x in self.tensors])
+
+    def errors(self, results: list[Tensor]) -> list[float]:
+        """Relative Frobenius errors; a result that cancels to nearly nothing is held to its fellows' largest number."""
+        exact = self.exact()
+        assert len(exact) == len(results)
+        outputs = exact[: 1 + any(self.tangents)]
+        errors = []
+        for group in (outputs, exact[len(outputs) :]):
+            size = max((float(x.abs().max()) for x in group), default=0)
+            for x in group:
+                found = results[len(errors)].double().cpu()
+                assert found.shape == x.shape
+                scale = max(float(x.norm()), 0.1 * size * x.numel() ** 0.5, 1e-30)
+                errors.append(float((found - x).norm()) / scale)
+        return errors
+
+    def check(self, attention: Callable[..., Tensor], *, ill_conditioned: bool = False) -> None:
+        """Fail unless every result is within the dtype's tolerance.
+
+        An ill-conditioned problem in 16 bits may be beyond it where plain PyTorch is too: few rows, large logits.
+        """
+        errors = self.errors(self.results(attention))
+        limits = [TOLERANCE[self.dtype]] * len(errors)
+        if ill_conditioned and self.dtype.itemsize == 2:
+            plain = self.errors(self.results(reference.attention))
+            limits = [max(limit, e) for limit, e in zip(limits, plain, strict=True)]
+        assert all(e <= limit for e, limit in zip(errors, limits, strict=True)), (
+            f"{self.shape}: {[f'{e:.1e}' for e in errors]}, allowed {[f'{e:.1e}' for e in limits]}"
+        )

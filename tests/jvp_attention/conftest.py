@@ -1,0 +1,72 @@
+"""The kernels run on the GPU if there is one, else on the CPU in Triton's interpreter.
+
+The interpreter is chosen by an environment variable when the kernels are imported, so it is set for the tests of this
+folder alone, and nothing here imports jvp_attention.launch before.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from attention_cases import GuardedOutputs
+
+pytest.importorskip("triton", reason="the kernels need triton")
+ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if ON_GPU and item.get_closest_marker("interpreter"):
+            item.add_marker(pytest.mark.skip(reason="needs Triton's interpreter: set TRITON_INTERPRET=1"))
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the kernels run."""
+    if ON_GPU:
+        return "cuda"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return "cpu"
+
+
+@pytest.fixture
+def launches(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are launched, as they are."""
+    from jvp_attention import launch
+
+    names: list[str] = []
+    original = launch.Call.launch
+
+    def record(self, tiles):
+        names.append(self.name)
+        original(self, tiles)
+
+    monkeypatch.setattr(launch.Call, "launch", record)
+    return names
+
+
+@pytest.fixture
+def guarded(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[GuardedOutputs]:
+    """Results lie between guards, which are checked at the end."""
+    from jvp_attention import launch
+
+    guards = GuardedOutputs()
+    monkeypatch.setattr(launch, "empty_rows", guards.rows)
+    monkeypatch.setattr(launch, "empty_numbers", guards.numbers)
+    monkeypatch.setattr(launch, "empty_low", lambda x: guards.rows(x) if x.dtype.itemsize < 4 else torch.empty(0))
+    yield guards
+    guards.check()
+
+
+@pytest.fixture
+def small_tiles(device: str, monkeypatch: pytest.MonkeyPatch):
+    """Call with the tiles that every kernel shall have, and whether the keys' side takes two launches."""
+    from jvp_attention import launch
+    from jvp_attention.configurations import Tiles
+
+    def choose(queries: int, keys: int, *, split: bool = False) -> None:
+        monkeypatch.setattr(launch, "candidates", lambda *_: [Tiles(queries, keys, 4, 1)])
+        monkeypatch.setattr(launch, "splits_keys", lambda _: split)
+
+    return choose

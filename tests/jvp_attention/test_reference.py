@@ -1,0 +1,110 @@
+"""The reference is attention and its derivative; and it stands in where the kernels cannot run."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from attention_cases import Case
+from torch.nn.functional import scaled_dot_product_attention
+
+import jvp_attention
+from jvp_attention import api, reference
+
+
+def tensors(n=5, m=7, d=4, dtype=torch.float64) -> list[torch.Tensor]:
+    return Case((2, 3, n, m, d), dtype).tensors
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(5, 5), (5, 7), (7, 5)])
+def test_is_scaled_dot_product_attention(n, m, causal):
+    """Causal alignment included: where N and M differ, query i sees keys 0 to i."""
+    q, k, v = tensors(n, m)[:3]
+    expected = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.3)
+    torch.testing.assert_close(reference.attention(q, k, v, scale=0.3, causal=causal), expected)
+    torch.testing.assert_close(
+        reference.attention(q, k, v, causal=causal), scaled_dot_product_attention(q, k, v, is_causal=causal)
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_dual_written_out_is_the_jvp(causal):
+    q, k, v, dq, dk, dv, *_ = tensors()
+    expected = torch.func.jvp(lambda *x: reference.attention(*x, scale=0.7, causal=causal), (q, k, v), (dq, dk, dv))
+    torch.testing.assert_close(reference.dual_attention(q, k, v, dq, dk, dv, scale=0.7, causal=causal), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_through_value_and_tangent_by_finite_differences(causal):
+    """Float64 goes to the reference, so this is what attention promises about its derivatives."""
+    inputs = [x.clone().requires_grad_() for x in tensors(3, 4, 2)[:6]]
+
+    def dual(q, k, v, dq, dk, dv):
+        return torch.func.jvp(lambda *x: jvp_attention.attention(*x, causal=causal), (q, k, v), (dq, dk, dv))
+
+    assert torch.autograd.gradcheck(dual, inputs)
+
+
+def test_the_cpu_falls_back_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    api._log_once.cache_clear()
+    q, k, v, dq, dk, dv, *_ = tensors(dtype=torch.float32)
+    with caplog.at_level(logging.INFO, "jvp_attention"):
+        results = [jvp_attention.attention(q, k, v) for _ in range(2)]
+        o, do = jvp_attention.dual_attention(q, k, v, dq, None, dv)
+    assert torch.equal(results[1], reference.attention(q, k, v))
+    torch.testing.assert_close((o, do), reference.dual_attention(q, k, v, dq, torch.zeros_like(dk), dv))
+    assert len(caplog.records) == 1
+    assert "plain PyTorch attention stands in" in caplog.text
+
+
+def test_works_without_triton():
+    """As on macOS, where triton cannot be installed."""
+    code = """
+import sys
+sys.modules["triton"] = None  # import triton raises ImportError
+import torch, jvp_attention
+x = torch.randn(6, 1, 1, 3, 4)
+o, do = torch.func.jvp(jvp_attention.attention, tuple(x[:3]), tuple(x[3:]))
+print(o.shape == do.shape)
+"""
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.stdout.split() == ["True"], run.stderr
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (([1, 2, 3, 4], [1, 2, 5, 4], [1, 2, 6, 4]), "k, v"),
+        (([1, 2, 3, 4], [1, 2, 5, 8], [1, 2, 5, 8]), r"\[B, H, M, D\]"),
+        (([1, 4, 3, 4], [1, 2, 5, 4], [1, 2, 5, 4]), r"\[B, H, M, D\]"),
+        (([2, 3, 4], [2, 3, 4], [2, 3, 4]), r"\[B, H, N, D\]"),
+        (([1, 2, 0, 4], [1, 2, 5, 4], [1, 2, 5, 4]), "empty"),
+        (([1, 2, 3, 4], [1, 2, 0, 4], [1, 2, 0, 4]), "empty"),
+        (([1, 1, 2, 257],) * 3, "at most 256"),
+    ],
+)
+def test_wrong_shapes_are_refused(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        jvp_attention.attention(*(torch.zeros(s) for s in shapes))
+
+
+def test_other_wrong_inputs_are_refused():
+    q, k, v, dq, dk, dv, *_ = tensors()
+    with pytest.raises(TypeError, match="one floating-point dtype"):
+        jvp_attention.attention(q, k.float(), v)
+    with pytest.raises(TypeError, match="one floating-point dtype"):
+        jvp_attention.attention(q.long(), k.long(), v.long())
+    with pytest.raises(TypeError, match="one floating-point dtype"):
+        jvp_attention.dual_attention(q, k, v, dq.float(), dk, dv)
+    with pytest.raises(ValueError, match="its input's shape"):
+        jvp_attention.dual_attention(q, k, v, dk, dk, dv)
+    with pytest.raises(ValueError, match="one device"):
+        jvp_attention.attention(q, k.to("meta"), v)
+    with pytest.raises(TypeError, match="attn_mask"):
+        jvp_attention.attention(q, k, v, attn_mask=torch.ones(5, 7))
