@@ -73,22 +73,23 @@ def forward_kernel(
             s = tl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
         if not WHOLE_KEYS:
             s = tl.where((keys < M)[None, :], s, float("-inf"))
+        if dq is not None:
+            dk_tile = load_rows(dk, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
+            t = tl.dot(dq_tile, tl.trans(k_tile), input_precision=PRECISION)
+            t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
         before = largest
         largest = tl.maximum(before, row_max(s))
         p = tl.exp2(s - largest[:, None])
         shrink = tl.exp2(before - largest)
         total = total * shrink + row_sum(p)
         v_tile = load_rows(v, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
-        sum_pv = tl.dot(p.to(dtype), v_tile, sum_pv * shrink[:, None], input_precision=PRECISION)
         if dq is not None:
-            dk_tile = load_rows(dk, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
-            t = tl.dot(dq_tile, tl.trans(k_tile), input_precision=PRECISION)
-            t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
             pt = (p * (t * scale)).to(dtype)
             sum_pt = sum_pt * shrink + row_sum(pt.to(tl.float32))  # as rounded, so that do cancels where it should
             dv_tile = load_rows(dv, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
             sum_do = tl.dot(pt, v_tile, sum_do * shrink[:, None], input_precision=PRECISION)
             sum_do = tl.dot(p.to(dtype), dv_tile, sum_do, input_precision=PRECISION)
+        sum_pv = tl.dot(p.to(dtype), v_tile, sum_pv * shrink[:, None], input_precision=PRECISION)
     value = sum_pv / total[:, None]
     store_rows(o, value, b, h, start, N, D, QUERIES, CHANNELS)
     store_numbers(lse, largest + tl.log2(total), head, start, N, QUERIES)

@@ -29,8 +29,9 @@ def place(length, heads, SIZE: tl.constexpr):
     """The first row of this program's tile, its batch element and head, and the index of the two together."""
     tiles = (length + SIZE - 1) // SIZE
     program = tl.program_id(0)
-    head = (program // tiles).to(tl.int64)
-    return program % tiles * SIZE, head // heads, head % heads, head
+    head = program // tiles  # divided in 32 bits: in 64 it is a call, with a stack
+    b, h = head // heads, head % heads
+    return program % tiles * SIZE, b.to(tl.int64), h.to(tl.int64), head.to(tl.int64)
 
 
 @triton.jit

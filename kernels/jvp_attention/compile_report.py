@@ -1,0 +1,181 @@
+"""What the compiler makes of every kernel, for a GPU that need not be there.
+
+    python -m jvp_attention.compile_report                       # default tiles, bfloat16, heads of 64 and 128
+    python -m jvp_attention.compile_report --dims 72 256 --dtype float32
+    python -m jvp_attention.compile_report --all                 # every candidate of the tuning, not the default alone
+
+Compiles for sm_90 (H100) and prints, per kernel: products of matrices per pair of tiles, registers per thread (255 is
+the most), bytes of stack per thread (registers that were spilled lie there), shared memory (227 KiB is the most) and
+instructions for Hopper's matrix units (none for float32, which runs without). Takes seconds per kernel.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jvp_attention.configurations import Tiles
+from jvp_attention.shapes import LARGEST_HEAD
+
+SM = 90
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+LENGTH = 1024  # of queries and keys; only what it is divisible by matters
+MULTIPLE_OF_16 = [["tt.divisibility", 16]]
+
+
+def calls(d: int, dtype: torch.dtype, *, causal: bool = False) -> list[Any]:
+    """Every launch that attention can make with heads of d channels, on tensors without memory."""
+    from jvp_attention import launch
+
+    def rows() -> Tensor:
+        return torch.empty(1, LENGTH, 16, d, dtype=dtype, device="meta").transpose(1, 2)
+
+    primals, tangents = (rows(), rows(), rows()), (rows(), rows(), rows())
+    found = []
+    for given in (None, tangents):
+        first, (o, *rest) = launch.forward_calls(primals, given, 1.0, causal)
+        saved = launch.Saved(o, rest[-1] if given is None else rest[3])
+        if given is not None:
+            do, o_low, do_low, lse, mu = rest
+            saved = launch.Saved(o, lse, do, o_low, do_low, mu)
+        gdo = None if given is None else rows()
+        found += first + launch.backward_calls(primals, given, saved, rows(), gdo, 1.0, causal)[0]
+    return found
+
+
+def compile_call(call: Any, tiles: Tiles) -> Any:
+    """The kernel of a call as triton compiles it for sm_90, arguments specialised as at its launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, arguments = call.kernel, call.arguments | tiles.sizes()
+    if isinstance(kernel, triton.runtime.autotuner.Heuristics):
+        arguments |= {name: rule(arguments) for name, rule in kernel.values.items()}
+        kernel = kernel.fn
+    constant = {p.name for p in kernel.params if p.is_constexpr}
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def kind(value: Any, path: tuple[int, ...]) -> str:
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[path] = MULTIPLE_OF_16
+        if isinstance(value, Tensor):
+            return POINTERS[value.dtype]
+        return "i32" if isinstance(value, int) else "fp32"
+
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if name in constant or value is None:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, tuple):
+            signature[name] = tuple(kind(v, (i, j)) for j, v in enumerate(value))
+        else:
+            signature[name] = kind(value, (i,))
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", SM, 32), options=tiles.options())
+
+
+def usage(compiled: Any) -> tuple[int, int]:
+    """Registers and bytes of stack per thread, as cuobjdump reads them from the compiled kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    figures = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK")}  # type: ignore[index]
+    return figures["REG"], figures["STACK"]
+
+
+def report(call: Any, tiles: Tiles) -> dict[str, Any]:
+    """The figures of one kernel with one choice of tiles."""
+    compiled = compile_call(call, tiles)
+    registers, stack = usage(compiled)
+    return {
+        "kernel": call.name,
+        "D": call.arguments["D"],
+        **tiles._asdict(),
+        "products": len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])),
+        "registers": registers,
+        "stack": stack,
+        "shared_kib": compiled.metadata.shared / 1024,
+        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+    }
+
+
+def line(r: dict[str, Any]) -> str:
+    """One row of the table."""
+    tiles = f"{r['queries']} x {r['keys']}, {r['warps']} warps, {r['stages']} stages"
+    return (
+        f"{r['kernel']:<13} {r['D']:>4} {tiles:<28} {r['products']:>8} {r['registers']:>9} {r['stack']:>6} "
+        f"{r['shared_kib']:>9.1f} {r['wgmma']:>6}"
+    )
+
+
+HEADER = (
+    f"{'kernel':<13} {'D':>4} {'queries x keys':<28} {'products':>8} {'registers':>9} {'stack':>6} "
+    f"{'KiB':>9} {'wgmma':>6}"
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    p = argparse.ArgumentParser(
+        "python -m jvp_attention.compile_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="channels of a head (default: 64 128)")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the inputs (default: bfloat16)")
+    p.add_argument("--causal", action="store_true", help="the causal kernels")
+    p.add_argument("--all", action="store_true", help="every candidate of the tuning, not the default alone")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this new file")
+    args = p.parse_args(argv)
+    problem = _problem(args)
+    if problem:
+        print(f"{p.prog}: error: {problem}", file=sys.stderr)
+        return 2
+    rows = []
+    print(HEADER)
+    for d in args.dims:
+        for call in calls(d, DTYPES[args.dtype], causal=args.causal):
+            for tiles in call.candidates()[: None if args.all else 1]:
+                rows.append(report(call, tiles))
+                print(line(rows[-1]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def _problem(args: argparse.Namespace) -> str:
+    """What is wrong with the options or the surroundings; empty if nothing is."""
+    if not all(1 <= d <= LARGEST_HEAD for d in args.dims):
+        return f"--dims must lie between 1 and {LARGEST_HEAD}"
+    if args.json and args.json.exists():
+        return f"{args.json} exists already; choose another --json"
+    if args.json and not args.json.absolute().parent.is_dir():
+        return f"the folder of {args.json} does not exist"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 is set, and the interpreter compiles nothing: unset it"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed (Linux: pip install triton)"
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

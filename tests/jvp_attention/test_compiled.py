@@ -1,0 +1,81 @@
+"""The kernels compile for a Hopper GPU that is not there, onto its matrix units, and fit."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jvp_attention import compile_report
+
+PRODUCTS = {"forward": 2, "forward_dual": 6, "query": 3, "query_dual": 9, "key": 4, "key_dual": 12}
+PRODUCTS |= {"key_dual_k": 9, "key_dual_v": 6, "row_sum": 0}  # as the README counts them
+LARGEST_SHARED = 227  # KiB per block, sm_90
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> list[dict]:
+    """The default kernels for heads of 64 and 128, bfloat16; in a process of its own, where nothing is interpreted."""
+    file = tmp_path_factory.mktemp("compiled") / "report.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(file.parent / "cache")}
+    command = [sys.executable, "-m", "jvp_attention.compile_report", "--json", str(file)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads(file.read_text())
+
+
+def test_every_kernel_is_there(reports):
+    names = [{r["kernel"] for r in reports if r["D"] == d} for d in (64, 128)]
+    assert names[0] == PRODUCTS.keys() - {"key_dual_k", "key_dual_v"}
+    assert names[1] == PRODUCTS.keys() - {"key_dual"}
+
+
+def test_products_per_pair_of_tiles_are_as_documented(reports):
+    """Forward 2 and 6; backward 7, and 21 in two kernels or 24 in three."""
+    assert {r["kernel"]: r["products"] for r in reports} == PRODUCTS
+    assert PRODUCTS["query_dual"] + PRODUCTS["key_dual"] == 21
+    assert PRODUCTS["query_dual"] + PRODUCTS["key_dual_k"] + PRODUCTS["key_dual_v"] == 24
+
+
+def test_hoppers_matrix_units_are_used(reports):
+    assert all(r["wgmma"] >= r["products"] for r in reports)
+
+
+def test_nothing_is_spilled_with_64_channels(reports):
+    spilled = {r["kernel"]: r["stack"] for r in reports if r["D"] == 64 and r["stack"]}
+    assert not spilled
+
+
+def test_hardly_anything_is_spilled_with_128_channels(reports):
+    """Two sums of 128 x 128 fill the registers; a few bytes that are used outside the loop may go."""
+    assert all(r["stack"] <= 64 for r in reports)
+
+
+def test_shared_memory_suffices(reports):
+    assert all(r["shared_kib"] <= LARGEST_SHARED for r in reports)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dims", "300"], "between 1 and 256"),
+        (["--dtype", "int8"], "invalid choice"),
+        (["--json", "nowhere/report.json"], "does not exist"),
+        (["--json", __file__], "exists already"),
+    ],
+)
+def test_bad_options_are_one_line_and_status_2(options, message, capsys):
+    try:
+        status = compile_report.main(options)
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_interpreter_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert compile_report.main([]) == 2
+    assert "unset it" in capsys.readouterr().err
