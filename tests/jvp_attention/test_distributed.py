@@ -1,0 +1,28 @@
+"""Gradients through a JVP agree between one process and two, with DDP and FSDP2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "distributed_attention.py"
+OLD = torch.__version__ < (2, 13)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["ddp", pytest.param("fsdp", marks=pytest.mark.skipif(OLD, reason="FSDP2 with a JVP needs PyTorch 2.13"))],
+)
+def test_two_processes_have_the_gradients_of_one(kind, tmp_path):
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",  # on the CPU, with gloo, also where there is a GPU
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), kind, str(tmp_path / "store")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert run.stdout.startswith("equal"), run.stderr[-2000:]
