@@ -8,12 +8,13 @@ The JVP is inside the module's forward, the wrapper outside.
 import sys
 from pathlib import Path
 
-import jvp_attention
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+import jvp_attention
 
 WIDTH, HEADS, SAMPLES = 32, 2, 4
 

@@ -29,21 +29,22 @@ def row_sum_kernel(
     heads,
     N,
     D: tl.constexpr,
+    UNIT: tl.constexpr,  # of strides
     QUERIES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """The sums c and r [B H, N], o and do taken with what rounding took. Grid: tiles of queries x heads x batch."""
     start, b, h, head = place(N, heads, QUERIES)
-    value = load_rows(o, b, h, start, N, D, QUERIES, CHANNELS, False).to(tl.float32)
-    g_value = load_rows(go, b, h, start, N, D, QUERIES, CHANNELS, False).to(tl.float32)
+    value = load_rows(o, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
+    g_value = load_rows(go, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
     if o_low is not None:
-        value += load_rows(o_low, b, h, start, N, D, QUERIES, CHANNELS, False).to(tl.float32)
+        value += load_rows(o_low, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
     r_sums = row_sum(g_value * value)
     if gdo is not None:
-        tangent = load_rows(do, b, h, start, N, D, QUERIES, CHANNELS, False).to(tl.float32)
-        g_tangent = load_rows(gdo, b, h, start, N, D, QUERIES, CHANNELS, False).to(tl.float32)
+        tangent = load_rows(do, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
+        g_tangent = load_rows(gdo, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
         if o_low is not None:
-            tangent += load_rows(do_low, b, h, start, N, D, QUERIES, CHANNELS, False).to(tl.float32)
+            tangent += load_rows(do_low, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
         r_sums += row_sum(g_tangent * tangent)
         store_numbers(c, row_sum(g_tangent * value), head, start, N, QUERIES)
     store_numbers(r, r_sums, head, start, N, QUERIES)
@@ -71,9 +72,10 @@ def query_kernel(
     N,
     M,
     D: tl.constexpr,
+    UNIT: tl.constexpr,  # of strides
     CAUSAL: tl.constexpr,
     WHOLE_KEYS: tl.constexpr,  # M is a multiple of KEYS
-    PRECISION: tl.constexpr,  # of float32 products
+    PRECISION: tl.constexpr,  # of float32 products; in 16 bits there is one way
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -85,21 +87,21 @@ def query_kernel(
     start, b, h, head = place(N, heads, QUERIES)
     dtype = q[0].dtype.element_ty
     rows = start + tl.arange(0, QUERIES)
-    q_tile = load_rows(q, b, h, start, N, D, QUERIES, CHANNELS, False)
-    go_tile = load_rows(go, b, h, start, N, D, QUERIES, CHANNELS, False)
+    q_tile = load_rows(q, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
+    go_tile = load_rows(go, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
     lse_rows = load_numbers(lse, head, start, N, QUERIES)[:, None]
     r_rows = load_numbers(r, head, start, N, QUERIES)[:, None]
     sum_q = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)
     if dq is not None:
-        dq_tile = load_rows(dq, b, h, start, N, D, QUERIES, CHANNELS, False)
-        gdo_tile = load_rows(gdo, b, h, start, N, D, QUERIES, CHANNELS, False)
+        dq_tile = load_rows(dq, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
+        gdo_tile = load_rows(gdo, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
         mu_rows = load_numbers(mu, head, start, N, QUERIES)[:, None]
         c_rows = load_numbers(c, head, start, N, QUERIES)[:, None]
         sum_dq = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)
     end = tl.minimum(M, start + QUERIES) if CAUSAL else M
     for at in range(0, end, KEYS):
-        k_tile = load_rows(k, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
-        v_tile = load_rows(v, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
+        k_tile = load_rows(k, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+        v_tile = load_rows(v, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
         keys = at + tl.arange(0, KEYS)
         if CAUSAL:
@@ -109,8 +111,8 @@ def query_kernel(
         p = tl.exp2(s - lse_rows)
         a = tl.dot(go_tile, tl.trans(v_tile), input_precision=PRECISION)
         if dq is not None:
-            dk_tile = load_rows(dk, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
-            dv_tile = load_rows(dv, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
+            dk_tile = load_rows(dk, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+            dv_tile = load_rows(dv, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
             a = tl.dot(gdo_tile, tl.trans(dv_tile), a, input_precision=PRECISION)
             t = tl.dot(dq_tile, tl.trans(k_tile), input_precision=PRECISION)
             t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
@@ -121,9 +123,9 @@ def query_kernel(
         else:
             gs = p * (a - r_rows)
         sum_q = tl.dot(gs.to(dtype), k_tile, sum_q, input_precision=PRECISION)
-    store_rows(gq, sum_q * scale, b, h, start, N, D, QUERIES, CHANNELS)
+    store_rows(gq, sum_q * scale, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
     if dq is not None:
-        store_rows(gdq, sum_dq * scale, b, h, start, N, D, QUERIES, CHANNELS)
+        store_rows(gdq, sum_dq * scale, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
 
 
 @triton.heuristics({"WHOLE_QUERIES": lambda a: a["N"] % a["QUERIES"] == 0})
@@ -150,9 +152,10 @@ def key_kernel(
     N,
     M,
     D: tl.constexpr,
+    UNIT: tl.constexpr,  # of strides
     CAUSAL: tl.constexpr,
     WHOLE_QUERIES: tl.constexpr,  # N is a multiple of QUERIES
-    PRECISION: tl.constexpr,  # of float32 products
+    PRECISION: tl.constexpr,  # of float32 products; in 16 bits there is one way
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -169,14 +172,14 @@ def key_kernel(
     start, b, h, head = place(M, heads, KEYS)
     dtype = q[0].dtype.element_ty
     keys = start + tl.arange(0, KEYS)
-    k_tile = load_rows(k, b, h, start, M, D, KEYS, CHANNELS, False)
+    k_tile = load_rows(k, b, h, start, M, D, UNIT, KEYS, CHANNELS, False)
     if dq is not None:
-        dk_tile = load_rows(dk, b, h, start, M, D, KEYS, CHANNELS, False)
+        dk_tile = load_rows(dk, b, h, start, M, D, UNIT, KEYS, CHANNELS, False)
     if gk is not None:
-        v_tile = load_rows(v, b, h, start, M, D, KEYS, CHANNELS, False)
+        v_tile = load_rows(v, b, h, start, M, D, UNIT, KEYS, CHANNELS, False)
         sum_k = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
         if dq is not None:
-            dv_tile = load_rows(dv, b, h, start, M, D, KEYS, CHANNELS, False)
+            dv_tile = load_rows(dv, b, h, start, M, D, UNIT, KEYS, CHANNELS, False)
             sum_dk = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
     if gv is not None:
         sum_v = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
@@ -184,16 +187,16 @@ def key_kernel(
             sum_dv = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
     begin = start // QUERIES * QUERIES if CAUSAL else 0
     for at in range(begin, N, QUERIES):
-        q_tile = load_rows(q, b, h, at, N, D, QUERIES, CHANNELS, WHOLE_QUERIES)
-        go_tile = load_rows(go, b, h, at, N, D, QUERIES, CHANNELS, WHOLE_QUERIES)
+        q_tile = load_rows(q, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
+        go_tile = load_rows(go, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * LOG2_E)
         if CAUSAL:
             rows = at + tl.arange(0, QUERIES)
             s = tl.where(keys[:, None] <= rows[None, :], s, float("-inf"))
         p = tl.exp2(s - load_numbers(lse, head, at, N, QUERIES)[None, :])
         if dq is not None:
-            dq_tile = load_rows(dq, b, h, at, N, D, QUERIES, CHANNELS, WHOLE_QUERIES)
-            gdo_tile = load_rows(gdo, b, h, at, N, D, QUERIES, CHANNELS, WHOLE_QUERIES)
+            dq_tile = load_rows(dq, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
+            gdo_tile = load_rows(gdo, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
             t = tl.dot(k_tile, tl.trans(dq_tile), input_precision=PRECISION)
             t = tl.dot(dk_tile, tl.trans(q_tile), t, input_precision=PRECISION)
             u = t * scale - load_numbers(mu, head, at, N, QUERIES)[None, :]
@@ -215,10 +218,10 @@ def key_kernel(
                 sum_dk = tl.dot(gt.to(dtype), q_tile, sum_dk, input_precision=PRECISION)
             sum_k = tl.dot(gs.to(dtype), q_tile, sum_k, input_precision=PRECISION)
     if gk is not None:
-        store_rows(gk, sum_k * scale, b, h, start, M, D, KEYS, CHANNELS)
+        store_rows(gk, sum_k * scale, b, h, start, M, D, UNIT, KEYS, CHANNELS)
         if dq is not None:
-            store_rows(gdk, sum_dk * scale, b, h, start, M, D, KEYS, CHANNELS)
+            store_rows(gdk, sum_dk * scale, b, h, start, M, D, UNIT, KEYS, CHANNELS)
     if gv is not None:
-        store_rows(gv, sum_v, b, h, start, M, D, KEYS, CHANNELS)
+        store_rows(gv, sum_v, b, h, start, M, D, UNIT, KEYS, CHANNELS)
         if dq is not None:
-            store_rows(gdv, sum_dv, b, h, start, M, D, KEYS, CHANNELS)
+            store_rows(gdv, sum_dv, b, h, start, M, D, UNIT, KEYS, CHANNELS)

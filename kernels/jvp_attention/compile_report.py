@@ -58,7 +58,9 @@ def compile_call(call: Any, tiles: Tiles) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, arguments = call.kernel, call.arguments | tiles.sizes()
+    from jvp_attention import launch
+
+    kernel, arguments = call.kernel, launch.in_units(call.arguments) | tiles.sizes()
     if isinstance(kernel, triton.runtime.autotuner.Heuristics):
         arguments |= {name: rule(arguments) for name, rule in kernel.values.items()}
         kernel = kernel.fn

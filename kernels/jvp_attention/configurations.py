@@ -66,12 +66,11 @@ SIXTEEN_BIT: dict[str, dict[int, list[Tiles]]] = {
     "row_sum": {256: [Tiles(64, 64, 4, 1)]},
 }
 
-# float32 products run without matrix units, or on them with tf32; tiles are twice the memory
+# float32 takes twice the memory and three products for one
 FLOAT32: dict[str, dict[int, list[Tiles]]] = {
     name: {
-        64: [Tiles(32, 32, 4, 1), Tiles(64, 32, 4, 1)],
-        128: [Tiles(32, 32, 8, 1), Tiles(32, 32, 4, 1)],
-        256: [Tiles(16, 16, 8, 1), Tiles(16, 16, 4, 1)],
+        channels: [Tiles(16, size, 4, 1) if name.startswith("key") else Tiles(size, 16, 4, 1)]
+        for channels, size in ((64, 64), (128, 32), (256, 16))
     }
     for name in SIXTEEN_BIT
 }
@@ -90,9 +89,9 @@ def candidates(name: str, channels: int, itemsize: int) -> list[Tiles]:
     return table[min(c for c in table if c >= min(channels, max(table)))]
 
 
-def splits_keys(channels: int) -> bool:
+def splits_keys(channels: int, itemsize: int) -> bool:
     """Whether the dual backward's key side takes two launches: four sums of 128 channels do not fit the registers."""
-    return channels > max(SIXTEEN_BIT["key_dual"])
+    return channels * itemsize > 2 * max(SIXTEEN_BIT["key_dual"])
 
 
 def is_tuning() -> bool:

@@ -41,9 +41,10 @@ def forward_kernel(
     N,
     M,
     D: tl.constexpr,
+    UNIT: tl.constexpr,  # of strides
     CAUSAL: tl.constexpr,
     WHOLE_KEYS: tl.constexpr,  # M is a multiple of KEYS
-    PRECISION: tl.constexpr,  # of float32 products
+    PRECISION: tl.constexpr,  # of float32 products; in 16 bits there is one way
     QUERIES: tl.constexpr,  # per tile
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,  # D, or the next size that a tile may have
@@ -56,17 +57,17 @@ def forward_kernel(
     start, b, h, head = place(N, heads, QUERIES)
     dtype = q[0].dtype.element_ty
     rows = start + tl.arange(0, QUERIES)
-    q_tile = load_rows(q, b, h, start, N, D, QUERIES, CHANNELS, False)
+    q_tile = load_rows(q, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
     largest = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.full([QUERIES], 0.0, tl.float32)
     sum_pv = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)
     if dq is not None:
-        dq_tile = load_rows(dq, b, h, start, N, D, QUERIES, CHANNELS, False)
+        dq_tile = load_rows(dq, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
         sum_pt = tl.full([QUERIES], 0.0, tl.float32)
         sum_do = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)  # (P * T) v + P dv
     end = tl.minimum(M, start + QUERIES) if CAUSAL else M
     for at in range(0, end, KEYS):
-        k_tile = load_rows(k, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
+        k_tile = load_rows(k, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
         keys = at + tl.arange(0, KEYS)
         if CAUSAL:
@@ -74,7 +75,7 @@ def forward_kernel(
         if not WHOLE_KEYS:
             s = tl.where((keys < M)[None, :], s, float("-inf"))
         if dq is not None:
-            dk_tile = load_rows(dk, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
+            dk_tile = load_rows(dk, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
             t = tl.dot(dq_tile, tl.trans(k_tile), input_precision=PRECISION)
             t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
         before = largest
@@ -82,23 +83,23 @@ def forward_kernel(
         p = tl.exp2(s - largest[:, None])
         shrink = tl.exp2(before - largest)
         total = total * shrink + row_sum(p)
-        v_tile = load_rows(v, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
+        v_tile = load_rows(v, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
         if dq is not None:
             pt = (p * (t * scale)).to(dtype)
             sum_pt = sum_pt * shrink + row_sum(pt.to(tl.float32))  # as rounded, so that do cancels where it should
-            dv_tile = load_rows(dv, b, h, at, M, D, KEYS, CHANNELS, WHOLE_KEYS)
+            dv_tile = load_rows(dv, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
             sum_do = tl.dot(pt, v_tile, sum_do * shrink[:, None], input_precision=PRECISION)
             sum_do = tl.dot(p.to(dtype), dv_tile, sum_do, input_precision=PRECISION)
         sum_pv = tl.dot(p.to(dtype), v_tile, sum_pv * shrink[:, None], input_precision=PRECISION)
     value = sum_pv / total[:, None]
-    store_rows(o, value, b, h, start, N, D, QUERIES, CHANNELS)
+    store_rows(o, value, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
     store_numbers(lse, largest + tl.log2(total), head, start, N, QUERIES)
     if o_low is not None:
-        store_rows(o_low, value - value.to(dtype).to(tl.float32), b, h, start, N, D, QUERIES, CHANNELS)
+        store_rows(o_low, value - value.to(dtype).to(tl.float32), b, h, start, N, D, UNIT, QUERIES, CHANNELS)
     if dq is not None:
         mean = sum_pt / total
         tangent = sum_do / total[:, None] - mean[:, None] * value
-        store_rows(do, tangent, b, h, start, N, D, QUERIES, CHANNELS)
+        store_rows(do, tangent, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
         store_numbers(mu, mean, head, start, N, QUERIES)
         if o_low is not None:
-            store_rows(do_low, tangent - tangent.to(dtype).to(tl.float32), b, h, start, N, D, QUERIES, CHANNELS)
+            store_rows(do_low, tangent - tangent.to(dtype).to(tl.float32), b, h, start, N, D, UNIT, QUERIES, CHANNELS)

@@ -4,6 +4,7 @@ Every operation allocates its results and returns them with the calls that fill 
 be compiled for a GPU that is not there.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,18 @@ class Call(NamedTuple):
         """Run the kernel; its programs lie on one axis of the grid, the only one without a limit that matters."""
         sizes = {k: v for k, v in tiles.sizes().items() if k in self.kernel.arg_names}
         programs = triton.cdiv(self.rows, tiles.sizes()[self.tiled]) * self.heads
-        self.kernel[(programs,)](**self.arguments, **sizes, **tiles.options())
+        self.kernel[(programs,)](**in_units(self.arguments), **sizes, **tiles.options())
+
+
+def in_units(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with strides in units of the power of two, at most 8 channels, that divides them all.
+
+    triton asks of an integer only whether 16 divides it. Rows of 72 channels are as well aligned for loads of 16 bytes.
+    """
+    strides = [s for x in arguments.values() if isinstance(x, tuple) for s in x[1:]]
+    unit = math.gcd(8, *strides)
+    scaled = {k: (x[0], *(s // unit for s in x[1:])) for k, x in arguments.items() if isinstance(x, tuple)}
+    return arguments | scaled | {"UNIT": unit}
 
 
 def run(work: tuple[list[Call], list[Tensor]]) -> list[Tensor]:
@@ -106,7 +118,7 @@ def _attention_arguments(primals: Tensors, tangents: Tensors | None, scale: floa
         "M": k.shape[2],
         "D": q.shape[3],
         "CAUSAL": causal,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if tf32 else "tf32x3",
         "CHANNELS": channels_of_tile(q.shape[3]),
     }
 
@@ -158,7 +170,7 @@ def backward_calls(
     of_keys = common | {"gk": _rows(gk), "gdk": _rows(gdk), "gv": None, "gdv": None}
     of_values = common | {"gk": None, "gdk": None, "gv": _rows(gv), "gdv": _rows(gdv)}
     key_calls = [("key_dual" if dual else "key", of_keys | {"gv": _rows(gv), "gdv": _rows(gdv)})]
-    if dual and splits_keys(common["CHANNELS"]):
+    if dual and splits_keys(common["CHANNELS"], q.element_size()):
         key_calls = [("key_dual_k", of_keys), ("key_dual_v", of_values)]
     calls = [
         Call("row_sum", backward.row_sum_kernel, sums, "QUERIES", q.shape[2], heads),

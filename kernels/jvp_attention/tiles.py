@@ -1,7 +1,8 @@
 """What the kernels share: where a program works, how it reads and writes rows of a head, and row reductions.
 
-A tensor [B, H, rows, D] reaches a kernel as the tuple (pointer, stride of B, stride of H, stride of rows); channels lie
-side by side. Offsets are 64-bit. Rows beyond a tensor's end read as zeros.
+A tensor [B, H, rows, D] reaches a kernel as the tuple (pointer, stride of B, stride of H, stride of rows), strides in
+units of UNIT channels so that the compiler knows how they are aligned; channels lie side by side. Offsets are 64-bit.
+Rows beyond a tensor's end read as zeros.
 """
 
 import triton
@@ -35,16 +36,28 @@ def place(length, heads, SIZE: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(x, b, h, start, SIZE: tl.constexpr, CHANNELS: tl.constexpr):
+def row_pointers(x, b, h, start, UNIT: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr):
     """Pointers [SIZE, CHANNELS] to rows start, start + 1, ... of head (b, h) of x."""
     rows = (start + tl.arange(0, SIZE)).to(tl.int64)
-    return x[0] + b * x[1] + h * x[2] + rows[:, None] * x[3] + tl.arange(0, CHANNELS)[None, :]
+    first = (b * x[1] + h * x[2]) * UNIT
+    return x[0] + first + rows[:, None] * (x[3] * UNIT) + tl.arange(0, CHANNELS)[None, :]
 
 
 @triton.jit
-def load_rows(x, b, h, start, length, D: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr):
+def load_rows(
+    x,
+    b,
+    h,
+    start,
+    length,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """Rows start, start + 1, ... of head (b, h) of x [SIZE, CHANNELS]; WHOLE: all of them exist."""
-    pointers = row_pointers(x, b, h, start, SIZE, CHANNELS)
+    pointers = row_pointers(x, b, h, start, UNIT, SIZE, CHANNELS)
     if WHOLE and D == CHANNELS:
         tile = tl.load(pointers)
     else:
@@ -57,10 +70,21 @@ def load_rows(x, b, h, start, length, D: tl.constexpr, SIZE: tl.constexpr, CHANN
 
 
 @triton.jit
-def store_rows(x, value, b, h, start, length, D: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr):
+def store_rows(
+    x,
+    value,
+    b,
+    h,
+    start,
+    length,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Write value [SIZE, CHANNELS] to rows start, start + 1, ... of head (b, h) of x, in x's dtype."""
     exists = (start + tl.arange(0, SIZE) < length)[:, None] & (tl.arange(0, CHANNELS) < D)[None, :]
-    pointers = row_pointers(x, b, h, start, SIZE, CHANNELS)
+    pointers = row_pointers(x, b, h, start, UNIT, SIZE, CHANNELS)
     tl.store(pointers, value.to(x[0].dtype.element_ty), mask=exists)
 
 

@@ -67,6 +67,6 @@ def small_tiles(device: str, monkeypatch: pytest.MonkeyPatch):
 
     def choose(queries: int, keys: int, *, split: bool = False) -> None:
         monkeypatch.setattr(launch, "candidates", lambda *_: [Tiles(queries, keys, 4, 1)])
-        monkeypatch.setattr(launch, "splits_keys", lambda _: split)
+        monkeypatch.setattr(launch, "splits_keys", lambda *_: split)
 
     return choose
