@@ -1,9 +1,11 @@
 """Attention's inputs on poisoned memory, its float64 reference, and how far results may lie from it."""
 
+import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,11 @@ NAMES = ("o", "do", "gq", "gk", "gv", "gdq", "gdk", "gdv")
 ORDERS = ((0, 1, 2), (0, 2, 1), (2, 1, 0))  # of B, H and rows in memory
 GAP = 3  # elements of poison after every axis
 SENTINEL = 777.0
+
+
+def interpreter_works() -> bool:
+    """Whether Triton's interpreter can run a loop: that of triton 3.6 fails with numpy 2.4."""
+    return importlib.metadata.version("triton") >= "3.7" or np.lib.NumpyVersion(np.__version__) < "2.4.0"
 
 
 def on_poison(x: Tensor, order: Sequence[int] = (0, 1, 2), gap: int = GAP) -> Tensor:

@@ -63,7 +63,10 @@ SIXTEEN_BIT: dict[str, dict[int, list[Tiles]]] = {
         128: [Tiles(32, 128, 8, 2)],
         256: [Tiles(16, 64, 8, 2)],
     },
-    "row_sum": {256: [Tiles(64, 64, 4, 1)]},
+    "row_sum": {
+        128: [Tiles(64, 64, 4, 1)],
+        256: [Tiles(16, 16, 4, 1)],
+    },
 }
 
 # float32 takes twice the memory and three products for one

@@ -60,10 +60,12 @@ class Call(NamedTuple):
 def in_units(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments with strides in units of the power of two, at most 8 channels, that divides them all.
 
-    triton asks of an integer only whether 16 divides it. Rows of 72 channels are as well aligned for loads of 16 bytes.
+    triton asks of an integer only whether 16 divides it, and rows of 72 channels are as well aligned for loads of 16
+    bytes. Where 16 divides all strides the unit is 1.
     """
     strides = [s for x in arguments.values() if isinstance(x, tuple) for s in x[1:]]
-    unit = math.gcd(8, *strides)
+    unit = math.gcd(16, *strides)
+    unit = 1 if unit == 16 else unit
     scaled = {k: (x[0], *(s // unit for s in x[1:])) for k, x in arguments.items() if isinstance(x, tuple)}
     return arguments | scaled | {"UNIT": unit}
 
