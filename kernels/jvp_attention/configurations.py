@@ -35,7 +35,7 @@ SIXTEEN_BIT: dict[str, dict[int, list[Tiles]]] = {
     "forward_dual": {
         64: [Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)],
         128: [Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)],
-        256: [Tiles(64, 32, 8, 1), Tiles(64, 16, 8, 2)],
+        256: [Tiles(64, 16, 8, 2), Tiles(64, 32, 8, 1)],
     },
     "query": {
         64: [Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3)],

@@ -6,6 +6,7 @@ folder alone, and nothing here imports jvp_attention.launch before.
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,13 @@ from attention_cases import GuardedOutputs, interpreter_works
 
 pytest.importorskip("triton", reason="the kernels need triton")
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if ON_GPU and item.path.parent == Path(__file__).parent and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture
