@@ -125,10 +125,13 @@ def test_the_rounding_residue_is_what_makes_row_sums_exact(device, monkeypatch):
 
 
 def far_apart(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """X [1, 2, rows, D] in float16 where heads (axis 1) or rows (axis 2) lie 2**31 elements apart."""
+    """X [1, heads, rows, D] in float16 where heads (axis 1) or rows (axis 2) lie 2**30 elements apart.
+
+    The stride fits 32 bits, twice the stride does not.
+    """
     shape, strides = list(x.shape), [0, 0, x.shape[3], 1]
     strides[1] = x.shape[2] * x.shape[3]
-    strides[axis] = 2**31 + 8
+    strides[axis] = 2**30 + 8
     size = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
     far = torch.empty(size, dtype=x.dtype, device=x.device).as_strided(shape, strides)
     return far.copy_(x)
@@ -142,7 +145,7 @@ def test_offsets_beyond_32_bits(device, small_tiles, monkeypatch, axis):
 
         monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
     small_tiles(16, 16)
-    near = Case((1, 2, 2, 2, 16), torch.float16, device=device).tensors
+    near = Case((1, 3, 3, 3, 16), torch.float16, device=device).tensors
     far = [far_apart(x, axis) if i in (Q, DK) else x for i, x in enumerate(near)]
     results = []
     for *inputs, go, gdo in (near, far):
