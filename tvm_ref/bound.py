@@ -29,6 +29,7 @@ from tvm_ref.toy import bound_training, taming
 from tvm_ref.toy.bound_plots import LABELS, plot_bound, plot_training
 from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, flag
 from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.plots import save_figure
 from tvm_ref.toy.run import distribution_of, load_run, read_config
 from tvm_ref.wasserstein_bound import STEPS, TERMS, Bound, measure
 
@@ -130,7 +131,7 @@ def measure_run(folder: Path, t: float, points: int, steps: int) -> Bound:
     report = summary(bound) | {"points": points, "grid": steps}
     report["w2_data"], report["w2_floor"] = against_data(bound, distribution)
     write_atomically(folder / "bound.json", dumps(report))
-    plot_bound(folder / "bound.png", bound, config.name)
+    save_figure(plot_bound(bound, config.name), folder / "bound.png")
     print(table(bound, report))
     print(f"bound.json and bound.png: {folder}")
     return bound
@@ -220,7 +221,7 @@ def measure_training(config: ToyConfig, out: Path, t: float, points: int, steps:
     known = {name: value if value == value else None for name, value in correlations.items()}
     report = {"t": t, "points": points, "grid": steps, "records": records, "rank_correlation_with_w2": known}
     write_atomically(out / "training.json", dumps(report))
-    plot_training(out / "training.png", records, correlations, config.name)
+    save_figure(plot_training(records, correlations, config.name), out / "training.png")
     print(bound_training.table(records, correlations))
     print(f"training.json and training.png: {out}")
     return [f"step {r['step']}: {link}" for r in records for link in r["violations"]]

@@ -239,7 +239,7 @@ def test_a_disk_that_fails_while_drawing_ends_with_one_line_and_keeps_the_checkp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plots, "plot_map", full)
+    monkeypatch.setattr(plots, "save_figure", full)
     assert run(tmp_path) == 1
     assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 60

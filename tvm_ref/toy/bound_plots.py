@@ -1,12 +1,12 @@
 """Pictures of the bound: its terms over time, the chain as bars, and the chain over training."""
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from tvm_ref.bound_paths import displacement_error, flow_matching_residual, terminal_velocity_residual
-from tvm_ref.toy.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, make_figure, save_figure
+from tvm_ref.toy.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, make_figure
 from tvm_ref.wasserstein_bound import TERMS, Bound, one_sided_rate, two_sided_rate
 
 LABELS = {
@@ -22,7 +22,7 @@ LABELS = {
 COLOURS = dict(zip(TERMS, ("#000000", BLUE, SKY, RED, GREEN, ORANGE, PINK, GREY), strict=True))
 
 
-def plot_bound(path: Path, bound: Bound, title: str) -> None:
+def plot_bound(bound: Bound, title: str) -> Figure:
     """Residuals and errors over s, growth rates over s, and the chain as bars on a logarithmic axis."""
     figure, (left, middle, right) = make_figure(3, 5.2, plane=False)
     figure.suptitle(f"{title}: the 2-Wasserstein bound, t = {bound.t:g}", fontsize=16)
@@ -37,7 +37,7 @@ def plot_bound(path: Path, bound: Bound, title: str) -> None:
     right.set(xscale="log", xlim=(min(positive) / 3, max(positive) * (max(positive) / min(positive)) ** 0.25 * 3))
     right.set_yticks(range(len(names)), [LABELS[name] for name in names], fontsize=11)
     right.set_title("the chain, as distances")
-    save_figure(figure, path)
+    return figure
 
 
 def _residuals(ax: Axes, bound: Bound) -> None:
@@ -71,7 +71,7 @@ def _rates(ax: Axes, bound: Bound) -> None:
     ax.legend(fontsize=11, loc="upper right")
 
 
-def plot_training(path: Path, records: list[dict[str, Any]], correlations: dict[str, float], title: str) -> None:
+def plot_training(records: list[dict[str, Any]], correlations: dict[str, float], title: str) -> Figure:
     """W2, displacement and bounds over training; the loss over training, with the rank correlations."""
     figure, (left, right) = make_figure(2, 5.2, plane=False)
     figure.set_size_inches(13, 5.2)
@@ -94,4 +94,4 @@ def plot_training(path: Path, records: list[dict[str, Any]], correlations: dict[
         ax.grid(alpha=0.3)
     left.legend(fontsize=10, loc="upper left")
     right.legend(fontsize=10, loc="lower right")
-    save_figure(figure, path)
+    return figure

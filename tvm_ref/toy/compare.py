@@ -20,6 +20,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from matplotlib.figure import Figure
 
 from tvm_ref.command_line import write_atomically
 from tvm_ref.toy import plots
@@ -82,7 +83,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 @matplotlib.rc_context(plots.STYLE)
-def plot(path: Path, report: dict[str, Any]) -> None:
+def plot(report: dict[str, Any]) -> Figure:
     """Error against NFE: median and range over seeds."""
     figure, (ax,) = plots.make_figure(1, plane=False)
     figure.set_size_inches(8, 5)
@@ -99,7 +100,7 @@ def plot(path: Path, report: dict[str, Any]) -> None:
     ax.grid(alpha=0.3)
     ax.set_title(f"{report['dist']}: {report['seconds']:g} s of training each, seeds: {report['seeds']}")
     ax.legend(fontsize=11)
-    plots.save_figure(figure, path)
+    return figure
 
 
 def compare(
@@ -195,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; runs that were finished are in {out}")
         return 130
-    plot(out / "error.png", report)
+    plots.save_figure(plot(report), out / "error.png")
     print(f"paired RMSE to the exact flow map: median over {own['seeds']} seeds (range)\n{table(report)}\n{out}")
     return 0
 

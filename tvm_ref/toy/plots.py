@@ -1,4 +1,4 @@
-"""The pictures of a run: samples, trajectories, the one-step map as a deformed grid, losses."""
+"""The pictures of a run, as figures: samples, trajectories, the one-step map as a deformed grid, losses."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,13 +59,12 @@ def _ones(x: Tensor, value: float = 1.0) -> Tensor:
 
 @matplotlib.rc_context(STYLE)
 def plot_samples(
-    path: Path,
     distribution: GaussianMixture,
     jump: Jump,
     reference: Reference,
     nfes: Sequence[int] = (1, 2, 4),
     points: int = 4000,
-) -> None:
+) -> Figure:
     """Data beside samples of the model, classes in colour; with guidance, the exact guided flow in place of data."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(points, distribution.dim, generator=generator)
@@ -84,13 +83,13 @@ def plot_samples(
         c = BLUE if condition is None else np.array(colours)[condition.label % len(colours)]
         scatter(ax, x, s=4, c=c, alpha=0.5, linewidths=0, rasterized=True)
         ax.set_title(title)
-    save_figure(figure, path)
+    return figure
 
 
 @matplotlib.rc_context(STYLE)
 def plot_trajectories(
-    path: Path, distribution: GaussianMixture, jump: Jump, reference: Reference, *, one_jump: bool = True
-) -> None:
+    distribution: GaussianMixture, jump: Jump, reference: Reference, *, one_jump: bool = True
+) -> Figure:
     """Paths from noise to data: the exact flow, and the model's jumps from t = 1 to every s.
 
     Without `one_jump` (a model that knows only its velocity) the model's path is a chain of 64 small steps.
@@ -117,11 +116,11 @@ def plot_trajectories(
         scatter(ax, states[-1], s=18, c=ORANGE, zorder=3, label="end (t = 0)")
         ax.set_title(title)
     axes[0].legend(loc="upper left", fontsize=11)
-    save_figure(figure, path)
+    return figure
 
 
 @matplotlib.rc_context(STYLE)
-def plot_map(path: Path, distribution: GaussianMixture, jump: Jump, reference: Reference, nfe: int = 1) -> None:
+def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference, nfe: int = 1) -> Figure:
     """A polar grid on the noise, and where the exact flow map and the model carry it."""
     radii, lines = [0.5, 1.0, 1.5, 2.0, 2.5], 24
     angle = torch.linspace(0, 2 * torch.pi, 361)
@@ -151,11 +150,11 @@ def plot_map(path: Path, distribution: GaussianMixture, jump: Jump, reference: R
         for piece in pieces[lines:]:
             ax.plot(*piece.T.numpy(), color="black", lw=0.8, alpha=0.7)
         ax.set_title(title)
-    save_figure(figure, path)
+    return figure
 
 
 @matplotlib.rc_context(STYLE)
-def plot_losses(path: Path, log: Sequence[dict[str, float]], minimum: float) -> None:
+def plot_losses(log: Sequence[dict[str, float]], minimum: float) -> Figure:
     """The terms of the objective over the steps, as the lines of train.jsonl have them.
 
     `minimum` is the flow-matching loss of the exact velocity, below which none falls in expectation.
@@ -175,4 +174,4 @@ def plot_losses(path: Path, log: Sequence[dict[str, float]], minimum: float) -> 
         else:
             ax.axhline(minimum, color=ORANGE, ls="--", label="loss of the exact velocity")
             ax.legend()
-    save_figure(figure, path)
+    return figure

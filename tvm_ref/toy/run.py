@@ -181,12 +181,15 @@ class Run:
             self.distribution, guidance=config.guidance if config.conditional else None, points=points
         )
         nfe = {n: evaluate(jump, reference, n) for n in NFES}
-        plots.plot_samples(self.path("samples.png"), self.distribution, jump, reference)
-        plots.plot_trajectories(
-            self.path("trajectories.png"), self.distribution, jump, reference, one_jump=config.objective != "fm"
-        )
-        plots.plot_map(self.path("map.png"), self.distribution, jump, reference)
-        plots.plot_losses(self.path("losses.png"), self.log, self.least_flow_matching_loss())
+        one_jump = config.objective != "fm"
+        figures = {
+            "samples.png": plots.plot_samples(self.distribution, jump, reference),
+            "trajectories.png": plots.plot_trajectories(self.distribution, jump, reference, one_jump=one_jump),
+            "map.png": plots.plot_map(self.distribution, jump, reference),
+            "losses.png": plots.plot_losses(self.log, self.least_flow_matching_loss()),
+        }
+        for name, figure in figures.items():
+            plots.save_figure(figure, self.path(name))
         metrics = {
             "nfe": {str(n): figures for n, figures in nfe.items()},
             "seconds": {
