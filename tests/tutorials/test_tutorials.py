@@ -1,0 +1,140 @@
+"""The notebooks run from top to bottom, their exercises' solutions too, and show a reader no error and no warning."""
+
+import ast
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+SECONDS = 60  # on two idle cores; a slow or busy machine gets more before a cell is given up
+PACKAGES = ("tvm_ref", "kernels", "imagenet")
+FOLDED = re.compile(r"<details><summary>Solution</summary>\n\n(.*?)\n</details>", re.DOTALL)
+BY_HAND = {"02": {"tvm_loss"}}  # what a notebook writes out beside the package's own, to show that they are equal
+CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def solutions(notebook: NotebookNode) -> list[str]:
+    return [text for cell in notebook.cells if cell.cell_type == "markdown" for text in FOLDED.findall(cell.source)]
+
+
+def with_solutions(notebook: NotebookNode) -> NotebookNode:
+    """The notebook with the code of every folded solution as a cell after it."""
+    cells = []
+    for cell in notebook.cells:
+        cells.append(cell)
+        if cell.cell_type == "markdown":
+            blocks = [code for text in FOLDED.findall(cell.source) for code in CODE.findall(text)]
+            cells += [nbformat.v4.new_code_cell(code, id=f"{cell.id}-solution-{i}") for i, code in enumerate(blocks)]
+    notebook.cells = cells
+    return notebook
+
+
+def environment() -> dict[str, str]:
+    """The fast switch, and the packages importable from any folder."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"TVM_FAST": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def complaints(notebook: NotebookNode) -> list[str]:
+    """What a reader would see and should not: anything on stderr, and results that are not a number."""
+    found = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            text = output.get("text", "") or output.get("data", {}).get("text/plain", "")
+            if output.get("name") == "stderr" or re.search(r"Warning|Traceback|\bnan\b", text):
+                found.append(f"{cell.id}: {text}")
+    return found
+
+
+def test_there_are_seven():
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07"]
+
+
+@each
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the Jupyter client; the kernel has filters of its own
+def test_it_runs_and_a_reader_sees_no_warning(path):
+    notebook = with_solutions(read(path))
+    client = NotebookClient(notebook, timeout=10 * SECONDS, resources={"metadata": {"path": path.parent}})
+    client.execute(env=environment())
+    assert complaints(notebook) == []
+    figures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(figures) >= 2
+
+
+def test_a_warning_is_noticed(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import warnings\nwarnings.warn('look')")])
+    NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}, kernel_name="python3").execute()
+    assert len(complaints(notebook)) == 1
+
+
+@each
+def test_it_is_stored_as_it_should_be(path):
+    notebook = read(path)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(notebook.cells) <= 25
+    assert path.stat().st_size <= 60_000
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    assert notebook.metadata.kernelspec.name == "python3"
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    assert 'FAST = bool(os.environ.get("TVM_FAST"))' in code[0].source
+    assert sum("gallery" in cell.metadata.get("tags", []) for cell in code) == 1
+
+
+@each
+def test_it_asks_answers_and_sends_on(path):
+    notebook = read(path)
+    first, last = notebook.cells[0], notebook.cells[-1]
+    assert re.search(r"\*\*The question: .*?\?\*\*", first.source, re.DOTALL)
+    assert len(solutions(notebook)) == 3
+    assert all(CODE.findall(text) for text in solutions(notebook))
+    assert last.source.startswith("## What we left out, and where to read it")
+    assert "arxiv.org" in last.source
+    prose = sum(len(cell.source) for cell in notebook.cells if cell.cell_type == "markdown")
+    assert prose > sum(len(cell.source) for cell in notebook.cells if cell.cell_type == "code")
+
+
+@each
+def test_links_lead_somewhere(path):
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (path.parent / target).is_file(), target
+    for named in re.findall(r"`((?:tvm_ref|kernels|imagenet|tests|tutorials)/[\w./]+)`", text):
+        assert (ROOT / named).exists(), named
+    assert "/home/" not in path.read_text()
+    assert "/work/" not in path.read_text()
+
+
+def defined(source: str) -> set[str]:
+    """Names of functions and classes at the top level."""
+    lines = (line for line in source.splitlines() if not line.startswith("%"))
+    tree = ast.parse("\n".join(lines))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+@each
+def test_it_defines_nothing_that_the_packages_own(path):
+    if path.stem.startswith("01"):
+        pytest.skip("stands alone")
+    owned = set().union(
+        *(
+            defined(module.read_text())
+            for package in PACKAGES
+            for module in (ROOT / package).rglob("*.py")
+            if module.name != "train.py"
+        )
+    )
+    cells = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+    assert {name for source in cells for name in defined(source)} & owned <= BY_HAND.get(path.stem[:2], set())
