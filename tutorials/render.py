@@ -1,0 +1,103 @@
+"""Execute the notebooks in full and write them as pages for a browser, with outputs and figures.
+
+python tutorials/render.py runs/tutorials               all of them, and an index.html
+python tutorials/render.py runs/tutorials 02 04         some
+python tutorials/render.py runs/tutorials --pictures    also renew tutorials/pictures/, a figure of each
+
+Pages hold all that they show but the script that sets formulas, MathJax, which a browser fetches.
+"""
+
+import argparse
+import base64
+import io
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+GALLERY = "gallery"  # the tag of the cell whose figure goes into pictures/
+WIDTH, COLOURS = 1000, 128  # of those pictures, so that each stays under 100 KB
+
+
+def environment() -> dict[str, str]:
+    """The packages of this checkout importable from any folder, and no fast switch."""
+    paths = [str(HERE.parent), str(HERE.parent / "kernels"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    env.pop("TVM_FAST", None)
+    return env
+
+
+def execute(path: Path) -> Any:
+    """The notebook with its outputs.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell that fails.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": HERE}}).execute(env=environment())
+    return notebook
+
+
+def figure(notebook: Any) -> bytes:
+    """The gallery's figure as PNG, at most WIDTH pixels wide and COLOURS colours."""
+    from PIL import Image
+
+    (cell,) = (cell for cell in notebook.cells if GALLERY in cell.metadata.get("tags", []))
+    (png,) = (o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {}))
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    image.thumbnail((WIDTH, WIDTH))
+    small = io.BytesIO()
+    image.quantize(COLOURS).save(small, "PNG", optimize=True)
+    return small.getvalue()
+
+
+def write_index(out: Path) -> None:
+    """A page that leads to those in the folder."""
+    pages = sorted(page.stem for page in out.glob("0*.html"))
+    items = "\n".join(f'<li><a href="{page}.html">{page[3:].replace("_", " ")}</a></li>' for page in pages)
+    (out / "index.html").write_text(f"<!doctype html><title>Tutorials</title><h1>Tutorials</h1><ol>{items}</ol>\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder to write pages into; pages of that name are replaced")
+    parser.add_argument("only", nargs="*", help="numbers of notebooks (default: all)")
+    parser.add_argument("--pictures", action="store_true", help="also renew tutorials/pictures/")
+    options = parser.parse_args(argv)
+    paths = [p for p in sorted(HERE.glob("*.ipynb")) if not options.only or p.stem[:2] in options.only]
+    if not paths:
+        parser.error(f"no such notebook: {' '.join(options.only)}")
+    try:
+        from nbclient.exceptions import CellExecutionError
+        from nbconvert import HTMLExporter
+    except ImportError:
+        parser.error("this needs the package's extra 'tutorials': pip install -e '.[tutorials]'")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        begun, before = time.perf_counter(), os.times()
+        try:
+            notebook = execute(path)
+        except CellExecutionError as error:
+            print(f"{path.name} failed:\n{error}", file=sys.stderr)
+            return 1
+        page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+        page = page.replace('.ipynb"', '.html"')
+        (options.out / f"{path.stem}.html").write_text(page)
+        if options.pictures:
+            (HERE / "pictures" / f"{path.stem}.png").write_bytes(figure(notebook))
+        after = os.times()
+        cpu = after.children_user + after.children_system - before.children_user - before.children_system
+        print(f"{path.stem}: {time.perf_counter() - begun:.0f} s, {cpu:.0f} s of one core", flush=True)
+        write_index(options.out)
+    print(f"open {options.out / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
