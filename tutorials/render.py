@@ -16,9 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tvm_ref.command_line import OneLineParser
+
 HERE = Path(__file__).resolve().parent
 GALLERY = "gallery"  # the tag of the cell whose figure goes into pictures/
-WIDTH, COLOURS = 1000, 128  # of those pictures, so that each stays under 100 KB
+WIDTH, COLOURS = 1000, 256  # of those pictures, so that each stays under 100 KB
 
 
 def environment() -> dict[str, str]:
@@ -39,7 +41,14 @@ def execute(path: Path) -> Any:
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": HERE}}).execute(env=environment())
+    client = NotebookClient(
+        notebook,
+        timeout=3600,
+        resources={"metadata": {"path": HERE}},
+        coalesce_streams=True,  # of a progress bar, only its end
+        extra_arguments=["--log-level=ERROR"],
+    )
+    client.execute(env=environment())
     return notebook
 
 
@@ -52,7 +61,7 @@ def figure(notebook: Any) -> bytes:
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     image.thumbnail((WIDTH, WIDTH))
     small = io.BytesIO()
-    image.quantize(COLOURS).save(small, "PNG", optimize=True)
+    image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(small, "PNG", optimize=True)
     return small.getvalue()
 
 
@@ -65,7 +74,9 @@ def write_index(out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        "render.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("out", type=Path, help="folder to write pages into; pages of that name are replaced")
     parser.add_argument("only", nargs="*", help="numbers of notebooks (default: all)")
     parser.add_argument("--pictures", action="store_true", help="also renew tutorials/pictures/")

@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom, their exercises' solutions too, and show a reader no error and no warning."""
 
 import ast
+import importlib
 import os
 import re
 from pathlib import Path
@@ -53,7 +54,7 @@ def complaints(notebook: NotebookNode) -> list[str]:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             text = output.get("text", "") or output.get("data", {}).get("text/plain", "")
-            if output.get("name") == "stderr" or re.search(r"Warning|Traceback|\bnan\b", text):
+            if output.get("name") == "stderr" or re.search(r"Warning|Traceback|\bnan\b| at 0x", text):
                 found.append(f"{cell.id}: {text}")
     return found
 
@@ -115,6 +116,15 @@ def test_links_lead_somewhere(path):
         assert (ROOT / named).exists(), named
     assert "/home/" not in path.read_text()
     assert "/work/" not in path.read_text()
+
+
+def test_commands_are_understood():
+    """Every command on imagenet/ that a notebook shows has options that exist."""
+    text = "\n".join(cell.source for path in NOTEBOOKS for cell in read(path).cells if cell.cell_type == "markdown")
+    commands = re.findall(r"^(?:python|torchrun)[^#\n]*? imagenet/(\w+)\.py ([^#\n]*)", text, re.MULTILINE)
+    assert len(commands) >= 6
+    for module, options in commands:
+        importlib.import_module(module).parser().parse_args(options.split())
 
 
 def defined(source: str) -> set[str]:
