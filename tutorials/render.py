@@ -1,8 +1,8 @@
 """Execute the notebooks in full and write them as pages for a browser, with outputs and figures.
 
-python tutorials/render.py runs/tutorials               all of them, and an index.html
-python tutorials/render.py runs/tutorials 02 04         some
-python tutorials/render.py runs/tutorials --pictures    also renew tutorials/pictures/, a figure of each
+    python tutorials/render.py runs/tutorials               all of them, and an index.html
+    python tutorials/render.py runs/tutorials --only 02 04  some
+    python tutorials/render.py runs/tutorials --pictures    also renew tutorials/pictures/, a figure of each
 
 Pages hold all that they show but the script that sets formulas, MathJax, which a browser fetches.
 """
@@ -20,7 +20,7 @@ from tvm_ref.command_line import OneLineParser
 
 HERE = Path(__file__).resolve().parent
 GALLERY = "gallery"  # the tag of the cell whose figure goes into pictures/
-WIDTH, COLOURS = 1000, 256  # of those pictures, so that each stays under 100 KB
+WIDTH, BYTES = 1000, 100_000  # of those pictures, at most
 
 
 def environment() -> dict[str, str]:
@@ -53,15 +53,18 @@ def execute(path: Path) -> Any:
 
 
 def figure(notebook: Any) -> bytes:
-    """The gallery's figure as PNG, at most WIDTH pixels wide and COLOURS colours."""
+    """The gallery's figure as PNG, at most WIDTH pixels wide, in as many colours as BYTES allow."""
     from PIL import Image
 
     (cell,) = (cell for cell in notebook.cells if GALLERY in cell.metadata.get("tags", []))
     (png,) = (o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {}))
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     image.thumbnail((WIDTH, WIDTH))
-    small = io.BytesIO()
-    image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(small, "PNG", optimize=True)
+    for colours in (256, 64, 16, 4):
+        small = io.BytesIO()
+        image.quantize(colours, Image.Quantize.MAXCOVERAGE).save(small, "PNG", optimize=True)
+        if small.tell() < BYTES:
+            break
     return small.getvalue()
 
 
@@ -78,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         "render.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("out", type=Path, help="folder to write pages into; pages of that name are replaced")
-    parser.add_argument("only", nargs="*", help="numbers of notebooks (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="NUMBER", help="of notebooks, 01 to 07 (default: all)")
     parser.add_argument("--pictures", action="store_true", help="also renew tutorials/pictures/")
     options = parser.parse_args(argv)
     paths = [p for p in sorted(HERE.glob("*.ipynb")) if not options.only or p.stem[:2] in options.only]

@@ -41,7 +41,7 @@ def test_pages_hold_results_and_figures_and_lead_to_each_other(render, tmp_path)
 def test_only_the_notebooks_asked_for_are_rendered(render, tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(render, "execute", lambda path: done.append(path.name) or nbformat.read(path, 4))
-    assert render.main([str(tmp_path / "pages"), "02"]) == 0
+    assert render.main([str(tmp_path / "pages"), "--only", "02"]) == 0
     assert done == ["02_two.ipynb"]
     assert not (tmp_path / "pictures" / "02_two.png").exists()
 
@@ -50,7 +50,7 @@ def test_only_the_notebooks_asked_for_are_rendered(render, tmp_path, monkeypatch
 def test_a_notebook_that_fails_is_named(render, tmp_path, capsys):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
     nbformat.write(notebook, tmp_path / "01_one.ipynb")
-    assert render.main([str(tmp_path / "pages"), "01"]) == 1
+    assert render.main([str(tmp_path / "pages"), "--only", "01"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("01_one.ipynb failed")
     assert "ZeroDivisionError" in error
@@ -58,7 +58,7 @@ def test_a_notebook_that_fails_is_named(render, tmp_path, capsys):
 
 def test_an_unknown_notebook_is_an_error_in_one_line(render, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
-        render.main([str(tmp_path / "pages"), "09"])
+        render.main([str(tmp_path / "pages"), "--only", "09"])
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("render.py: error: no such notebook: 09")
