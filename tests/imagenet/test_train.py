@@ -432,3 +432,54 @@ def test_reading_ahead_gives_the_same_batches():
         assert torch.equal(a.x1, b.x1)
         assert torch.equal(a.x0, b.x0)
         assert torch.equal(a.condition.label, b.condition.label)
+
+
+@pytest.mark.parametrize("objective", ["fm", "meanflow", "pid"])
+def test_the_neighbours_train_too(tmp_path, objective):
+    options = (
+        ["--objective", objective, "--equal-share", "0.5"] if objective == "meanflow" else ["--objective", objective]
+    )
+    assert command(tmp_path / "run", "--steps", 4, "--log-every", 4, *options) == 0
+    _, flow_map, flow_matching, *_ = losses(tmp_path / "run")[0]
+    assert (flow_map == 0) == (objective == "fm")
+    assert (flow_matching == 0) == (objective == "meanflow")
+
+
+def test_fsdp_saves_samples_and_goes_on_as_one_plain_process(tmp_path, whole):
+    folder = tmp_path / "run"
+    options = ["--steps", 120, "--parallel", "fsdp", "--sample-every", 20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "note", _stopping_at(Run.note, 50))
+        assert command(folder, *options) == 130
+    assert len(list((folder / "samples").iterdir())) == 2
+    assert command(folder, "--steps", 120, "--resume", "--parallel", "ddp") == 0
+    for a, b in zip(losses(folder), losses(whole[0]), strict=True):
+        assert a[:3] == pytest.approx(b[:3], rel=1e-5)
+
+
+def test_tensorboard_is_optional(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert command(tmp_path / "run", "--steps", 2) == 0
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_cifar10_as_torchvision_stores_it(monkeypatch, tmp_path):
+    """torchvision gives images as [N, H, W, 3] bytes; training sees [3, H, W] in [-1, 1]."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    pictures = torch.arange(2 * 32 * 32 * 3).view(2, 32, 32, 3).remainder(256).byte()
+
+    class Stored:
+        def __init__(self, root, train, download):
+            assert (root, train, download) == (str(tmp_path), True, False)
+            self.data, self.targets = pictures.numpy(), [3, 9]
+
+    monkeypatch.setattr(datasets, "CIFAR10", Stored)
+    data = load_data(PRESETS["cifar10"], tmp_path)
+    assert data.shape == (3, 32, 32)
+    x, labels = data.batch([1, 0], 0)
+    assert labels.tolist() == [9, 3]
+    assert float(x.min()) == -1
+    assert float(x.max()) == 1
+    upright = pictures.permute(0, 3, 1, 2)[[1, 0]].float() / 127.5 - 1
+    for a, b in zip(x, upright, strict=True):
+        assert torch.equal(a, b) or torch.equal(a, b.flip(-1))
