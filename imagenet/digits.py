@@ -11,10 +11,14 @@ Judged are as many samples as there are held-out images, of the same labels, eac
 `python imagenet/digits.py --seeds 3` trains the preset with three seeds, and judges the runs and their controls.
 """
 
+import contextlib
 import functools
 import json
+import multiprocessing
+import os
 import statistics
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +27,7 @@ import torch
 from metrics import Gaussian, frechet_distance, gaussian_statistics, precision_recall
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from tvm_ref.command_line import OneLineParser, require_at_least
 
@@ -126,13 +131,15 @@ def _row(name: str, figures: dict[str, float]) -> str:
     return f"{name:<30} {cells}  {'passes' if accepted(figures) else 'fails'}"
 
 
-def _train(folder: Path, *options: str) -> dict[str, dict[str, float]]:
-    """Figures by number of steps of a run of the preset."""
+def _train(folder: Path, options: list[str]) -> dict[str, dict[str, float]]:
+    """Figures by number of steps of a run of the preset, whose progress stays unseen."""
     import train
 
-    status = train.main(["digits", "--out", str(folder), *options])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with open(os.devnull, "w") as unseen, contextlib.redirect_stdout(unseen):
+        status = train.main(["digits", "--out", str(folder), *options])
     if status:
-        sys.exit(status)
+        raise RuntimeError(f"the run in {folder} ended with status {status}")
     figures: dict[str, dict[str, float]] = json.loads((folder / "metrics.json").read_text())["nfe"]
     return figures
 
@@ -141,19 +148,24 @@ def main(argv: list[str] | None = None) -> int:
     """Train, judge, print the table; returns 0 if every seed passes and every control fails, else 1."""
     p = OneLineParser("digits.py", description="Train the preset digits with several seeds; judge it and its controls.")
     p.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     p.add_argument("--out", type=Path, default=Path("runs/imagenet/digits-seeds"), help="folder of the runs")
     p.add_argument("--steps", type=int, help="training steps (default: the preset's)")
     arguments = p.parse_args(argv)
     try:
-        require_at_least(1, seeds=arguments.seeds)
+        require_at_least(1, seeds=arguments.seeds, jobs=arguments.jobs)
         if arguments.out.exists():
             raise ValueError(f"{arguments.out} exists already; choose another --out")
         judges = Judges()
     except ValueError as error:
         p.error(str(error))
-    options = ["--steps", str(arguments.steps)] if arguments.steps is not None else []
-    runs = [_train(arguments.out / f"seed{k}", "--seed", str(k), *options) for k in range(arguments.seeds)]
-    plain = _train(arguments.out / "fm", "--objective", "fm", *options)
+    steps = ["--steps", str(arguments.steps)] if arguments.steps is not None else []
+    trainings = {f"seed{k}": ["--seed", str(k), *steps] for k in range(arguments.seeds)}
+    trainings["fm"] = ["--objective", "fm", *steps]
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(_train, arguments.out / name, options): name for name, options in trainings.items()}
+        done = {futures[f]: f.result() for f in tqdm(as_completed(futures), "trainings", len(futures), unit="run")}
+    plain, runs = done["fm"], [done[f"seed{k}"] for k in range(arguments.seeds)]
     medians = {nfe: {key: statistics.median(run[nfe][key] for run in runs) for key in ACCEPTED} for nfe in ("1", "4")}
     controls = {"class means": judges.judge(class_means(judges.labels)), "flow matching, 1 step": plain["1"]}
     print(f"{'':<30} " + "  ".join(f"{key:>8}" for key in ACCEPTED))

@@ -11,6 +11,7 @@ With one process, `python` serves as well as `torchrun`.
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ from training import TERMS, Training
 
 from tvm_ref.command_line import Interruption, OneLineParser, add_options, option, require_at_least
 
-THREADS = 4  # on a CPU; more do not help networks this small
+THREADS = 1  # on a CPU, unless OMP_NUM_THREADS says more, which helps digits little and hurts much on busy cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +181,8 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
 def _main(
     command: OneLineParser, preset: str, given: dict[str, Any], options: Options, world: World, started: float
 ) -> int:
-    if world.device.type == "cpu":
-        torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(THREADS)
     try:
         run = begin(preset, given, options, world)
     except (ValueError, OSError, MemoryError) as error:
