@@ -133,7 +133,7 @@ def train(run: Run, options: Options) -> bool:
         disable=not world.first,
     )  # fmt: skip
     run.open_log()
-    saved, stopped = -1, False
+    saved, stopped = first, False  # a run that is resumed has its first step's checkpoint
     with Interruption() as interruption, bar:
         for batch in loader(batches, first, options.workers, pin=world.device.type == "cuda"):
             told = training.train_step(batch, stop=interruption.requested)
@@ -185,8 +185,8 @@ def _main(
         torch.set_num_threads(THREADS)
     try:
         run = begin(preset, given, options, world)
-    except (ValueError, OSError, MemoryError) as error:
-        command.error(str(error))
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # the last: a network beyond the memory
+        command.error(str(error).splitlines()[0])
     again = "the same command with --resume goes on"
     try:
         if not train(run, options):

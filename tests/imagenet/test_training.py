@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import straight_line
 import torch
-from data import Batches, Images, load_data
+from data import Batches, load_data
 from parallel import World
 from presets import Config, build_model
 from training import Training, learning_rate, make_optimizer
@@ -202,14 +202,3 @@ def test_stopping_is_told():
     training = make()
     assert not training.train_step(batches()[0]).asked_to_stop
     assert training.train_step(batches()[1], stop=True).asked_to_stop
-
-
-def test_images_mirror_at_random_by_epoch():
-    x = torch.arange(12.0).view(1, 1, 3, 4).expand(200, 1, 3, 4)
-    data = Images(x, torch.zeros(200, dtype=torch.long), flip=True)
-    first, second = (data.batch(list(range(200)), draw)[0] for draw in (0, 1))
-    flipped = (first != x).flatten(1).any(1)
-    assert 70 < int(flipped.sum()) < 130
-    assert torch.equal(first[flipped], x.flip(-1)[flipped])
-    assert not torch.equal(first, second)
-    assert torch.equal(first, data.batch(list(range(200)), 0)[0])

@@ -1,0 +1,65 @@
+"""The training command in small, and what its runs are compared by."""
+
+import json
+import signal
+
+import checkpoints
+import torch
+import train
+from safetensors.torch import load_file
+
+TINY = [
+    "--data", "synthetic", "--patch-size", "4", "--hidden-size", "16", "--depth", "1", "--heads", "2",
+    "--batch-size", "8", "--optimizer", "adamw", "--lr", "1e-3", "--warmup", "0",
+    "--log-every", "5", "--sample-every", "1000",
+]  # fmt: skip
+
+
+def command(folder, *options):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train.main([*TINY, "--out", str(folder), *map(str, options)])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def weights(folder):
+    return load_file(folder / "weights.safetensors")
+
+
+def losses(folder):
+    lines = map(json.loads, (folder / "train.jsonl").read_text().splitlines())
+    return [
+        (line["step"], line["flow_map"], line["flow_matching"], line["gradient_norm"], line["lr"]) for line in lines
+    ]
+
+
+def same(a, b):
+    """Whether two states are equal, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def state(path):
+    return {k: v for k, v in checkpoints.read_checkpoint(path).items() if k != "seconds"}
+
+
+def assert_same_run(a, b):
+    assert same(weights(a), weights(b))
+    assert losses(a) == losses(b)
+    newest = [checkpoints.checkpoints(folder / "checkpoints")[-1] for folder in (a, b)]
+    assert newest[0].name == newest[1].name
+    assert same(state(newest[0]), state(newest[1]))
+
+
+def stopping_at(note, step, how=signal.SIGTERM):
+    def stopping(self, told, seconds):
+        note(self, told, seconds)
+        if self.training.step == step:
+            signal.raise_signal(how)
+
+    return stopping

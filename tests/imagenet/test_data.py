@@ -1,0 +1,89 @@
+"""Batches as functions of seed and step, whoever draws them, and the data sets."""
+
+import pytest
+import torch
+from data import Batches, Images, load_data, loader
+from presets import PRESETS, Config
+
+
+def test_images_mirror_at_random_by_epoch():
+    x = torch.arange(12.0).view(1, 1, 3, 4).expand(200, 1, 3, 4)
+    data = Images(x, torch.zeros(200, dtype=torch.long), flip=True)
+    first, second = (data.batch(list(range(200)), draw)[0] for draw in (0, 1))
+    flipped = (first != x).flatten(1).any(1)
+    assert 70 < int(flipped.sum()) < 130
+    assert torch.equal(first[flipped], x.flip(-1)[flipped])
+    assert not torch.equal(first, second)
+    assert torch.equal(first, data.batch(list(range(200)), 0)[0])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_batches_do_not_depend_on_the_number_of_processes(world):
+    config = Config(batch_size=96, seed=5)
+    data = load_data(config)
+    one = Batches(config, data)
+    for step in (0, 14, 15, 29, 400):  # 14 and 29 cross an epoch's end
+        parts = [Batches(config, data, rank, world)[step] for rank in range(world)]
+        expected = one[step]
+        assert torch.equal(torch.cat([p.x0 for p in parts]), expected.x0)
+        assert torch.equal(torch.cat([p.x1 for p in parts]), expected.x1)
+        for i in range(3):
+            assert torch.equal(torch.cat([p.times[i] for p in parts]), expected.times[i])
+        for i in range(2):
+            assert torch.equal(torch.cat([p.condition[i] for p in parts]), expected.condition[i])
+
+
+def test_every_sample_is_visited_once_per_epoch_in_new_orders():
+    config = Config(batch_size=1437 // 3, seed=5)
+    data = load_data(config)
+    batches = Batches(config, data)
+    epochs = [torch.cat([batches[step].x0 for step in range(3 * e, 3 * e + 3)]).flatten(1) for e in range(2)]
+    everything = data.x.flatten(1)
+    for epoch in epochs:
+        assert torch.equal(epoch.sort(0).values, everything.sort(0).values)
+    assert not torch.equal(*epochs)
+
+
+def test_label_dropout_and_noise_have_their_distribution():
+    config = Config(batch_size=4096, w=2.0, w_max=4.0)
+    batch = Batches(config, load_data(config))[3]
+    null = batch.condition.label == 10
+    assert float(null.float().mean()) == pytest.approx(0.1, abs=0.02)
+    assert (batch.condition.beta[null] == 1).all()
+    beta = batch.condition.beta[~null]
+    assert 0.25 <= beta.min() < 0.26
+    assert 0.49 < beta.max() <= 0.5
+    assert float(batch.x1.mean()) == pytest.approx(0, abs=0.01)
+    assert float(batch.x1.std()) == pytest.approx(1, abs=0.01)
+    assert len(batch.x1.flatten(1).unique(dim=0)) == 4096  # no two samples share their noise
+
+
+def test_reading_ahead_gives_the_same_batches():
+    config = Config(batch_size=8, steps=6)
+    batches = Batches(config, load_data(config))
+    for a, b in zip(loader(batches, 2, 0), loader(batches, 2, 2), strict=True):
+        assert torch.equal(a.x1, b.x1)
+        assert torch.equal(a.x0, b.x0)
+        assert torch.equal(a.condition.label, b.condition.label)
+
+
+def test_cifar10_as_torchvision_stores_it(monkeypatch, tmp_path):
+    """torchvision gives images as [N, H, W, 3] bytes; training sees [3, H, W] in [-1, 1]."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    pictures = torch.arange(2 * 32 * 32 * 3).view(2, 32, 32, 3).remainder(256).byte()
+
+    class Stored:
+        def __init__(self, root, train, download):
+            assert (root, train, download) == (str(tmp_path), True, False)
+            self.data, self.targets = pictures.numpy(), [3, 9]
+
+    monkeypatch.setattr(datasets, "CIFAR10", Stored)
+    data = load_data(PRESETS["cifar10"], tmp_path)
+    assert data.shape == (3, 32, 32)
+    x, labels = data.batch([1, 0], 0)
+    assert labels.tolist() == [9, 3]
+    assert float(x.min()) == -1
+    assert float(x.max()) == 1
+    upright = pictures.permute(0, 3, 1, 2)[[1, 0]].float() / 127.5 - 1
+    for a, b in zip(x, upright, strict=True):
+        assert torch.equal(a, b) or torch.equal(a, b.flip(-1))
