@@ -80,6 +80,7 @@ class Case:
     orders: Sequence[Sequence[int]] = ((0, 1, 2),) * 6
     device: str = "cpu"
     seed: int = 0
+    lengths: Sequence[int] | None = None  # keys and values, and their tangents, are NaN beyond
     edit: Callable[[list[Tensor]], None] | None = None  # changes q, k, v, dq, dk, dv, go, gdo in place, in float64
     tensors: list[Tensor] = field(init=False)
 
@@ -90,6 +91,9 @@ class Case:
         exact = [torch.randn(b, h, r, d, dtype=torch.float64, generator=generator) for r in rows]
         if self.edit:
             self.edit(exact)
+        for i, length in enumerate(self.lengths or ()):
+            for j in (1, 2, 4, 5):
+                exact[j][i, :, max(length, 0) :] = math.nan
         orders = [*self.orders, (0, 1, 2), (0, 2, 1)]
         self.tensors = [on_poison(x.to(self.dtype).to(self.device), o) for x, o in zip(exact, orders, strict=True)]
 
@@ -97,12 +101,13 @@ class Case:
         """[o, do, gradients of q, k, v and of the tangents that there are], by torch.func.jvp and autograd."""
         *inputs, go, gdo = self.tensors if tensors is None else tensors
         inputs = [x.detach().requires_grad_() for x in inputs]
+        lengths = None if self.lengths is None else torch.tensor(self.lengths, device=go.device)
         with_tangent = [i for i in range(3) if self.tangents[i]]
 
         def of_some(*some: Tensor) -> Tensor:
             given = dict(zip(with_tangent, some, strict=True))
             qkv = [given.get(i, inputs[i]) for i in range(3)]
-            return attention(*qkv, scale=self.scale, causal=self.causal)
+            return attention(*qkv, scale=self.scale, causal=self.causal, lengths=lengths)
 
         variables = inputs[:3] + [inputs[3 + i] for i in with_tangent]
         if with_tangent:

@@ -13,7 +13,7 @@ and 6 for gv, gdv when these are two launches.
 import triton
 import triton.language as tl
 
-from jvp_attention.tiles import LOG2_E, load_numbers, load_rows, place, row_sum, store_numbers, store_rows
+from jvp_attention.tiles import LOG2_E, keys_seen, load_numbers, load_rows, place, row_sum, store_numbers, store_rows
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def row_sum_kernel(
     store_numbers(r, r_sums, head, start, N, QUERIES)
 
 
-@triton.heuristics({"WHOLE_KEYS": lambda a: a["M"] % a["KEYS"] == 0})
+@triton.heuristics({"WHOLE_KEYS": lambda a: a["M"] % a["KEYS"] == 0 and a["lengths"] is None})
 @triton.jit
 def query_kernel(
     q,
@@ -67,6 +67,7 @@ def query_kernel(
     r,
     gq,
     gdq,
+    lengths,
     scale,
     heads,
     N,
@@ -74,7 +75,7 @@ def query_kernel(
     D: tl.constexpr,
     UNIT: tl.constexpr,  # of strides
     CAUSAL: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr,  # M is a multiple of KEYS
+    WHOLE_KEYS: tl.constexpr,  # all keys of every tile are seen: M is a multiple of KEYS, no lengths
     PRECISION: tl.constexpr,  # of float32 products; in 16 bits there is one way
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -82,7 +83,7 @@ def query_kernel(
 ):
     """Gradients of one tile of queries, over all keys. Grid: tiles of queries x heads x batch.
 
-    Without tangents dq, dk, dv, gdo, mu, c, gdq are None.
+    Without tangents dq, dk, dv, gdo, mu, c, gdq are None; lengths, if not None, hide keys from lengths[b] on.
     """
     start, b, h, head = place(N, heads, QUERIES)
     dtype = q[0].dtype.element_ty
@@ -98,21 +99,22 @@ def query_kernel(
         mu_rows = load_numbers(mu, head, start, N, QUERIES)[:, None]
         c_rows = load_numbers(c, head, start, N, QUERIES)[:, None]
         sum_dq = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)
-    end = tl.minimum(M, start + QUERIES) if CAUSAL else M
+    seen = keys_seen(lengths, b, M)
+    end = tl.minimum(seen, start + QUERIES) if CAUSAL else seen
     for at in range(0, end, KEYS):
-        k_tile = load_rows(k, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-        v_tile = load_rows(v, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+        k_tile = load_rows(k, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+        v_tile = load_rows(v, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
         keys = at + tl.arange(0, KEYS)
         if CAUSAL:
             s = tl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
         if not WHOLE_KEYS:
-            s = tl.where((keys < M)[None, :], s, float("-inf"))
+            s = tl.where((keys < seen)[None, :], s, float("-inf"))
         p = tl.exp2(s - lse_rows)
         a = tl.dot(go_tile, tl.trans(v_tile), input_precision=PRECISION)
         if dq is not None:
-            dk_tile = load_rows(dk, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-            dv_tile = load_rows(dv, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+            dk_tile = load_rows(dk, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+            dv_tile = load_rows(dv, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
             a = tl.dot(gdo_tile, tl.trans(dv_tile), a, input_precision=PRECISION)
             t = tl.dot(dq_tile, tl.trans(k_tile), input_precision=PRECISION)
             t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
@@ -147,6 +149,7 @@ def key_kernel(
     gv,
     gdk,
     gdv,
+    lengths,
     scale,
     heads,
     N,
@@ -167,32 +170,39 @@ def key_kernel(
 
     Works on transposed tiles [KEYS, QUERIES], made as k q^T: transposing the result of a product to use it in another
     has been miscompiled for Hopper. Queries beyond the end read as zeros, so go, gdo, c and r are zero there and they
-    add nothing.
+    add nothing. lengths, if not None, hide keys from lengths[b] on,
+    whose gradients are zero.
     """
     start, b, h, head = place(M, heads, KEYS)
     dtype = q[0].dtype.element_ty
     keys = start + tl.arange(0, KEYS)
-    k_tile = load_rows(k, b, h, start, M, D, UNIT, KEYS, CHANNELS, False)
+    seen = keys_seen(lengths, b, M)
+    k_tile = load_rows(k, b, h, start, seen, D, UNIT, KEYS, CHANNELS, False)
     if dq is not None:
-        dk_tile = load_rows(dk, b, h, start, M, D, UNIT, KEYS, CHANNELS, False)
+        dk_tile = load_rows(dk, b, h, start, seen, D, UNIT, KEYS, CHANNELS, False)
     if gk is not None:
-        v_tile = load_rows(v, b, h, start, M, D, UNIT, KEYS, CHANNELS, False)
+        v_tile = load_rows(v, b, h, start, seen, D, UNIT, KEYS, CHANNELS, False)
         sum_k = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
         if dq is not None:
-            dv_tile = load_rows(dv, b, h, start, M, D, UNIT, KEYS, CHANNELS, False)
+            dv_tile = load_rows(dv, b, h, start, seen, D, UNIT, KEYS, CHANNELS, False)
             sum_dk = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
     if gv is not None:
         sum_v = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
         if dq is not None:
             sum_dv = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
     begin = start // QUERIES * QUERIES if CAUSAL else 0
-    for at in range(begin, N, QUERIES):
+    end = N
+    if lengths is not None:
+        end = tl.where(start < seen, N, 0)
+    for at in range(begin, end, QUERIES):
         q_tile = load_rows(q, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
         go_tile = load_rows(go, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * LOG2_E)
         if CAUSAL:
             rows = at + tl.arange(0, QUERIES)
             s = tl.where(keys[:, None] <= rows[None, :], s, float("-inf"))
+        if lengths is not None:
+            s = tl.where((keys < seen)[:, None], s, float("-inf"))
         p = tl.exp2(s - load_numbers(lse, head, at, N, QUERIES)[None, :])
         if dq is not None:
             dq_tile = load_rows(dq, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)

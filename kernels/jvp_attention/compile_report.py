@@ -27,12 +27,12 @@ from jvp_attention.shapes import LARGEST_HEAD
 
 SM = 90
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 LENGTH = 1024  # of queries and keys; only what it is divisible by matters
 MULTIPLE_OF_16 = [["tt.divisibility", 16]]
 
 
-def calls(d: int, dtype: torch.dtype, *, causal: bool = False) -> list[Any]:
+def calls(d: int, dtype: torch.dtype, *, causal: bool = False, lengths: bool = False) -> list[Any]:
     """Every launch that attention can make with heads of d channels, on tensors without memory."""
     from jvp_attention import launch
 
@@ -40,15 +40,16 @@ def calls(d: int, dtype: torch.dtype, *, causal: bool = False) -> list[Any]:
         return torch.empty(1, LENGTH, 16, d, dtype=dtype, device="meta").transpose(1, 2)
 
     primals, tangents = (rows(), rows(), rows()), (rows(), rows(), rows())
+    options = (1.0, causal, torch.empty(1, dtype=torch.int32, device="meta") if lengths else None)
     found = []
     for given in (None, tangents):
-        first, (o, *rest) = launch.forward_calls(primals, given, 1.0, causal)
+        first, (o, *rest) = launch.forward_calls(primals, given, *options)
         saved = launch.Saved(o, rest[-1] if given is None else rest[3])
         if given is not None:
             do, o_low, do_low, lse, mu = rest
             saved = launch.Saved(o, lse, do, o_low, do_low, mu)
         gdo = None if given is None else rows()
-        found += first + launch.backward_calls(primals, given, saved, rows(), gdo, 1.0, causal)[0]
+        found += first + launch.backward_calls(primals, given, saved, rows(), gdo, *options)[0]
     return found
 
 
@@ -143,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="channels of a head (default: 64 128)")
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the inputs (default: bfloat16)")
     p.add_argument("--causal", action="store_true", help="the causal kernels")
+    p.add_argument("--lengths", action="store_true", help="the kernels that are given how many keys to see")
     p.add_argument("--all", action="store_true", help="every candidate of the tuning, not the default alone")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this new file")
     args = p.parse_args(argv)
@@ -153,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     print(HEADER)
     for d in args.dims:
-        for call in calls(d, DTYPES[args.dtype], causal=args.causal):
+        for call in calls(d, DTYPES[args.dtype], causal=args.causal, lengths=args.lengths):
             for tiles in call.candidates()[: None if args.all else 1]:
                 rows.append(report(call, tiles))
                 print(line(rows[-1]), flush=True)

@@ -10,18 +10,10 @@ keys is rescaled when that grows. Products of matrices per tile: 2, with tangent
 import triton
 import triton.language as tl
 
-from jvp_attention.tiles import (
-    LOG2_E,
-    load_rows,
-    place,
-    row_max,
-    row_sum,
-    store_numbers,
-    store_rows,
-)
+from jvp_attention.tiles import LOG2_E, keys_seen, load_rows, place, row_max, row_sum, store_numbers, store_rows
 
 
-@triton.heuristics({"WHOLE_KEYS": lambda a: a["M"] % a["KEYS"] == 0})
+@triton.heuristics({"WHOLE_KEYS": lambda a: a["M"] % a["KEYS"] == 0 and a["lengths"] is None})
 @triton.jit
 def forward_kernel(
     q,
@@ -36,6 +28,7 @@ def forward_kernel(
     do_low,
     lse,
     mu,
+    lengths,
     scale,
     heads,
     N,
@@ -43,7 +36,7 @@ def forward_kernel(
     D: tl.constexpr,
     UNIT: tl.constexpr,  # of strides
     CAUSAL: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr,  # M is a multiple of KEYS
+    WHOLE_KEYS: tl.constexpr,  # all keys of every tile are seen: M is a multiple of KEYS, no lengths
     PRECISION: tl.constexpr,  # of float32 products; in 16 bits there is one way
     QUERIES: tl.constexpr,  # per tile
     KEYS: tl.constexpr,
@@ -52,7 +45,7 @@ def forward_kernel(
     """One tile of queries against all keys. Grid: tiles of queries x heads x batch.
 
     Without tangents dq, dk, dv, do, mu are None. o_low and do_low, if not None, take what o and do lose in rounding;
-    lse is the logarithm to base 2 of the sum of exp(S).
+    lse is the logarithm to base 2 of the sum of exp(S). lengths, if not None, hide keys from lengths[b] on.
     """
     start, b, h, head = place(N, heads, QUERIES)
     dtype = q[0].dtype.element_ty
@@ -65,17 +58,18 @@ def forward_kernel(
         dq_tile = load_rows(dq, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
         sum_pt = tl.full([QUERIES], 0.0, tl.float32)
         sum_do = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)  # (P * T) v + P dv
-    end = tl.minimum(M, start + QUERIES) if CAUSAL else M
+    seen = keys_seen(lengths, b, M)
+    end = tl.minimum(seen, start + QUERIES) if CAUSAL else seen
     for at in range(0, end, KEYS):
-        k_tile = load_rows(k, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+        k_tile = load_rows(k, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
         keys = at + tl.arange(0, KEYS)
         if CAUSAL:
             s = tl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
         if not WHOLE_KEYS:
-            s = tl.where((keys < M)[None, :], s, float("-inf"))
+            s = tl.where((keys < seen)[None, :], s, float("-inf"))
         if dq is not None:
-            dk_tile = load_rows(dk, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+            dk_tile = load_rows(dk, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
             t = tl.dot(dq_tile, tl.trans(k_tile), input_precision=PRECISION)
             t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
         before = largest
@@ -83,14 +77,16 @@ def forward_kernel(
         p = tl.exp2(s - largest[:, None])
         shrink = tl.exp2(before - largest)
         total = total * shrink + row_sum(p)
-        v_tile = load_rows(v, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+        v_tile = load_rows(v, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
         if dq is not None:
             pt = (p * (t * scale)).to(dtype)
             sum_pt = sum_pt * shrink + row_sum(pt.to(tl.float32))  # as rounded, so that do cancels where it should
-            dv_tile = load_rows(dv, b, h, at, M, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+            dv_tile = load_rows(dv, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
             sum_do = tl.dot(pt, v_tile, sum_do * shrink[:, None], input_precision=PRECISION)
             sum_do = tl.dot(p.to(dtype), dv_tile, sum_do, input_precision=PRECISION)
         sum_pv = tl.dot(p.to(dtype), v_tile, sum_pv * shrink[:, None], input_precision=PRECISION)
+    if lengths is not None:
+        total = tl.where(total == 0, 1.0, total)  # no key seen: all sums are zero, and so are the results
     value = sum_pv / total[:, None]
     store_rows(o, value, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
     store_numbers(lse, largest + tl.log2(total), head, start, N, QUERIES)

@@ -82,8 +82,9 @@ def run(work: tuple[list[Call], list[Tensor]]) -> list[Tensor]:
 def fastest_tiles(call: Call) -> Tiles:
     """The fastest candidate, timed once per kernel, options and power of two of the lengths; kept in memory."""
     a = call.arguments
-    lengths = [triton.next_power_of_2(a[name]) for name in ("N", "M") if name in a]
-    key = (call.name, call.like.dtype, a["D"], a.get("CAUSAL"), *lengths, triton.next_power_of_2(call.heads))
+    sizes = [triton.next_power_of_2(a[name]) for name in ("N", "M") if name in a]
+    options = (a.get("CAUSAL"), a.get("lengths") is None)
+    key = (call.name, call.like.dtype, a["D"], *options, *sizes, triton.next_power_of_2(call.heads))
     if key not in _tuned and torch.cuda.is_current_stream_capturing():
         return call.candidates()[0]
     if key not in _tuned:
@@ -107,13 +108,16 @@ def _rows(x: Tensor | None) -> Rows | None:
     return x, x.stride(0), x.stride(1), x.stride(2)
 
 
-def _attention_arguments(primals: Tensors, tangents: Tensors | None, scale: float, causal: bool) -> dict[str, Any]:
+def _attention_arguments(
+    primals: Tensors, tangents: Tensors | None, scale: float, causal: bool, lengths: Tensor | None
+) -> dict[str, Any]:
     """The arguments that all kernels over tiles of queries and keys share; D and CHANNELS also the row sums."""
     q, k, _ = primals
     tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return {
         **{name: _rows(x) for name, x in zip(("q", "k", "v"), primals, strict=True)},
         **{name: _rows(x) for name, x in zip(("dq", "dk", "dv"), tangents or [None] * 3, strict=True)},
+        "lengths": None if lengths is None else lengths.contiguous(),
         "scale": scale,
         "heads": q.shape[1],
         "N": q.shape[2],
@@ -126,7 +130,7 @@ def _attention_arguments(primals: Tensors, tangents: Tensors | None, scale: floa
 
 
 def forward_calls(
-    primals: Tensors, tangents: Tensors | None, scale: float, causal: bool
+    primals: Tensors, tangents: Tensors | None, scale: float, causal: bool, lengths: Tensor | None = None
 ) -> tuple[list[Call], list[Tensor]]:
     """Attention of q, k, v: [o, lse]; with tangents [o, do, o_low, do_low, lse, mu], low being what rounding took."""
     q = primals[0]
@@ -135,7 +139,7 @@ def forward_calls(
     do, mu = (empty_rows(q), empty_numbers(q)) if dual else (None, None)
     o_low, do_low = (empty_low(q), empty_low(q)) if dual else (None, None)
     arguments = {
-        **_attention_arguments(primals, tangents, scale, causal),
+        **_attention_arguments(primals, tangents, scale, causal, lengths),
         **{"o": _rows(o), "do": _rows(do), "o_low": _rows(o_low), "do_low": _rows(do_low), "lse": lse, "mu": mu},
     }
     name = "forward_dual" if dual else "forward"
@@ -152,6 +156,7 @@ def backward_calls(
     gdo: Tensor | None,
     scale: float,
     causal: bool,
+    lengths: Tensor | None = None,
 ) -> tuple[list[Call], list[Tensor]]:
     """Gradients of q, k, v: [gq, gk, gv]; with tangents and gdo [gq, gk, gv, gdq, gdk, gdv]."""
     q, k, v = primals
@@ -161,7 +166,7 @@ def backward_calls(
     gdq, gdk, gdv = (empty_rows(q), empty_rows(k), empty_rows(v)) if dual else (None, None, None)
     heads = q.shape[0] * q.shape[1]
     common = {
-        **_attention_arguments(primals, tangents, scale, causal),
+        **_attention_arguments(primals, tangents, scale, causal, lengths),
         **{"go": _rows(go), "gdo": _rows(gdo), "lse": saved.lse, "mu": saved.mu, "c": c, "r": r},
     }
     sums = {

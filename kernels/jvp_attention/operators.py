@@ -19,11 +19,13 @@ Run: TypeAlias = tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Te
 
 
 @torch.library.custom_op("jvp_attention::plain_forward", mutates_args=())
-def plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def plain_forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
     """Attention: o [B, H, N, D] and lse [B, H, N]."""
     from jvp_attention import launch
 
-    o, lse = launch.run(launch.forward_calls((q, k, v), None, scale, causal))
+    o, lse = launch.run(launch.forward_calls((q, k, v), None, scale, causal, lengths))
     return o, lse
 
 
@@ -33,6 +35,7 @@ def plain_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    lengths: Tensor | None,
     o: Tensor,
     o_low: Tensor | None,
     lse: Tensor,
@@ -43,18 +46,26 @@ def plain_backward(
     from jvp_attention import launch
 
     saved = launch.Saved(o, lse, o_low=o_low)
-    gq, gk, gv = launch.run(launch.backward_calls((q, k, v), None, saved, go, None, scale, causal))
+    gq, gk, gv = launch.run(launch.backward_calls((q, k, v), None, saved, go, None, scale, causal, lengths))
     return gq, gk, gv
 
 
 @torch.library.custom_op("jvp_attention::dual_forward", mutates_args=())
 def dual_forward(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attention and its derivative along a tangent: o, do, what rounding took from both, lse and mu [B, H, N]."""
     from jvp_attention import launch
 
-    o, do, o_low, do_low, lse, mu = launch.run(launch.forward_calls((q, k, v), (dq, dk, dv), scale, causal))
+    o, do, o_low, do_low, lse, mu = launch.run(launch.forward_calls((q, k, v), (dq, dk, dv), scale, causal, lengths))
     return o, do, o_low, do_low, lse, mu
 
 
@@ -68,6 +79,7 @@ def dual_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    lengths: Tensor | None,
     o: Tensor,
     do: Tensor,
     o_low: Tensor,
@@ -81,13 +93,13 @@ def dual_backward(
     from jvp_attention import launch
 
     saved = launch.Saved(o, lse, do, o_low, do_low, mu)
-    calls = launch.backward_calls((q, k, v), (dq, dk, dv), saved, go, gdo, scale, causal)
+    calls = launch.backward_calls((q, k, v), (dq, dk, dv), saved, go, gdo, scale, causal, lengths)
     gq, gk, gv, gdq, gdk, gdv = launch.run(calls)
     return gq, gk, gv, gdq, gdk, gdv
 
 
 @plain_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_rows(q), empty_numbers(q)
 
 
@@ -109,7 +121,7 @@ def _(
 
 
 def _saver(count: int) -> Callable[..., None]:
-    """A setup_context that keeps all tensors of an operator that takes so many, and its scale and causal."""
+    """A setup_context that keeps all tensors of an operator, so many with lengths, and its scale and causal."""
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:count], *output)
@@ -122,21 +134,21 @@ def _saver(count: int) -> Callable[..., None]:
 def _plain_gradients(run: Run, ctx: Any, go: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Of the inputs of plain_forward, by `run`, its backward operator."""
     if go is None:
-        return (None,) * 5
-    q, k, v, o, lse = ctx.saved_tensors
-    return *run[0](go, q, k, v, o, None, lse, ctx.scale, ctx.causal), None, None
+        return (None,) * 6
+    q, k, v, lengths, o, lse = ctx.saved_tensors
+    return *run[0](go, q, k, v, lengths, o, None, lse, ctx.scale, ctx.causal), None, None, None
 
 
 def _dual_gradients(run: Run, ctx: Any, go: Tensor | None, gdo: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Of the inputs of dual_forward; with the gradient of o alone the plain backward does."""
     if go is None and gdo is None:
-        return (None,) * 8
-    q, k, v, dq, dk, dv, o, do, o_low, do_low, lse, mu = ctx.saved_tensors
+        return (None,) * 9
+    q, k, v, dq, dk, dv, lengths, o, do, o_low, do_low, lse, mu = ctx.saved_tensors
     if gdo is None:
-        return *run[0](go, q, k, v, o, o_low, lse, ctx.scale, ctx.causal), *(None,) * 5
+        return *run[0](go, q, k, v, lengths, o, o_low, lse, ctx.scale, ctx.causal), *(None,) * 6
     go = zero_rows(gdo) if go is None else go
-    given = (go, gdo, q, k, v, dq, dk, dv, o, do, o_low, do_low, lse, mu, ctx.scale, ctx.causal)
-    return *run[1](*given), None, None
+    given = (go, gdo, q, k, v, dq, dk, dv, lengths, o, do, o_low, do_low, lse, mu, ctx.scale, ctx.causal)
+    return *run[1](*given), None, None, None
 
 
 def _no_second(ctx: Any, *gradients: Any) -> Any:
@@ -175,23 +187,23 @@ COMPILED_BACKWARD: Run = (plain_backward, dual_backward)
 
 
 class PlainAttention(_Eager):
-    """The operator plain_forward in eager mode: (o, lse) of q, k, v, scale, causal."""
+    """The operator plain_forward in eager mode: (o, lse) of q, k, v, lengths, scale, causal."""
 
     forward = staticmethod(lambda *given: plain_forward(*given))
-    setup_context = staticmethod(_saver(3))
+    setup_context = staticmethod(_saver(4))
     backward = staticmethod(partial(_plain_gradients, EAGER_BACKWARD))
 
 
 class DualAttention(_Eager):
-    """The operator dual_forward in eager mode: (o, do, ...) of q, k, v, dq, dk, dv, scale, causal."""
+    """The operator dual_forward in eager mode: (o, do, ...) of q, k, v, dq, dk, dv, lengths, scale, causal."""
 
     forward = staticmethod(lambda *given: dual_forward(*given))
-    setup_context = staticmethod(_saver(6))
+    setup_context = staticmethod(_saver(7))
     backward = staticmethod(partial(_dual_gradients, EAGER_BACKWARD))
 
 
-plain_forward.register_autograd(partial(_plain_gradients, COMPILED_BACKWARD), setup_context=_saver(3))
-dual_forward.register_autograd(partial(_dual_gradients, COMPILED_BACKWARD), setup_context=_saver(6))
+plain_forward.register_autograd(partial(_plain_gradients, COMPILED_BACKWARD), setup_context=_saver(4))
+dual_forward.register_autograd(partial(_dual_gradients, COMPILED_BACKWARD), setup_context=_saver(7))
 for _operator in (plain_backward, dual_backward):
     _operator.register_autograd(_no_second, setup_context=lambda ctx, inputs, output: None)
 for _operator in (plain_forward, dual_forward, plain_backward, dual_backward):

@@ -2,11 +2,13 @@
 
 from typing import TypeAlias
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Queries: TypeAlias = Float[Tensor, "b h n d"]  # batch, heads, queries, channels of a head
 Keys: TypeAlias = Float[Tensor, "b h m d"]  # keys and values share their length
+Lengths: TypeAlias = Int[Tensor, " b"]  # how many keys each batch element has
 
 LARGEST_HEAD = 256  # channels of a head
 
@@ -16,11 +18,13 @@ def default_scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, tangents: tuple[Tensor | None, ...] = ()) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, tangents: tuple[Tensor | None, ...] = (), lengths: Tensor | None = None
+) -> None:
     """Raise unless q is [B, H, N, D] and k and v are [B, H, M, D], of one dtype and device, their tangents likewise.
 
     Raises:
-        TypeError: dtypes that differ or are no floating point.
+        TypeError: dtypes that differ or are no floating point; lengths that are no int32 or int64 tensor.
         ValueError: shapes that do not fit, an empty axis, or more than LARGEST_HEAD channels per head.
     """
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
@@ -42,3 +46,16 @@ def check(q: Tensor, k: Tensor, v: Tensor, tangents: tuple[Tensor | None, ...] =
         )
     if len({x.device for x in present}) > 1:
         raise ValueError(f"attention takes inputs on one device, got {', '.join(str(x.device) for x in present)}")
+    if lengths is not None:
+        _check_lengths(q, lengths)
+
+
+def _check_lengths(q: Tensor, lengths: Tensor) -> None:
+    """Raise unless lengths is [B], of int32 or int64, on q's device. Its values are not read, to wait for no GPU."""
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        found = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths must be a tensor of int32 or int64, got {found}")
+    if lengths.shape != q.shape[:1]:
+        raise ValueError(f"lengths must have one number per batch element, {[q.shape[0]]}, got {list(lengths.shape)}")
+    if lengths.device != q.device:
+        raise ValueError(f"lengths must be on the inputs' device {q.device}, got {lengths.device}")

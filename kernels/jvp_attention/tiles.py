@@ -36,6 +36,15 @@ def place(length, heads, SIZE: tl.constexpr):
 
 
 @triton.jit
+def keys_seen(lengths, b, M):
+    """How many keys the queries of batch element b see: lengths[b], at least 0 and at most M; all M without lengths."""
+    seen = M
+    if lengths is not None:
+        seen = tl.minimum(tl.maximum(tl.load(lengths + b), 0), M).to(tl.int32)
+    return seen
+
+
+@triton.jit
 def row_pointers(x, b, h, start, UNIT: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr):
     """Pointers [SIZE, CHANNELS] to rows start, start + 1, ... of head (b, h) of x."""
     rows = (start + tl.arange(0, SIZE)).to(tl.int64)

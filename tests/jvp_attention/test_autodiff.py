@@ -76,6 +76,30 @@ def test_inputs_are_not_copied_where_channels_lie_side_by_side(device):
     assert [calls[0].arguments[name][0].data_ptr() for name in "qkv"] == [x.data_ptr() for x in (q, k, v)]
 
 
+@pytest.mark.parametrize("stopped", [False, True], ids=["whole", "stopped-tangent"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths_compile_without_a_break(launches, device, stopped, causal):
+    """Value, tangent and gradients are those of eager mode, and so are the launches."""
+    case = Case((3, 2, 9, 40, 16), lengths=[0, 17, 40], device=device)
+    lengths = torch.tensor(case.lengths, device=device)
+
+    def loss(q, k, v, dq, dk, dv, lengths):
+        of_lengths = partial(jvp_attention.attention, causal=causal, lengths=lengths)
+        o, do = torch.func.jvp(of_lengths, (q, k, v), (dq, dk, dv))
+        return (o.sin() * (do.detach() if stopped else do)).sum() + of_lengths(q, k, v).sum()
+
+    results = []
+    for call in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        inputs = [x.clone().requires_grad_() for x in case.tensors[:6]]
+        value = call(*inputs, lengths)
+        found = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+        results.append(([value.detach(), *found], sorted(launches)))
+        launches.clear()
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    assert all(x.isfinite().all() for x in results[0][0])
+
+
 # In company -----------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,16 +15,27 @@ PRODUCTS |= {"key_dual_k": 9, "key_dual_v": 6, "row_sum": 0}  # as the README co
 LARGEST_SHARED = 227  # KiB per block, sm_90
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory) -> list[dict]:
-    """The default kernels for heads of 64 and 128, bfloat16; in a process of its own, where nothing is interpreted."""
-    file = tmp_path_factory.mktemp("compiled") / "report.json"
+def compiled(file: Path, *options: str) -> list[dict]:
+    """The figures of the default kernels in bfloat16, by a process of its own, where nothing is interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(file.parent / "cache")}
-    command = [sys.executable, "-m", "jvp_attention.compile_report", "--json", str(file)]
+    command = [sys.executable, "-m", "jvp_attention.compile_report", "--json", str(file), *options]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> list[dict]:
+    """For heads of 64 and 128 channels."""
+    return compiled(tmp_path_factory.mktemp("compiled") / "report.json")
+
+
+def test_lengths_take_no_more_products_and_spill_nothing(tmp_path):
+    reports = compiled(tmp_path / "report.json", "--lengths", "--causal", "--dims", "64")
+    assert {r["kernel"]: r["products"] for r in reports} == {r["kernel"]: PRODUCTS[r["kernel"]] for r in reports}
+    assert all(r["wgmma"] >= r["products"] and r["shared_kib"] <= LARGEST_SHARED for r in reports)
+    assert not any(r["stack"] for r in reports)
 
 
 def test_every_kernel_is_there(reports):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import Case
+from attention_cases import TOLERANCE, Case
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +38,39 @@ def test_lengths_about_one_tile(guarded, device, small_tiles, n, m, causal):
     Case((1, 1, n, m, 16), causal=causal, device=device).check(jvp_attention.attention)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(20, 36), (36, 20)])
+def test_keys_beyond_each_length_have_no_part(guarded, device, small_tiles, n, m, causal):
+    """Lengths of nothing, one key, a tile and one more or less, all and, where that counts as all, more."""
+    small_tiles(16, 16, split=causal)
+    lengths = [-2, 0, 1, 15, 16, 17, m, m + 1]
+    case = Case((len(lengths), 1, n, m, 24), causal=causal, lengths=lengths, device=device)
+    o, do, gq, gk, gv, gdq, gdk, gdv = results = case.results(jvp_attention.attention)
+    assert max(case.errors(results)) <= TOLERANCE[torch.float32]
+    for i, length in enumerate(lengths):
+        assert not any(x[i, :, max(length, 0) :].any() for x in (gk, gv, gdk, gdv))
+    assert not any(x[:2].any() for x in (o, do, gq, gdq))  # of those that see nothing
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lengths_with_the_default_tiles(guarded, device, dtype, causal):
+    case = Case((3, 1, 70, 200, 64), dtype, causal, lengths=[64, 129, 200], device=device)
+    case.check(jvp_attention.attention)
+
+
+def test_lengths_need_not_lie_side_by_side(device):
+    """Int32 as well as int64, and a view of every other number."""
+    q, k, v, *_ = Case((3, 1, 5, 20, 16), device=device).tensors
+    wide = torch.tensor([3, 9, 20, 9, 17, 9], device=device)
+    results = [
+        jvp_attention.attention(q, k, v, lengths=x)
+        for x in (wide[::2], wide[::2].contiguous(), wide.to(torch.int32)[::2])
+    ]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 orders = st.lists(st.sampled_from([(0, 1, 2), (0, 2, 1), (2, 1, 0)]), min_size=6, max_size=6)
 
 
@@ -58,16 +91,20 @@ orders = st.lists(st.sampled_from([(0, 1, 2), (0, 2, 1), (2, 1, 0)]), min_size=6
     orders=orders,
     tiles=st.tuples(st.sampled_from([16, 32]), st.sampled_from([16, 32])),
     split=st.booleans(),
+    lengths=st.sampled_from([False, False, True]).flatmap(
+        lambda given: st.lists(st.integers(-1, 38), min_size=2, max_size=2) if given else st.none()
+    ),
     seed=st.integers(0, 1000),
 )
 def test_any_problem(
-    guarded, device, small_tiles, shape, dtype, causal, scale, tangents, gradients, orders, tiles, split, seed
+    guarded, device, small_tiles, shape, dtype, causal, scale, tangents, gradients, orders, tiles, split, lengths, seed
 ):
-    """Sizes, memory orders, scales, tiles, which inputs have tangents and which outputs have gradients: all drawn."""
+    """Sizes, memory orders, scales, tiles, lengths, which inputs have tangents, which outputs gradients: all drawn."""
     small_tiles(*tiles, split=split)
     if not any(tangents):
         gradients = (gradients[0], False)
-    case = Case(shape, dtype, causal, scale, tangents, gradients, orders, device, seed)
+    lengths = lengths and lengths[: shape[0]]
+    case = Case(shape, dtype, causal, scale, tangents, gradients, orders, device, seed, lengths)
     case.check(jvp_attention.attention, ill_conditioned=True)
     guarded.check()
     guarded.buffers.clear()

@@ -31,6 +31,34 @@ def test_is_scaled_dot_product_attention(n, m, causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_lengths_are_attention_on_fewer_keys(causal):
+    """Batch element by element, value and tangent and all gradients; a length of 0 makes zeros; NaN lies beyond."""
+    case = Case((5, 3, 6, 7, 4), torch.float64, causal, lengths=[0, 1, 4, 7, 5])
+    results = case.results(reference.attention)
+    for i, length in enumerate(case.lengths):
+        rows = [x[i : i + 1] for x in results]
+        o, do, gq, gk, gv, gdq, gdk, gdv = rows
+        if length == 0:
+            assert not any(x.any() for x in rows)
+            continue
+        alone = Case((1, 3, 6, length, 4), torch.float64, causal)
+        q, k, v, dq, dk, dv, go, gdo = (x[i : i + 1] for x in case.tensors)
+        kept = [q, *(x[:, :, :length] for x in (k, v)), dq, *(x[:, :, :length] for x in (dk, dv)), go, gdo]
+        found = [o, do, gq, gk[:, :, :length], gv[:, :, :length], gdq, gdk[:, :, :length], gdv[:, :, :length]]
+        torch.testing.assert_close(found, alone.results(reference.attention, kept))
+        assert not any(x[:, :, length:].any() for x in (gk, gv, gdk, gdv))
+
+
+def test_lengths_in_the_dual_written_out():
+    case = Case((3, 2, 4, 5, 3), torch.float64, lengths=[0, 2, 5])
+    q, k, v, dq, dk, dv, *_ = case.tensors
+    lengths = torch.tensor(case.lengths)
+    expected = torch.func.jvp(lambda *x: reference.attention(*x, lengths=lengths), (q, k, v), (dq, dk, dv))
+    torch.testing.assert_close(reference.dual_attention(q, k, v, dq, dk, dv, lengths=lengths), expected)
+    torch.testing.assert_close(jvp_attention.dual_attention(q, k, v, dq, dk, dv, lengths=lengths), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_the_dual_written_out_is_the_jvp(causal):
     q, k, v, dq, dk, dv, *_ = tensors()
     expected = torch.func.jvp(lambda *x: reference.attention(*x, scale=0.7, causal=causal), (q, k, v), (dq, dk, dv))
@@ -92,6 +120,24 @@ print(o.shape == do.shape)
 def test_wrong_shapes_are_refused(shapes, message):
     with pytest.raises(ValueError, match=message):
         jvp_attention.attention(*(torch.zeros(s) for s in shapes))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        (torch.ones(2), TypeError, "int32 or int64, got torch.float32"),
+        ([5, 5], TypeError, "int32 or int64, got list"),
+        (torch.ones(3, dtype=torch.int32), ValueError, r"\[2\], got \[3\]"),
+        (torch.ones(2, 1, dtype=torch.int64), ValueError, r"\[2\], got \[2, 1\]"),
+        (torch.ones(2, dtype=torch.int64, device="meta"), ValueError, "device cpu, got meta"),
+    ],
+)
+def test_wrong_lengths_are_refused(lengths, error, message):
+    q, k, v, dq, dk, dv, *_ = tensors()
+    with pytest.raises(error, match=message):
+        jvp_attention.attention(q, k, v, lengths=lengths)
+    with pytest.raises(error, match=message):
+        jvp_attention.dual_attention(q, k, v, dq, dk, dv, lengths=lengths)
 
 
 def test_other_wrong_inputs_are_refused():
