@@ -29,7 +29,8 @@ def attention(
     """softmax(scale q k^T) v [B, H, N, D], as scaled_dot_product_attention without dropout and other masks.
 
     In a plain call this is ordinary attention, forward and backward. Under torch.func.jvp or forward_ad.dual_level it
-    is one fused pass for value and tangent, whichever inputs have tangents, and reverse mode through both is one more.
+    is one fused pass for value and tangent, whichever inputs have tangents, and reverse mode through both is one more
+    (Terminal Velocity Matching, arXiv 2511.19797, appendix C, equations 75 to 87).
 
     Args:
         q: [B, H, N, D], D at most 256.

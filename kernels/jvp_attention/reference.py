@@ -42,7 +42,7 @@ def dual_attention(
     """Attention and its derivative along the tangents dq, dk, dv, written out: o and do, both [B, H, N, D].
 
     With P = softmax(scale q k^T) and T = scale (dq k^T + q dk^T), o = P v and
-    do = (P * (T - mu)) v + P dv, where mu is the row sum of P * T.
+    do = (P * (T - mu)) v + P dv, where mu is the row sum of P * T (arXiv 2511.19797, appendix C, equations 75 to 87).
     """
     scale = default_scale(q, scale)
     k, v, dk, dv = (_to_length(x, lengths) for x in (k, v, dk, dv))
