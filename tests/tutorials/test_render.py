@@ -27,7 +27,9 @@ def render(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the Jupyter client
-def test_pages_hold_results_and_figures_and_lead_to_each_other(render, tmp_path):
+def test_pages_hold_results_and_figures_and_lead_to_each_other(render, tmp_path, monkeypatch):
+    """Also where the environment asks matplotlib for another backend; pages had no figures there."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     out = tmp_path / "pages"
     assert render.main([str(out), "--pictures"]) == 0
     page = (out / "01_one.html").read_text()
