@@ -273,8 +273,8 @@ def run(options: argparse.Namespace, world: World, vae: nn.Module | None = None)
         raise ValueError(f"--out {options.out} lies inside {options.source}, where it would count as a class")
     classes, entries = find_images(options.source)
     plan = plan_of(options, classes, entries)
+    vae = (load_vae(options.vae) if vae is None else vae).to(world.device)  # first: a failure leaves no folder behind
     on_first(world, lambda: prepare(options.out, plan))
-    vae = (load_vae(options.vae) if vae is None else vae).to(world.device)
     starts = range(0, len(entries), options.shard_size)
     shards = {f"{i:05d}": entries[start : start + options.shard_size] for i, start in enumerate(starts)}
     todo = world.tell([name for name in shards if not (options.out / f"{name}.json").exists()])

@@ -207,3 +207,11 @@ def test_the_plan_says_what_decides_the_outcome(source, tmp_path):
     plan = json.loads((tmp_path / "out" / "encode.json").read_text())
     assert plan["images"] == 7
     assert plan["vae"] == "tiny"
+
+
+def test_an_autoencoder_that_cannot_be_had_leaves_nothing_behind(source, tmp_path, capsys):
+    """Its folder used to be begun, and then refused another --vae."""
+    nowhere = ["--vae", str(tmp_path / "nowhere"), "--device", "cpu"]
+    assert main([str(source), "--out", str(tmp_path / "out"), "--image-size", "16", *nowhere]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
