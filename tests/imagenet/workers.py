@@ -70,6 +70,7 @@ def main(folder):
         (folder / f"agreed-{world.rank}.txt").write_text(str(error))
     if world.first:
         torch.save(results, folder / "results.pt")
+    parallel.stop()  # else threads of the process group may outlive the interpreter, which ends in an abort
     parallel.stop()
 
 
