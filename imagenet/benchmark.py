@@ -31,16 +31,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import parallel
 import torch
-from data import Batches, Synthetic
-from dit import ATTENTION
-from flops import count_weights, counted_step_flops, is_guided, least_step_flops
-from parallel import World
-from presets import PRESETS, Config
 from tqdm import tqdm
-from training import Training
 
+from imagenet import parallel
+from imagenet.data import Batches, Synthetic
+from imagenet.dit import ATTENTION
+from imagenet.flops import count_weights, counted_step_flops, is_guided, least_step_flops
+from imagenet.parallel import World
+from imagenet.presets import PRESETS, Config
+from imagenet.training import Training
 from tvm_ref.command_line import OneLineParser, add_options, require_at_least, write_atomically
 
 COMPUTED = ["precision", "compile", "checkpointing", "accumulate"]  # fields of Config that a row may change

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from presets import Config, build_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from imagenet.presets import Config, build_model
 from tvm_ref import FlowMap
 
 STATE, SUMMARY = "state.pt", "checkpoint.json"

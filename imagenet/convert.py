@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import save_weights
-from presets import PRESETS, Config, build_model
-from safe_pickle import module_state, read_module, tensors_of
 from torch import Tensor
 
+from imagenet.checkpoints import save_weights
+from imagenet.presets import PRESETS, Config, build_model
+from imagenet.safe_pickle import module_state, read_module, tensors_of
 from tvm_ref.command_line import OneLineParser
 
 RELEASED = {  # by name of the file

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from presets import Config
 from torch import Tensor
 
+from imagenet.presets import Config
 from tvm_ref import Condition, Times, draw_beta, drop_labels
 
 BLOCK = 32  # samples whose noise and times are drawn at once: any process can draw any block alone
@@ -114,7 +114,7 @@ def load_data(config: Config, folder: str | Path | None = None, *, download: boo
         return Synthetic(shape, config.classes)
     data: Data
     if config.data == "digits":
-        from digits import load_digits
+        from imagenet.digits import load_digits
 
         x, labels = load_digits().train
         data = Images(x, labels)
@@ -123,7 +123,7 @@ def load_data(config: Config, folder: str | Path | None = None, *, download: boo
     elif config.data == "cifar10":
         data = Images(*_load_cifar10(folder, download), flip=True, seed=config.seed)
     else:
-        from latents import Latents
+        from imagenet.latents import Latents
 
         data = Latents(folder, config.seed)
     if data.shape != shape:

@@ -24,11 +24,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from metrics import Gaussian, frechet_distance, gaussian_statistics, precision_recall
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from imagenet.metrics import Gaussian, frechet_distance, gaussian_statistics, precision_recall
 from tvm_ref.command_line import OneLineParser, require_at_least
 
 TEST = 360  # images held out
@@ -133,7 +133,7 @@ def _row(name: str, figures: dict[str, float]) -> str:
 
 def _train(folder: Path, options: list[str]) -> dict[str, dict[str, float]]:
     """Figures by number of steps of a run of the preset, whose progress stays unseen."""
-    import train
+    from imagenet import train
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with open(os.devnull, "w") as unseen, contextlib.redirect_stdout(unseen):

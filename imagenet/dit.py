@@ -17,12 +17,12 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from initialise import initialise
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from imagenet.initialise import initialise
 from tvm_ref import Condition, Linear
 from tvm_ref.flow_map import jvp
 from tvm_ref.shapes import Sample, Time

@@ -27,10 +27,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import parallel
 import torch
-from image_files import Pixels, is_image
-from latents import (
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from imagenet import parallel
+from imagenet.image_files import Pixels, is_image
+from imagenet.latents import (
     FORMAT,
     INDEX,
     NORMALISATION,
@@ -41,11 +45,7 @@ from latents import (
     load_vae,
     write_shard,
 )
-from parallel import World, on_first
-from PIL import Image
-from torch import nn
-from tqdm import tqdm
-
+from imagenet.parallel import World, on_first
 from tvm_ref.command_line import OneLineParser, require_at_least, write_atomically
 
 PLAN = "encode.json"  # what is being encoded, and how: an encoding goes on only if it is the same

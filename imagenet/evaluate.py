@@ -23,17 +23,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import parallel
 import torch
-from image_files import ImageFiles
-from inception import Extractor, Features, Inception
-from metrics import frechet_distance, gaussian_statistics
-from parallel import World
-from references import Reference, read_reference
-from sample import Generator, add_model_options, load_generator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from imagenet import parallel
+from imagenet.image_files import ImageFiles
+from imagenet.inception import Extractor, Features, Inception
+from imagenet.metrics import frechet_distance, gaussian_statistics
+from imagenet.parallel import World
+from imagenet.references import Reference, read_reference
+from imagenet.sample import Generator, add_model_options, load_generator
 from tvm_ref.command_line import OneLineParser, require_at_least, write_atomically
 
 LEAST = 10  # images: the inception score is a mean over as many parts
@@ -154,7 +154,7 @@ def measured_images(
 
 def judged_digits(options: argparse.Namespace, generator: Generator) -> dict[str, Any]:
     """What --out holds of digits: what digits.py judges of samples with the labels of the held-out images."""
-    from digits import Judges
+    from imagenet.digits import Judges
 
     judges = Judges()
     labels = judges.labels.tolist()

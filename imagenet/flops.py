@@ -27,10 +27,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from dit import FREQUENCIES, DiTConfig
-from presets import PRESETS, Config, build_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from imagenet.dit import FREQUENCIES, DiTConfig
+from imagenet.presets import PRESETS, Config, build_model
 from tvm_ref import TVM, Condition, Times
 from tvm_ref.command_line import OneLineParser
 

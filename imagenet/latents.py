@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from noise import POSTERIOR, normal
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from imagenet.noise import POSTERIOR, normal
 
 INDEX = "latents.json"
 FORMAT = "tvm-ref latents, version 1"

@@ -12,11 +12,11 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from dit import Block
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from imagenet.dit import Block
 from tvm_ref import EMA, FlowMap
 from tvm_ref.objectives import Objective
 

@@ -5,8 +5,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, replace
 
-from dit import ATTENTION, DIT, DiT, DiTConfig
-
+from imagenet.dit import ATTENTION, DIT, DiT, DiTConfig
 from tvm_ref import OBJECTIVES, TIME_SAMPLERS, FlowMap, TimeSampler
 from tvm_ref.command_line import flag, option, require_at_least
 

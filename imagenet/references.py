@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from image_files import NPZ_IMAGES, ImageFiles
-from inception import Features
-from metrics import Gaussian, gaussian_statistics
-from safe_pickle import read_arrays
+
+from imagenet.image_files import NPZ_IMAGES, ImageFiles
+from imagenet.inception import Features
+from imagenet.metrics import Gaussian, gaussian_statistics
+from imagenet.safe_pickle import read_arrays
 
 Extract = Callable[[ImageFiles], Features]
 

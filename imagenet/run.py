@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import psutil
 import torch
-from data import Data
-from parallel import World
-from pictures import save_grid
-from presets import RESUMABLE, Config
 from torch import Tensor
-from training import TERMS, Step, Training, learning_rate
 
+from imagenet import checkpoints
+from imagenet.data import Data
+from imagenet.parallel import World
+from imagenet.pictures import save_grid
+from imagenet.presets import RESUMABLE, Config
+from imagenet.training import TERMS, Step, Training, learning_rate
 from tvm_ref import Condition, sample
 from tvm_ref.command_line import flag, write_atomically
 
@@ -217,7 +217,7 @@ class Run:
         metrics["steps"] = {"done": training.step, "planned": config.steps}
         weights = training.ema.state_dict()["module"]
         if config.parallel == "fsdp":
-            from parallel import whole
+            from imagenet.parallel import whole
 
             weights = whole(weights)
         if self.world.first:
@@ -228,7 +228,7 @@ class Run:
 
     def _judge(self) -> dict[str, dict[str, float]]:
         """Figures of digits by number of steps."""
-        from digits import Judges
+        from imagenet.digits import Judges
 
         judges = Judges()
         return {str(nfe): judges.judge(self.samples(judges.labels, nfe)) for nfe in NFES}

@@ -27,18 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import parallel
 import torch
-from checkpoints import load_weights
-from image_files import Pixels, save_png, write_npz
-from latents import NORMALISATION, VAE, Normalisation, decode, load_vae, read_normalisation
-from noise import PRIOR, normal
-from parallel import World, on_first
-from pictures import grid, to_pixels
-from presets import Config
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from imagenet import parallel
+from imagenet.checkpoints import load_weights
+from imagenet.image_files import Pixels, save_png, write_npz
+from imagenet.latents import NORMALISATION, VAE, Normalisation, decode, load_vae, read_normalisation
+from imagenet.noise import PRIOR, normal
+from imagenet.parallel import World, on_first
+from imagenet.pictures import grid, to_pixels
+from imagenet.presets import Config
 from tvm_ref import Condition, EulerStep, FlowMap, sample
 from tvm_ref.command_line import OneLineParser, require_at_least, write_atomically
 from tvm_ref.sampling import Jump

@@ -17,17 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import parallel
 import psutil
 import torch
-from data import Batches, load_data, loader
-from parallel import World, on_first
-from presets import PRESETS, RESUMABLE, Config
-from run import Run, check_new, stored_config
 from tqdm import tqdm
-from training import TERMS, Training
 
+from imagenet import checkpoints, parallel
+from imagenet.data import Batches, load_data, loader
+from imagenet.parallel import World, on_first
+from imagenet.presets import PRESETS, RESUMABLE, Config
+from imagenet.run import Run, check_new, stored_config
+from imagenet.training import TERMS, Training
 from tvm_ref.command_line import Interruption, OneLineParser, add_options, option, require_at_least
 
 THREADS = 1  # on a CPU, unless OMP_NUM_THREADS says more, which helps digits little and hurts much on busy cores

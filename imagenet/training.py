@@ -5,14 +5,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import parallel
 import torch
-from data import Batch
-from parallel import World
-from presets import Config, build_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from imagenet import parallel
+from imagenet.data import Batch
+from imagenet.parallel import World
+from imagenet.presets import Config, build_model
 from tvm_ref import EMA, OBJECTIVES, EulerStep, FlowMap
 from tvm_ref.sampling import Jump
 

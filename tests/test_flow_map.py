@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from networks import Waves, some_times
 from torch import Tensor
 
+from tests.networks import Waves, some_times
 from tvm_ref.flow_map import DIFFERENCE, Factor, FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.shapes import over

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from networks import PointData, Waves, some_times
 from torch import Tensor
 
+from tests.networks import PointData, Waves, some_times
 from tvm_ref.ema import EMA
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition, guided_velocity

@@ -3,10 +3,10 @@
 import json
 import signal
 
-import checkpoints
 import torch
-import train
 from safetensors.torch import load_file
+
+from imagenet import checkpoints, train
 
 TINY = [
     "--data", "synthetic", "--patch-size", "4", "--hidden-size", "16", "--depth", "1", "--heads", "2",

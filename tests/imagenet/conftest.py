@@ -1,30 +1,23 @@
 """A run that nothing disturbs, and processes that start in a moment."""
 
 import multiprocessing
-import os
 import time
 
 import pytest
-import workers
-from commands import command
-from test_parallel import ROOT
+
+from tests.imagenet import workers
+from tests.imagenet.commands import command
 
 
 @pytest.fixture(scope="session")
 def forks():
     """Processes that start in a moment, as a server that has imported everything forks them."""
     context = multiprocessing.get_context("forkserver")
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "imagenet", "tests/imagenet"))
-    context.set_forkserver_preload(["train", "workers"])
+    context.set_forkserver_preload(["imagenet.train", "tests.imagenet.workers"])
     process = context.Process(target=workers.quiet, args=(["--help"],))
     process.start()
     process.join()
-    yield context
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,12 @@
 import json
 import os
 
-import benchmark
 import pytest
 import torch
-from benchmark import main, measure, measure_apart
-from presets import PRESETS, Config, build_model
+
+from imagenet import benchmark
+from imagenet.benchmark import main, measure, measure_apart
+from imagenet.presets import PRESETS, Config, build_model
 
 TINY = Config(data="synthetic", hidden_size=16, depth=1, heads=2, batch_size=4)
 

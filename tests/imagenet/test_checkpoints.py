@@ -5,12 +5,13 @@ import os
 import pathlib
 import shutil
 
-import checkpoints
 import pytest
 import torch
-from checkpoints import find_checkpoint, load_weights, read_checkpoint, save_checkpoint, save_weights
-from presets import Config, build_model
 from safetensors.torch import load_file, save_file
+
+from imagenet import checkpoints
+from imagenet.checkpoints import find_checkpoint, load_weights, read_checkpoint, save_checkpoint, save_weights
+from imagenet.presets import Config, build_model
 
 CONFIG = Config(hidden_size=16, depth=1)
 

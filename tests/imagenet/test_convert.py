@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import load_weights
-from convert import main
-from presets import PRESETS, Config, build_model
 from safetensors import safe_open
 from torch import nn
+
+from imagenet.checkpoints import load_weights
+from imagenet.convert import main
+from imagenet.presets import PRESETS, Config, build_model
 
 CONFIG = Config(data="latents", input_size=8, in_channels=4, classes=10, hidden_size=32, depth=2, heads=2, w=2.0)
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from data import Batches, Images, load_data, loader
-from presets import PRESETS, Config
+
+from imagenet.data import Batches, Images, load_data, loader
+from imagenet.presets import PRESETS, Config
 
 
 def test_images_mirror_at_random_by_epoch():

@@ -2,11 +2,11 @@
 
 import json
 
-import digits
 import pytest
 import torch
-import train
-from digits import Judges, accepted, class_means, load_digits, pixels
+
+from imagenet import digits, train
+from imagenet.digits import Judges, accepted, class_means, load_digits, pixels
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit import (
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from imagenet.dit import (
     ATTENTION,
     DIT,
     DiT,
@@ -19,12 +23,8 @@ from dit import (
     plain_attention,
     rms_norm,
 )
-from safetensors.torch import load_file
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
 from tvm_ref import TVM, Condition, FlowMap, Linear, Times, interpolate, sample
-from tvm_ref.lipschitz import power_iteration_norms
+from tvm_ref.bound.lipschitz import power_iteration_norms
 
 TINY = DiTConfig(input_size=8, hidden_size=32, depth=2, heads=2, classes=10)
 

@@ -2,16 +2,17 @@ import json
 from pathlib import Path
 
 import numpy as np
-import parallel
 import pytest
 import torch
-from encode import centre_crop, main
-from latents import NORMALISATION, Latents
-from parallel import World
 from PIL import Image
 
+from imagenet import parallel
+from imagenet.encode import centre_crop, main
+from imagenet.latents import NORMALISATION, Latents
+from imagenet.parallel import World
+
 pytest.importorskip("diffusers")
-from autoencoders import tiny_vae
+from tests.autoencoders import tiny_vae
 
 SIZES = {"cat": [(20, 16), (37, 40), (16, 16), (9, 12)], "dog": [(64, 33), (18, 18), (50, 20)]}
 

@@ -4,18 +4,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import save_weights
-from image_files import ImageFiles, save_png
-from presets import Config, build_model
 from torch import Tensor
 
+from imagenet.checkpoints import save_weights
+from imagenet.image_files import ImageFiles, save_png
+from imagenet.presets import Config, build_model
+
 pytest.importorskip("torch_fidelity")
-import sample
-from evaluate import figures, main
-from inception import Features
-from metrics import frechet_distance, gaussian_statistics, precision_recall
-from references import Reference
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+from imagenet import sample
+from imagenet.evaluate import figures, main
+from imagenet.inception import Features
+from imagenet.metrics import frechet_distance, gaussian_statistics, precision_recall
+from imagenet.references import Reference
 
 CONFIG = Config(hidden_size=16, depth=1, heads=2)
 

@@ -1,12 +1,12 @@
 from dataclasses import replace
 
-import flops
 import pytest
 import torch
-from flops import count_flops, counted_step_flops, forward_flops, least_step_flops
-from presets import PRESETS, Config, build_model
 from torch import nn
 
+from imagenet import flops
+from imagenet.flops import count_flops, counted_step_flops, forward_flops, least_step_flops
+from imagenet.presets import PRESETS, Config, build_model
 from tvm_ref import EMA, TVM, Condition, Linear, TimeSampler
 
 CONFIG = Config(data="latents", input_size=8, in_channels=4, classes=10, hidden_size=64, depth=2, heads=2, w=2.0)

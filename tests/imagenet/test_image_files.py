@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import ImageFiles, save_png, write_npz
+
+from imagenet.image_files import ImageFiles, save_png, write_npz
 
 rng = np.random.default_rng(0)
 PIXELS = rng.integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)

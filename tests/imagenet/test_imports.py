@@ -16,16 +16,15 @@ OPTIONAL = ("torchvision", "timm", "diffusers", "torch_fidelity", "sklearn", "jv
 def test_commands_start_without_what_only_some_need():
     """Libraries that are optional are loaded where they are used; one by one, so that the first culprit shows."""
     check = f"loaded = {{*sys.modules}} & {{*{OPTIONAL}}}; assert not loaded, loaded"
-    code = "\n".join(["import sys", *(f"import {command}; {check}" for command in COMMANDS)])
-    env = {"PYTHONPATH": f"{ROOT / 'imagenet'}:{ROOT}", "PATH": "", "HOME": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    code = "\n".join(["import sys", *(f"import imagenet.{command}; {check}" for command in COMMANDS)])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", ["sample", "convert", "encode", "evaluate", "benchmark"])
 def test_help_teaches(command):
     """It begins with commands to copy, and says what every option means."""
-    parser = importlib.import_module(command).parser()
+    parser = importlib.import_module(f"imagenet.{command}").parser()
     assert parser.format_help().count(f"imagenet/{command}.py ") >= 2
     assert all(action.help for action in parser._actions)
 
@@ -44,9 +43,10 @@ def test_a_library_that_is_not_there_ends_with_one_line(tmp_path, monkeypatch, c
     """Also one that fails while it is imported, as a torchvision that was built for another PyTorch."""
     import builtins
 
-    import evaluate
     import numpy as np
-    from image_files import write_npz
+
+    from imagenet import evaluate
+    from imagenet.image_files import write_npz
 
     write_npz(tmp_path / "a.npz", 10, [np.zeros((10, 4, 4, 3), np.uint8)], np.arange(10))
     np.savez(tmp_path / "reference.npz", mu=np.zeros(2), sigma=np.eye(2))
@@ -67,7 +67,10 @@ def test_a_library_that_is_not_there_ends_with_one_line(tmp_path, monkeypatch, c
 
 def commands_to_copy() -> list[str]:
     """Of the README and of each script's first lines, without what is said about them."""
-    texts = [(ROOT / "imagenet" / "README.md").read_text(), *(importlib.import_module(c).__doc__ for c in COMMANDS)]
+    texts = [
+        (ROOT / "imagenet" / "README.md").read_text(),
+        *(importlib.import_module(f"imagenet.{c}").__doc__ for c in COMMANDS),
+    ]
     found = re.findall(r"imagenet/(\w+\.py(?: [^\n#`']+)?)", "\n".join(texts).replace("\\\n", ""))
     return sorted({re.split(r"\s{2,}", command)[0].strip() for command in found})
 
@@ -75,6 +78,6 @@ def commands_to_copy() -> list[str]:
 @pytest.mark.parametrize("command", commands_to_copy())
 def test_commands_to_copy_parse(command):
     name, *options = shlex.split(command)
-    module = importlib.import_module(name.removesuffix(".py"))
+    module = importlib.import_module(f"imagenet.{name.removesuffix('.py')}")
     if "--help" not in options and hasattr(module, "parser"):
         module.parser().parse_args(options)

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 pytest.importorskip("torch_fidelity")
-import inception
-from inception import Inception
 from torch_fidelity import feature_extractor_inceptionv3 as library
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+from imagenet import inception
+from imagenet.inception import Inception
 
 
 @pytest.fixture(scope="module")

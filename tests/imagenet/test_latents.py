@@ -4,8 +4,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latents import INDEX, NORMALISATION, Latents, Normalisation, decode, encode, index_of, load_vae, write_shard
-from noise import normal
+
+from imagenet.latents import (
+    INDEX,
+    NORMALISATION,
+    Latents,
+    Normalisation,
+    decode,
+    encode,
+    index_of,
+    load_vae,
+    write_shard,
+)
+from imagenet.noise import normal
 
 COUNTS = [3, 0, 5]  # the middle shard is empty: all its images were damaged
 
@@ -115,7 +126,7 @@ def test_an_index_beyond_the_end_is_refused(folder):
 
 def test_encode_and_decode_call_the_autoencoder_on_its_own_scales():
     pytest.importorskip("diffusers")
-    from autoencoders import tiny_vae
+    from tests.autoencoders import tiny_vae
 
     vae, images = tiny_vae(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     posterior = vae.encode(images / 127.5 - 1).latent_dist
@@ -126,7 +137,7 @@ def test_encode_and_decode_call_the_autoencoder_on_its_own_scales():
 
 def test_an_autoencoder_is_loaded_from_a_folder(tmp_path):
     pytest.importorskip("diffusers")
-    from autoencoders import tiny_vae
+    from tests.autoencoders import tiny_vae
 
     vae = tiny_vae()
     vae.save_pretrained(tmp_path / "vae")

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
-from metrics import frechet_distance, gaussian_statistics, precision_recall
 from scipy.linalg import sqrtm
+
+from imagenet.metrics import frechet_distance, gaussian_statistics, precision_recall
 
 rng = np.random.default_rng(0)
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel import World, check_version
-from workers import steps
+
+from imagenet.parallel import World, check_version
+from tests.imagenet.workers import steps
 
 ROOT = Path(__file__).parents[2]
 ALONE = World(0, 1, torch.device("cpu"))
 
 
 def torchrun(*arguments, processes=2, **options):
-    paths = [ROOT, ROOT / "imagenet", ROOT / "tests" / "imagenet"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
         [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300, **options
@@ -69,8 +69,8 @@ def test_a_failure_of_the_first_is_every_ones(together):
 
 
 def test_a_state_from_two_fsdp_processes_loads_into_one(together):
-    from training import Training
-    from workers import SMALL
+    from imagenet.training import Training
+    from tests.imagenet.workers import SMALL
 
     training = Training(SMALL, ALONE)
     training.load_state_dict(together[1]["fsdp"]["state"])
@@ -80,7 +80,7 @@ def test_a_state_from_two_fsdp_processes_loads_into_one(together):
 
 
 def test_fsdp_alone_is_plain_training(alone):
-    from parallel import stop
+    from imagenet.parallel import stop
 
     try:
         result = steps(ALONE, parallel="fsdp")

@@ -1,6 +1,7 @@
 import numpy as np
 import torch
-from pictures import GAP, SMALL, grid, to_pixels
+
+from imagenet.pictures import GAP, SMALL, grid, to_pixels
 
 
 def test_pixels_round_and_clip():

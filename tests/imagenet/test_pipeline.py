@@ -1,15 +1,14 @@
 from pathlib import Path
 
-import encode
 import numpy as np
 import pytest
-import sample
-import train
-from image_files import ImageFiles
 from PIL import Image
 
+from imagenet import encode, sample, train
+from imagenet.image_files import ImageFiles
+
 pytest.importorskip("diffusers")
-from autoencoders import tiny_vae
+from tests.autoencoders import tiny_vae
 
 
 def test_from_a_folder_of_pictures_to_new_pictures(tmp_path: Path, capsys):

@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from presets import PRESETS, RESUMABLE, Config, build_model
+
+from imagenet.presets import PRESETS, RESUMABLE, Config, build_model
 
 IMAGENET = ("imagenet256-w2", "imagenet256-w1.75", "imagenet512-w2.5", "imagenet512-w2.25")
 

@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import save_png
-from inception import Features
-from metrics import gaussian_statistics
-from references import read_reference
+
+from imagenet.image_files import save_png
+from imagenet.inception import Features
+from imagenet.metrics import gaussian_statistics
+from imagenet.references import read_reference
 
 rng = np.random.default_rng(0)
 FEATURES = rng.standard_normal((50, 4))

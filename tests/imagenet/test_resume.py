@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 
-import checkpoints
 import pytest
-import train
-import workers
-from checkpoints import find_checkpoint
-from commands import TINY, assert_same_run, command, losses, same, state, stopping_at
-from run import Run
-from test_parallel import ROOT, torchrun
+
+from imagenet import checkpoints, train
+from imagenet.checkpoints import find_checkpoint
+from imagenet.run import Run
+from tests.imagenet import workers
+from tests.imagenet.commands import TINY, assert_same_run, command, losses, same, state, stopping_at
+from tests.imagenet.test_parallel import ROOT, torchrun
 
 
 def test_a_line_of_the_log_is_a_mean_though_the_interval_changed(tmp_path, whole, monkeypatch):

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safe_pickle import Refused, read_arrays, read_module, tensors_of
 from torch import nn
+
+from imagenet.safe_pickle import Refused, read_arrays, read_module, tensors_of
 
 
 class Calls:

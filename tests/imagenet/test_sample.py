@@ -4,18 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import parallel
 import pytest
 import torch
-from checkpoints import save_weights
-from image_files import ImageFiles
-from latents import NORMALISATION, decode
-from noise import PRIOR, normal
-from parallel import World
 from PIL import Image
-from presets import Config, build_model
-from sample import main
 
+from imagenet import parallel
+from imagenet.checkpoints import save_weights
+from imagenet.image_files import ImageFiles
+from imagenet.latents import NORMALISATION, decode
+from imagenet.noise import PRIOR, normal
+from imagenet.parallel import World
+from imagenet.presets import Config, build_model
+from imagenet.sample import main
 from tvm_ref import Condition
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def test_processes_share_the_work(model, tmp_path, out, count, monkeypatch):
     whole = tmp_path / f"whole{Path(out).suffix}"
     draw(model, whole, "--count", str(count))
     (tmp_path / "a").mkdir()
-    monkeypatch.setattr("sample.prepare", lambda *_: None)
+    monkeypatch.setattr("imagenet.sample.prepare", lambda *_: None)
     monkeypatch.setattr(World, "gather", lambda self, values: None)
     monkeypatch.setattr(World, "tell", lambda self, thing: thing)
     for rank in (1, 2, 0):
@@ -139,7 +139,7 @@ def test_any_guidance_weight_of_a_trained_range_is_silent(tmp_path, capsys):
 
 def test_latents_are_decoded(tmp_path):
     pytest.importorskip("diffusers")
-    from autoencoders import tiny_vae
+    from tests.autoencoders import tiny_vae
 
     config = replace(CONFIG, data="latents", in_channels=4, input_size=32, patch_size=8)
     model = weights(tmp_path / "latents.safetensors", config)
@@ -157,7 +157,7 @@ def test_latents_are_decoded(tmp_path):
 
 def test_latents_of_other_sizes_need_their_normalisation(tmp_path, capsys):
     pytest.importorskip("diffusers")
-    from autoencoders import tiny_vae
+    from tests.autoencoders import tiny_vae
 
     model = weights(tmp_path / "a.safetensors", replace(CONFIG, data="latents", in_channels=4))
     assert draw(model, tmp_path / "a.npz", vae=tiny_vae()) == 2

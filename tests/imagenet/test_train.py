@@ -3,11 +3,11 @@
 import json
 import sys
 
-import checkpoints
 import pytest
-import train
-from commands import command, losses, same
-from presets import PRESETS, Config
+
+from imagenet import checkpoints, train
+from imagenet.presets import PRESETS, Config
+from tests.imagenet.commands import command, losses, same
 
 
 def test_a_run_leaves_every_file(tmp_path, capsys):

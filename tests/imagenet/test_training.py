@@ -4,14 +4,14 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import straight_line
 import torch
-from data import Batches, load_data
-from parallel import World
-from presets import Config, build_model
-from training import Training, learning_rate, make_optimizer
-from workers import SMALL, randomise
 
+from imagenet.data import Batches, load_data
+from imagenet.parallel import World
+from imagenet.presets import Config, build_model
+from imagenet.training import Training, learning_rate, make_optimizer
+from tests.imagenet import straight_line
+from tests.imagenet.workers import SMALL, randomise
 from tvm_ref import TVM, Condition, TimeSampler
 
 ALONE = World(0, 1, torch.device("cpu"))

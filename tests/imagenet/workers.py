@@ -5,11 +5,12 @@ import os
 import sys
 from pathlib import Path
 
-import parallel
 import torch
-from data import Batches, load_data
-from presets import Config
-from training import Training
+
+from imagenet import parallel
+from imagenet.data import Batches, load_data
+from imagenet.presets import Config
+from imagenet.training import Training
 
 SMALL = Config(hidden_size=16, depth=2, batch_size=12, steps=50, w=2.0, warmup=3, optimizer="adamw", lr=1e-3)
 
@@ -79,7 +80,7 @@ def short_of_space(arguments, size):
     import contextlib
     import resource
 
-    import train
+    from imagenet import train
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
@@ -91,7 +92,7 @@ def quiet(arguments):
     """The command, one thread, without its progress."""
     import contextlib
 
-    import train
+    from imagenet import train
 
     torch.set_num_threads(1)
     with open(os.devnull, "w") as file, contextlib.redirect_stdout(file):

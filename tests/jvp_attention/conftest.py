@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import GuardedOutputs, interpreter_works
+
+from tests.attention_cases import GuardedOutputs, interpreter_works
 
 pytest.importorskip("triton", reason="the kernels need triton")
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"

@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from attention_cases import TOLERANCE, Case
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import jvp_attention
 from jvp_attention import reference
+from tests.attention_cases import TOLERANCE, Case
 
 FORWARD = ["forward"]
 BACKWARD = ["row_sum", "query", "key"]

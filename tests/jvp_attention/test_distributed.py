@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import interpreter_works
+
+from tests.attention_cases import interpreter_works
 
 SCRIPT = Path(__file__).parents[1] / "distributed_attention.py"
 OLD = torch.__version__ < (2, 13)

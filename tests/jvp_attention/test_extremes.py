@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from attention_cases import TOLERANCE, Case
 
 import jvp_attention
 from jvp_attention import reference
+from tests.attention_cases import TOLERANCE, Case
 
 Q, K, V, DQ, DK, DV, GO, GDO = range(8)
 

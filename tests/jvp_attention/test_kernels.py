@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from attention_cases import TOLERANCE, Case
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import jvp_attention
+from tests.attention_cases import TOLERANCE, Case
 
 DTYPES = [
     torch.float32,

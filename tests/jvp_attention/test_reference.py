@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from attention_cases import Case
 from torch.nn.functional import scaled_dot_product_attention
 
 import jvp_attention
 from jvp_attention import api, reference
+from tests.attention_cases import Case
 
 
 def tensors(n=5, m=7, d=4, dtype=torch.float64) -> list[torch.Tensor]:

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from networks import some_times
 from torch import Tensor
 
+from tests.networks import some_times
 from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import interpolate
 from tvm_ref.shapes import over

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from networks import some_times
 
+from tests.networks import some_times
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.toy.mixture import GaussianMixture

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from tvm_ref.bound.chain import TERMS, measure
+from tvm_ref.bound.plots import plot_bound
 from tvm_ref.toy import plots
-from tvm_ref.toy.bound_plots import plot_bound
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.metrics import make_reference
-from tvm_ref.wasserstein_bound import TERMS, measure
 
 
 @pytest.fixture(scope="module")

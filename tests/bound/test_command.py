@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from tvm_ref import bound as command
-from tvm_ref.toy import bound_training, taming
+from tvm_ref.bound import __main__ as command
+from tvm_ref.bound import over_training, taming
+from tvm_ref.bound.chain import LINKS, TERMS
 from tvm_ref.toy.__main__ import main as toy
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.network import ToyNetwork
-from tvm_ref.wasserstein_bound import LINKS, TERMS
 
 KEYS = {"t", *TERMS, "quadrature_error"}
 SMALL = ["--width", "16", "--depth", "2", "--batch-size", "128"]
@@ -110,7 +110,7 @@ def test_training_is_measured_and_drawn(tmp_path, capsys):
     assert command.main([*options, *SMALL]) == 0
     result = json.loads((out / "training.json").read_text())
     steps = [record["step"] for record in result["records"]]
-    assert steps == bound_training.measured_steps(120)
+    assert steps == over_training.measured_steps(120)
     assert steps[-1] == 120
     assert all(record["violations"] == [] for record in result["records"])
     assert all(set(record) >= {*TERMS, "loss", "training_loss", "path_lipschitz"} for record in result["records"])
@@ -125,7 +125,7 @@ def test_training_that_diverges_is_reported(tmp_path, capsys, monkeypatch):
     def diverge(self):
         raise FloatingPointError("the flow_map loss is NaN")
 
-    monkeypatch.setattr(bound_training.Training, "train_step", diverge)
+    monkeypatch.setattr(over_training.Training, "train_step", diverge)
     assert command.main(["--dist", "moons", "--train", "--out", str(tmp_path / "out"), *SMALL]) == 1
     assert "diverged" in capsys.readouterr().err
 
@@ -166,12 +166,12 @@ def test_tamed_networks_have_right_terminal_velocities():
 
 
 def test_rank_correlation_sees_order_alone():
-    names = [*bound_training.LOSSES, *TERMS]
+    names = [*over_training.LOSSES, *TERMS]
     records = [dict.fromkeys(names, float(x)) | {"loss": math.exp(x), "global": -x} for x in range(5)]
-    correlations = bound_training.rank_correlations(records)
+    correlations = over_training.rank_correlations(records)
     assert correlations["loss"] == pytest.approx(1)
     assert correlations["global"] == pytest.approx(-1)
-    assert all(math.isnan(value) for value in bound_training.rank_correlations(records[:2]).values())
+    assert all(math.isnan(value) for value in over_training.rank_correlations(records[:2]).values())
 
 
 def test_help_teaches(capsys):

@@ -9,10 +9,10 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
+from tvm_ref.bound.chain import TERMS, measure
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.mixture import GaussianMixture
 from tvm_ref.toy.training import Training
-from tvm_ref.wasserstein_bound import TERMS, measure
 
 MEASUREMENTS = 24  # over training, equally spaced in the logarithm of the step
 LOSSES = ("training_loss", "loss")

@@ -40,7 +40,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tvm_ref.bound_paths import (
+from tvm_ref.bound.lipschitz import largest_on_segments
+from tvm_ref.bound.paths import (
     STEPS,
     Paths,
     Watch,
@@ -60,7 +61,6 @@ from tvm_ref.bound_paths import (
 from tvm_ref.distances import wasserstein2
 from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import interpolate
-from tvm_ref.lipschitz import largest_on_segments
 from tvm_ref.objectives import Flow
 from tvm_ref.shapes import Sample
 

@@ -5,9 +5,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tvm_ref.bound_paths import displacement_error, flow_matching_residual, terminal_velocity_residual
+from tvm_ref.bound.chain import TERMS, Bound, one_sided_rate, two_sided_rate
+from tvm_ref.bound.paths import displacement_error, flow_matching_residual, terminal_velocity_residual
 from tvm_ref.toy.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, make_figure
-from tvm_ref.wasserstein_bound import TERMS, Bound, one_sided_rate, two_sided_rate
 
 LABELS = {
     "w2": "W2 (optimal transport)",

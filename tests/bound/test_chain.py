@@ -8,12 +8,12 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor, nn
 
-from tvm_ref import bound_paths
-from tvm_ref import wasserstein_bound as wb
+from tvm_ref.bound import chain
+from tvm_ref.bound import paths as bound_paths
+from tvm_ref.bound.lipschitz import jacobian_norms
 from tvm_ref.distances import wasserstein2
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
-from tvm_ref.lipschitz import jacobian_norms
 from tvm_ref.shapes import over
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import DISTRIBUTIONS, make_distribution
@@ -46,8 +46,10 @@ def trained_model(name: str, seed: int, steps: int = 200) -> FlowMap:
     return training.ema.module
 
 
-def measured(model, oracle: GaussianMixture, t: float = 1.0, n: int = 100, steps: int = 64, seed: int = 0) -> wb.Bound:
-    return wb.measure(model, oracle, *draws(oracle, n, seed), t=t, scale=0.7 * oracle.sigma, steps=steps)
+def measured(
+    model, oracle: GaussianMixture, t: float = 1.0, n: int = 100, steps: int = 64, seed: int = 0
+) -> chain.Bound:
+    return chain.measure(model, oracle, *draws(oracle, n, seed), t=t, scale=0.7 * oracle.sigma, steps=steps)
 
 
 # The ordering ---------------------------------------------------------------------------------------------------
@@ -80,8 +82,8 @@ def test_a_violated_link_is_named():
 def test_groenwall_holds_for_every_single_point():
     oracle = make_distribution("checkerboard")
     bound = measured(trained_model("checkerboard", 0), oracle, steps=256)
-    terms = wb.pointwise_terms(bound.paths)
-    coarse = wb.pointwise_terms(bound.paths.thinned())
+    terms = chain.pointwise_terms(bound.paths)
+    coarse = chain.pointwise_terms(bound.paths.thinned())
     for name in ("terminal_velocity", "pathwise_one_sided", "pathwise_two_sided"):
         error = (terms[name] - coarse[name]).abs() + bound.errors["displacement"]
         assert (terms["displacement"] <= terms[name] + error).all(), name
@@ -94,16 +96,16 @@ def test_with_signs_groenwall_is_an_identity():
     """
     bound = measured(trained_model("moons", 0), make_distribution("moons"), n=100, steps=256)
 
-    def signed(paths: wb.Paths) -> Tensor:
+    def signed(paths: chain.Paths) -> Tensor:
         apart = paths.x - paths.y
         direction = apart / apart.norm(dim=2, keepdim=True).clamp_min(1e-12)
         residual = (direction * (paths.df_ds - paths.u_x + paths.u_y - paths.exact)).sum(2)
-        growth = bound_paths.running_integral(wb.one_sided_rate(paths), paths.s).exp()
+        growth = bound_paths.running_integral(chain.one_sided_rate(paths), paths.s).exp()
         return -bound_paths.integral(growth * residual, paths.s)
 
     fine, coarse = signed(bound.paths), signed(bound.paths.thinned())
-    error = wb.rms(fine - coarse) + bound.errors["displacement"]
-    assert wb.rms(fine - wb.displacement(bound.paths)) <= error < 0.01 * bound.values["displacement"]
+    error = chain.rms(fine - coarse) + bound.errors["displacement"]
+    assert chain.rms(fine - chain.displacement(bound.paths)) <= error < 0.01 * bound.values["displacement"]
 
 
 @pytest.mark.parametrize("steps", [4, 6, 10])
@@ -118,8 +120,8 @@ def test_lipschitz_is_at_least_every_jacobian_and_every_ratio_seen():
     oracle = make_distribution("moons")
     model = random_model(2).double()
     bound = measured(model, oracle, n=30, steps=16)
-    assert (bound.lipschitz >= wb.two_sided_rate(bound.paths).amax(1)).all()
-    assert (wb.two_sided_rate(bound.paths) >= wb.one_sided_rate(bound.paths).abs() * (1 - 1e-12)).all()
+    assert (bound.lipschitz >= chain.two_sided_rate(bound.paths).amax(1)).all()
+    assert (chain.two_sided_rate(bound.paths) >= chain.one_sided_rate(bound.paths).abs() * (1 - 1e-12)).all()
     for time, x, y, largest in zip(bound.paths.s, bound.paths.x, bound.paths.y, bound.lipschitz, strict=True):
         for points in (x, y, (x + y) / 2):
             norms = jacobian_norms(lambda z, time=time: model.velocity(z, bound_paths.at(time, z)), points)
@@ -131,7 +133,7 @@ def test_reported_quadrature_error_covers_the_error():
     oracle = make_distribution("moons")
     model = trained_model("moons", 0)
     rough, middle, fine = (measured(model, oracle, steps=steps) for steps in (32, 64, 256))
-    for name in wb.TERMS[:-1]:
+    for name in chain.TERMS[:-1]:
         assert abs(rough.values[name] - fine.values[name]) <= rough.errors[name] + fine.errors[name], name
     assert middle.errors["terminal_velocity"] == pytest.approx(rough.errors["terminal_velocity"] / 4, rel=0.3)
 
@@ -142,7 +144,7 @@ def test_reported_quadrature_error_covers_the_error():
 def test_the_oracle_has_no_error_and_its_loss_is_minus_c():
     oracle = make_distribution("moons")
     bound = measured(oracle, oracle, n=25)
-    for name in wb.TERMS:
+    for name in chain.TERMS:
         assert bound.values[name] <= 1e-4 + bound.errors[name], name  # the exact map's own solver: 1e-5
     assert bound.violations() == []
     s, x0, x1 = bound.paths.s, *draws(oracle, 25)
@@ -163,7 +165,7 @@ def test_constant_of_one_gaussian_is_its_closed_form():
     s = bound_paths.time_grid(t, 0.35, 64)
     minimum = bound_paths.flow_matching_minimum(oracle, x0, bound_paths.repaired(x1, len(s)), s)
     exact = -quad(lambda r: 2 * t * math.exp(2 * rate * r) * 2 * sigma**2 / ((1 - r) ** 2 * sigma**2 + r**2), 0, t)[0]
-    assert wb.constant(torch.full_like(s, rate), minimum, s) == pytest.approx(exact, rel=0.01)
+    assert chain.constant(torch.full_like(s, rate), minimum, s) == pytest.approx(exact, rel=0.01)
 
 
 class Affine(nn.Module):
@@ -187,7 +189,7 @@ def test_gaussian_data_and_a_linear_network_have_closed_forms(c, t):
     s = bound_paths.time_grid(t, 0.7, 2048)
     x_t = (1 - t) * x0 + t * x1
     paths = bound_paths.follow(FlowMap(Affine(c, d)), oracle, x_t, s, 0.7)
-    found = {name: term.tolist() for name, term in wb.pointwise_terms(paths).items()}
+    found = {name: term.tolist() for name, term in chain.pointwise_terms(paths).items()}
 
     average = c * x_t + torch.tensor(d, dtype=torch.float64)  # d/ds f
     std = lambda r: math.sqrt((1 - r) ** 2 * sigma**2 + r**2)  # noqa: E731
@@ -212,8 +214,8 @@ def test_gaussian_data_and_a_linear_network_have_closed_forms(c, t):
             assert found[name][i] == pytest.approx(value, abs=1e-6), name
         total += integrate(lambda r, i=i: 2 * t * math.exp(2 * abs(c) * r) * split(r, i))
     together = integrate(lambda r: math.exp(-c * r) * math.sqrt(sum(both(r, i) ** 2 for i in range(4)) / 4))
-    assert wb.mean_square(paths) == pytest.approx(together, abs=1e-6)
-    assert wb.global_bound(paths, torch.full_like(s, abs(c))) == pytest.approx(math.sqrt(total / 4), abs=1e-6)
+    assert chain.mean_square(paths) == pytest.approx(together, abs=1e-6)
+    assert chain.global_bound(paths, torch.full_like(s, abs(c))) == pytest.approx(math.sqrt(total / 4), abs=1e-6)
     start, end = paths.x[0], paths.y[0]
     pairings = [(start - end[list(p)]).square().sum(1).mean().sqrt() for p in itertools.permutations(range(4))]
     assert wasserstein2(start, end) == pytest.approx(float(min(pairings)), abs=1e-6)
@@ -241,13 +243,13 @@ def test_classes_are_measured_class_by_class():
     x1 = torch.randn(60, 2, dtype=torch.float64)
     condition = Condition(label, torch.ones(60, dtype=torch.float64))
     model = FlowMap(ToyNetwork(num_classes=2, **SMALL))
-    bound = wb.measure(model, oracle, x0, x1, scale=0.07, steps=32, condition=condition)
+    bound = chain.measure(model, oracle, x0, x1, scale=0.07, steps=32, condition=condition)
     assert bound.violations() == []
     exact = oracle.jump(x1, torch.ones(60), torch.zeros(60), condition)
     torch.testing.assert_close(bound.paths.y[0], exact, rtol=0, atol=1e-3)
     guided = Condition(label, torch.full((60,), 0.5, dtype=torch.float64))
     with pytest.raises(ValueError, match="guidance"):
-        wb.measure(model, oracle, x0, x1, scale=0.07, condition=guided)
+        chain.measure(model, oracle, x0, x1, scale=0.07, condition=guided)
 
 
 # Why every constant is needed -------------------------------------------------------------------------------------
@@ -274,9 +276,9 @@ def test_theorem_1_is_attained():
     paths, L = tight_case(3.0)
     w2 = wasserstein2(paths.x[0], paths.y[0])
     assert w2 == pytest.approx(2, rel=1e-9)  # the clouds differ by a translation of length 2
-    assert float(wb.pathwise(wb.one_sided_rate(paths), paths).max()) == pytest.approx(2, rel=1e-4)
-    assert wb.mean_square(paths) == pytest.approx(2, rel=1e-4)
-    assert wb.global_bound(paths, L) == pytest.approx(2, rel=1e-4)
+    assert float(chain.pathwise(chain.one_sided_rate(paths), paths).max()) == pytest.approx(2, rel=1e-4)
+    assert chain.mean_square(paths) == pytest.approx(2, rel=1e-4)
+    assert chain.global_bound(paths, L) == pytest.approx(2, rel=1e-4)
 
 
 def half_exponent(lipschitz: Tensor, s: Tensor) -> Tensor:
@@ -293,10 +295,10 @@ def factor_free(lipschitz: Tensor, s: Tensor) -> Tensor:
 def test_a_wrong_lambda_fails(wrong):
     paths, L = tight_case(3.0)
     w2, error = wasserstein2(paths.x[0], paths.y[0]), 1e-3  # ten times the quadrature error
-    assert wb.global_bound(paths, L) >= w2 - error
-    assert wb.global_bound(paths, L, wrong) < 0.8 * w2
+    assert chain.global_bound(paths, L) >= w2 - error
+    assert chain.global_bound(paths, L, wrong) < 0.8 * w2
     fine, _ = tight_case(3.0, 1024)  # no artefact of the grid
-    assert wb.global_bound(fine, torch.full_like(fine.s, 3.0), wrong) < 0.8 * w2
+    assert chain.global_bound(fine, torch.full_like(fine.s, 3.0), wrong) < 0.8 * w2
 
 
 # Integrals and bad input ------------------------------------------------------------------------------------------
@@ -323,8 +325,8 @@ def test_the_exact_path_is_the_oracle_s_flow_map():
 def test_huge_rates_do_not_overflow():
     paths, _ = tight_case(3.0, 16)
     rate = torch.full((17, 50), 500.0, dtype=torch.float64)
-    assert math.isfinite(wb.rms(wb.pathwise(rate, paths)))
-    assert math.isfinite(wb.global_bound(paths, rate[:, 0]))
+    assert math.isfinite(chain.rms(chain.pathwise(rate, paths)))
+    assert math.isfinite(chain.global_bound(paths, rate[:, 0]))
 
 
 @pytest.mark.parametrize(
@@ -334,7 +336,7 @@ def test_huge_rates_do_not_overflow():
 def test_bad_settings_raise(options, message):
     oracle = make_distribution("moons")
     with pytest.raises(ValueError, match=message):
-        wb.measure(random_model(0), oracle, *draws(oracle, 10), **{"scale": 0.07, **options})
+        chain.measure(random_model(0), oracle, *draws(oracle, 10), **{"scale": 0.07, **options})
 
 
 def test_a_model_that_is_not_finite_raises():
@@ -342,4 +344,4 @@ def test_a_model_that_is_not_finite_raises():
     nn.init.constant_(model.network.output.bias, math.nan)
     oracle = make_distribution("moons")
     with pytest.raises(FloatingPointError, match="finite"):
-        wb.measure(model, oracle, *draws(oracle, 10), scale=0.07, steps=8)
+        chain.measure(model, oracle, *draws(oracle, 10), scale=0.07, steps=8)

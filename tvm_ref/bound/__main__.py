@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tvm_ref.bound import over_training, taming
+from tvm_ref.bound.chain import STEPS, TERMS, Bound, measure
+from tvm_ref.bound.plots import LABELS, plot_bound, plot_training
 from tvm_ref.command_line import write_atomically
 from tvm_ref.distances import sampling_floor, wasserstein2
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
-from tvm_ref.toy import bound_training, taming
-from tvm_ref.toy.bound_plots import LABELS, plot_bound, plot_training
 from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, flag
 from tvm_ref.toy.mixture import GaussianMixture
 from tvm_ref.toy.plots import save_figure
 from tvm_ref.toy.run import distribution_of, load_run, read_config
-from tvm_ref.wasserstein_bound import STEPS, TERMS, Bound, measure
 
 SEED = 2**41  # of the draws that the bound is measured on: apart from those of training and of metrics.json
 TRAINING_OPTIONS = ["dist", "data", "bandwidth", "objective", "steps", "batch_size", "width", "depth", "lr",
@@ -213,16 +213,16 @@ def measure_training(config: ToyConfig, out: Path, t: float, points: int, steps:
     """--train: training.json (rewritten after every measurement) and training.png; returns violated links."""
     distribution = distribution_of(config)
     x0, x1, _ = draw(distribution, points)
-    records: list[bound_training.Record] = []
-    for record in bound_training.measure_over_training(config, distribution, x0, x1, t=t, steps=steps):
+    records: list[over_training.Record] = []
+    for record in over_training.measure_over_training(config, distribution, x0, x1, t=t, steps=steps):
         records.append(record)
         write_atomically(out / "training.json", dumps({"t": t, "points": points, "grid": steps, "records": records}))
-    correlations = bound_training.rank_correlations(records)
+    correlations = over_training.rank_correlations(records)
     known = {name: value if value == value else None for name, value in correlations.items()}
     report = {"t": t, "points": points, "grid": steps, "records": records, "rank_correlation_with_w2": known}
     write_atomically(out / "training.json", dumps(report))
     save_figure(plot_training(records, correlations, config.name), out / "training.png")
-    print(bound_training.table(records, correlations))
+    print(over_training.table(records, correlations))
     print(f"training.json and training.png: {out}")
     return [f"step {r['step']}: {link}" for r in records for link in r["violations"]]
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tvm_ref.lipschitz import exact_norms, jacobian_norms, largest_on_segments, power_iteration_norms
+from tvm_ref.bound.lipschitz import exact_norms, jacobian_norms, largest_on_segments, power_iteration_norms
 
 
 def test_norm_of_a_matrix_in_the_plane_and_above():
