@@ -37,7 +37,7 @@ from tqdm import tqdm
 from imagenet import parallel
 from imagenet.data import Batches, Synthetic
 from imagenet.dit import ATTENTION
-from imagenet.flops import count_weights, counted_step_flops, is_guided, least_step_flops
+from imagenet.flops import count_weights, counted_step_flops, least_step_flops
 from imagenet.parallel import World
 from imagenet.presets import PRESETS, Config
 from imagenet.training import Training
@@ -193,7 +193,7 @@ def configurations(options: argparse.Namespace) -> list[Config]:
 
 def arithmetic(config: Config) -> dict[str, float]:
     """FLOP of a step per image: the least, and as counted."""
-    least = least_step_flops(config.network(), detach_jvp=config.detach_jvp, guided=is_guided(config))
+    least = least_step_flops(config.network(), detach_jvp=config.detach_jvp, guided=config.guided)
     counted = counted_step_flops(config)
     return {"least": least, "counted": counted, "ratio": counted / least}
 

@@ -96,11 +96,6 @@ def count_flops(step: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def is_guided(config: Config) -> bool:
-    """Whether a step calls the target a second time, without a class."""
-    return config.w != 1 or config.w_max is not None
-
-
 def counted_step_flops(config: Config) -> int:
     """Floating-point operations of the TVM step of a configuration, per sample: those that are run, counted.
 
@@ -109,7 +104,7 @@ def counted_step_flops(config: Config) -> int:
     b, side = 2, config.input_size
     with torch.device("meta"):
         model, target = (build_model(config, attention="plain") for _ in range(2))
-        null_label = config.classes if is_guided(config) else None
+        null_label = config.classes if config.guided else None
         objective = TVM(model, null_label=null_label, detach_jvp=config.detach_jvp)
         x, t = torch.empty(b, config.in_channels, side, side), torch.empty(b)
         condition = Condition(torch.empty(b, dtype=torch.long), t)
@@ -132,7 +127,7 @@ def table() -> str:
     head = f"{'preset':<18}{'weights':>10}{'forward':>12}{'step':>12}{'detached':>12}{'training':>11}{'state':>12}"
     lines = [head]
     for name, config in PRESETS.items():
-        network, weights, guided = config.network(), count_weights(config), is_guided(config)
+        network, weights, guided = config.network(), count_weights(config), config.guided
         step = least_step_flops(network, guided=guided)
         detached = least_step_flops(network, detach_jvp=True, guided=guided)
         numbers = f"{forward_flops(network) / 1e9:>10.4g} G{step / 1e9:>10.4g} G{detached / 1e9:>10.4g} G"

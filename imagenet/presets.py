@@ -90,7 +90,7 @@ class Config:
         for name in ("label_dropout", "beta2", "target_ema", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{flag(name)} must lie in [0, 1], got {getattr(self, name)}")
-        if self.label_dropout == 0 and (self.w != 1 or self.w_max):
+        if self.label_dropout == 0 and self.guided:
             raise ValueError("--label-dropout 0 leaves nothing to guide against; it goes with --w 1")
         if self.batch_size % self.accumulate:
             raise ValueError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
@@ -104,6 +104,11 @@ class Config:
             raise ValueError(f"--seed must lie below 2^63, got {self.seed}")
         self.sampler()
         self.network()
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance is learned, for which the target is called a second time, without a class."""
+        return self.w != 1 or self.w_max is not None
 
     def _check_choices(self) -> None:
         """Types and choices, for values that come from a file."""

@@ -26,9 +26,10 @@ from imagenet.data import Data
 from imagenet.parallel import World
 from imagenet.pictures import save_grid
 from imagenet.presets import RESUMABLE, Config
-from imagenet.training import TERMS, Step, Training, learning_rate
+from imagenet.training import Step, Training, learning_rate
 from tvm_ref import Condition, sample
 from tvm_ref.command_line import flag, write_atomically
+from tvm_ref.objectives import TERMS
 
 COLUMNS, ROWS = 10, 8  # of a grid: a class per column
 NFES = (1, 4)  # numbers of steps that are drawn and judged at the end

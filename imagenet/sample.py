@@ -39,9 +39,9 @@ from imagenet.noise import PRIOR, normal
 from imagenet.parallel import World, on_first
 from imagenet.pictures import grid, to_pixels
 from imagenet.presets import Config
-from tvm_ref import Condition, EulerStep, FlowMap, sample
+from tvm_ref import Condition, FlowMap, sample
 from tvm_ref.command_line import OneLineParser, require_at_least, write_atomically
-from tvm_ref.sampling import Jump
+from tvm_ref.sampling import Jump, stepper
 
 CHUNK = 256  # images put together at a time
 LATENT_SIDE = 8  # pixels of the image per number of the latent
@@ -113,7 +113,7 @@ class Generator:
     @property
     def jump(self) -> Jump:
         """How the model takes a step: a jump, or, as flow matching learns none, Euler's."""
-        return EulerStep(self.flow_map) if self.config.objective == "fm" else self.flow_map.jump
+        return stepper(self.flow_map, self.config.objective)
 
     def images(self, numbers: Sequence[int], steps: int) -> Pixels:
         """Images [B, H, W, 3]."""

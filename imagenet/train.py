@@ -26,8 +26,9 @@ from imagenet.data import Batches, load_data, loader
 from imagenet.parallel import World, on_first
 from imagenet.presets import PRESETS, RESUMABLE, Config
 from imagenet.run import Run, check_new, stored_config
-from imagenet.training import TERMS, Training
+from imagenet.training import Training
 from tvm_ref.command_line import Interruption, OneLineParser, add_options, option, require_at_least
+from tvm_ref.objectives import TERMS
 
 THREADS = 1  # on a CPU, unless OMP_NUM_THREADS says more, which helps digits little and hurts much on busy cores
 

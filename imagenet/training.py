@@ -13,10 +13,9 @@ from imagenet import parallel
 from imagenet.data import Batch
 from imagenet.parallel import World
 from imagenet.presets import Config, build_model
-from tvm_ref import EMA, OBJECTIVES, EulerStep, FlowMap
-from tvm_ref.sampling import Jump
-
-TERMS = ("flow_map", "flow_matching")
+from tvm_ref import EMA, OBJECTIVES, FlowMap
+from tvm_ref.objectives import TERMS
+from tvm_ref.sampling import Jump, stepper
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Training:
         self.model: FlowMap = build_model(config).to(world.device)
         self.target = EMA(self.model, config.target_ema)
         self.ema = EMA(self.model, config.ema)
-        null_label = config.classes if config.w != 1 or config.w_max else None
+        null_label = config.classes if config.guided else None
         options: dict[str, Any] = {"detach_jvp": True} if config.detach_jvp else {}
         objective = OBJECTIVES[config.objective](self.model, null_label=null_label, **options)
         if config.compile:
@@ -115,7 +114,7 @@ class Training:
 
     def evaluated(self) -> Jump:
         """How the evaluation weights take a step: a jump, or, as flow matching learns none, Euler's."""
-        return EulerStep(self.ema.module) if self.config.objective == "fm" else self.ema.module
+        return stepper(self.ema.module, self.config.objective)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that continues this training, whole and on the CPU. All processes take part."""

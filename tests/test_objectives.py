@@ -53,7 +53,7 @@ def test_tvm_equals_equation_12_written_out(shape):
         u = target.network(x_t + f, s, s)
     terminal = (df_ds - u).square().flatten(1).mean(1)
     boundary = (net(x_s, s_prime, s_prime) - (x1 - x0)).square().flatten(1).mean(1)
-    torch.testing.assert_close(terms.flow_map, terminal, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(terms.jump, terminal, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(terms.flow_matching, boundary, rtol=1e-12, atol=1e-12)
     gradients = [
         torch.autograd.grad(loss.mean(), list(net.parameters())) for loss in (terms.total, terminal + boundary)
@@ -75,7 +75,7 @@ def test_tvm_with_condition_equals_equation_15_written_out():
     f, df_ds = model.displacement_and_terminal_velocity(x_t, t, s, condition)
     u = target.velocity(x_t + f, s, condition)
     guided = over(w, x0) * (x1 - x0) + over(1 - w, x0) * target.velocity(x_s, s_prime, null)
-    torch.testing.assert_close(terms.flow_map, mean_square(df_ds - u) / w**2)
+    torch.testing.assert_close(terms.jump, mean_square(df_ds - u) / w**2)
     torch.testing.assert_close(
         terms.flow_matching, mean_square(model.velocity(x_s, s_prime, condition) - guided) / w**2
     )
@@ -108,7 +108,7 @@ def test_detached_jvp_changes_gradients_and_not_values():
     target = other_weights(model)
     full, cheap = (TVM(model, detach_jvp=d)(x0, x1, times, target=target) for d in (False, True))
     assert torch.equal(full.total, cheap.total)
-    gradients = [torch.autograd.grad(a.flow_map.mean(), model.network.c)[0] for a in (full, cheap)]
+    gradients = [torch.autograd.grad(a.jump.mean(), model.network.c)[0] for a in (full, cheap)]
     assert float((gradients[0] - gradients[1]).abs()) > 1e-3
 
 
@@ -155,14 +155,14 @@ def test_tvm_is_flow_matching_at_equal_times(shape):
     model = FlowMap(Waves())
     times = Times(t, t, t)
     tvm, fm = TVM(model)(x0, x1, times), FlowMatching(model)(x0, x1, times)
-    assert torch.equal(tvm.flow_map, torch.zeros(B, dtype=torch.float64))
+    assert torch.equal(tvm.jump, torch.zeros(B, dtype=torch.float64))
     assert torch.equal(tvm.total, fm.total)
     torch.testing.assert_close(
         torch.autograd.grad(tvm.total.mean(), list(model.parameters())),
         torch.autograd.grad(fm.total.mean(), list(model.parameters())),
     )
     close = Times(t, t - 1e-9 * t, t)  # where nothing is masked, the term vanishes in the limit (appendix A.3)
-    assert 0 < float(TVM(model)(x0, x1, close).flow_map.detach().max()) < 1e-12
+    assert 0 < float(TVM(model)(x0, x1, close).jump.detach().max()) < 1e-12
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -183,7 +183,7 @@ def test_the_two_forms_of_mean_flow_agree():
     model = FlowMap(Waves())
     v, x_t = conditional_velocity(x0, x1), interpolate(x0, x1, t)
     df_dt = torch.func.jvp(lambda x, t: model.displacement(x, t, s), (x_t, t), (v, torch.ones_like(t)))[1]
-    torch.testing.assert_close(MeanFlow(model)(x0, x1, times).flow_map, mean_square(df_dt + v))
+    torch.testing.assert_close(MeanFlow(model)(x0, x1, times).jump, mean_square(df_dt + v))
 
 
 def test_mean_flow_stops_the_gradient_of_its_target():
@@ -206,7 +206,7 @@ def test_pid_is_tvm_from_noise_alone():
     target = other_weights(model)
     pid = PID(model)(x0, x1, times, target=target)
     f, df_ds = model.displacement_and_terminal_velocity(x1, torch.ones_like(times.t), times.s)  # eq. 19
-    torch.testing.assert_close(pid.flow_map, mean_square(df_ds - target.velocity(x1 + f, times.s)))
+    torch.testing.assert_close(pid.jump, mean_square(df_ds - target.velocity(x1 + f, times.s)))
     tvm = TVM(model)(x0, x1, times._replace(t=torch.ones_like(times.t)), target=target)
     assert torch.equal(pid.total, tvm.total)
 
@@ -221,7 +221,7 @@ def test_the_oracle_has_no_terminal_velocity_residual(name):
     x1 = torch.randn(200, 2, dtype=torch.float64)
     t, s = some_times(200)
     terms = TVM(oracle)(x0, x1, Times(t, s, s))
-    assert float(terms.flow_map.max()) < 1e-20
+    assert float(terms.jump.max()) < 1e-20
 
 
 def test_no_other_velocity_has_a_lower_flow_matching_loss():
@@ -283,10 +283,10 @@ def test_guided_target_is_unbiased_for_the_guided_velocity():
 # Errors --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["flow_map", "flow_matching"])
+@pytest.mark.parametrize("name", ["jump", "flow_matching"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_raises_and_names_the_term(name, value):
-    terms = {"flow_map": torch.zeros(4), "flow_matching": torch.zeros(4)}
+    terms = {"jump": torch.zeros(4), "flow_matching": torch.zeros(4)}
     LossTerms(**terms).check_finite()
     terms[name] = torch.tensor([0, value, 0, 0])
     with pytest.raises(FloatingPointError, match=f"{name} loss is NaN or infinite in 1 sample"):

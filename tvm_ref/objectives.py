@@ -4,8 +4,8 @@ Every objective is a module called as objective(x0, x1, times, condition, target
 inside its forward, so that DDP, FSDP or torch.compile can wrap it.
 """
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, fields
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,26 +37,29 @@ class LossTerms:
     """The terms of an objective, one number per sample; squared norms are means over a sample's elements.
 
     Attributes:
-        flow_map: [B] the term that trains jumps (zero in flow matching).
+        jump: [B] the term that trains jumps (zero in flow matching).
         flow_matching: [B] the term that trains the velocity (zero in MeanFlow).
     """
 
-    flow_map: PerSample
+    jump: PerSample
     flow_matching: PerSample
 
     @property
     def total(self) -> PerSample:
         """[B] what training minimises the mean of."""
-        return self.flow_map + self.flow_matching
+        return self.jump + self.flow_matching
 
     def check_finite(self) -> None:
         """Raise FloatingPointError, naming the term, if a term is NaN or infinite."""
         if bool(torch.isfinite(self.total).all()):
             return
-        for name in ("flow_map", "flow_matching"):
+        for name in TERMS:
             bad = int((~torch.isfinite(getattr(self, name))).sum())
             if bad:
                 raise FloatingPointError(f"the {name} loss is NaN or infinite in {bad} samples")
+
+
+TERMS = tuple(f.name for f in fields(LossTerms))
 
 
 def mean_square(a: Sample) -> PerSample:
@@ -91,7 +94,12 @@ class Objective(nn.Module):
     Args:
         flow_map: the model, or the exact flow, whose loss is the minimum.
         null_label: the label that means "no class"; None where w = 1 throughout, which saves one call of the target.
+
+    Attributes:
+        learns_jumps: whether f(x, t, s) is trained for s < t; without, a model takes Euler steps (see stepper).
     """
+
+    learns_jumps: ClassVar[bool] = True
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None):
         super().__init__()
@@ -178,6 +186,8 @@ class FlowMatching(Objective):
 
     With a condition it is eq. 14, weighted by 1/w^2: guided_target stands for v.
     """
+
+    learns_jumps = False
 
     def forward(
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
-from tvm_ref.objectives import Flow
+from tvm_ref.objectives import OBJECTIVES, Flow
 from tvm_ref.shapes import Sample, Time, over
 
 Jump = Callable[[Tensor, Tensor, Tensor, Condition | None], Tensor]
@@ -66,3 +67,8 @@ class EulerStep:
     def __call__(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
         """The state [B, ...] at times s [B]."""
         return x + over(s - t, x) * self.flow.velocity(x, t, condition)
+
+
+def stepper(flow_map: FlowMap, objective: str) -> Jump:
+    """Choose how a model trained with an objective takes a step: a jump, or, where it learned none, Euler's."""
+    return flow_map if OBJECTIVES[objective].learns_jumps else EulerStep(flow_map)

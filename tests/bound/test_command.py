@@ -123,7 +123,7 @@ def test_training_is_measured_and_drawn(tmp_path, capsys):
 
 def test_training_that_diverges_is_reported(tmp_path, capsys, monkeypatch):
     def diverge(self):
-        raise FloatingPointError("the flow_map loss is NaN")
+        raise FloatingPointError("the jump loss is NaN")
 
     monkeypatch.setattr(over_training.Training, "train_step", diverge)
     assert command.main(["--dist", "moons", "--train", "--out", str(tmp_path / "out"), *SMALL]) == 1

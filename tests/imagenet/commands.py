@@ -30,9 +30,7 @@ def weights(folder):
 
 def losses(folder):
     lines = map(json.loads, (folder / "train.jsonl").read_text().splitlines())
-    return [
-        (line["step"], line["flow_map"], line["flow_matching"], line["gradient_norm"], line["lr"]) for line in lines
-    ]
+    return [(line["step"], line["jump"], line["flow_matching"], line["gradient_norm"], line["lr"]) for line in lines]
 
 
 def same(a, b):

@@ -90,7 +90,7 @@ def test_loss_terms_and_all_gradients_are_the_official_ones(golden, kind, checkp
     target = official(golden, scaled=kind == "scaled", factor=1.01).requires_grad_(False)
     times = Times(golden["t"], golden["s"], golden["s_prime"])
     terms = TVM(model, null_label=10)(golden["x0"], golden["x1"], times, condition(golden), target)
-    torch.testing.assert_close(terms.flow_map, golden[f"terminal_loss_{kind}"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms.jump, golden[f"terminal_loss_{kind}"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(terms.flow_matching, golden[f"flow_matching_loss_{kind}"], rtol=1e-5, atol=1e-6)
     terms.total.mean().backward()
     gradients = part(golden, f"grad_{kind}.")

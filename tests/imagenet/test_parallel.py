@@ -61,7 +61,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(together):
 def test_nan_on_one_rank_stops_both_with_its_name(together):
     texts = {(together[0] / f"nan-{rank}.txt").read_text() for rank in (0, 1)}
     assert len(texts) == 1
-    assert "step 1: the flow_map loss is NaN or infinite on rank 1" in texts.pop()
+    assert "step 1: the jump loss is NaN or infinite on rank 1" in texts.pop()
 
 
 def test_a_failure_of_the_first_is_every_ones(together):

@@ -138,8 +138,8 @@ def test_the_neighbours_train_too(tmp_path, objective):
         ["--objective", objective, "--equal-share", "0.5"] if objective == "meanflow" else ["--objective", objective]
     )
     assert command(tmp_path / "run", "--steps", 4, "--log-every", 4, *options) == 0
-    _, flow_map, flow_matching, *_ = losses(tmp_path / "run")[0]
-    assert (flow_map == 0) == (objective == "fm")
+    _, jump, flow_matching, *_ = losses(tmp_path / "run")[0]
+    assert (jump == 0) == (objective == "fm")
     assert (flow_matching == 0) == (objective == "meanflow")
 
 

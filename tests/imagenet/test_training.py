@@ -59,9 +59,9 @@ def test_losses_and_all_gradients_are_those_of_a_straight_line_computation(scale
         weights, target.network.state_dict(), x0, x1, times, label, beta,
         null_label=5, scaled=scaled, heads=2, depth=2, patch=2,
     )  # fmt: skip
-    torch.testing.assert_close(terms.flow_map, expected[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(terms.jump, expected[0], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(terms.flow_matching, expected[1], rtol=1e-10, atol=1e-12)
-    assert terms.flow_map[0] == 0
+    assert terms.jump[0] == 0
     sum(expected).mean().backward()
     for name, p in named.items():
         torch.testing.assert_close(p.grad, weights[name].grad, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
@@ -110,9 +110,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient_and_both_averages_follow():
     norm = torch.stack([p.grad.norm() for p in reference.model.parameters()]).norm()
     before = [[p.clone() for p in e.module.parameters()] for e in (training.target, training.ema)]
     told = training.train_step(batch)
-    assert told.losses == pytest.approx(
-        (float(terms.flow_map.detach().mean()), float(terms.flow_matching.detach().mean()))
-    )
+    assert told.losses == pytest.approx((float(terms.jump.detach().mean()), float(terms.flow_matching.detach().mean())))
     assert told.gradient_norm == pytest.approx(float(norm), rel=1e-5)
     assert norm > 0.1
     for p, q, target, ema, t0, e0 in zip(
@@ -154,7 +152,7 @@ def test_the_compiled_loss_is_the_loss():
     assert_same(eager, compiled, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("term", ["flow_map", "flow_matching", "gradient"])
+@pytest.mark.parametrize("term", ["jump", "flow_matching", "gradient"])
 def test_what_is_not_finite_stops_with_step_term_and_rank_before_the_weights_move(term):
     training = make()
     training.train_step(batches()[0])

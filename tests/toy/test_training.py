@@ -66,7 +66,7 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, variant):
 
     def losses(folder):
         lines = [json.loads(line) for line in (tmp_path / folder / "train.jsonl").read_text().splitlines()]
-        return [{k: line[k] for k in ("step", "flow_map", "flow_matching")} for line in lines]
+        return [{k: line[k] for k in ("step", "jump", "flow_matching")} for line in lines]
 
     assert losses("whole") == losses("parts")
     assert [line["step"] for line in losses("whole")] == [50]
@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_checkpoint(
     before = (tmp_path / "checkpoint.pt").read_bytes()
     with torch.no_grad():
         run.training.model.network.output.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="step 1: the flow_map loss is NaN"):
+    with pytest.raises(FloatingPointError, match="step 1: the jump loss is NaN"):
         run.train(sums)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 

@@ -124,7 +124,7 @@ def test_commands_are_understood():
     commands = re.findall(r"^(?:python|torchrun)[^#\n]*? imagenet/(\w+)\.py ([^#\n]*)", text, re.MULTILINE)
     assert len(commands) >= 6
     for module, options in commands:
-        importlib.import_module(module).parser().parse_args(options.split())
+        importlib.import_module(f"imagenet.{module}").parser().parse_args(options.split())
 
 
 def defined(source: str) -> set[str]:

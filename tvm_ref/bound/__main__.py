@@ -28,6 +28,7 @@ from tvm_ref.command_line import write_atomically
 from tvm_ref.distances import sampling_floor, wasserstein2
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
+from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, flag
 from tvm_ref.toy.mixture import GaussianMixture
 from tvm_ref.toy.plots import save_figure
@@ -97,12 +98,12 @@ def load_finished(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
 
 def check_objective(config: ToyConfig) -> None:
     """Raise ValueError for training that theorem 1 does not cover."""
-    if config.guidance != 1:
+    if config.guided:
         raise ValueError(
             f"the bound is stated without guidance, and this run has --guidance {config.guidance:g}: "
             "its labels have no distribution in closed form"
         )
-    if config.objective == "fm":
+    if not OBJECTIVES[config.objective].learns_jumps:
         raise ValueError("flow matching learns no jumps to bound; choose --objective tvm, pid or meanflow")
 
 

@@ -23,6 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from tvm_ref.command_line import write_atomically
+from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.toy import plots
 from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, require_at_least
 from tvm_ref.toy.metrics import Reference, paired_errors
@@ -66,7 +67,7 @@ def error(run: dict[str, Any], nfe: int) -> float:
 
 def best_rate(results: Sequence[dict[str, Any]]) -> float:
     """The learning rate with the lowest error at the NFE that the method is for: 1, or 64 for flow matching."""
-    return min(results, key=lambda run: error(run, 64 if run["objective"] == "fm" else 1))["lr"]
+    return min(results, key=lambda run: error(run, 1 if OBJECTIVES[run["objective"]].learns_jumps else 64))["lr"]
 
 
 def table(report: dict[str, Any]) -> str:

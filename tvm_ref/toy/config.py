@@ -68,7 +68,7 @@ class ToyConfig:
         self.sampler()  # refuses shares that exceed 1 together
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must lie in [0, 2^63), got {self.seed}")
-        if self.guidance != 1 and not self.conditional:
+        if self.guided and not self.conditional:
             raise ValueError("--guidance needs --conditional")
         if self.conditional and self.data is not None:
             raise ValueError("--conditional needs classes, and points of --data have none")
@@ -80,6 +80,11 @@ class ToyConfig:
             torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {self.device} cannot be used here: {str(error).splitlines()[0]}") from None
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance is learned: w other than 1."""
+        return self.guidance != 1
 
     def sampler(self) -> TimeSampler:
         """How times are drawn."""
@@ -95,7 +100,7 @@ class ToyConfig:
         parts += [self.objective] if self.objective != "tvm" else []
         parts += ["detached"] if self.detach_jvp else []
         parts += ["conditional"] if self.conditional else []
-        parts += [f"w{self.guidance:g}"] if self.guidance != 1 else []
+        parts += [f"w{self.guidance:g}"] if self.guided else []
         return "-".join(parts)
 
 

@@ -159,7 +159,7 @@ def plot_losses(log: Sequence[dict[str, float]], minimum: float) -> Figure:
 
     `minimum` is the flow-matching loss of the exact velocity, below which none falls in expectation.
     """
-    panels = {"flow_map": "flow-map term", "flow_matching": "flow-matching term"}
+    panels = {"jump": "jump term", "flow_matching": "flow-matching term"}
     shown = [key for key in panels if any(line[key] for line in log)] or list(panels)
     figure, axes = make_figure(len(shown), 4.5, plane=False)
     figure.set_size_inches(6 * len(shown), 4)
@@ -169,7 +169,7 @@ def plot_losses(log: Sequence[dict[str, float]], minimum: float) -> Figure:
         )
         ax.set(xlabel="step", ylabel="loss per dimension", title=panels[key])
         ax.grid(alpha=0.3)
-        if key == "flow_map":
+        if key == "jump":
             ax.set_yscale("log")
         else:
             ax.axhline(minimum, color=ORANGE, ls="--", label="loss of the exact velocity")

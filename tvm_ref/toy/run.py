@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tvm_ref.command_line import Interruption, write_atomically
 from tvm_ref.flow_map import FlowMap
-from tvm_ref.objectives import FlowMatching
+from tvm_ref.objectives import OBJECTIVES, TERMS, FlowMatching
 from tvm_ref.toy import plots
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import load_points, make_distribution
@@ -140,17 +140,12 @@ class Run:
                     raise FloatingPointError(f"step {training.step}: {error}; a smaller --lr may help") from None
                 training.seconds = before + time.perf_counter() - begun
                 if training.step % LOG_EVERY == 0:
-                    flow_map, flow_matching = (sums / LOG_EVERY).tolist()
-                    line = {
-                        "step": training.step,
-                        "flow_map": flow_map,
-                        "flow_matching": flow_matching,
-                        "seconds": round(training.seconds, 3),
-                    }
+                    terms = dict(zip(TERMS, (sums / LOG_EVERY).tolist(), strict=True))
+                    line = {"step": training.step, **terms, "seconds": round(training.seconds, 3)}
                     self.log.append(line)
                     log.write(json.dumps(line) + "\n")
                     sums.zero_()
-                    bar.set_postfix(flow_map=f"{flow_map:.4f}", flow_matching=f"{flow_matching:.4f}", refresh=False)
+                    bar.set_postfix({name: f"{value:.4f}" for name, value in terms.items()}, refresh=False)
                     bar.update(LOG_EVERY)
                 if training.step % SAVE_EVERY == 0:
                     log.flush()
@@ -181,7 +176,7 @@ class Run:
             self.distribution, guidance=config.guidance if config.conditional else None, points=points
         )
         nfe = {n: evaluate(jump, reference, n) for n in NFES}
-        one_jump = config.objective != "fm"
+        one_jump = OBJECTIVES[config.objective].learns_jumps
         figures = {
             "samples.png": plots.plot_samples(self.distribution, jump, reference),
             "trajectories.png": plots.plot_trajectories(self.distribution, jump, reference, one_jump=one_jump),

@@ -13,8 +13,8 @@ from torch import Tensor
 from tvm_ref.ema import EMA
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition, drop_labels
-from tvm_ref.objectives import OBJECTIVES, Objective
-from tvm_ref.sampling import EulerStep, Jump
+from tvm_ref.objectives import OBJECTIVES, TERMS, Objective
+from tvm_ref.sampling import Jump, stepper
 from tvm_ref.time_samplers import Times
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.mixture import GaussianMixture
@@ -78,7 +78,7 @@ class Training:
         self.config = config
         self.distribution = distribution
         torch.manual_seed(config.seed)
-        self.model = FlowMap(self._make_network(), scaled=config.guidance != 1).to(config.device)
+        self.model = FlowMap(self._make_network(), scaled=config.guided).to(config.device)
         self.objective = self._make_objective()
         self.target = EMA(self.model, config.target_ema)
         self.ema = EMA(self.model, config.ema)
@@ -95,7 +95,7 @@ class Training:
         return ToyNetwork(self.distribution.dim, classes, self.config.width, self.config.depth)
 
     def _make_objective(self) -> Objective:
-        null_label = self.distribution.num_classes if self.config.guidance != 1 else None
+        null_label = self.distribution.num_classes if self.config.guided else None
         options: dict[str, Any] = {"detach_jvp": True} if self.config.detach_jvp else {}
         return OBJECTIVES[self.config.objective](self.model, null_label=null_label, **options)
 
@@ -124,7 +124,7 @@ class Training:
         self.target.update(self.model)
         self.ema.update(self.model)
         self.step += 1
-        return torch.stack([terms.flow_map.detach().mean(), terms.flow_matching.detach().mean()]).cpu()
+        return torch.stack([getattr(terms, name).detach().mean() for name in TERMS]).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that continues this training bit for bit, as tensors and plain numbers."""
@@ -149,4 +149,4 @@ class Training:
     def evaluated(self) -> Jump:
         """How the evaluation weights take a step, on the CPU: a jump, or, as flow matching learns none, Euler's."""
         model = copy.deepcopy(self.ema.module).cpu()
-        return EulerStep(model) if self.config.objective == "fm" else model
+        return stepper(model, self.config.objective)
