@@ -1,6 +1,7 @@
 """The chain of theorem 1, link by link. Tolerances are the quadrature errors that the result reports, no more."""
 
 import itertools
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,6 @@ from tvm_ref.toy.network import ToyNetwork
 from tvm_ref.toy.training import Training
 
 SMALL = {"width": 16, "depth": 2}
-SEEDS = (0, 1, 2)
 TIMES = (0.3, 0.7, 1.0)
 
 
@@ -55,14 +55,13 @@ def measured(
 # The ordering ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("state", ["trained", "random"])
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize(("name", "seed"), zip(DISTRIBUTIONS, itertools.cycle(range(3)), strict=False))
 def test_every_link_holds(name, state, seed):
     oracle = make_distribution(name)
     model = trained_model(name, seed) if state == "trained" else random_model(seed)
     for t in TIMES:
-        bound = measured(model, oracle, t, seed=seed)
+        bound = measured(model, oracle, t, n=60, seed=seed)
         assert bound.violations() == [], f"t = {t}"
         assert all(math.isfinite(value) for value in bound.values.values())
         assert bound.quadrature_error <= 0.1 * max(bound.values["pathwise_one_sided"], bound.values["displacement"])
