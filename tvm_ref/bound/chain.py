@@ -47,7 +47,6 @@ from tvm_ref.bound.paths import (
     Watch,
     at,
     displacement_error,
-    exact_path,
     flow_matching_residual,
     follow,
     integral,
@@ -63,6 +62,7 @@ from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import interpolate
 from tvm_ref.objectives import Flow
 from tvm_ref.shapes import Sample
+from tvm_ref.toy.mixture import exact_path
 
 TERMS = (
     "w2", "displacement", "terminal_velocity", "mean_square", "pathwise_one_sided", "pathwise_two_sided",

@@ -1,6 +1,5 @@
 """The parts of the Wasserstein bound: the model's path and the exact one, their residuals, the loss, integrals."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from tvm_ref.interpolant import conditional_velocity, interpolate
 from tvm_ref.objectives import TVM, Flow
 from tvm_ref.shapes import Sample, Time
 from tvm_ref.time_samplers import Times
-from tvm_ref.toy.mixture import rk4_step
+from tvm_ref.toy.mixture import exact_path
 
 STEPS = 128  # intervals of the time grid
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]  # a loop over times and its name to the loop with a progress bar
@@ -82,17 +81,6 @@ def running_integral(values: Tensor, s: Tensor) -> Tensor:
 def at(time: Tensor, x: Sample) -> Time:
     """Repeat a time for every sample of x: [] to [N], with memory of its own, as a JVP in it needs."""
     return x.new_full((len(x),), float(time))
-
-
-def exact_path(oracle: Flow, x_t: Sample, s: Tensor, scale: float, condition: Condition | None = None) -> Tensor:
-    """Solve for Y_s = psi(x_t, t, s) (eq. 2) at every time s [S] from t = s[-1]: [S, N, ...]; a step per interval."""
-    path = [x_t]
-    for z, z_next in itertools.pairwise((s / scale).asinh().flip(0)):
-        y = path[-1]
-        path.append(
-            rk4_step(lambda y, time: oracle.velocity(y, time, condition), y, at(z, y), at(z_next - z, y), scale)
-        )
-    return torch.stack(path[::-1])
 
 
 def follow(

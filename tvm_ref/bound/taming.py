@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from tvm_ref.bound.chain import Bound, measure
 from tvm_ref.bound.lipschitz import jacobian_norms
-from tvm_ref.bound.paths import at, exact_path, integral, time_grid
+from tvm_ref.bound.paths import at, integral, time_grid
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.interpolant import interpolate
 from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.mixture import GaussianMixture, exact_path
 from tvm_ref.toy.network import ToyNetwork
 from tvm_ref.toy.training import Training
 

@@ -1,5 +1,6 @@
 """The pictures of a run, as figures: samples, trajectories, the one-step map as a deformed grid, losses."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from torch import Tensor
 from tvm_ref.guidance import Condition
 from tvm_ref.sampling import Jump, sample, sample_path
 from tvm_ref.toy.metrics import Reference
-from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.mixture import GaussianMixture, exact_path
 
 # Okabe and Ito's palette, told apart with every common colour blindness
 BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#D55E00"
+MAP_STEPS = 32  # of the exact flow in pictures: an error below a line's width
 EXTENT = 2.6  # half width of the window on the plane; data have unit variance
 STYLE: dict[Any, Any] = {
     "font.size": 13,
@@ -100,12 +102,13 @@ def plot_trajectories(
     # every path at every time in one batch, ordered by time: [65 * n, 2]
     x1, s = noise.repeat(len(grid), 1), grid.repeat_interleave(n)
     many = None if condition is None else Condition(*(a[inside].repeat(len(grid)) for a in condition))
-    panels = {"exact flow": distribution.jump(x1, _ones(x1), s, many).view(-1, n, 2)}
+    first = None if condition is None else Condition(*(a[inside] for a in condition))
+    exact = exact_path(distribution, noise.double(), grid.double().flip(0), distribution.time_scale, first)
+    panels = {"exact flow": exact.flip(0)}
     if one_jump:
         with torch.no_grad():
             panels["model: one jump from t = 1 to each s"] = jump(x1, _ones(x1), s, many).view(-1, n, 2)
     else:
-        first = None if condition is None else Condition(*(a[inside] for a in condition))
         panels["model: 64 Euler steps"] = torch.stack(sample_path(jump, noise, grid.tolist(), first))
     data = reference.data
     figure, axes = make_figure(2, 5.0)
@@ -123,10 +126,10 @@ def plot_trajectories(
 def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference, nfe: int = 1) -> Figure:
     """A polar grid on the noise, and where the exact flow map and the model carry it."""
     radii, lines = [0.5, 1.0, 1.5, 2.0, 2.5], 24
-    angle = torch.linspace(0, 2 * torch.pi, 361)
+    angle = torch.linspace(0, 2 * torch.pi, 241)
     rings = [r * torch.stack([angle.cos(), angle.sin()], -1) for r in radii]
     spokes = [
-        torch.linspace(0.02, radii[-1], 121)[:, None] * torch.tensor([np.cos(a), np.sin(a)], dtype=torch.float32)
+        torch.linspace(0.02, radii[-1], 61)[:, None] * torch.tensor([np.cos(a), np.sin(a)], dtype=torch.float32)
         for a in 2 * np.pi * np.arange(lines) / lines
     ]
     curves = spokes + rings
@@ -134,11 +137,13 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference, nf
     condition = None
     if reference.condition is not None:  # the map of the first class
         condition = Condition(torch.zeros(len(x1), dtype=torch.long), reference.condition.beta[:1].expand(len(x1)))
-    zeros, ones = _ones(x1, 0.0), _ones(x1)
+    z = torch.linspace(0, math.asinh(1 / distribution.time_scale), MAP_STEPS + 1, dtype=torch.float64)
+    times = (distribution.time_scale * z.sinh()).clamp(0, 1)
+    exact = exact_path(distribution, x1.double(), times, distribution.time_scale, condition)[0]
     of_class = "" if condition is None else ", class 0"
     panels = {
         "noise": x1,
-        f"exact flow map{of_class}": distribution.jump(x1, ones, zeros, condition),
+        f"exact flow map{of_class}": exact,
         f"model, {nfe} step{'s' if nfe > 1 else ''}{of_class}": sample(jump, x1, nfe, condition),
     }
     hues = matplotlib.colormaps["twilight"](np.linspace(0, 1, lines, endpoint=False))
