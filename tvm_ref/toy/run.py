@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from tvm_ref.command_line import Interruption, write_atomically
+from tvm_ref.command_line import write_atomically
 from tvm_ref.flow_map import FlowMap
+from tvm_ref.interruption import Interruption
 from tvm_ref.objectives import OBJECTIVES, TERMS, FlowMatching
 from tvm_ref.toy import plots
 from tvm_ref.toy.config import ToyConfig
