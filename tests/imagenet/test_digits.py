@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from imagenet import digits, train
+from imagenet import digit_seeds, train
 from imagenet.digits import Judges, accepted, class_means, load_digits, pixels
 
 
@@ -83,6 +83,6 @@ def test_a_short_training_generates_in_one_step_what_flow_matching_cannot(traine
 def test_bad_options_of_the_comparison(tmp_path, capsys):
     for options in (["--seeds", "0"], ["--out", str(tmp_path)], ["--colour", "red"]):
         with pytest.raises(SystemExit) as stop:
-            digits.main(options)
+            digit_seeds.main(options)
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
