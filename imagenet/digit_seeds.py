@@ -58,7 +58,11 @@ def train_all(out: Path, seeds: int, jobs: int, steps: int | None = None) -> dic
     runs = {f"seed{k}": ["--seed", str(k), *more] for k in range(seeds)} | {"fm": ["--objective", "fm", *more]}
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(train, out / name, options): name for name, options in runs.items()}
-        return {futures[f]: f.result() for f in tqdm(as_completed(futures), "trainings", len(futures), unit="run")}
+        try:
+            return {futures[f]: f.result() for f in tqdm(as_completed(futures), "trainings", len(futures), unit="run")}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # begin no other; on Ctrl-C those under way save and leave
+            raise
 
 
 def table(runs: Mapping[str, Mapping[str, Scores]], test: Scores, means: Scores) -> tuple[str, bool]:
@@ -95,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     command = parser()
     options = command.parse_args(argv)
     with command.bad_input():
-        require_at_least(1, seeds=options.seeds, jobs=options.jobs)
+        steps = {} if options.steps is None else {"steps": options.steps}
+        require_at_least(1, seeds=options.seeds, jobs=options.jobs, **steps)
         require_free(options.out, ("seed0/config.json",), "runs")
         from imagenet.digits import Judges, class_means, load_digits
 
