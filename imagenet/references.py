@@ -25,7 +25,7 @@ Extract = Callable[[ImageFiles], Features]
 
 @dataclass(frozen=True)
 class Reference:
-    """What images are measured against.
+    """The statistics, or images, that images are measured against.
 
     Attributes:
         name: the file's or folder's.
@@ -40,13 +40,13 @@ class Reference:
     images: ImageFiles | None = None
 
     def completed(self, features: Features) -> "Reference":
-        """The same, with the statistics that it lacks computed from the features of its images."""
+        """Compute the missing statistics from the features of its images."""
         pool = self.pool or gaussian_statistics(features.pool)
         return Reference(self.name, pool, self.spatial or gaussian_statistics(features.spatial), self.images)
 
 
 def read_reference(path: Path) -> Reference:
-    """Reference statistics or images.
+    """Read reference statistics or images.
 
     Raises:
         ValueError: a file that holds neither, or holds anything that loading would execute.
@@ -62,6 +62,7 @@ def read_reference(path: Path) -> Reference:
 
 
 def _from_npz(path: Path) -> Reference:
+    """Read statistics and images of a .npz file."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             known = set(stored.files)
@@ -82,6 +83,7 @@ def _from_npz(path: Path) -> Reference:
 
 
 def _from_pickle(path: Path) -> Gaussian:
+    """Read the statistics of a .pkl file."""
     stored = read_arrays(path)
     if isinstance(stored, dict) and isinstance(stored.get("fid"), dict):
         stored = stored["fid"]
@@ -96,6 +98,7 @@ def _from_pickle(path: Path) -> Gaussian:
 
 
 def _checked(path: Path, gaussian: Gaussian | None) -> Any:
+    """Return statistics in float64, or raise ValueError if they do not fit together."""
     if gaussian is None:
         return None
     mean, covariance = (np.asarray(a, np.float64) for a in gaussian)

@@ -33,7 +33,7 @@ class Inert:
     state: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
-        """Made with or without __init__ being called, as pickles do."""
+        """Make one with or without __init__ being called, as pickles do."""
         self = super().__new__(cls)
         self.args, self.state = args, None
         return self
@@ -45,10 +45,10 @@ class Inert:
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """For classes like a dict: items are not wanted."""
+        """Ignore an item of a class like a dict."""
 
     def append(self, item: Any) -> None:
-        """For classes like a list: items are not wanted."""
+        """Ignore an item of a class like a list."""
 
 
 class Call:
@@ -64,7 +64,7 @@ class Call:
         raise Refused(f"the pickle sets the attribute {name} of a function")
 
     def __call__(self, *args: Any) -> Any:
-        """What the function returns."""
+        """Call the function."""
         return self._function(*args)
 
 
@@ -72,7 +72,7 @@ class Call:
 
 
 def _storage(data: bytes) -> Tensor:
-    """A storage, as a flat tensor. It is a pickle within the pickle, and passes through PyTorch's own safe reader."""
+    """Read a storage as a flat tensor: a pickle within the pickle, which passes through PyTorch's own safe reader."""
     try:
         with warnings.catch_warnings(action="ignore"):
             storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -84,13 +84,13 @@ def _storage(data: bytes) -> Tensor:
 
 
 def _refused_name(message: str) -> str:
-    """What PyTorch's reader says it refused, without its advice on how to read the file all the same."""
+    """Say what PyTorch's reader refused, without its advice on how to read the file all the same."""
     lines = [line.strip() for line in message.splitlines() if "GLOBAL" in line or "Unsupported" in line]
     return lines[0] if lines else message.strip().splitlines()[0]
 
 
 def _tensor(flat: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """A view of a storage; beyond its end nothing is read. Gradients and hooks are left out."""
+    """Make a view of a storage; beyond its end nothing is read. Gradients and hooks are left out."""
     if not isinstance(flat, Tensor) or flat.ndim != 1:
         raise Refused(f"a tensor is made of a {type(flat).__name__} where a storage belongs")
     numbers = (offset, *size, *stride)
@@ -127,7 +127,7 @@ INERT_BUILTINS = {"dict", "list", "set", "int", "long", "float", "bool", "str", 
 
 
 def read_module(path: Path) -> Any:
-    """A pickle of modules: dicts, lists, tensors, and an Inert for each module and each other object.
+    """Read a pickle of modules: dicts, lists, tensors, and an Inert for each module and each other object.
 
     Raises:
         Refused: it names anything else, or holds no sound tensors.
@@ -137,7 +137,7 @@ def read_module(path: Path) -> Any:
 
 
 def tensors_of(module: Any, prefix: str = "") -> dict[str, Tensor]:
-    """The parameters and buffers of an Inert module by the names that its state_dict would have.
+    """Return the parameters and buffers of an Inert module by the names that its state_dict would have.
 
     Raises:
         ValueError: the object is no module.
@@ -155,7 +155,7 @@ def tensors_of(module: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def module_state(module: Any) -> dict[str, Any]:
-    """The attributes of an Inert module: its own state, or that which a class that carries its source is made with.
+    """Return the attributes of an Inert module: its state, or that which a class that carries its source is made with.
 
     Raises:
         ValueError: the object is no module.
@@ -227,13 +227,13 @@ REMADE_ARRAYS: dict[str, Any] = {
     **dict.fromkeys(_numpy("multiarray._reconstruct"), Call(lambda *_: _Array())),
     **dict.fromkeys(_numpy("numeric._frombuffer"), Call(_array)),
     **dict.fromkeys(_numpy("multiarray.scalar"), Call(_scalar)),
-    "numpy.ndarray": Call(lambda *_: _Array()),  # only ever told to _reconstruct
+    "numpy.ndarray": Call(lambda *_: _Array()),  # only ever an argument of _reconstruct
     "numpy.dtype": Call(_DType),
 }
 
 
 def read_arrays(path: Path) -> Any:
-    """A pickle of dicts, lists, numbers, strings and numpy arrays of numbers.
+    """Read a pickle of dicts, lists, numbers, strings and numpy arrays of numbers.
 
     Raises:
         Refused: it names anything else.
@@ -246,7 +246,7 @@ def read_arrays(path: Path) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value with numpy arrays in the places of their stand-ins."""
+    """Put numpy arrays in the places of their stand-ins."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -280,7 +280,7 @@ class _Reader(pickle.Unpickler):
         self._remade, self._inert = remade, inert
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a global name.
+        """Return what stands for a global name.
 
         Raises:
             Refused: nothing does.
@@ -296,7 +296,7 @@ class _Reader(pickle.Unpickler):
         raise Refused(f"it asks for {full}, which is none of the names that are allowed; nothing of it was executed")
 
     def persistent_load(self, pid: Any) -> Any:
-        """A reference to something outside of the file.
+        """Refuse a reference to something outside of the file.
 
         Raises:
             Refused: always.

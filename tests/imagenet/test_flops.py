@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from imagenet import flops
+from imagenet import preset_costs
 from imagenet.flops import count_flops, counted_step_flops, forward_flops, least_step_flops
 from imagenet.presets import PRESETS, Config, build_model
 from tvm_ref import EMA, TVM, Condition, Linear, TimeSampler
@@ -64,8 +64,8 @@ def test_known_sizes():
 
 
 def test_the_table_has_the_numbers(monkeypatch, capsys):
-    monkeypatch.setattr(flops, "PRESETS", {"one": replace(CONFIG, batch_size=100, steps=1000)})
-    assert flops.main([]) == 0
+    monkeypatch.setattr(preset_costs, "PRESETS", {"one": replace(CONFIG, batch_size=100, steps=1000)})
+    assert preset_costs.main([]) == 0
     head, row = (line.split() for line in capsys.readouterr().out.splitlines())
     assert head == ["preset", "weights", "forward", "step", "detached", "training", "state"]
     network = CONFIG.network()
