@@ -24,6 +24,7 @@ from tvm_ref.toy.run import Run, read_config
 THREADS = 2  # more do not help tensors this small, and cost dearly where other programs share the cores
 OWN_FILES = (  # what a run writes, and --overwrite may remove
     "config.json", "train.jsonl", "checkpoint.pt", "model.safetensors", "metrics.json",
+    "snapshots.safetensors",
     "samples.png", "trajectories.png", "map.png", "losses.png", "bound.json", "bound.png",
 )  # fmt: skip
 

@@ -23,6 +23,7 @@ from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import load_points, make_distribution
 from tvm_ref.toy.metrics import NFES, evaluate, make_reference, table
 from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.snapshots import add_snapshot, load_snapshots, snapshot_steps
 from tvm_ref.toy.training import Training, draw_block
 
 LOG_EVERY = 50  # steps per line of train.jsonl, and between updates of the progress bar
@@ -91,7 +92,8 @@ class Run:
         """Read checkpoint.pt, drop what the log has beyond it, and return the losses since the log's last line.
 
         Raises:
-            ValueError: a checkpoint that is damaged, unreadable, or of another network or other data; a damaged log.
+            ValueError: a checkpoint that is damaged, unreadable, or of another network or other data; a damaged log or
+                file of snapshots.
         """
         try:
             state = torch.load(self.path("checkpoint.pt"), weights_only=True)
@@ -105,6 +107,7 @@ class Run:
                 f"{self.folder} was trained on other points than {self.config.data or self.config.dist} has"
             )
         self._before = self.training.seconds
+        load_snapshots(self.folder)  # refuses a damaged file now rather than in the middle of training
         try:
             text = self.path("train.jsonl").read_text() if self.path("train.jsonl").exists() else ""
             lines = [json.loads(line) for line in text.splitlines()]
@@ -124,6 +127,7 @@ class Run:
         """
         training, sums = self.training, torch.zeros(2) if sums is None else sums
         before, begun = training.seconds, time.perf_counter()
+        keep = snapshot_steps(self.config.steps)
         bar = tqdm(
             total=self.config.steps,
             initial=training.step,
@@ -134,6 +138,8 @@ class Run:
         )
         with Interruption() as interruption, self.path("train.jsonl").open("a") as log, bar:
             while training.step < self.config.steps and not interruption.requested:
+                if training.step in keep:
+                    add_snapshot(self.folder, training.step, training.ema.module.network)
                 try:
                     sums += training.train_step()
                 except FloatingPointError as error:
