@@ -26,7 +26,7 @@ OWN_FILES = (  # what a run writes, and --overwrite may remove
     "config.json", "train.jsonl", "checkpoint.pt", "model.safetensors", "metrics.json",
     "snapshots.safetensors",
     "samples.png", "trajectories.png", "map.png", "losses.png", "bound.json", "bound.png",
-    "page.html",
+    "page.html", "animation.gif",
 )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ START = (1.5, 1.6)  # the noise of the point that is followed at first
 NAMES = {"tvm": "TVM", "fm": "flow matching", "meanflow": "MeanFlow", "pid": "PID"}
 HELP = {
     "tvm": "Terminal Velocity Matching trains d/ds f towards u at the landing point, and u by flow matching.",
-    "fm": "Flow matching learns the velocity u alone. Its one step is Euler's, a straight line: d/ds f is u at its start.",
+    "fm": "Flow matching learns u alone. Its one step is Euler's, a straight line; d/ds f is u where it starts.",
     "meanflow": "MeanFlow trains by the velocity where a jump starts; TVM by the velocity where it ends.",
     "pid": "Physics Informed Distillation is TVM whose jumps all start at t = 1: others were never trained.",
 }
@@ -108,7 +108,7 @@ def suggestions(runs: Sequence[dict[str, Any]]) -> str:
     whole = {"run": 0, "back": 0, "t": 1, "s": 0}
     tries = {
         "One step from noise to data": whole,
-        "Part of the way: how far apart are the two arrows? Drag the ring around": whole | {"s": 0.4},
+        "Part of the way: drag the ring, compare the two arrows": whole | {"s": 0.4},
         "Small jumps are easy: t and s close together": whole | {"t": 0.5, "s": 0.4},
         "Two Euler steps beside one jump": whole | {"steps": 2},
     }

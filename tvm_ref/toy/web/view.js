@@ -159,7 +159,7 @@ function showControls() {
   document.querySelector(`[name=run][value="${state.run}"]`).checked = true;
   const last = models[state.run].length - 1;
   Object.assign($("snapshot"), { max: last, value: snapshot(), disabled: last === 0 });
-  $("snapshot-label").textContent = `step ${run.snapshots[snapshot()].step} of ${run.steps}`;
+  $("snapshot-label").textContent = `${run.snapshots[snapshot()].step} / ${run.steps}`;
   $("steps").value = EULER_STEPS.indexOf(state.steps);
   $("steps-label").textContent = state.steps;
   $("grid").checked = state.grid;
