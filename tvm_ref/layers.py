@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 
 def has_tangent(a: Tensor) -> bool:
-    """Whether a is inside a JVP, with a tangent of its own."""
+    """Tell whether a is inside a JVP, with a tangent of its own."""
     return forward_ad.unpack_dual(a).tangent is not None
 
 
@@ -24,7 +24,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """The layer's y = x W^T + b [..., out_features] for x [..., in_features]."""
+        """Return y = x W^T + b [..., out_features] for x [..., in_features]."""
         value, tangent = forward_ad.unpack_dual(input)
         if tangent is None or has_tangent(self.weight):
             return super().forward(input)

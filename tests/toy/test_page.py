@@ -22,7 +22,7 @@ OWN_POINTS = "x,y\n" + "".join(f"{np.cos(a):.4f},{np.sin(2 * a):.4f}\n" for a in
 
 def make_run(folder, **options):
     """A run's folder with random weights, as if trained: the last layer and the biases are not zero."""
-    run = Run(folder, ToyConfig(**({"steps": 100} | options)), 0.0)
+    run = Run(folder, ToyConfig(**({"steps": 100} | options)))
     run.create()
     network = run.training.ema.module.network
     torch.manual_seed(len(folder.name))
@@ -30,7 +30,7 @@ def make_run(folder, **options):
         add_snapshot(folder, step, network)
         for p in network.parameters():
             torch.nn.init.normal_(p, std=0.1 + 0.9 / p.shape[-1] ** 0.5)
-    save_file(network.state_dict(), folder / "model.safetensors")
+    save_file(network.state_dict(), folder / "weights.safetensors")
     return folder
 
 
@@ -68,7 +68,7 @@ def test_the_page_is_one_small_file_that_loads_nothing(runs, tmp_path, capsys):
 
 
 def test_the_page_lies_in_the_first_run_by_default_and_goes_with_it(tmp_path):
-    from tvm_ref.toy.__main__ import OWN_FILES
+    from tvm_ref.toy.run import OWN_FILES
 
     folder = make_run(tmp_path / "run", width=8, depth=2)
     assert command.main([str(folder)]) == 0
@@ -110,7 +110,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, case):
     if case == "no run":
         second, message = tmp_path / "nothing", "nothing holds no run"
     elif case == "no model":
-        (first / "model.safetensors").unlink()
+        (first / "weights.safetensors").unlink()
         message = "holds no model yet"
     elif case == "classes":
         second = make_run(tmp_path / "classes", width=8, depth=1, conditional=True)

@@ -1,17 +1,15 @@
-import time
-
 import pytest
 import torch
 
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.run import Run, read_config
-from tvm_ref.toy.snapshots import FILE, load_snapshots, snapshot_steps
+from tvm_ref.toy.snapshots import SNAPSHOTS, load_snapshots, snapshot_steps
 
 SMALL = ToyConfig(batch_size=16, width=8, depth=2, steps=100)
 
 
 def fresh(folder) -> Run:
-    run = Run(folder, SMALL, time.time())
+    run = Run(folder, SMALL)
     run.create()
     return run
 
@@ -41,17 +39,17 @@ def test_a_resumed_run_keeps_its_snapshots_and_comes_to_the_same(tmp_path, stop)
         sums += early.training.train_step()
     first.training.load_state_dict(early.training.state_dict())
     first.save(sums)
-    second = Run(first.folder, read_config(first.folder), time.time())
+    second = Run(first.folder, read_config(first.folder))
     assert second.train(second.load())
-    assert (first.folder / FILE).read_bytes() == (whole.folder / FILE).read_bytes()
+    assert (first.folder / SNAPSHOTS).read_bytes() == (whole.folder / SNAPSHOTS).read_bytes()
 
 
 def test_a_damaged_file_of_snapshots_is_named_on_resume(tmp_path):
     run = fresh(tmp_path)
     assert run.train()
-    (tmp_path / FILE).write_bytes(b"nonsense")
+    (tmp_path / SNAPSHOTS).write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"snapshots.safetensors is damaged; without that file"):
-        Run(tmp_path, SMALL, time.time()).load()
+        Run(tmp_path, SMALL).load()
 
 
 def test_a_run_without_snapshots_goes_on(tmp_path):
@@ -59,5 +57,5 @@ def test_a_run_without_snapshots_goes_on(tmp_path):
     run = fresh(tmp_path)
     run.save(torch.zeros(2))
     assert load_snapshots(tmp_path) == {}
-    assert Run(tmp_path, SMALL, time.time()).train()
+    assert Run(tmp_path, SMALL).train()
     assert list(load_snapshots(tmp_path)) == sorted(snapshot_steps(100))

@@ -7,8 +7,6 @@ On the left every frame goes one step on from the frame before. On the right eve
 network, from the noise to the time s that the frame shows, and s sweeps from 1 to 0.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -20,8 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from tvm_ref.command_line import OneLineParser
+from tvm_ref.command_line import run as run_command
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.sampling import sample_path
+from tvm_ref.toy.config import use_one_thread
 from tvm_ref.toy.plots import BLUE, GREY, ORANGE, STYLE, make_figure, scatter
 from tvm_ref.toy.run import load_run
 
@@ -88,23 +88,17 @@ def animate(run: Path, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = OneLineParser(
-        "python -m tvm_ref.toy.animation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OneLineParser("python -m tvm_ref.toy.animation", __doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--out", type=Path, help="file to write, replaced if it is there (default: RUN/animation.gif)")
     options = parser.parse_args(argv)
     out = options.out or options.run / "animation.gif"
-    try:
+    use_one_thread()
+    with parser.bad_input():
         animate(options.run, out)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     print(f"{out}: {out.stat().st_size / 1e3:,.0f} kB")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -8,11 +8,9 @@ The page needs nothing else: no server, no network, no Python. It holds the weig
 earlier steps) and computes jumps, their derivatives and the exact flow itself, as tests compare with PyTorch.
 """
 
-import argparse
 import base64
 import html
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,9 @@ import torch
 from torch import Tensor
 
 from tvm_ref.command_line import OneLineParser, write_atomically
+from tvm_ref.command_line import run as run_command
 from tvm_ref.objectives import OBJECTIVES
-from tvm_ref.toy.config import ToyConfig
+from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.mixture import GaussianMixture
 from tvm_ref.toy.run import fingerprint, load_run
 from tvm_ref.toy.snapshots import load_snapshots
@@ -82,7 +81,7 @@ def describe_run(folder: Path, blobs: list[str]) -> tuple[GaussianMixture, dict[
 
 
 def steps_done(folder: Path, config: ToyConfig) -> int:
-    """After how many steps the run's model.safetensors was written.
+    """After how many steps the run's weights.safetensors was written.
 
     Raises:
         ValueError: a damaged metrics.json.
@@ -166,25 +165,19 @@ def make_page(folders: list[Path]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = OneLineParser(
-        "python -m tvm_ref.toy.page",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OneLineParser("python -m tvm_ref.toy.page", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs on the same data")
     parser.add_argument("--out", type=Path, help="file to write, replaced if it is there (default: RUN/page.html)")
     options = parser.parse_args(argv)
     out = options.out or options.runs[0] / "page.html"
-    try:
+    use_one_thread()
+    with parser.bad_input():
         page = make_page(options.runs)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, page)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     print(f"{out}: {len(page.encode()) / 1e3:,.0f} kB; open it in a browser")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -6,8 +6,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-FILE = "snapshots.safetensors"
-SHARES = (0.0, 0.01, 0.03, 0.1, 0.3)  # of the steps; the end is model.safetensors
+SNAPSHOTS = "snapshots.safetensors"
+SHARES = (0.0, 0.01, 0.03, 0.1, 0.3)  # of the steps; the end is weights.safetensors
 
 
 def snapshot_steps(steps: int) -> set[int]:
@@ -25,9 +25,9 @@ def add_snapshot(folder: Path, step: int, network: nn.Module) -> None:
     snapshots = {k: weights for k, weights in load_snapshots(folder).items() if k < step}
     snapshots[step] = network.state_dict()
     tensors = {f"{k}/{name}": a.cpu().contiguous() for k, weights in snapshots.items() for name, a in weights.items()}
-    partial = folder / f"{FILE}.partial"
+    partial = folder / f"{SNAPSHOTS}.partial"
     partial.write_bytes(save(tensors))
-    partial.replace(folder / FILE)
+    partial.replace(folder / SNAPSHOTS)
 
 
 def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
@@ -37,13 +37,13 @@ def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
         ValueError: a damaged file.
         OSError: a file that cannot be read.
     """
-    if not (folder / FILE).exists():
+    if not (folder / SNAPSHOTS).exists():
         return {}
     try:
         snapshots: dict[int, dict[str, Tensor]] = {}
-        for key, a in load((folder / FILE).read_bytes()).items():
+        for key, a in load((folder / SNAPSHOTS).read_bytes()).items():
             step, name = key.split("/", 1)
             snapshots.setdefault(int(step), {})[name] = a
     except (SafetensorError, ValueError):
-        raise ValueError(f"{folder / FILE} is damaged; without that file its snapshots begin anew") from None
+        raise ValueError(f"{folder / SNAPSHOTS} is damaged; without that file its snapshots begin anew") from None
     return dict(sorted(snapshots.items()))
