@@ -45,7 +45,8 @@ def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, option
     assert run(tmp_path / "run", *options) == 0
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "train.jsonl", "checkpoint.pt", "weights.safetensors", "metrics.json", *PICTURES,
+        "config.json", "train.jsonl", "checkpoint.pt", "weights.safetensors", "metrics.json", "snapshots.safetensors",
+        *PICTURES,
     }  # fmt: skip
     for picture in PICTURES:
         assert (folder / picture).read_bytes()[:4] == b"\x89PNG"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tvm_ref.guidance import Condition
+from tvm_ref.objectives import Flow
 from tvm_ref.shapes import Labels, PerSample, Sample, Time, check_batch, check_times, over
 
 MAX_PAIRS = 2**21  # points x centres held at once: 16 MiB per float64 buffer
@@ -39,7 +40,7 @@ def rk4_step(velocity: Callable[[Sample, Time], Sample], x: Sample, z: Time, ste
 
 
 def exact_path(
-    oracle: "GaussianMixture", x_t: Sample, s: Tensor, scale: float, condition: Condition | None = None
+    oracle: Flow, x_t: Sample, s: Tensor, scale: float, condition: Condition | None = None
 ) -> Tensor:
     """Solve for Y_s = psi(x_t, t, s) (eq. 2) at every time s [S] from t = s[-1]: [S, N, ...]; a step per interval."""
     path = [x_t]

@@ -4,6 +4,7 @@ config.json                     the options
 train.jsonl                     a line per 50 steps, written as it goes
 checkpoint.pt                   what --resume goes on from
 weights.safetensors             the evaluation weights
+snapshots.safetensors           what they were after 0, 1, 3, 10 and 30 % of the steps
 metrics.json                    figures by number of function evaluations (NFE), seconds, steps
 samples, trajectories, map, losses.png
 """
@@ -32,6 +33,7 @@ from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import load_points, make_distribution
 from tvm_ref.toy.metrics import NFES, evaluate, make_reference
 from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.snapshots import SNAPSHOTS, add_snapshot, load_snapshots, snapshot_steps
 from tvm_ref.toy.training import Training, draw_block
 
 LOG_EVERY = 50  # steps per line of train.jsonl, and between updates of the progress bar
@@ -39,7 +41,9 @@ SAVE_EVERY = 2000  # steps per checkpoint
 MARKS = ("config.json", "train.jsonl")  # a folder that has both holds a run
 WEIGHTS, PICTURES = "weights.safetensors", ("samples.png", "trajectories.png", "map.png", "losses.png")
 RESULTS = (WEIGHTS, "metrics.json", *PICTURES)
-OWN_FILES = (*MARKS, "checkpoint.pt", *RESULTS, "bound.json", "bound.png")  # what --overwrite removes
+OWN_FILES = (  # what --overwrite removes: also what other commands write into the folder
+    *MARKS, "checkpoint.pt", SNAPSHOTS, *RESULTS, "bound.json", "bound.png", "page.html", "animation.gif"
+)  # fmt: skip
 
 
 def distribution_of(config: ToyConfig) -> GaussianMixture:
@@ -113,7 +117,8 @@ class Run:
         """Read checkpoint.pt, drop what the log has beyond it, and return the losses since the log's last line.
 
         Raises:
-            ValueError: a checkpoint that is damaged, unreadable, or of another network or other data; a damaged log.
+            ValueError: a checkpoint that is damaged, unreadable, or of another network or other data; a damaged log or
+                file of snapshots.
         """
         try:
             state = torch.load(self.path("checkpoint.pt"), weights_only=True)
@@ -127,6 +132,7 @@ class Run:
                 f"{self.folder} was trained on other points than {self.config.data or self.config.dist} has"
             )
         self._before = self.training.seconds
+        load_snapshots(self.folder)  # refuses a damaged file now rather than in the middle of training
         try:
             text = self.path("train.jsonl").read_text() if self.path("train.jsonl").exists() else ""
             lines = [json.loads(line) for line in text.splitlines()]
@@ -147,6 +153,7 @@ class Run:
         """
         training, sums = self.training, torch.zeros(2) if sums is None else sums
         before, begun = training.seconds, time.perf_counter()
+        keep = snapshot_steps(self.config.steps)
         bar = tqdm(
             total=self.config.steps,
             initial=training.step,
@@ -157,6 +164,8 @@ class Run:
         )
         with Interruption() as interruption, self.path("train.jsonl").open("a", buffering=1) as log, bar:
             while training.step < self.config.steps and not interruption.requested:
+                if training.step in keep:
+                    add_snapshot(self.folder, training.step, training.ema.module.network)
                 try:
                     sums += training.train_step()
                 except FloatingPointError as error:  # resumed, it would diverge again
