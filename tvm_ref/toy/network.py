@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tvm_ref.guidance import Condition
-from tvm_ref.layers import Linear, has_tangent
+from tvm_ref.layers import Linear, has_tangent, unpack_dual
 from tvm_ref.shapes import Sample, Time, over
 
 FREQUENCIES = 4  # sines and cosines that each time enters as
@@ -78,7 +78,7 @@ class ToyNetwork(nn.Module):
             raise ValueError("a condition goes with a network that has classes, and only with it")
         ds = None  # the tangent of s, where s alone has one
         if not has_tangent(x) and not has_tangent(t):
-            s, ds = forward_ad.unpack_dual(s)
+            s, ds = unpack_dual(s)
 
         std_t = std(t)
         z = x / over(std_t, x)
