@@ -114,6 +114,7 @@ class FlowMap(nn.Module):
         """
         self._check_difference()
         self._check(x, t, s, condition)
+        x, t = x.contiguous(), t.contiguous()  # a JVP refuses memory that is shared, as by expand
         tangents = (v, torch.full_like(t, dt))
         F, dF_dt = jvp(lambda x, t: self._average_velocity(x, t, s, condition), (x, t), tangents)
         w = self._scale(torch.ones_like(t), x, condition)

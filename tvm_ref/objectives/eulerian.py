@@ -28,9 +28,11 @@ class ESD(SelfDistillation):
         "full": u* and (grad_x F) u* are the target's, stopped; gradients flow through F and dF/dt.
         "convex": u* is the target's, stopped; gradients flow through F and D F.
         "none": u* is the model's own, and nothing is stopped.
+        "all": u* is the target's; gradients flow through F alone. Not of the paper: it is what MeanFlow, which has the
+            random v for u*, does in expectation.
     """
 
-    STOPS = ("full", "convex", "none")
+    STOPS = ("full", "convex", "none", "all")
 
     def residual(
         self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
@@ -45,7 +47,10 @@ class ESD(SelfDistillation):
         F, DF = self.flow_map.average_velocity_and_total_derivative(x, t, s, along, condition)
         if self.stops == "full":
             with torch.no_grad():
-                DF = DF + target.average_velocity_and_total_derivative(x, t, s, u, condition, dt=0.0)[1]
+                advection = target.average_velocity_and_total_derivative(x, t, s, u, condition, dt=0.0)[1]
+            DF = DF + advection  # (grad_x F*) u*
+        if self.stops == "all":
+            DF = DF.detach()
         return eulerian_residual(F, torch.where(over(t == s, v), v, u), DF, t, s)
 
 
