@@ -29,7 +29,7 @@ class ToyConfig:
         None, "width of the Gaussian around each point of --data (default: by leave-one-out likelihood)", type=float
     )
     objective: str = option(
-        "tvm", "what to minimise: TVM, or a neighbour that it is compared with", choices=list(OBJECTIVES)
+        "tvm", "what to minimise: TVM, or a relative (tvm_ref/objectives/README.md)", choices=list(OBJECTIVES)
     )
     detach_jvp: bool = option(False, "TVM without gradients through the JVP: cheaper, biased (paper, sec. 7.4)")
     conditional: bool = option(False, "condition on the class (moons, circles and eight_gaussians have classes)")
@@ -44,7 +44,7 @@ class ToyConfig:
         0.0, "share of samples whose jump starts at t = 1, where one-step sampling does (not in the paper)", type=float
     )
     equal_share: float | None = option(
-        None, "share of samples with t = s, table 4d of the paper (default: 0; 0.75 for meanflow, as in its own paper)",
+        None, "share of samples with t = s, table 4d of the paper (default: that of the objective's own paper; 0 for TVM)",
         type=float,
     )  # fmt: skip
     target_ema: float = option(0.99, "decay of the target's weights (paper, table 4b)", type=float)
@@ -90,7 +90,7 @@ class ToyConfig:
         """How times are drawn."""
         share_equal = self.equal_share
         if share_equal is None:
-            share_equal = 0.75 if self.objective == "meanflow" else 0.0
+            share_equal = OBJECTIVES[self.objective].default_times.share_equal
         return TimeSampler(self.time_sampler, share_equal=share_equal, share_noise=self.noise_share)
 
     @property

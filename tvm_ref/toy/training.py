@@ -83,9 +83,9 @@ class Training:
         self.target = EMA(self.model, config.target_ema)
         self.ema = EMA(self.model, config.ema)
         self.optimizer = SOAP(
-            self.model.parameters(), config.lr, (0.95, 0.95), weight_decay=0, precondition_frequency=10
+            self.objective.parameters(), config.lr, (0.95, 0.95), weight_decay=0, precondition_frequency=10
         )
-        self._parameters = list(self.model.parameters())
+        self._parameters = list(self.objective.parameters())  # the model's, and those of a learned weight
         self.step = 0
         self.seconds = 0.0
         self._block: tuple[int, list[Batch]] = (-1, [])
@@ -113,6 +113,7 @@ class Training:
             FloatingPointError: a loss that is NaN or infinite; the weights are those before the step.
         """
         batch = self.batch(self.step)
+        self.objective.set_progress(self.step / self.config.steps)
         terms = self.objective(batch.x0, batch.x1, batch.times, batch.condition, self.target.module)
         terms.check_finite()
         self.optimizer.zero_grad()
