@@ -27,7 +27,8 @@ from imagenet.parallel import World, on_first
 from imagenet.presets import PRESETS, RESUMABLE, Config
 from imagenet.run import Run, check_new, stored_config
 from imagenet.training import Training
-from tvm_ref.command_line import Interruption, OneLineParser, add_options, option, require_at_least
+from tvm_ref.command_line import OneLineParser, add_options, option, require_at_least
+from tvm_ref.interruption import Interruption
 from tvm_ref.objectives import TERMS
 
 THREADS = 1  # on a CPU, unless OMP_NUM_THREADS says more, which helps digits little and hurts much on busy cores

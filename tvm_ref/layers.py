@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 
 def unpack_dual(a: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Value and tangent of a, the tangent None outside a JVP or where a has none.
+    """Return value and tangent of a, the tangent None outside a JVP or where a has none.
 
     The level is named, there being one only: torch.compile would take "no JVP is running", if the first call finds
     none, to hold for the JVPs after it.
@@ -22,7 +22,7 @@ def unpack_dual(a: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def has_tangent(a: Tensor) -> bool:
-    """Whether a is inside a JVP, with a tangent of its own."""
+    """Tell whether a is inside a JVP, with a tangent of its own."""
     return unpack_dual(a)[1] is not None
 
 
@@ -34,7 +34,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """The layer's y = x W^T + b [..., out_features] for x [..., in_features]."""
+        """Return y = x W^T + b [..., out_features] for x [..., in_features]."""
         value, tangent = unpack_dual(input)
         if tangent is None or has_tangent(self.weight):
             return super().forward(input)

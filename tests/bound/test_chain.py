@@ -49,7 +49,7 @@ def trained_model(name: str, seed: int, steps: int = 200) -> FlowMap:
 def measured(
     model, oracle: GaussianMixture, t: float = 1.0, n: int = 100, steps: int = 64, seed: int = 0
 ) -> chain.Bound:
-    return chain.measure(model, oracle, *draws(oracle, n, seed), t=t, scale=0.7 * oracle.sigma, steps=steps)
+    return chain.measure(model, oracle, *draws(oracle, n, seed), t=t, scale=oracle.time_scale, steps=steps)
 
 
 # The ordering ---------------------------------------------------------------------------------------------------
