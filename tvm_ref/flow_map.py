@@ -92,20 +92,37 @@ class FlowMap(nn.Module):
         gamma_ds = self._scale(self.factor.gamma_ds(t, s), x, condition)
         return gamma * F, gamma_ds * F + gamma * dF_ds
 
+    def average_velocity(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
+        """Average velocity F(x, t, s) over [s, t] [B, ...] (eq. 4; w F in the scaled parameterisation): f / (s - t).
+
+        Raises:
+            ValueError: also for a factor other than s - t.
+        """
+        self._check_difference()
+        self._check(x, t, s, condition)
+        return self._scale(torch.ones_like(t), x, condition) * self._average_velocity(x, t, s, condition)
+
     def average_velocity_and_total_derivative(
-        self, x: Sample, t: Time, s: Time, v: Sample, condition: Condition | None = None
+        self, x: Sample, t: Time, s: Time, v: Sample, condition: Condition | None = None, *, dt: float = 1.0
     ) -> tuple[Sample, Sample]:
         """F(x, t, s) and v . grad_x F + dF/dt, its derivative along a path with velocity v [B, ...] (eq. 18); one JVP.
+
+        `dt` is the rate of t: 0 leaves v . grad_x F alone.
 
         Raises:
             ValueError: also for a factor other than s - t, for which eq. 18 is not stated.
         """
-        if self.factor is not DIFFERENCE:
-            raise ValueError("MeanFlow (eq. 18) is stated for the factor s - t alone")
+        self._check_difference()
         self._check(x, t, s, condition)
-        F, dF_dt = jvp(lambda x, t: self._average_velocity(x, t, s, condition), (x, t), (v, torch.ones_like(t)))
+        x, t = x.contiguous(), t.contiguous()  # a JVP refuses memory that is shared, as by expand
+        tangents = (v, torch.full_like(t, dt))
+        F, dF_dt = jvp(lambda x, t: self._average_velocity(x, t, s, condition), (x, t), tangents)
         w = self._scale(torch.ones_like(t), x, condition)
         return w * F, w * dF_dt
+
+    def _check_difference(self) -> None:
+        if self.factor.gamma is not DIFFERENCE.gamma:  # a copy of the tuple, as EMA makes, is another tuple
+            raise ValueError("MeanFlow (eq. 18) and its relatives are stated for the factor s - t alone")
 
     def _average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Tensor:
         F = self.network(x, t, s, condition)

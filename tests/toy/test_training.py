@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.metrics import exact_samples, make_reference, paired_errors
@@ -13,9 +14,7 @@ SMALL = {"batch_size": 16, "width": 8, "depth": 2, "steps": 90}
 VARIANTS = {
     "tvm": {},
     "detached": {"detach_jvp": True},
-    "fm": {"objective": "fm"},
-    "meanflow": {"objective": "meanflow"},
-    "pid": {"objective": "pid"},
+    **{name: {"objective": name} for name in OBJECTIVES if name != "tvm"},
     "conditional": {"conditional": True},
     "guided": {"conditional": True, "w": 2.0, "noise_share": 0.2},
 }

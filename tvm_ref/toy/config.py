@@ -25,7 +25,7 @@ class ToyConfig:
         None, "width of the Gaussian around each point of --data (default: by leave-one-out likelihood)"
     )
     objective: str = option(
-        "tvm", "what to minimise: TVM, or a neighbour that it is compared with", choices=tuple(OBJECTIVES)
+        "tvm", "what to minimise: TVM, or a relative (tvm_ref/objectives/README.md)", choices=tuple(OBJECTIVES)
     )
     detach_jvp: bool = option(False, "TVM without gradients through the JVP: cheaper, biased (paper, sec. 7.4)")
     conditional: bool = option(False, "condition on the class (moons, circles and eight_gaussians have classes)")
@@ -40,7 +40,8 @@ class ToyConfig:
         0.0, "share of samples whose jump starts at t = 1, where one-step sampling does (not in the paper)"
     )
     equal_share: float | None = option(
-        None, "share of samples with t = s, table 4d of the paper (default: 0; 0.75 for meanflow, as in its own paper)"
+        None,
+        "share of samples with t = s, table 4d of the paper (default: the objective's own; 0 in TVM)",
     )
     target_ema: float = option(0.99, "decay of the target's weights (paper, table 4b)")
     ema: float = option(0.998, "decay of the weights that are evaluated")
@@ -83,7 +84,7 @@ class ToyConfig:
         """Make the sampler of training's times."""
         share_equal = self.equal_share
         if share_equal is None:
-            share_equal = 0.75 if self.objective == "meanflow" else 0.0
+            share_equal = OBJECTIVES[self.objective].default_times.share_equal
         return TimeSampler(self.time_sampler, share_equal=share_equal, share_noise=self.noise_share)
 
     @property

@@ -83,9 +83,9 @@ class Training:
         self.target = EMA(self.model, config.target_ema)
         self.ema = EMA(self.model, config.ema)
         self.optimizer = SOAP(
-            self.model.parameters(), config.lr, (0.95, 0.95), weight_decay=0, precondition_frequency=10
+            self.objective.parameters(), config.lr, (0.95, 0.95), weight_decay=0, precondition_frequency=10
         )
-        self._parameters = list(self.model.parameters())
+        self._parameters = list(self.objective.parameters())  # the model's, and those of a learned weight
         self.step = 0
         self.seconds = 0.0
         self._block: tuple[int, list[Batch]] = (-1, [])
@@ -114,6 +114,7 @@ class Training:
         """
         # data x0, noise x1, and times t >= s and s' from the sampler (sec. 7.3); classes, some dropped (sec. 3)
         batch = self.batch(self.step)
+        self.objective.set_progress(self.step / self.config.steps)  # for methods with a curriculum
         # both terms of eq. 12 (with classes eq. 15); the target network theta* takes no gradient
         terms = self.objective(batch.x0, batch.x1, batch.times, batch.condition, self.target.module)
         self._require_finite(terms)
