@@ -39,9 +39,7 @@ def rk4_step(velocity: Callable[[Sample, Time], Sample], x: Sample, z: Time, ste
     return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
-def exact_path(
-    oracle: Flow, x_t: Sample, s: Tensor, scale: float, condition: Condition | None = None
-) -> Tensor:
+def exact_path(oracle: Flow, x_t: Sample, s: Tensor, scale: float, condition: Condition | None = None) -> Tensor:
     """Solve for Y_s = psi(x_t, t, s) (eq. 2) at every time s [S] from t = s[-1]: [S, N, ...]; a step per interval."""
     path = [x_t]
     for z, z_next in itertools.pairwise((s / scale).asinh().flip(0)):
