@@ -80,7 +80,7 @@ def test_the_quoted_lines_are_those_of_the_code():
     """The five lines that the README shows stand in TVM.forward, word for word."""
     from tvm_ref.objectives import TVM
 
-    quoted = README.split("class `TVM`:")[1].split("```python")[1].split("```")[0]
+    quoted = README.split("class `TVM`")[1].split("```python")[1].split("```")[0]
     source = {line.strip() for line in inspect.getsource(TVM.forward).splitlines()}
     assert all(line.strip() in source for line in quoted.strip().splitlines())
 
