@@ -13,7 +13,7 @@ and 6 for gv, gdv when these are two launches.
 import triton
 import triton.language as tl
 
-from jvp_attention.tiles import LOG2_E, keys_seen, load_numbers, load_rows, place, row_sum, store_numbers, store_rows
+from jvp_attention.rows import LOG2_E, keys_seen, load_numbers, load_rows, place, row_sum, store_numbers, store_rows
 
 
 @triton.jit

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jvp_attention.configurations import Tiles
 from jvp_attention.shapes import LARGEST_HEAD
+from jvp_attention.tile_sizes import Tiles
 
 SM = 90
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

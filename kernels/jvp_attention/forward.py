@@ -10,7 +10,7 @@ keys is rescaled when that grows. Products of matrices per tile: 2, with tangent
 import triton
 import triton.language as tl
 
-from jvp_attention.tiles import LOG2_E, keys_seen, load_rows, place, row_max, row_sum, store_numbers, store_rows
+from jvp_attention.rows import LOG2_E, keys_seen, load_rows, place, row_max, row_sum, store_numbers, store_rows
 
 
 @triton.heuristics({"WHOLE_KEYS": lambda a: a["M"] % a["KEYS"] == 0 and a["lengths"] is None})

@@ -12,8 +12,8 @@ import triton
 from torch import Tensor
 
 from jvp_attention import backward, forward
-from jvp_attention.configurations import Tiles, candidates, channels_of_tile, is_tuning, splits_keys
 from jvp_attention.layout import empty_low, empty_numbers, empty_rows, rows_in_order
+from jvp_attention.tile_sizes import Tiles, candidates, channels_of_tile, is_tuning, splits_keys
 
 Rows = tuple[Tensor, int, int, int]  # a tensor [B, H, rows, D], its strides but for the last
 Tensors = tuple[Tensor, Tensor, Tensor]  # of queries, keys and values
@@ -34,7 +34,7 @@ class Saved(NamedTuple):
 class Call(NamedTuple):
     """One launch of a kernel: its arguments but for the tiles, and the rows that its programs share out."""
 
-    name: str  # in the tables of configurations
+    name: str  # in the tables of tile_sizes
     kernel: Any
     arguments: dict[str, Any]
     tiled: str  # QUERIES or KEYS: what a program has one tile of
