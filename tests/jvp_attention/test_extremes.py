@@ -65,7 +65,7 @@ def test_logits_of_ten_thousand(guarded, device, small_tiles, sign):
     small_tiles(16, 16)
     case = Case((1, 2, 35, 37, 16), scale=sign / 4, device=device, edit=huge_logits)
     assert float((case.tensors[Q] @ case.tensors[K].mT).abs().max()) / 4 > 1e4
-    errors = case.errors(case.results(jvp_attention.attention))
+    errors = case.errors(case.results(jvp_attention.attention), cancelling=True)
     limit = TOLERANCE[torch.float32]
     assert max(errors[:2]) <= limit
     assert max(errors[2:]) <= 100 * limit
