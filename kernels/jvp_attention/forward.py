@@ -56,7 +56,8 @@ def forward_kernel(
     sum_pv = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)
     if dq is not None:
         dq_tile = load_rows(dq, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
-        sum_pt = tl.full([QUERIES], 0.0, tl.float32)
+        sum_pt = tl.full([QUERIES], 0.0, tl.float32)  # for mu
+        sum_rounded = tl.full([QUERIES], 0.0, tl.float32)  # for do
         sum_do = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)  # (P * T) v + P dv
     seen = keys_seen(lengths, b, M)
     end = tl.minimum(seen, start + QUERIES) if CAUSAL else seen
@@ -79,8 +80,10 @@ def forward_kernel(
         total = total * shrink + row_sum(p)
         v_tile = load_rows(v, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
         if dq is not None:
-            pt = (p * (t * scale)).to(dtype)
-            sum_pt = sum_pt * shrink + row_sum(pt.to(tl.float32))  # as rounded, so that do cancels where it should
+            exact = p * (t * scale)
+            pt = exact.to(dtype)
+            sum_pt = sum_pt * shrink + row_sum(exact)  # so that T - mu cancels in the backward
+            sum_rounded = sum_rounded * shrink + row_sum(pt.to(tl.float32))  # so that (P * T) v - mu o does here
             dv_tile = load_rows(dv, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
             sum_do = tl.dot(pt, v_tile, sum_do * shrink[:, None], input_precision=PRECISION)
             sum_do = tl.dot(p.to(dtype), dv_tile, sum_do, input_precision=PRECISION)
@@ -93,9 +96,8 @@ def forward_kernel(
     if o_low is not None:
         store_rows(o_low, value - value.to(dtype).to(tl.float32), b, h, start, N, D, UNIT, QUERIES, CHANNELS)
     if dq is not None:
-        mean = sum_pt / total
-        tangent = sum_do / total[:, None] - mean[:, None] * value
+        tangent = sum_do / total[:, None] - (sum_rounded / total)[:, None] * value
         store_rows(do, tangent, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
-        store_numbers(mu, mean, head, start, N, QUERIES)
+        store_numbers(mu, sum_pt / total, head, start, N, QUERIES)
         if o_low is not None:
             store_rows(do_low, tangent - tangent.to(dtype).to(tl.float32), b, h, start, N, D, UNIT, QUERIES, CHANNELS)
