@@ -53,7 +53,7 @@ def calls(d: int, dtype: torch.dtype, *, causal: bool = False, lengths: bool = F
     return found
 
 
-def compile_call(call: Any, tiles: Tiles) -> Any:
+def compile_call(call: Any, tiles: Tiles, sm: int = SM) -> Any:
     """The kernel of a call as triton compiles it for sm_90, arguments specialised as at its launch."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -86,7 +86,7 @@ def compile_call(call: Any, tiles: Tiles) -> Any:
         else:
             signature[name] = kind(value, (i,))
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", SM, 32), options=tiles.options())
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=tiles.options())
 
 
 def usage(compiled: Any) -> tuple[int, int]:

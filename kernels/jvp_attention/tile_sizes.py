@@ -79,6 +79,7 @@ FLOAT32: dict[str, dict[int, list[Tiles]]] = {
 }
 
 SMALLEST_CHANNELS = 16  # of a matrix product in a kernel
+LARGEST_TILE = 128  # rows
 
 
 def channels_of_tile(d: int) -> int:
