@@ -4,6 +4,7 @@ Every operation allocates its results and returns them with the calls that fill 
 be compiled for a GPU that is not there.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,16 @@ from torch import Tensor
 from jvp_attention import backward, forward
 from jvp_attention.layout import empty_low, empty_numbers, empty_rows, rows_in_order
 from jvp_attention.rows import seen_tiles_kernel
-from jvp_attention.tile_sizes import LARGEST_TILE, Tiles, candidates, channels_of_tile, is_tuning, splits_keys
+from jvp_attention.tile_sizes import (
+    LARGE_KIB,
+    LARGEST_TILE,
+    SHORT,
+    Tiles,
+    candidates,
+    channels_of_tile,
+    is_tuning,
+    splits_keys,
+)
 
 Rows = tuple[Tensor, int, int, int]  # a tensor [B, H, rows, D], its strides but for the last
 Mask = tuple[Tensor, int, int, int, int]  # a mask [B or 1, H or 1, rows, columns], its strides
@@ -24,6 +34,7 @@ Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]  # None is zero
 Work = tuple[list["Call"], list[Any]]  # launches, and the tensors that they fill; a result not wanted is None
 OPTIONAL = ("lengths", "mask", "dq", "dk", "dv", "go", "gdo", "gq", "gdq", "gk", "gv", "gdk", "gdv")  # cost something
 _tuned: dict[tuple[Any, ...], Tiles] = {}
+_too_large: set[tuple[Any, Tiles]] = set()
 
 
 class Saved(NamedTuple):
@@ -56,9 +67,11 @@ class Call(NamedTuple):
         batch, heads = self.like.shape[:2]
         return batch * heads // (self.arguments["GROUP"] if self.tiled == "KEYS" else 1)
 
-    def candidates(self) -> list[Tiles]:
-        """The tiles to choose from; the first is the default."""
-        return candidates(self.name, self.arguments["CHANNELS"], self.like.element_size())
+    def candidates(self, kib: int | None = None) -> list[Tiles]:
+        """The tiles to choose from on the inputs' device, or with so much shared memory; the first is the default."""
+        kib = shared_kib(self.like.device) if kib is None else kib
+        short = max(self.arguments["N"], self.arguments.get("M", 0)) <= SHORT
+        return candidates(self.name, self.arguments["CHANNELS"], self.like.element_size(), kib, short)
 
     def launch(self, tiles: Tiles) -> None:
         """Run the kernel; its programs lie on one axis of the grid, the only one without a limit that matters."""
@@ -102,16 +115,68 @@ def run(work: Work) -> list[Any]:
     calls, results = work
     with torch.cuda.device_of(calls[0].like if calls else None):
         for call in calls:
-            call.launch(fastest_tiles(call) if is_tuning() and call.like.is_cuda else call.candidates()[0])
+            if is_tuning() and call.like.is_cuda:
+                call.launch(fastest_tiles(call))
+            else:
+                _launch_what_fits(call)
     return results
+
+
+def _launch_what_fits(call: Call) -> None:
+    """Launch with the first candidate that fits the card; what did not is not tried again for such a call."""
+    several = call.candidates()
+    for tiles in several:
+        if _too_large and (_kind(call), tiles) in _too_large:
+            continue
+        try:
+            return call.launch(tiles)
+        except triton.runtime.errors.OutOfResources:
+            if tiles == several[-1]:
+                raise
+            _too_large.add((_kind(call), tiles))
+
+
+def _kind(call: Call) -> tuple[Any, ...]:
+    """What decides which code a call runs, but for the tiles."""
+    a = call.arguments
+    options = tuple(name for name in OPTIONAL if a.get(name) is not None)
+    return call.name, call.like.dtype, call.like.device, a["D"], a.get("CAUSAL"), options
+
+
+@functools.cache
+def shared_kib(device: torch.device) -> int:
+    """KiB of shared memory that a block may have on a card; in the interpreter as on the largest."""
+    if device.type != "cuda":
+        return LARGE_KIB
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+
+
+def why_not(q: Tensor, dual: bool) -> str:
+    """Why the kernels cannot run on the card that q is on, forward and backward, in one line; empty if they can."""
+    return _why_not(q.device, q.element_size(), q.shape[-1], dual) if q.is_cuda else ""
+
+
+@functools.cache
+def _why_not(device: torch.device, itemsize: int, d: int, dual: bool) -> str:
+    if torch.version.hip:
+        return "the kernels are for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    kib, channels = shared_kib(device), channels_of_tile(d)
+    keys = ("key_dual_k", "key_dual_v") if splits_keys(channels, itemsize) else ("key_dual",)
+    names = ("forward_dual", "query_dual", *keys) if dual else ("forward", "query", "key")
+    if all(candidates(name, channels, itemsize, kib) for name in names):
+        return ""
+    kind = "derivatives of heads" if dual else "heads"
+    return f"{kind} of {d} channels in {8 * itemsize} bits do not fit the {kib} KiB of shared memory of this GPU"
 
 
 def fastest_tiles(call: Call) -> Tiles:
     """The fastest candidate, timed once per kernel, options and power of two of the lengths; kept in memory."""
     a = call.arguments
     sizes = [triton.next_power_of_2(a[name]) for name in ("N", "M") if name in a]
-    options = (a.get("CAUSAL"), *(name for name in OPTIONAL if a.get(name) is not None))
-    key = (call.name, call.like.dtype, a["D"], *options, *sizes, triton.next_power_of_2(call.heads))
+    key = (*_kind(call), *sizes, triton.next_power_of_2(call.heads))
     if key not in _tuned and torch.cuda.is_current_stream_capturing():
         return call.candidates()[0]
     if key not in _tuned:
