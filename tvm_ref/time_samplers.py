@@ -65,7 +65,7 @@ def gap(n: int, g: Normal, s: Normal, generator: torch.Generator | None = None) 
 
 
 def gap_star(n: int, g: Normal, s: Normal, generator: torch.Generator | None = None) -> Times:
-    """Draw as gap does, with an s' of its own for the flow-matching term: logit-normal like s, not truncated (sec. 7.3)."""
+    """Draw as gap does, and s' on its own for flow matching: logit-normal like s, not truncated (sec. 7.3)."""
     return gap(n, g, s, generator)._replace(s_prime=logit_normal(n, s, None, generator))
 
 
