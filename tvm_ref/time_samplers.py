@@ -44,7 +44,7 @@ def logit_normal(
 
 
 def trunc(n: int, t: Normal, s: Normal, generator: torch.Generator | None = None) -> Times:
-    """t, then s truncated to s <= t (sec. 7.3)."""
+    """Draw t, then s truncated to s <= t (sec. 7.3)."""
     start = logit_normal(n, t, None, generator)
     end = logit_normal(n, s, start, generator)
     return Times(start, end, end)
@@ -65,7 +65,7 @@ def gap(n: int, g: Normal, s: Normal, generator: torch.Generator | None = None) 
 
 
 def gap_star(n: int, g: Normal, s: Normal, generator: torch.Generator | None = None) -> Times:
-    """As gap, with an s' of its own for the flow-matching term: logit-normal like s, not truncated (sec. 7.3)."""
+    """Draw as gap does, and s' on its own for flow matching: logit-normal like s, not truncated (sec. 7.3)."""
     return gap(n, g, s, generator)._replace(s_prime=logit_normal(n, s, None, generator))
 
 
@@ -76,13 +76,13 @@ def sorted_pair(n: int, first: Normal, second: Normal, generator: torch.Generato
 
 
 def triangle(n: int, first: Normal, second: Normal, generator: torch.Generator | None = None) -> Times:
-    """(t, s) uniform on 0 <= s <= t <= 1, s' uniform on its own (self-distillation, 2505.18825); no normals."""
+    """Draw (t, s) uniformly on 0 <= s <= t <= 1, and s' on its own (self-distillation, 2505.18825); no normals."""
     a, b, s_prime = torch.rand(3, n, generator=generator, dtype=torch.float64)
     return Times(torch.maximum(a, b), torch.minimum(a, b), s_prime)
 
 
 def dyadic(n: int, first: Normal, second: Normal, generator: torch.Generator | None = None) -> Times:
-    """A jump of length d = 1, 1/2, ..., 2/M on the grid of its multiples, M = DYADIC_STEPS (shortcut, 2410.12557).
+    """Draw jumps of length d = 1, 1/2, ..., 2/M on the grid of d's multiples, M = DYADIC_STEPS (shortcut, 2410.12557).
 
     s' is uniform on 1/M, 2/M, ..., 1. No normals.
     """
@@ -137,7 +137,7 @@ class TimeSampler:
             raise ValueError("share_equal and share_noise must not be negative, nor exceed 1 together")
 
     def draw(self, n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Times:
-        """Times of n samples, float32. They are drawn on the CPU, in float64, and moved to `device`."""
+        """Draw the times of n samples, float32. They are drawn on the CPU, in float64, and moved to `device`."""
         sampler, first, second = TIME_SAMPLERS[self.kind]
         times = sampler(n, self.first or first, self.second or second, generator)
         if self.share_equal or self.share_noise:

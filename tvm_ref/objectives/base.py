@@ -64,14 +64,14 @@ TERMS = tuple(f.name for f in fields(LossTerms))
 
 
 def mean_square(a: Sample) -> PerSample:
-    """||a||^2 / (number of elements) of each sample: [B, ...] to [B]."""
+    """Return ||a||^2 / (number of elements) of each sample: [B, ...] to [B]."""
     return a.flatten(1).square().mean(1)
 
 
 def guided_target(
     v: Sample, x: Sample, t: Time, condition: Condition | None, null_label: int | None, target: Flow
 ) -> Sample:
-    """What u(x, t, c, w) is regressed on (eq. 14): w v + (1 - w) u*(x, t, no class, 1), or v without a null label.
+    """Return what u(x, t, c, w) is regressed on (eq. 14): w v + (1 - w) u*(x, t, no class, 1); v without a null label.
 
     No gradient flows through the target's velocity u*.
 
@@ -124,7 +124,7 @@ class Objective(nn.Module):
     def forward(
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
     ) -> LossTerms:
-        """The loss terms [B] of data x0 and noise x1, both [B, ...], at times drawn by a TimeSampler.
+        """Return the loss terms [B] of data x0 and noise x1, both [B, ...], at times drawn by a TimeSampler.
 
         `target` is a flow map, usually the EMA of the model, that the caller has frozen (as EMA does); None means the
         model itself.
@@ -157,7 +157,7 @@ class ResidualObjective(Objective):
     def residual(
         self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
     ) -> Sample:
-        """The residual [B, ...] at x = x_t, with gradients where the method has them; at t = s it must be F - v.
+        """Return the residual [B, ...] at x = x_t, with gradients where the method has them; at t = s it must be F - v.
 
         Args:
             x: [B, ...] x_t.
@@ -187,5 +187,5 @@ class ResidualObjective(Objective):
         return LossTerms(torch.where(t != s, loss, 0.0), torch.where(t != s, 0.0, loss))
 
     def weigh(self, square: PerSample, t: Time, s: Time) -> PerSample:
-        """The loss [B] of squared residuals [B]."""
+        """Return the loss [B] of squared residuals [B]."""
         return self.weight(square, t, s)

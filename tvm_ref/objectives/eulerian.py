@@ -17,7 +17,7 @@ from tvm_ref.time_samplers import Times, TimeSampler
 
 
 def eulerian_residual(F: Sample, u: Sample, DF: Sample, t: Time, s: Time) -> Sample:
-    """F - u - (s - t) D F [B, ...] of a jump from t to s [B]."""
+    """Return F - u - (s - t) D F [B, ...] of a jump from t to s [B]."""
     return F - u - over(s - t, F) * DF
 
 
@@ -85,8 +85,8 @@ class ImprovedMeanFlow(MeanFlow):
     """Improved MeanFlow (Geng and others, 2512.02012, eq. 12): V = F + (t - s) sg[dF/dt + (grad_x F) u], ||V - v||^2.
 
     MeanFlow with the model's own u = F(x_t, t, t) for the direction of the derivative, so that V is a function of x_t
-    alone, and v is only what it is regressed on. Half of the paper's batch lies on the diagonal. Its guidance, u and
-    the class's embedding aside, is that of eq. 14; its second head for u is left out.
+    alone, and v is only what it is regressed on. Half of the paper's batch lies on the diagonal. Guidance is by eq. 14,
+    which has the paper's fixed point; its second head for u, and guidance within an interval of t, are left out.
     """
 
     default_times = TimeSampler("sorted", share_equal=0.5)

@@ -22,7 +22,7 @@ from tvm_ref.time_samplers import Times, TimeSampler
 def finite_step_residual(
     flow_map: FlowMap, x: Sample, v: Sample, t: Time, s: Time, alpha: Tensor, condition: Condition | None
 ) -> Sample:
-    """F(x_t, t, s) - sg[alpha v + (1 - alpha) F(x_r, r, s)] [B, ...] for steps alpha [B] of the jump's length.
+    """Return F(x_t, t, s) - sg[alpha v + (1 - alpha) F(x_r, r, s)] [B, ...] for steps of alpha [B] times t - s.
 
     It is (X(x_t, t, s) - sg X(x_r, r, s)) / (s - t). At t = s or alpha = 1 it is F - v.
     """
@@ -86,7 +86,7 @@ class AlphaFlow(ResidualObjective):
         self.set_progress(0.0)
 
     def alpha(self, progress: float) -> float:
-        """Where the curriculum is after a share of training (their algorithm 2)."""
+        """Return alpha after a share of training (their algorithm 2)."""
         if self.constant is not None:
             return self.constant
         place = (progress - (self.start + self.end) / 2) / (self.end - self.start)

@@ -60,7 +60,7 @@ class PSD(SelfDistillation):
         return F - torch.where(over(t == s, v), v, average)
 
     def shorter_jump(self, teacher: FlowMap, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Tensor:
-        """F [B, ...] of one of the two shorter jumps."""
+        """Return F [B, ...] of one of the two shorter jumps."""
         return teacher.average_velocity(x, t, s, condition)
 
 

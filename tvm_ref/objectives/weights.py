@@ -12,7 +12,7 @@ Weight = Callable[[PerSample, Time, Time], PerSample]  # called as weight(square
 
 
 def unweighted(square: PerSample, t: Time, s: Time) -> PerSample:
-    """The square itself."""
+    """Return the square itself."""
     return square
 
 
@@ -36,7 +36,7 @@ class AdaptiveWeight:
             raise ValueError(f"power must not be negative and eps be positive, got {self.power} and {self.eps}")
 
     def __call__(self, square: PerSample, t: Time, s: Time) -> PerSample:
-        """Losses [B] of squares [B]."""
+        """Return losses [B] of squares [B]."""
         return square / (square.detach() + self.eps) ** self.power
 
 
@@ -58,7 +58,7 @@ class LearnedWeight(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, square: PerSample, t: Time, s: Time) -> PerSample:
-        """Losses [B] of squares [B] at times [B]."""
+        """Return losses [B] of squares [B] at times [B]."""
         times = torch.stack([t, s, t - s], dim=-1).to(self.hidden.weight.dtype)
         w = self.output(torch.tanh(self.hidden(times)))[:, 0]
         return torch.exp(-w) * square + w
