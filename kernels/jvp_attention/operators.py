@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from jvp_attention import fallback
-from jvp_attention.layout import as_rows, empty_low, empty_numbers, empty_rows, nothing, zero_rows
+from jvp_attention.layout import as_rows, empty_low, empty_numbers, empty_rows, nothing
 
 log = logging.getLogger("jvp_attention")
 unpack_dual, make_dual = torch._VF._unpack_dual, torch._VF._make_dual
@@ -58,12 +58,10 @@ class Given(NamedTuple):
     causal: bool
 
     @property
-    def tangents(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The tangents, zeros for absent ones; None if all are."""
-        if self.dq is None and self.dk is None and self.dv is None:
-            return None
-        dq, dk, dv = (zero_rows(x) if dx is None else dx for x, dx in zip(self[:3], self[3:6], strict=True))
-        return dq, dk, dv
+    def tangents(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+        """The tangents of q, k, v; None if all are absent."""
+        dx = self.dq, self.dk, self.dv
+        return None if all(x is None for x in dx) else dx
 
 
 def forward(
@@ -87,13 +85,12 @@ def forward(
         return o, do, o_low, do_low, lse, mu
     from jvp_attention import launch
 
-    tangents = given.tangents
-    results = launch.run(launch.forward_calls((q, k, v), tangents, scale, causal, lengths))
-    if tangents is None:
-        o, lse = results
-        return o, nothing(q), nothing(q), nothing(q), lse, nothing(q)
-    o, do, o_low, do_low, lse, mu = results
-    return o, do, o_low if keep else nothing(q), do_low if keep else nothing(q), lse, mu
+    work = launch.forward_calls((q, k, v), given.tangents, scale, causal, lengths, mask, keep=keep)
+    if given.tangents is None:
+        o, lse = launch.run(work)
+        return o, nothing(q), nothing(q), nothing(q), lse, _no_numbers(q)
+    o, do, o_low, do_low, lse, mu = launch.run(work)
+    return o, do, o_low, do_low, lse, mu
 
 
 def backward(
@@ -125,16 +122,13 @@ def backward(
         return gq, gk, gv, gdq, gdk, gdv
     from jvp_attention import launch
 
-    if gdo is None:
-        saved = launch.Saved(o, lse, o_low=o_low)
-        results = launch.run(launch.backward_calls((q, k, v), None, saved, go, None, scale, causal, lengths))
-        results += [nothing(q)] * 3
-    else:
-        saved = launch.Saved(o, lse, do, o_low, do_low, mu)
-        go = zero_rows(gdo) if go is None else go
-        calls = launch.backward_calls((q, k, v), given.tangents, saved, go, gdo, scale, causal, lengths)
-        results = launch.run(calls)
-    gq, gk, gv, gdq, gdk, gdv = (x if want else nothing(q) for x, want in zip(results, wanted, strict=True))
+    # without a gradient of do the tangents have no part: ordinary attention's backward
+    tangents = None if gdo is None else given.tangents
+    lse, mu = lse.contiguous(), mu.contiguous()  # as kernels take them; vmap expands
+    saved = launch.Saved(o, lse, None if tangents is None else do, o_low, do_low, None if tangents is None else mu)
+    work = launch.backward_calls((q, k, v), tangents, saved, go, gdo, scale, causal, lengths, mask, wanted)
+    results = (*launch.run(work), None, None, None)[:6]
+    gq, gk, gv, gdq, gdk, gdv = (nothing(q) if x is None else x for x in results)
     return gq, gk, gv, gdq, gdk, gdv
 
 
@@ -147,9 +141,15 @@ def plain_forward(*arguments: Any) -> Six:
     q, dtype = given[0], given[0].dtype
     o, do, lse, mu = fallback.forward(fallback.problem(*given))
     if Given(*given).tangents is None:
-        return o.to(dtype), nothing(q), nothing(q), nothing(q), lse, nothing(q)
+        return o.to(dtype), nothing(q), nothing(q), nothing(q), lse, _no_numbers(q)
     low = [(x - x.to(dtype)).to(dtype) if keep and dtype.itemsize < 4 else nothing(q) for x in (o, do)]
-    return o.to(dtype), do.to(dtype), low[0], low[1], lse, mu
+    moved = given[3] is not None or given[4] is not None  # do the logits have a tangent?
+    return o.to(dtype), do.to(dtype), low[0], low[1], lse, mu if moved else _no_numbers(q)
+
+
+def _no_numbers(q: Tensor) -> Tensor:
+    """Make the placeholder of mu where the logits have no tangent."""
+    return q.new_empty(0, dtype=torch.float32)
 
 
 def plain_backward(*arguments: Any) -> Six:
@@ -183,11 +183,11 @@ def why_not(given: Given) -> str:
         return f"the kernels do not run on the {q.device.type} (only in Triton's interpreter, with TRITON_INTERPRET=1)"
     if q.device.type != "cuda" and q.dtype == torch.bfloat16:
         return "Triton's interpreter cannot compute in bfloat16"
-    if given.mask is not None:
-        return "the kernels take no mask"
-    if given.k.shape[1] != q.shape[1]:
-        return "the kernels take no grouped queries"
-    return "" if q.numel() and given.k.numel() else "there is nothing to compute"
+    if not q.numel():
+        return "the batch is empty"
+    from jvp_attention import launch
+
+    return launch.why_not(q, given.tangents is not None)
 
 
 @functools.cache
@@ -207,7 +207,8 @@ def _forward_shapes(*arguments: Any) -> Six:
     *given, keep = arguments
     q, dual = given[0], any(x is not None for x in given[3:6])
     lows = (empty_low(q), empty_low(q)) if dual and keep else (nothing(q), nothing(q))
-    do, mu = (empty_rows(q), empty_numbers(q)) if dual else (nothing(q), nothing(q))
+    moved = given[3] is not None or given[4] is not None
+    do, mu = empty_rows(q) if dual else nothing(q), empty_numbers(q) if moved else _no_numbers(q)
     return empty_rows(q), do, *lows, empty_numbers(q), mu
 
 

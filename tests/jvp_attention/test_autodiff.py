@@ -56,6 +56,45 @@ def test_a_jvp_is_one_launch_and_its_gradient_one_set(launches, device, which, g
     assert launches == expected
 
 
+def test_gradients_are_computed_for_what_asks_for_them(launches, case):
+    """Frozen keys and values have no gradient, and the keys' side is not launched."""
+    q, k, v, dq, dk, dv, *_ = case.tensors
+    q, dq = (x.clone().requires_grad_() for x in (q, dq))
+    o, do = torch.func.jvp(jvp_attention.attention, (q, k, v), (dq, dk, dv))
+    found = torch.autograd.grad((o * do).sum(), (q, dq))
+    o, do = torch.func.jvp(reference.attention, (q, k, v), (dq, dk, dv))
+    assert_near(found, [x.double().cpu() for x in torch.autograd.grad((o * do).sum(), (q, dq))])
+    assert launches == [*DUAL_FORWARD, "query_dual"]
+    launches.clear()
+    torch.autograd.grad(jvp_attention.attention(q, k, v).sum(), q)
+    assert launches == [*FORWARD, "query"]
+
+
+def test_a_value_whose_tangent_alone_has_a_gradient_has_none(case):
+    q, k, v, dq, *_ = case.tensors
+    o, do = torch.func.jvp(lambda q: jvp_attention.attention(q, k, v), (q,), (dq.clone().requires_grad_(),))
+    assert not o.requires_grad
+    assert do.requires_grad
+
+
+def test_without_a_gradient_no_residues_are_written(device, monkeypatch):
+    """What rounding takes is kept for a backward alone."""
+    from jvp_attention import launch
+
+    kept, original = [], launch.forward_calls
+
+    def forward_calls(*given, keep):
+        kept.append(keep)
+        return original(*given, keep=keep)
+
+    monkeypatch.setattr(launch, "forward_calls", forward_calls)
+    x = Case((1, 1, 5, 6, 16), torch.float16, device=device).tensors[:6]
+    for requires_grad in (False, True):
+        given = [y.clone().requires_grad_(requires_grad) for y in x]
+        torch.func.jvp(jvp_attention.attention, tuple(given[:3]), tuple(given[3:]))
+    assert kept == [False, True]
+
+
 def test_wide_heads_take_three_launches_backward(launches, device):
     Case((1, 1, 9, 12, 128), device=device).check(jvp_attention.attention)
     assert launches == [*DUAL_FORWARD, "query_dual", "key_dual_k", "key_dual_v"]
