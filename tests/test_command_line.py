@@ -225,8 +225,7 @@ def test_ctrl_c_while_a_command_starts_shows_no_traceback(imported):
             if line.rstrip().endswith(imported):
                 break
         process.send_signal(signal.SIGINT)
-        process.stdout.read()
-        rest = process.stderr.read()
+        _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in rest
     assert rest.endswith("\nstopped\n")

@@ -295,7 +295,7 @@ def test_divergence_ends_with_one_line_that_says_how_to_go_on(tmp_path, capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals; run it on Linux or macOS")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_path, sent):
-    options = ["--steps", "3000", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
+    options = ["--steps", "800", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-m", "tvm_ref.toy", *options, "--out"]
     process = subprocess.Popen([*start, str(tmp_path / "parts")], env=environment, stdout=subprocess.PIPE, text=True)
@@ -310,7 +310,7 @@ def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_pa
     assert process.returncode == 130
     assert "stopped at step" in out
     done = json.loads((tmp_path / "parts" / "metrics.json").read_text())["steps"]["done"]
-    assert 100 <= done < 3000
+    assert 100 <= done < 800
     assert all((tmp_path / "parts" / p).exists() for p in PICTURES)
     subprocess.run(
         [sys.executable, "-m", "tvm_ref.toy", "--resume", "--points", "60", "--out", str(tmp_path / "parts")],
