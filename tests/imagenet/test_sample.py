@@ -96,6 +96,7 @@ def test_processes_share_the_work(model, tmp_path, out, count, monkeypatch):
     assert not list(tmp_path.glob("*.part*"))
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_processes(model, tmp_path):
     draw(model, tmp_path / "one.npz", "--count", "5")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

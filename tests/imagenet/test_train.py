@@ -40,6 +40,7 @@ def test_a_run_leaves_every_file(tmp_path, capsys):
     assert same({f"network.{k}": v for k, v in model.network.state_dict().items()}, stored)
 
 
+@pytest.mark.slow
 def test_logged_losses_are_means_since_the_line_before(whole, tmp_path):
     assert command(tmp_path / "fine", "--steps", 120, "--log-every", 1, "--save-every", 120) == 0
     fine = losses(tmp_path / "fine")

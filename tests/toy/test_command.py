@@ -41,6 +41,7 @@ def run(folder: Path, *options: str) -> int:
     ],
     ids=lambda options: " ".join(options),
 )
+@pytest.mark.slow
 def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, options):
     assert run(tmp_path / "run", *options) == 0
     folder = tmp_path / "run"
@@ -82,6 +83,7 @@ def test_default_folder_is_named_after_the_options():
     assert ToyConfig(data="some/where/points.csv").name == "points"
 
 
+@pytest.mark.slow
 def test_a_run_is_never_overwritten_unasked(tmp_path, capsys):
     assert run(tmp_path) == 0
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -96,6 +98,7 @@ def test_a_run_is_never_overwritten_unasked(tmp_path, capsys):
     assert (tmp_path / "notes.txt").read_text() == "mine"  # only a run's own files are replaced
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_says_so_and_is_measured_again_only_for_other_points(tmp_path, capsys):
     assert run(tmp_path) == 0
     said = capsys.readouterr().out
@@ -123,6 +126,7 @@ def test_the_log_is_written_as_it_goes(tmp_path, monkeypatch):
     assert seen == [0] * 50 + [1] * 10
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_a_picture_is_drawn_again_on_resume(tmp_path):
     assert run(tmp_path) == 0
     weights = (tmp_path / "weights.safetensors").read_bytes()
@@ -192,6 +196,7 @@ def test_overwrite_spares_a_folder_that_merely_has_a_config(tmp_path, capsys):
     assert (tmp_path / "weights.safetensors").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_overwrite_looks_before_it_deletes_and_clears_what_was_measured_of_the_old_run(tmp_path, capsys):
     assert run(tmp_path) == 0
     (tmp_path / "bound.json").write_text("{}")
@@ -294,6 +299,7 @@ def test_divergence_ends_with_one_line_that_says_how_to_go_on(tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals; run it on Linux or macOS")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_path, sent):
     options = ["--steps", "800", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -334,6 +340,7 @@ def test_help_teaches(capsys, module):
     assert "default" in text
 
 
+@pytest.mark.slow
 def test_compare_writes_results_table_and_figure(tmp_path, capsys):
     options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
     options += ["--seconds", "0.1", "--seeds", "2", "--rates", "1e-3", "1e-2", "--out", str(tmp_path)]
@@ -364,6 +371,7 @@ def test_best_rate_judges_each_method_at_the_nfe_that_it_is_for():
         assert compare.best_rate(results) == best
 
 
+@pytest.mark.slow
 def test_seeds_reports_median_and_worst(tmp_path, capsys):
     options = [*SMALL, "--dist", "moons", "circles", "--seeds", "3", "--out", str(tmp_path / "seeds.json")]
     assert seeds.main(options) == 0
@@ -449,6 +457,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.slow
 def test_help_and_bad_options_answer_without_slow_imports(name):
     """Together they took three of five seconds."""
     code = f"""

@@ -455,6 +455,7 @@ def test_suggestions_set_what_they_say_and_play_sweeps_to_the_data(opened):
     assert opened.evaluate("sweeping") == 0
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_in_light_and_dark(browser, file):
     """The corner of a picture has the page's colour, and some pixel each the dots' and the ring's."""
     inks = {}

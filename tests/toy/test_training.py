@@ -45,6 +45,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_a_stopped_run_continues_bit_for_bit(tmp_path, variant):
     """Through the files of the run folder, stopped in the middle of a block and between two lines of the log."""
     config = ToyConfig(**SMALL, **VARIANTS[variant])
@@ -97,6 +98,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_checkpoint(
 
 
 @pytest.mark.parametrize("variant", ["tvm", "pid", "meanflow", "fm", "detached"])
+@pytest.mark.slow
 def test_training_approaches_the_exact_flow(variant):
     """600 steps bring the distance to the exact map under two thirds of an untrained network's."""
     config = ToyConfig(**VARIANTS[variant], steps=600, batch_size=128, width=32, depth=3, ema=0.99, dist="circles")
@@ -110,6 +112,7 @@ def test_training_approaches_the_exact_flow(variant):
     assert float(after) < 2 / 3 * float(before)
 
 
+@pytest.mark.slow
 def test_a_guided_model_approaches_the_exact_guided_flow():
     config = ToyConfig(**VARIANTS["guided"], steps=800, batch_size=128, width=32, depth=3, ema=0.99)
     oracle = make_distribution("moons")
