@@ -36,6 +36,7 @@ def run(folder: Path, *options: str) -> int:
         ["--objective", "fm"],
         ["--objective", "meanflow", "--equal-share", "0.5"],
         ["--objective", "pid"],
+        ["--objective", "lsd", "--settings", "stops='none',learned_weight=True"],
         ["--conditional", "--dist", "eight_gaussians"],
         ["--conditional", "--w", "2", "--time-sampler", "trunc"],
     ],
@@ -350,8 +351,12 @@ def test_compare_writes_results_table_and_figure(tmp_path, capsys):
     for name, method in report["methods"].items():
         assert method["lr"] in (1e-3, 1e-2)
         assert [r["seed"] for r in method["runs"]] == [0, 1]
-        assert [r["lr"] for r in report["sweeps"][name]] == [1e-3, 1e-2]
-        assert set(method["runs"][0]["figures"]) == {str(n) for n in compare.NFES}
+        settings = compare.SETTINGS.get(name, ({},))
+        assert [r["lr"] for r in report["sweeps"][name]] == len(settings) * [1e-3, 1e-2]
+        assert method["setting"] in settings
+        assert method["at_edge"]
+        nfes = compare.NFES[:1] if name == "sCT" else compare.NFES
+        assert set(method["runs"][0]["figures"]) == {str(n) for n in nfes}
         budget = 100 / report["step_milliseconds"][name]
         assert method["steps"] == pytest.approx(budget, abs=1)
     assert (tmp_path / "error.png").read_bytes()[:4] == b"\x89PNG"
@@ -368,7 +373,19 @@ def test_best_rate_judges_each_method_at_the_nfe_that_it_is_for():
     for objective, best in (("tvm", 0.2), ("fm", 0.1)):
         diverged = {"objective": objective, "lr": 0.3, "figures": {}}
         results = [result(objective, 0.1, 2.0, 0.5), result(objective, 0.2, 1.0, 0.6), diverged]
-        assert compare.best_rate(results) == best
+        assert results[compare.best(results)]["lr"] == best
+
+
+def test_compare_takes_chosen_methods_and_marks_rates_at_the_edge(tmp_path, capsys):
+    options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60", "--jobs", "1"]
+    options += ["--seconds", "0.1", "--seeds", "1", "--rates", "1e-2", "--out", str(tmp_path)]
+    assert compare.main([*options, "--methods", "sCT", "flow matching"]) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert list(report["methods"]) == ["sCT", "flow matching"]
+    assert not report["methods"]["sCT"]["at_edge"]  # of one rate there is no edge
+    rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert rows["sCT"].count("(") == 1  # its model is for one step
+    assert rows["flow matching"].count("(") == 5
 
 
 @pytest.mark.slow
@@ -451,6 +468,7 @@ COMMANDS = {
     "tvm_ref.toy": ["--lr", "-1"],
     "tvm_ref.toy.compare": ["--seconds", "0"],
     "tvm_ref.toy.seeds": ["--points", "1"],
+    "tvm_ref.toy.family": ["--samples", "1"],
     "tvm_ref.toy.benchmark": ["--width", "0"],
     "tvm_ref.bound": ["nowhere"],
 }
