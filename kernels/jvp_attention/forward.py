@@ -81,7 +81,8 @@ def forward_kernel(
     if HAS_T:
         sum_pt = tl.full([QUERIES], 0.0, tl.float32)  # for mu
         if ROUNDED:
-            sum_rounded = tl.full([QUERIES], 0.0, tl.float32)  # for do
+            sum_rounded = tl.full([QUERIES, 16], 0.0, tl.float32)  # for do
+            ones = tl.full([KEYS, 16], 1.0, dtype)
     if dq is not None:
         dq_tile = load_rows(dq, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
     seen = keys_seen(lengths, b, M)
@@ -126,7 +127,7 @@ def forward_kernel(
             pt = exact.to(dtype)
             sum_pt = sum_pt * shrink + row_sum(exact)  # so that T - mu cancels in the backward
             if ROUNDED:
-                sum_rounded = sum_rounded * shrink + row_sum(pt.to(tl.float32))  # so that (P * T) v - mu o does in do
+                sum_rounded = tl.dot(pt, ones, sum_rounded * shrink[:, None])
             sum_do = tl.dot(pt, v_tile, sum_do, input_precision=PRECISION)
         if dv is not None:
             dv_tile = load_rows(dv, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
@@ -144,7 +145,7 @@ def forward_kernel(
     if DUAL:
         tangent = sum_do / total[:, None]
         if HAS_T:
-            mean = sum_rounded if ROUNDED else sum_pt
+            mean = row_max(sum_rounded) if ROUNDED else sum_pt
             tangent -= (mean / total)[:, None] * value
             store_numbers(mu, sum_pt / total, head, start, N, QUERIES)
         store_rows(do, tangent, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
