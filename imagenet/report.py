@@ -28,6 +28,22 @@ def draw_grid(path: Path, generator: Generator, world: World, steps: int = 1) ->
         save_png(path, image)
 
 
+def write_weights(run: Run, path: Path) -> None:
+    """Write the evaluation weights as they stand. All processes take part.
+
+    Raises:
+        OSError: in every process, if the file could not be written.
+    """
+    weights, training = full_state(run.training.ema.state_dict()["module"]), run.training
+    names = {name.removeprefix("network."): a for name, a in weights.items()}
+
+    def save() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.save_weights(path, names, training.config, step=str(training.step))
+
+    run.world.on_first(save)
+
+
 def write_report(run: Run, total_seconds: float) -> dict[str, Any]:
     """Write weights, grids and metrics.json of a training as it stands; returns the metrics. All processes take part.
 
@@ -52,9 +68,7 @@ def write_report(run: Run, total_seconds: float) -> dict[str, Any]:
         "total": round(total_seconds + run.log.before, 2),
     }
     metrics["steps"] = {"done": training.step, "planned": config.steps}
-    weights = full_state(training.ema.state_dict()["module"])
+    write_weights(run, run.folder / checkpoints.WEIGHTS)
     if run.world.first:
-        names = {name.removeprefix("network."): a for name, a in weights.items()}
-        checkpoints.save_weights(run.folder / checkpoints.WEIGHTS, names, config)
         write_atomically(run.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
