@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,6 +45,46 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(tmp_path, who
 
     assert train.main(["--out", str(folder), "--resume", "--log-every", "5"]) == 0  # its configuration is stored
     assert_same_run(folder, whole[0])
+
+
+def test_sigusr1_saves_and_training_goes_on(tmp_path, whole, monkeypatch):
+    """A scheduler sends it some minutes before it ends a job."""
+    monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 52, signal.SIGUSR1))
+    folder = tmp_path / "run"
+    before = signal.getsignal(signal.SIGUSR1)
+    assert command(folder, "--steps", 120) == 0
+    assert [p.name for p in checkpoints.checkpoints(folder / "checkpoints")] == ["00000053", "00000120"]
+    assert same(*(state(a / "checkpoints" / "00000120") for a in (folder, whole[0])))
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_sigusr1_to_all_of_a_torchrun_saves_and_ends_nothing(tmp_path):
+    """As Slurm sends it to every process of a job step: torchrun itself must ignore it, by the README's trap."""
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--steps", "100000", "--save-every", "100000", "--workers", "1", "--out", str(folder)]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(ROOT / "imagenet" / "train.py")]
+    process = subprocess.Popen(
+        ["bash", "-c", f"trap '' USR1; {shlex.join([*line, *arguments])}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_for(process, lambda: (folder / "train.jsonl").exists() and (folder / "train.jsonl").stat().st_size > 0)
+        os.killpg(process.pid, signal.SIGUSR1)
+        wait_for(process, lambda: checkpoints.checkpoints(folder / "checkpoints"))
+        lines = len(losses(folder))
+        wait_for(process, lambda: len(losses(folder)) > lines)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(process, condition):
+    """Wait until a running process has brought about a condition."""
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
