@@ -54,7 +54,12 @@ def test_the_clocks_of_a_turn():
 
 def test_narrow_products_wait_for_their_operands():
     """64 x 16 x 16 takes 8 clocks, and reads 2.5 KiB in 20."""
-    narrow = LOOP.replace("LDGSTS", "LDG").replace("64x64x16", "64x16x16").replace("64x128x16", "64x16x16").replace("R40, gdesc", "gdesc")
+    narrow = (
+        LOOP.replace("LDGSTS", "LDG")
+        .replace("64x64x16", "64x16x16")
+        .replace("64x128x16", "64x16x16")
+        .replace("R40, gdesc", "gdesc")
+    )
     found = clocks.count(narrow, warps=4, sm=90)
     assert (found.tensor, found.matrix) == (16, 40)
     assert found.limit == "operands"

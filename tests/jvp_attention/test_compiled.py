@@ -12,7 +12,7 @@ from jvp_attention import compile_report
 
 PRODUCTS = {"forward": 2, "forward_dual": 6, "query": 3, "query_dual": 9, "key": 4, "key_dual": 12}
 PRODUCTS |= {"key_dual_k": 9, "key_dual_v": 6}  # as the README counts them
-SPILLED_AT_64 = 24  # bytes per thread, next to nothing
+SPILLED_AT_64 = 40  # bytes per thread, of 1020
 LARGEST_SHARED = 227  # KiB per block, sm_90
 
 
@@ -63,7 +63,7 @@ def test_next_to_nothing_is_spilled_with_64_channels(reports):
 
 @pytest.mark.parametrize(
     ("d", "forward", "backward"),
-    [(64, 5450, 19_500), (128, 9600, 45_000)],  # the official kernels: 16640 and 37540, 29760 and 59800
+    [(64, 5450, 19_500), (128, 9600, 45_000)],
 )
 def test_counted_clocks_without_overlap(reports, d, forward, backward):
     """Per 128 queries and 128 keys, of one multiprocessor."""
