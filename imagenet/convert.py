@@ -4,8 +4,8 @@
     python imagenet/convert.py network-snapshot-500.pkl out.safetensors --preset imagenet256-w1.75
 
 The released .pkl files are pickles that carry Python source, and loading them as usual runs it. Here they are read by
-a reader that can build tensors and nothing else (safe_pickle.py lists the names that it knows); a file that asks for
-any other name is refused, and the name is told. Names, shapes and numbers of the tensors are checked against the
+a reader that can build tensors and nothing else (pickled_tensors.py lists the names that it knows); a file that asks
+for any other name is refused, and the name is told. Names, shapes and numbers of the tensors are checked against the
 preset, which the file's name decides for Luma's own files and --preset for others. The result holds the preset's
 configuration, so that sample.py and evaluate.py need nothing else. The weights keep their owner's terms.
 """
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from imagenet.checkpoints import save_weights
+from imagenet.pickle_scan import shown
+from imagenet.pickled_tensors import module_state, read_module, tensors_of
 from imagenet.presets import PRESETS, Config, build_model
-from imagenet.safe_pickle import module_state, read_module, tensors_of
 from tvm_ref.command_line import OneLineParser
 
 RELEASED = {  # by name of the file
@@ -70,7 +71,8 @@ def network_of(data: Any) -> Any:
         return data
     found = [data[key] for key in ("ema", "net") if data.get(key) is not None]
     if not found:
-        raise ValueError(f"no network ('ema' or 'net') in it, only {', '.join(map(repr, list(data)[:5])) or 'nothing'}")
+        keys = ", ".join(shown(repr(key)) for key in list(data)[:5])
+        raise ValueError(f"no network ('ema' or 'net') in it, only {keys or 'nothing'}")
     return found[0]
 
 
@@ -92,7 +94,9 @@ def checked(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     for missing in expected.keys() - tensors.keys():
         raise ValueError(f"{missing} is missing ({len(expected.keys() - tensors.keys())} tensors are)")
     for unknown in tensors.keys() - expected.keys():
-        raise ValueError(f"{unknown} is no tensor of this network ({len(tensors.keys() - expected.keys())} are not)")
+        raise ValueError(
+            f"{shown(unknown)} is no tensor of this network ({len(tensors.keys() - expected.keys())} are not)"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name} is of shape {list(tensor.shape)}, not {list(expected[name].shape)}")
@@ -118,10 +122,10 @@ def convert(source: Path, out: Path, preset: str | None = None) -> Config:
     try:
         module = network_of(read_module(source))
         scaled = module_state(module).get("do_scale_param", config.scaled)  # the file knows best how it was trained
-        config = replace(config, scaled=bool(scaled))
+        if not isinstance(scaled, bool):
+            raise ValueError(f"do_scale_param is a {type(scaled).__name__}, neither true nor false")
+        config = replace(config, scaled=scaled)
         tensors = checked({without_wrappers(name): a for name, a in tensors_of(module).items()}, config)
-    except RecursionError:
-        raise ValueError(f"{source} holds a module within itself") from None
     except ValueError as error:
         raise ValueError(str(error) if str(source) in str(error) else f"{source}: {error}") from None
     with source.open("rb") as stream:

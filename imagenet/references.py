@@ -18,7 +18,7 @@ import numpy as np
 from imagenet.image_files import NPZ_IMAGES, ImageFiles
 from imagenet.inception import Features
 from imagenet.metrics import Gaussian, gaussian_statistics
-from imagenet.safe_pickle import read_arrays
+from imagenet.pickled_arrays import read_arrays
 
 Extract = Callable[[ImageFiles], Features]
 
