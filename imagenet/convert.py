@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from imagenet.checkpoints import save_weights
+from imagenet.checkpoints import check_weights, save_weights
 from imagenet.pickle_scan import shown
 from imagenet.pickled_tensors import module_state, read_module, tensors_of
-from imagenet.presets import PRESETS, Config, build_model
+from imagenet.presets import PRESETS, Config
 from tvm_ref.command_line import OneLineParser
 
 RELEASED = {  # by name of the file
@@ -83,30 +82,6 @@ def without_wrappers(name: str) -> str:
     return name
 
 
-def checked(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The tensors, in float32, if they are all that the network of a configuration has.
-
-    Raises:
-        ValueError: a tensor too few, too many, of another shape or kind, or with numbers that are not finite.
-    """
-    with torch.device("meta"):
-        expected = build_model(config, attention="plain").network.state_dict()
-    for missing in expected.keys() - tensors.keys():
-        raise ValueError(f"{missing} is missing ({len(expected.keys() - tensors.keys())} tensors are)")
-    for unknown in tensors.keys() - expected.keys():
-        raise ValueError(
-            f"{shown(unknown)} is no tensor of this network ({len(tensors.keys() - expected.keys())} are not)"
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(f"{name} is of shape {list(tensor.shape)}, not {list(expected[name].shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} holds numbers that are not finite")
-    return {name: tensor.float().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-
-
 def convert(source: Path, out: Path, preset: str | None = None) -> Config:
     """Convert a file; returns the configuration that its weights need.
 
@@ -125,12 +100,14 @@ def convert(source: Path, out: Path, preset: str | None = None) -> Config:
         if not isinstance(scaled, bool):
             raise ValueError(f"do_scale_param is a {type(scaled).__name__}, neither true nor false")
         config = replace(config, scaled=scaled)
-        tensors = checked({without_wrappers(name): a for name, a in tensors_of(module).items()}, config)
+        tensors = {without_wrappers(name): a for name, a in tensors_of(module).items()}
+        check_weights(tensors, config)
     except ValueError as error:
         raise ValueError(str(error) if str(source) in str(error) else f"{source}: {error}") from None
     with source.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     about = {"preset": preset, "source": source.name, "source_sha256": digest}
+    tensors = {name: a.float().clone(memory_format=torch.contiguous_format) for name, a in tensors.items()}
     save_weights(out, tensors, config, w=f"{config.w:g}", scaled=str(config.scaled).lower(), **about)
     return config
 

@@ -10,6 +10,12 @@ from tvm_ref import OBJECTIVES, TIME_SAMPLERS, FlowMap, TimeSampler
 from tvm_ref.command_line import flag, option, require_at_least
 
 DATA = ("digits", "cifar10", "latents", "synthetic")
+SHOWN = 80  # letters of a bad value that are told
+# sizes far beyond what fits any machine, so that a bad file is noticed before its network is built
+LARGEST = {
+    "input_size": 2**12, "in_channels": 2**12, "patch_size": 2**12, "classes": 2**24,
+    "hidden_size": 2**16, "depth": 2**8, "heads": 2**12,
+}  # fmt: skip
 SWITCH = {"action": argparse.BooleanOptionalAction}
 
 
@@ -100,8 +106,6 @@ class Config:
             raise ValueError("--optimizer soap needs whole weights: it does not go with --parallel fsdp")
         if self.compile and self.parallel == "fsdp":
             raise ValueError("--compile has not been tried with --parallel fsdp: choose one")
-        if self.seed >= 2**63:
-            raise ValueError(f"--seed must lie below 2^63, got {self.seed}")
         self.sampler()
         self.network()
 
@@ -115,12 +119,14 @@ class Config:
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             if choices and value not in choices:
-                raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}; got {value!r}")
+                raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}; got {value!r:.{SHOWN}}")
             kinds = {int: int, float: (int, float), None: str if choices else bool}[f.metadata.get("type")]
             if (value is not None or f.default is not None) and not isinstance(value, kinds):
-                raise ValueError(f"{flag(f.name)} must not be {value!r}")
+                raise ValueError(f"{flag(f.name)} must not be {value!r:.{SHOWN}}")
             if isinstance(value, bool) != isinstance(f.default, bool):
                 raise ValueError(f"{flag(f.name)} must not be {value!r}")
+            if isinstance(value, int) and abs(value) > (largest := LARGEST.get(f.name, 2**63 - 1)):
+                raise ValueError(f"{flag(f.name)} must be at most {largest}")
 
     def network(self) -> DiTConfig:
         """The sizes of the network."""
@@ -141,10 +147,19 @@ class Config:
         Raises:
             ValueError: no JSON, unknown or missing keys, bad values.
         """
+        names = [f.name for f in dataclasses.fields(Config)]
         try:
-            return Config(**json.loads(text))
-        except TypeError as error:
-            raise ValueError(f"not a configuration of this program: {error}") from None
+            stored = json.loads(text)
+        except RecursionError:
+            raise ValueError("not a configuration of this program: nested too deep") from None
+        if not isinstance(stored, dict):
+            raise ValueError("not a configuration of this program: no object of JSON")
+        missing = [name for name in names if name not in stored]
+        unknown = [repr(name[:SHOWN]) for name in stored if name not in names]
+        if missing or unknown:
+            wrong = [f"no {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown[:5])}"] * bool(unknown)
+            raise ValueError(f"not a configuration of this program: {'; '.join(wrong)}")
+        return Config(**stored)
 
 
 RESUMABLE = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("resume"))
