@@ -56,12 +56,13 @@ class Weights(NamedTuple):
 
 
 def count_weights(config: Config) -> Weights:
-    """The weights of a configuration's network, which is not built."""
+    """Count the weights of a configuration's network, which is not built."""
     return _count(config.network())
 
 
 @functools.cache
 def _count(config: DiTConfig) -> Weights:
+    """Count the weights of a network."""
     with torch.device("meta"):
         network = DiT(config)
     shapes = [p.shape for p in network.parameters()]
@@ -73,20 +74,20 @@ def _count(config: DiTConfig) -> Weights:
 
 
 def state_bytes(config: Config, ranks: int = 1) -> int:
-    """Weights, target and evaluation averages, and the optimizer's state; spread over `ranks` with FSDP."""
+    """Sum weights, target and evaluation averages, and the optimizer's state; sharded over `ranks` with FSDP."""
     weights = count_weights(config)
     moments = 2 * weights.all + (2 * weights.squares if config.optimizer == "soap" else 0)
     return WIDE * (3 * weights.all + moments) // (ranks if config.parallel == "fsdp" else 1)
 
 
 def gradient_bytes(config: Config, ranks: int = 1) -> int:
-    """Gradients between micro-batches: whole in each process, but with FSDP and no accumulation its own part."""
+    """Sum gradients between micro-batches: unsharded in each process, but for FSDP without accumulation."""
     spread = config.parallel == "fsdp" and config.accumulate == 1
     return WIDE * count_weights(config).all // (ranks if spread else 1)
 
 
 def block_bytes(config: Config, *, tangent: bool, device: str = "cuda") -> int:
-    """What autograd keeps of one block for the backward of one image, without checkpointing.
+    """Sum what autograd keeps of one block for the backward of one image, without checkpointing.
 
     Args:
         config: sizes, precision and attention.
@@ -114,7 +115,7 @@ def block_bytes(config: Config, *, tangent: bool, device: str = "cuda") -> int:
 
 
 def ends_bytes(config: Config, *, tangent: bool) -> int:
-    """What autograd keeps in front of the first block and behind the last, for one image."""
+    """Sum what autograd keeps in front of the first block and behind the last, for one image."""
     n, d, _, low = _sizes(config)
     pixels = config.in_channels * config.input_size**2
     final = (5 if tangent else 2) * WIDE + (1 + tangent) * low  # x / rms(x), and the input of the linear layer
@@ -122,7 +123,7 @@ def ends_bytes(config: Config, *, tangent: bool) -> int:
 
 
 def kept_bytes(config: Config, *, tangent: bool, device: str = "cuda") -> int:
-    """What autograd keeps of the whole network for the backward of one image."""
+    """Sum what autograd keeps of the whole network for the backward of one image."""
     n, d, _, _ = _sizes(config)
     ends = ends_bytes(config, tangent=tangent)
     if config.checkpointing:
@@ -132,21 +133,21 @@ def kept_bytes(config: Config, *, tangent: bool, device: str = "cuda") -> int:
 
 
 def copied_bytes(config: Config, *, tangent: bool) -> int:
-    """Autocast's copies of weights, kept for the backward; with checkpointing of one block at a time, made there."""
+    """Sum autocast's copies of weights, kept for the backward; with checkpointing those of one block, made there."""
     weights = count_weights(config)
     copies = 0 if config.precision == "float32" else 2 * (weights.block if config.checkpointing else weights.all)
     return copies * (1 + tangent)
 
 
 def target_bytes(config: Config) -> int:
-    """The most that the target's forward, without gradients, holds for one image: in an MLP, or in an attention."""
+    """Return the most that the target's forward, without gradients, holds for one image: in an MLP or an attention."""
     n, d, h, low = _sizes(config)
     matrices = 0 if config.attention == "fused" else 2 * h * n * n
     return max((2 * WIDE + 9 * low) * n * d, (WIDE + 7 * low) * n * d + low * matrices)
 
 
 def working_bytes(config: Config, images: int, device: str = "cuda") -> int:
-    """The most that a step holds beside state and gradients, with so many images at once in this process.
+    """Return the most that a step holds beside state and gradients, with so many images at once in this process.
 
     The fullest moment is the beginning of one of the two backwards: that of the forward without tangent, which comes
     first, or that of the forward with one. By then the gradients of the first are there, and wait for the second's.
@@ -167,7 +168,7 @@ def working_bytes(config: Config, images: int, device: str = "cuda") -> int:
 
 
 def gathered_bytes(config: Config) -> int:
-    """Weights that FSDP holds whole for a while: two blocks, and those outside of blocks of model and target."""
+    """Sum the weights that FSDP gathers: of two blocks, and those outside of blocks of model and target."""
     if config.parallel != "fsdp":
         return 0
     weights = count_weights(config)
@@ -175,14 +176,14 @@ def gathered_bytes(config: Config) -> int:
 
 
 def step_bytes(config: Config, world_size: int, device: str = "cuda") -> int:
-    """The most that a process holds in a step of `world_size` processes."""
+    """Return the most that a process holds in a step of `world_size` processes."""
     images = config.batch_size // (world_size * config.accumulate)
     held = state_bytes(config, world_size) + gradient_bytes(config, world_size) + gathered_bytes(config)
     return held + working_bytes(config, images, device)
 
 
 def _sizes(config: Config) -> tuple[int, int, int, int]:
-    """Tokens, their width, heads, and bytes of a number that a matrix product takes."""
+    """Return tokens, their width, heads, and bytes of a number that a matrix product takes."""
     low = 2 if config.precision == "bfloat16" else WIDE
     return (config.input_size // config.patch_size) ** 2, config.hidden_size, config.heads, low
 
@@ -191,14 +192,14 @@ def _sizes(config: Config) -> tuple[int, int, int, int]:
 
 
 def fits(config: Config, device_bytes: float, world_size: int) -> bool:
-    """Whether a step of `world_size` processes fits devices of so many bytes."""
+    """Return whether a step of `world_size` processes fits devices of so many bytes."""
     return step_bytes(config, world_size) <= USABLE * device_bytes
 
 
 def smallest_that_fits(
     config: Config, device_bytes: float, world_size: int, *, checkpointing: bool | None = None
 ) -> Config | None:
-    """The configuration with the smallest --accumulate that fits, and --checkpointing only if it must be.
+    """Find the smallest --accumulate that fits, with --checkpointing only if it must be; returns the configuration.
 
     Args:
         config: what to train; its own --accumulate and --checkpointing do not count.
@@ -218,7 +219,7 @@ def smallest_that_fits(
 
 
 def refusal(config: Config, device_bytes: float, world_size: int) -> str | None:
-    """Why a configuration does not fit devices of so many bytes, and what would; None if it fits."""
+    """Say why a configuration does not fit devices of so many bytes, and what would; None if it fits."""
     if fits(config, device_bytes, world_size):
         return None
     found = [smallest_that_fits(config, device_bytes, world_size, checkpointing=c) for c in (False, True)]
@@ -238,11 +239,30 @@ def refusal(config: Config, device_bytes: float, world_size: int) -> str | None:
     return f"{need}, and of the device's {device_bytes / 1e9:.3g} GB {USABLE:.0%} may be used: {remedy}"
 
 
+def check_memory(config: Config, world_size: int, device: torch.device, free: float | None = None) -> None:
+    """Refuse a step that does not fit, before there is one.
+
+    Args:
+        config: what to train. With torch.compile, which keeps less than is counted here, nothing is refused.
+        world_size: processes.
+        device: of this process; on a CPU nothing is refused.
+        free: bytes in place of those that are free on the device.
+
+    Raises:
+        ValueError: it does not fit; what would is said.
+    """
+    if free is None and device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    reason = None if free is None or config.compile else refusal(config, free, world_size)
+    if reason is not None:
+        raise ValueError(reason)
+
+
 # The command ---------------------------------------------------------------------------------------------------------
 
 
 def table() -> str:
-    """What presets hold, and the least that fits some cards."""
+    """List what presets hold, and the least that fits some cards."""
     head = f"{'preset':<18}{'state':>10}{'an image':>12}{'checkpointed':>14}"
     lines = [head + "".join(f"{card:>22}" for card in CARDS)]
     for name, config in PRESETS.items():
@@ -257,6 +277,7 @@ def table() -> str:
 
 
 def _settings(config: Config | None) -> str:
+    """Write the settings that fit."""
     if config is None:
         return "none"
     return f"accumulate {config.accumulate}" + " + ckpt" * config.checkpointing

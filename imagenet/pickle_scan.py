@@ -27,7 +27,7 @@ class Refused(ValueError):
 
 
 def shown(text: str) -> str:
-    """A text out of a file as it may be printed: short, and with what would steer a terminal escaped."""
+    """Shorten a text out of a file, and escape what would steer the terminal that it is printed on."""
     text = repr(text[: SHOWN + 1])[1:-1]
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
@@ -46,7 +46,7 @@ class Bounded:
         self._shown = size  # bytes that were left when the bar moved last
 
     def read(self, n: int) -> bytes:
-        """The next n bytes.
+        """Read the next n bytes.
 
         Raises:
             ValueError: fewer are left.
@@ -56,10 +56,11 @@ class Bounded:
         return self._counted(self._stream.read(n))
 
     def readline(self) -> bytes:
-        """The next line."""
+        """Read the next line."""
         return self._counted(self._stream.readline())
 
     def _counted(self, data: bytes) -> bytes:
+        """Count bytes that were read."""
         self._left -= len(data)
         if self._bar is not None and self._shown - self._left >= BAR:
             self._bar.update(self._shown - self._left)
@@ -106,6 +107,7 @@ def scan(stream: Bounded, *, outside: bool = False) -> None:
 
 
 def _check_opcode(name: str, argument: object, count: int, outside: bool) -> None:
+    """Refuse an opcode that nothing here needs, or one too many."""
     if count > MAX_OPCODES:
         raise Refused(f"it is made of more than {MAX_OPCODES} objects and steps")
     if name in OUTSIDE and not outside:
@@ -117,7 +119,7 @@ def _check_opcode(name: str, argument: object, count: int, outside: bool) -> Non
 
 
 def _taken(stack: list[bool | None], opcode: pickletools.OpcodeInfo) -> tuple[list[bool | None], list[bool | None]]:
-    """What an opcode takes off the stack: objects in fixed number, and those above the last mark if it asks for it."""
+    """Take off the stack what an opcode takes: some objects, and those above the last mark if it says so."""
     fixed, above = opcode.stack_before, []
     if pickletools.markobject in fixed:
         fixed = fixed[: fixed.index(pickletools.markobject)]
@@ -137,6 +139,7 @@ def _taken(stack: list[bool | None], opcode: pickletools.OpcodeInfo) -> tuple[li
 
 
 def _check_keys(name: str, below: list[bool | None], above: list[bool | None]) -> None:
+    """Refuse keys and members of sets that are neither numbers nor strings."""
     keys = {"SETITEM": below[1:2], "SETITEMS": above[::2], "DICT": above[::2], "ADDITEMS": above, "FROZENSET": above}
     if not all(keys.get(name, ())):
         raise Refused("it has a key of a dictionary, or a member of a set, that is neither a number nor a string")

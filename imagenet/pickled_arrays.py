@@ -39,6 +39,7 @@ class Array(Made):
 
 
 def _array(data: bytes | bytearray, dtype: _DType, shape: tuple[int, ...], order: str) -> Array:
+    """Make an array of plain numbers."""
     if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray) or not is_shape(shape):
         raise Refused("an array of something else than plain numbers")
     made = Array()
@@ -50,15 +51,17 @@ def _array(data: bytes | bytearray, dtype: _DType, shape: tuple[int, ...], order
 
 
 def _scalar(dtype: _DType, data: bytes) -> float:
+    """Make a number."""
     return _array(data, dtype, (), "C").value.item()
 
 
 def _numpy(*names: str) -> list[str]:
+    """List names as numpy 1 and numpy 2 call them."""
     return [f"numpy.{core}.{name}" for core in ("core", "_core") for name in names]
 
 
 def array_names() -> dict[str, Any]:
-    """What a pickle of arrays may call, by name."""
+    """List what a pickle of arrays may call, by name."""
     return {
         **old_bytes(),
         **dict.fromkeys(_numpy("multiarray._reconstruct"), Call(lambda *_: Array())),
@@ -70,7 +73,7 @@ def array_names() -> dict[str, Any]:
 
 
 def read_arrays(path: Path) -> Any:
-    """A pickle of dicts, lists, numbers, strings and numpy arrays of numbers.
+    """Read a pickle of dicts, lists, numbers, strings and numpy arrays of numbers.
 
     Raises:
         Refused: it names anything else.
@@ -83,7 +86,7 @@ def read_arrays(path: Path) -> Any:
 
 
 def _plain(value: Any, known: dict[int, Any]) -> Any:
-    """A value with numpy arrays in the places of their stand-ins; what is shared is walked through once."""
+    """Put numpy arrays in the places of their stand-ins; what is shared is walked through once."""
     if id(value) not in known:
         if isinstance(value, dict):
             known[id(value)] = {key: _plain(item, known) for key, item in value.items()}

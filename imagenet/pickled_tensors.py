@@ -43,27 +43,27 @@ class Dict(dict):
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        """Attributes, as _metadata of a state dict, are not wanted."""
+        """Ignore attributes, as _metadata of a state dict."""
 
 
 class _StorageReader(pickle.Unpickler):
     """Reads ("storage", kind, key, place, length, None), the reference that stands for a storage."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The dtype of a kind of storage."""
+        """Return the dtype of a kind of storage."""
         if f"{module}.{name}" not in STORAGES:
             raise Refused(f"a nested pickle asks for {shown(f'{module}.{name}')}, which is no storage")
         return STORAGES[f"{module}.{name}"]
 
     def persistent_load(self, pid: Any) -> tuple[torch.dtype, int]:
-        """Dtype and length."""
+        """Return dtype and length."""
         if not isinstance(pid, tuple) or len(pid) < 5 or not isinstance(pid[1], torch.dtype) or type(pid[4]) is not int:
             raise Refused("a nested pickle refers to something that is no storage")
         return pid[1], pid[4]
 
 
 def _storage(data: bytes) -> Storage:
-    """A storage as torch.save wrote it: pickles of MAGIC, version, system, reference and keys, length, numbers."""
+    """Read a storage that torch.save wrote: pickles of MAGIC, version, system, reference, keys; length, numbers."""
     if not isinstance(data, bytes) or data[:2] == b"PK":
         raise Refused(f"{'an archive' if isinstance(data, bytes) else 'something else'} where a storage belongs")
     stream = io.BytesIO(data)
@@ -87,7 +87,7 @@ def _storage(data: bytes) -> Storage:
 
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Parameter:
-    """A view of a storage; beyond its end nothing is read. Gradients and hooks are left out."""
+    """Make a view of a storage; beyond its end nothing is read. Gradients and hooks are left out."""
     if not isinstance(storage, Storage):
         raise Refused("a tensor is made of something else than a storage")
     if not (is_shape(size) and is_shape(stride) and len(size) == len(stride) and is_shape((offset,))):
@@ -100,13 +100,14 @@ def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int,
 
 
 def _dict(*items: Any) -> Dict:
+    """Make an empty dict."""
     if items:
         raise Refused("an OrderedDict that is made at once, as no pickle of today makes it")
     return Dict()
 
 
 def tensor_names() -> dict[str, Any]:
-    """What a pickle of modules may call, by name."""
+    """List what a pickle of modules may call, by name."""
     return {
         **old_bytes(),
         "torch._utils._rebuild_tensor_v2": Call(_tensor),
@@ -117,7 +118,7 @@ def tensor_names() -> dict[str, Any]:
 
 
 def read_module(path: Path) -> Any:
-    """A pickle of modules: dicts, lists, a Parameter for each tensor, an Inert for each module and each other object.
+    """Read a pickle of modules: dicts, lists, a Parameter for each tensor, an Inert for each other object.
 
     Raises:
         Refused: it names anything else, or holds no sound tensors.
@@ -127,7 +128,7 @@ def read_module(path: Path) -> Any:
 
 
 def tensors_of(module: Any) -> dict[str, Tensor]:
-    """The parameters and buffers of an Inert module by the names that its state_dict would have.
+    """Return the parameters and buffers of an Inert module by the names that its state_dict would have.
 
     Raises:
         ValueError: the object is no module, or one of more than MAX_TENSORS parts, such as one within itself.
@@ -156,7 +157,7 @@ def tensors_of(module: Any) -> dict[str, Tensor]:
 
 
 def module_state(module: Any) -> dict[str, Any]:
-    """The attributes of an Inert module: its own state, or that which a class that carries its source is made with.
+    """Return the attributes of an Inert module: its state, or that which a class that carries its source is made with.
 
     Raises:
         ValueError: the object is no module.

@@ -88,6 +88,7 @@ def check_reference(reference: Reference, features: Features) -> None:
 
 
 def _from_npz(path: Path) -> Reference:
+    """Read statistics and images of a .npz file."""
     try:
         with zipfile.ZipFile(path) as archive:
             known = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -107,7 +108,7 @@ def _from_npz(path: Path) -> Reference:
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> Any:
-    """An array of an archive; its header says how large it is before anything is inflated."""
+    """Read an array of an archive; its header says how large it is before anything is inflated."""
     with archive.open(f"{name}.npy") as stream:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -119,6 +120,7 @@ def _array(archive: zipfile.ZipFile, name: str) -> Any:
 
 
 def _from_pickle(path: Path) -> Gaussian:
+    """Read the statistics of a .pkl file."""
     stored = read_arrays(path)
     if isinstance(stored, dict) and isinstance(stored.get("fid"), dict):
         stored = stored["fid"]
@@ -134,7 +136,7 @@ def _from_pickle(path: Path) -> Gaussian:
 
 
 def _from_sums(total: Any, squares: Any, n: Any) -> Gaussian:
-    """Mean and covariance of n features from their sum [D] and the sum of their outer products [D, D]."""
+    """Compute mean and covariance of n features from their sum [D] and the sum of their outer products [D, D]."""
     if not isinstance(n, int | float) or isinstance(n, bool) or not 2 <= n < math.inf:
         raise ValueError("num_items must be a number of at least 2")
     n, (mean, squares) = float(n), _gaussian(total, squares)
@@ -144,7 +146,7 @@ def _from_sums(total: Any, squares: Any, n: Any) -> Gaussian:
 
 
 def _gaussian(mean: Any, covariance: Any) -> Gaussian:
-    """The two in float64, if they are arrays of numbers that fit each other."""
+    """Return the two in float64, if they are arrays of numbers that fit each other."""
     arrays: list[Matrix] = []
     for name, array in (("the mean", mean), ("the covariance", covariance)):
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":

@@ -34,7 +34,7 @@ class Inert:
     state: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
-        """Made with or without __init__ being called, as pickles do."""
+        """Make one with or without __init__ being called, as pickles do."""
         self = super().__new__(cls)
         self.args, self.state = args, None
         return self
@@ -46,10 +46,10 @@ class Inert:
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """For classes like a dict: items are not wanted."""
+        """Ignore an item of a class like a dict."""
 
     def append(self, item: Any) -> None:
-        """For classes like a list: items are not wanted."""
+        """Ignore an item of a class like a list."""
 
 
 class Call:
@@ -65,7 +65,7 @@ class Call:
         raise Refused(f"the pickle sets the attribute {shown(name)} of a function")
 
     def __call__(self, *args: Any) -> Any:
-        """What the function returns."""
+        """Call the function."""
         return self._function(*args)
 
 
@@ -80,7 +80,7 @@ class Once(Call):
         object.__setattr__(self, "_known", {})
 
     def __call__(self, *args: Any) -> Any:
-        """What the function returned for this argument; the argument is kept, so that its id stays its own."""
+        """Call the function, or return what it did; the argument is kept, so that its id stays its own."""
         key = id(args[0]) if args else 0
         if key not in self._known:
             self._known[key] = args[:1], self._function(*args)
@@ -100,19 +100,20 @@ class Made:
 
 
 def is_shape(numbers: Any) -> bool:
-    """Whether it is a tuple of few integers from 0 to 2^63 - 1."""
+    """Return whether it is a tuple of few integers from 0 to 2^63 - 1."""
     few = isinstance(numbers, tuple) and len(numbers) <= MAX_AXES
     return few and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
 
 
 def _encoded(text: str, encoding: str) -> bytes:
+    """Encode a text in latin1."""
     if not isinstance(encoding, str) or encoding != "latin1" or not isinstance(text, str):
         raise Refused("_codecs.encode with another encoding than latin1")
     return codecs.encode(text, "latin1")
 
 
 def old_bytes() -> dict[str, Any]:
-    """How protocols below 3 write bytes."""
+    """List what protocols below 3 call to make bytes."""
     return {"_codecs.encode": Once(_encoded), "__builtin__.bytes": Call(lambda: b"")}
 
 
@@ -123,7 +124,7 @@ class _Reader(pickle.Unpickler):
         self._classes: dict[str, type[Inert]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a global name.
+        """Return what stands for a global name.
 
         Raises:
             Refused: nothing does.
@@ -146,7 +147,7 @@ class _Reader(pickle.Unpickler):
 
 
 def read(path: Path, remade: dict[str, Any], *, inert: bool) -> Any:
-    """What a pickle builds of `remade`, what may be called by name, and with `inert` of classes that are not loaded.
+    """Read what a pickle builds by calling `remade`, by name, and with `inert` classes that are not loaded.
 
     Raises:
         Refused: it names anything else, or asks for more than its size can hold.

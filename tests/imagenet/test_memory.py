@@ -189,6 +189,15 @@ def test_where_nothing_fits_fsdp_is_named_or_nothing():
     assert smallest_that_fits(LARGE, 1e9, 8) is None
 
 
+def test_it_is_checked_against_what_is_free():
+    cpu = torch.device("cpu")
+    memory.check_memory(LARGE, 8, cpu)  # a CPU's memory is not asked for
+    memory.check_memory(replace(LARGE, accumulate=32), 8, cpu, free=80e9)
+    memory.check_memory(replace(LARGE, compile=True), 8, cpu, free=80e9)
+    with pytest.raises(ValueError, match="256 images at once need"):
+        memory.check_memory(LARGE, 8, cpu, free=80e9)
+
+
 def test_the_table_has_the_numbers(monkeypatch, capsys):
     monkeypatch.setattr(memory, "PRESETS", {"one": LARGE})
     assert memory.main([]) == 0
