@@ -16,7 +16,6 @@ the paper: cost against batch size, for each attention and with or without gradi
              multiplies large matrices (measured first)
 """
 
-import argparse
 import itertools
 import json
 import multiprocessing
@@ -25,6 +24,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -35,13 +35,14 @@ import torch
 from tqdm import tqdm
 
 from imagenet import parallel
-from imagenet.data import Batches, Synthetic
+from imagenet.batches import Batches
 from imagenet.dit import ATTENTION
 from imagenet.flops import count_weights, counted_step_flops, least_step_flops
+from imagenet.image_datasets import Synthetic
 from imagenet.parallel import World
 from imagenet.presets import PRESETS, Config
 from imagenet.training import Training
-from tvm_ref.command_line import OneLineParser, add_options, require_at_least, write_atomically
+from tvm_ref.command_line import OneLineParser, add_options, require_at_least, require_new, run, write_atomically
 
 COMPUTED = ["precision", "compile", "checkpointing", "accumulate"]  # fields of Config that a row may change
 DETACHED = {"no": (False,), "yes": (True,), "both": (False, True)}
@@ -51,7 +52,7 @@ REPEATS = 10  # of each measurement of that rate
 
 @dataclass(frozen=True)
 class Row:
-    """What one way of training costs; numbers are None if it failed.
+    """The cost of one way of training; numbers are None if it failed.
 
     Attributes:
         batch_size: samples per step.
@@ -72,19 +73,15 @@ class Row:
     failure: str | None = None
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = OneLineParser(
-        "benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parser() -> OneLineParser:
+    """Build the command line."""
+    p = OneLineParser("benchmark.py", __doc__)
     p.add_argument("preset", nargs="?", default="digits", choices=tuple(PRESETS), help="the default is digits")
-    p.add_argument("--batch-size", type=int, nargs="+", default=[32], help="samples per step (default: 32)")
+    p.add_argument("--batch-size", type=int, nargs="+", default=[32], help="samples per step")
     p.add_argument("--attention", nargs="+", choices=tuple(ATTENTION), help="kinds (default: the preset's)")
-    p.add_argument(
-        "--detach-jvp", choices=tuple(DETACHED), default="no", help="no gradient through the JVP (default: no)"
-    )
-    p.add_argument("--steps", type=int, default=10, help="steps timed (default: 10)")
-    p.add_argument("--warmup", type=int, default=3, help="steps before, for kernels to be chosen (default: 3)")
+    p.add_argument("--detach-jvp", choices=tuple(DETACHED), default="no", help="no gradient through the JVP")
+    p.add_argument("--steps", type=int, default=10, help="steps timed")
+    p.add_argument("--warmup", type=int, default=3, help="steps before, for kernels to be chosen")
     p.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     p.add_argument("--out", type=Path, help="write everything as JSON")
     add_options(p.add_argument_group("the configuration (defaults are the preset's)"), Config, COMPUTED)
@@ -94,41 +91,41 @@ def parser() -> argparse.ArgumentParser:
 # Measuring ----------------------------------------------------------------------------------------------------------
 
 
-def wait_for(device: torch.device) -> None:
-    """Until a GPU is done with what it was given."""
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU is done with what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of large matrix products; the best of several."""
+    """Measure the floating-point operations per second of large matrix products; the best of several."""
     n = MATRIX.get(device.type, MATRIX["cpu"])
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(REPEATS):
-        wait_for(device)
-        begun = time.perf_counter()
+        synchronize(device)
+        started = time.perf_counter()
         a @ b
-        wait_for(device)
-        seconds.append(time.perf_counter() - begun)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
     return 2 * n**3 / min(seconds)
 
 
 def step_seconds(training: Training, batches: Batches, steps: int, warmup: int) -> list[float]:
-    """Seconds of each of `steps` training steps, after `warmup` others; making the batch is not counted."""
+    """Time each of `steps` training steps, after `warmup` others; making the batch is not counted."""
     seconds = []
     for step in range(warmup + steps):
         batch = batches[step]
-        wait_for(training.world.device)
-        begun = time.perf_counter()
+        synchronize(training.world.device)
+        started = time.perf_counter()
         training.train_step(batch)
-        wait_for(training.world.device)
-        seconds.append(time.perf_counter() - begun)
+        synchronize(training.world.device)
+        seconds.append(time.perf_counter() - started)
     return seconds[warmup:]
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory used so far: allocated on a GPU, held by this process on a CPU."""
+    """Return the most memory used so far: allocated on a GPU, held by this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -138,7 +135,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def measure(config: Config, device: str, steps: int, warmup: int) -> Row:
-    """What a configuration costs. It runs alone in a process, or memory on a CPU means nothing."""
+    """Measure a configuration. It runs alone in a process, or memory on a CPU means nothing."""
     world = World(0, 1, torch.device(device))
     row = Row(config.batch_size, config.attention, config.detach_jvp)
     before = 0 if world.device.type == "cuda" else peak_bytes(world.device)
@@ -158,7 +155,7 @@ def measure(config: Config, device: str, steps: int, warmup: int) -> Row:
 
 
 def measure_apart(config: Config, device: str, steps: int, warmup: int) -> Row:
-    """`measure` in a process of its own."""
+    """Call `measure` in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
@@ -171,70 +168,67 @@ def measure_apart(config: Config, device: str, steps: int, warmup: int) -> Row:
 # The command --------------------------------------------------------------------------------------------------------
 
 
-def configurations(options: argparse.Namespace) -> list[Config]:
-    """The rows of the table.
+def configurations(
+    config: Config, batch_sizes: Sequence[int], attention: Sequence[str], detached: Sequence[bool]
+) -> list[Config]:
+    """Combine a configuration with every batch size, kind of attention and treatment of the JVP, on synthetic data.
 
     Raises:
-        ValueError: options that do not go together.
+        ValueError: values that do not go together, or attention that cannot be had here.
     """
-    preset = PRESETS[options.preset]
-    changes = {name: getattr(options, name) for name in COMPUTED if hasattr(options, name)}
-    config = replace(preset, data="synthetic", **changes)
-    kinds = options.attention or [config.attention]
-    for kind in kinds:
-        ATTENTION[kind]()  # raises if it cannot be had here
+    for kind in attention:
+        ATTENTION[kind]()
     return [
-        replace(config, batch_size=batch_size, attention=attention, detach_jvp=detached)
-        for attention, detached, batch_size in itertools.product(
-            kinds, DETACHED[options.detach_jvp], options.batch_size
-        )
+        replace(config, data="synthetic", batch_size=batch_size, attention=kind, detach_jvp=detach)
+        for kind, detach, batch_size in itertools.product(attention, detached, batch_sizes)
     ]
 
 
 def arithmetic(config: Config) -> dict[str, float]:
-    """FLOP of a step per image: the least, and as counted."""
+    """Count the FLOP of a step per image: the least, and as run."""
     least = least_step_flops(config.network(), detach_jvp=config.detach_jvp, guided=config.guided)
     counted = counted_step_flops(config)
     return {"least": least, "counted": counted, "ratio": counted / least}
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure; returns what --out holds.
+def measure_all(configs: list[Config], device: torch.device, steps: int = 10, warmup: int = 3) -> dict[str, Any]:
+    """Measure configurations that differ in batch size, attention and treatment of the JVP.
 
-    Raises:
-        ValueError: bad options.
+    Args:
+        configs: the rows.
+        device: where to run.
+        steps: steps timed.
+        warmup: steps before.
+
+    Returns:
+        what --out holds, but for the preset's name.
     """
-    require_at_least(1, batch_size=min(options.batch_size), steps=options.steps)
-    require_at_least(0, warmup=options.warmup)
-    if options.out is not None and options.out.exists():
-        raise ValueError(f"{options.out} exists; choose another --out")
-    configs, world = configurations(options), parallel.start(options.device)
-    if world.size > 1:
-        raise ValueError("this runs as one process, on one device")
-    device = world.device
-    config = configs[0]
-    report: dict[str, Any] = {
-        "preset": options.preset,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads",
-        "torch": torch.__version__,
-        "parameters": count_weights(config),
-        "matmul_flops_per_second": matmul_rate(device, getattr(torch, config.precision)),
-        "config": {name: getattr(config, name) for name in COMPUTED},
-        "flops": {str(d).lower(): arithmetic(replace(config, detach_jvp=d)) for d in DETACHED[options.detach_jvp]},
-        "rows": [],
+    first = configs[0]
+    flops = {
+        str(detached).lower(): arithmetic(replace(first, detach_jvp=detached))
+        for detached in dict.fromkeys(c.detach_jvp for c in configs)
     }
+    rate = matmul_rate(device, getattr(torch, first.precision))
+    rows = []
     for config in tqdm(configs, unit="row", desc="measuring"):
-        row = measure_apart(config, str(device), options.steps, options.warmup)
-        least = report["flops"][str(config.detach_jvp).lower()]["least"]
-        rate = None if row.images_per_second is None else row.images_per_second * least
-        report["rows"].append(asdict(row) | {"mfu": rate and rate / report["matmul_flops_per_second"]})
-    return report
+        row = measure_apart(config, str(device), steps, warmup)
+        needed = flops[str(config.detach_jvp).lower()]["least"]
+        achieved = None if row.images_per_second is None else row.images_per_second * needed
+        rows.append(asdict(row) | {"mfu": achieved and achieved / rate})
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads",
+        "torch": torch.__version__,
+        "parameters": count_weights(first),
+        "matmul_flops_per_second": rate,
+        "config": {name: getattr(first, name) for name in COMPUTED},
+        "flops": flops,
+        "rows": rows,
+    }
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report, to print."""
+    """Format the report."""
     rate = report["matmul_flops_per_second"] / 1e12
     lines = [
         f"{report['preset']}, {report['parameters'] / 1e6:.4g} M weights, on {report['device']}, "
@@ -257,21 +251,27 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 every row failed, 2 bad input."""
-    options = parser().parse_args(argv)
-    try:
-        report = run(options)
-    except (ValueError, OSError) as error:
-        print(f"benchmark.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmark.py: stopped", file=sys.stderr)
-        return 130
-    print(table(report))
-    if options.out is not None:
-        write_atomically(options.out, json.dumps(report, indent=2) + "\n")
+    """Run the command; returns the exit status: 0 done, 1 every row failed."""
+    command = parser()
+    options = command.parse_args(argv)
+    with command.failures(), command.bad_input():
+        require_at_least(1, batch_size=min(options.batch_size), steps=options.steps)
+        require_at_least(0, warmup=options.warmup)
+        require_new(options.out)
+        config = replace(
+            PRESETS[options.preset], **{name: getattr(options, name) for name in COMPUTED if hasattr(options, name)}
+        )
+        kinds = options.attention or [config.attention]
+        configs = configurations(config, options.batch_size, kinds, DETACHED[options.detach_jvp])
+        with parallel.process_group(options.device) as world:
+            if world.size > 1:
+                raise ValueError("this runs as one process, on one device")
+            report = {"preset": options.preset, **measure_all(configs, world.device, options.steps, options.warmup)}
+        print(table(report))
+        if options.out is not None:
+            write_atomically(options.out, json.dumps(report, indent=2) + "\n")
     return int(all(row["failure"] for row in report["rows"]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,4 +1,4 @@
-"""States of a run, written whole or not at all and checked when read; and weights for others, as safetensors.
+"""States of a run, written atomically and checked when read; and weights for others, as safetensors.
 
 RUN/checkpoints/00002000/state.pt           everything that continues the run bit for bit: tensors and numbers
 RUN/checkpoints/00002000/checkpoint.json    its step, size and SHA-256
@@ -31,14 +31,14 @@ CONFIG = "config.json"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+    """List the checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
     """Write the state of a step, and remove all but the newest `keep` checkpoints.
 
-    A crash at any moment leaves a checkpoint that is whole, or none under that name.
+    A crash at any moment leaves a complete checkpoint, or none under that name.
 
     Raises:
         OSError: it could not be written; nothing that was there is touched.
@@ -79,10 +79,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and a complaint about each newer one that is not.
+    """Find the newest checkpoint that is undamaged, and return it with a complaint about each newer one.
 
     Raises:
-        ValueError: checkpoints are there, and none is whole.
+        ValueError: checkpoints are there, and all are damaged.
     """
     complaints: list[str] = []
     for path in reversed(checkpoints(folder)):
@@ -96,7 +96,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Say what is wrong with a checkpoint, or return None."""
     try:
         summary = json.loads((path / SUMMARY).read_text())
         size = (path / STATE).stat().st_size
@@ -110,7 +110,7 @@ def _fault(path: Path) -> str | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint, on the CPU.
+    """Read the state in a checkpoint, on the CPU.
 
     Raises:
         ValueError: it cannot be read.
@@ -125,7 +125,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], config: Config, **metadata: str) -> None:
-    """Write a network's weights and the configuration that they need, whole or not at all.
+    """Write a network's weights and the configuration that they need, atomically.
 
     Args:
         path: a .safetensors file.
@@ -146,7 +146,7 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], config: Config, *
 
 
 def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[FlowMap, Config]:
-    """The model of a .safetensors file or of a run's folder, without gradients, and its configuration.
+    """Load the model of a .safetensors file or of a run's folder, without gradients, and its configuration.
 
     Of a run that has not finished it is the evaluation weights of the newest checkpoint.
 
@@ -195,6 +195,7 @@ def check_weights(weights: Mapping[str, Tensor], config: Config) -> None:
 
 
 def _read_weights(path: Path) -> tuple[Config, dict[str, Tensor]]:
+    """Read a .safetensors file."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -210,6 +211,7 @@ def _read_weights(path: Path) -> tuple[Config, dict[str, Tensor]]:
 
 
 def _weights_of_run(folder: Path) -> tuple[Config, dict[str, Tensor]]:
+    """Read the evaluation weights of a run's newest checkpoint."""
     config = read_config(folder)
     checkpoint, _ = find_checkpoint(folder / "checkpoints")
     if checkpoint is None:
@@ -219,7 +221,7 @@ def _weights_of_run(folder: Path) -> tuple[Config, dict[str, Tensor]]:
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration of a run.
+    """Read the configuration of a run.
 
     Raises:
         ValueError: no run there, or a config.json that is not ours.
@@ -236,7 +238,7 @@ def read_config(folder: Path) -> Config:
 
 
 def _reason(error: Exception, line: int = 0) -> str:
-    """One line of what went wrong."""
+    """Say in one line what went wrong."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).splitlines() or [type(error).__name__]
@@ -244,13 +246,13 @@ def _reason(error: Exception, line: int = 0) -> str:
 
 
 def _flush(file: Any) -> None:
-    """On to the disk."""
+    """Flush a file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:
-    """A folder's list of names on to the disk."""
+    """Flush a folder's list of names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -259,5 +261,6 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

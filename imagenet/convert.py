@@ -5,14 +5,12 @@
 
 The released .pkl files are pickles that carry Python source, and loading them as usual runs it. Here they are read by
 a reader that can build tensors and nothing else (pickled_tensors.py lists the names that it knows); a file that asks
-for any other name is refused, and the name is told. Names, shapes and numbers of the tensors are checked against the
+for any other name is refused, and the name is printed. Names, shapes and numbers of the tensors are checked against the
 preset, which the file's name decides for Luma's own files and --preset for others. The result holds the preset's
 configuration, so that sample.py and evaluate.py need nothing else. The weights keep their owner's terms.
 """
 
-import argparse
 import hashlib
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from imagenet.checkpoints import check_weights, save_weights
 from imagenet.pickle_scan import shown
 from imagenet.pickled_tensors import module_state, read_module, tensors_of
 from imagenet.presets import PRESETS, Config
-from tvm_ref.command_line import OneLineParser
+from tvm_ref.command_line import OneLineParser, require_new, run
 
 RELEASED = {  # by name of the file
     "im256_w2": "imagenet256-w2",
@@ -34,11 +32,9 @@ RELEASED = {  # by name of the file
 WRAPPERS = ("_orig_mod.", "model.")  # around the network, in front of its names
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = OneLineParser(
-        "convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parser() -> OneLineParser:
+    """Build the command line."""
+    p = OneLineParser("convert.py", __doc__)
     p.add_argument("source", type=Path, help="a .pkl file")
     p.add_argument("out", type=Path, help="the .safetensors file to write")
     p.add_argument(
@@ -48,20 +44,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def preset_of(source: Path, preset: str | None) -> str:
-    """The preset of a file.
+    """Return the preset of a file.
 
     Raises:
-        ValueError: neither its name nor `preset` tells.
+        ValueError: neither its name nor `preset` says.
     """
     preset = preset or RELEASED.get(source.stem)
     if preset is None:
         names = ", ".join(f"{name}.pkl" for name in RELEASED)
-        raise ValueError(f"the name {source.name} tells no preset as {names} do; say it with --preset")
+        raise ValueError(f"the name {source.name} is not one of {names}: say the preset with --preset")
     return preset
 
 
 def network_of(data: Any) -> Any:
-    """The module in what a .pkl file holds: a dict with the averaged network as "ema" or "net", or the module itself.
+    """Find the network in the content of a .pkl file: a dict with the averaged one as "ema" or "net", or the network.
 
     Raises:
         ValueError: no module is there.
@@ -76,7 +72,7 @@ def network_of(data: Any) -> Any:
 
 
 def without_wrappers(name: str) -> str:
-    """The name of a tensor in the network, for its name in a module around the network."""
+    """Strip the wrappers around the network from the name of a tensor."""
     while name.startswith(WRAPPERS):
         name = name.partition(".")[2]
     return name
@@ -91,8 +87,7 @@ def convert(source: Path, out: Path, preset: str | None = None) -> Config:
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"{out} must end in .safetensors")
-    if out.exists():
-        raise ValueError(f"{out} exists; choose another name")
+    require_new(out)
     config, preset = PRESETS[preset_of(source, preset)], preset_of(source, preset)
     try:
         module = network_of(read_module(source))
@@ -113,19 +108,15 @@ def convert(source: Path, out: Path, preset: str | None = None) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 2 bad input."""
-    options = parser().parse_args(argv)
-    try:
+    """Run the command; returns the exit status, 0."""
+    command = parser()
+    options = command.parse_args(argv)
+    with command.failures(), command.bad_input():
         config = convert(options.source, options.out, options.preset)
-    except (ValueError, OSError) as error:
-        print(f"convert.py: error: {error}", file=sys.stderr)
-        return 2
-    kind = "scaled" if config.scaled else "plain"
-    print(
-        f"{options.out}: w = {config.w:g}, {kind} parameterisation, {8 * config.input_size} x {8 * config.input_size}"
-    )
+    kind, side = "scaled" if config.scaled else "plain", 8 * config.input_size
+    print(f"{options.out}: w = {config.w:g}, {kind} parameterisation, {side} x {side}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -13,7 +13,7 @@ Names in the state dict are those of the released weights.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,34 +35,9 @@ PerHead = Float[Tensor, "b h n d"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values [B, H, N, D] to [B, H, N, D]
 
 
-class Size(NamedTuple):
-    """A size of network.
-
-    Attributes:
-        hidden_size: numbers per token.
-        depth: blocks.
-        heads: of each attention.
-        patch_size: side of the square that becomes a token.
-    """
-
-    hidden_size: int
-    depth: int
-    heads: int
-    patch_size: int = 2
-
-
-DIT = {
-    "S/2": Size(384, 12, 6),
-    "B/2": Size(768, 12, 12),
-    "L/2": Size(1024, 24, 16),
-    "XL/2": Size(1152, 28, 18),  # heads of 64, as in the paper
-    "XL/2-16": Size(1152, 28, 16),  # heads of 72, as in the first DiT
-}
-
-
 @dataclass(frozen=True)
 class DiTConfig:
-    """What decides a DiT's weights.
+    """The sizes of a DiT, and how its weights start.
 
     The last four fields are the paper's choices; others are there for its ablation (fig. 4) and for nothing else.
 
@@ -97,11 +72,12 @@ class DiTConfig:
 
 
 def plain_attention(q: PerHead, k: PerHead, v: PerHead) -> PerHead:
-    """Attention as it is written, softmax(q k^T / sqrt(D)) v, for any device, derivative and JVP."""
+    """Compute attention as it is written, softmax(q k^T / sqrt(D)) v, for any device, derivative and JVP."""
     return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1) @ v
 
 
 def _fused_attention() -> Attend:
+    """Import the kernel."""
     try:
         from jvp_attention import attention
     except ImportError:
@@ -111,35 +87,35 @@ def _fused_attention() -> Attend:
     return attention
 
 
-# name: what loads it
+# by name, a function that loads it
 ATTENTION: dict[str, Callable[[], Attend]] = {"plain": lambda: plain_attention, "fused": _fused_attention}
 
 
 def rms_norm(x: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
-    """RMSNorm without a gain: x / sqrt(mean(x^2) + eps) over the last axis, in float32 or better (eq. 66)."""
+    """Normalise without a gain: x / sqrt(mean(x^2) + eps) over the last axis, in float32 or better (eq. 66)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
 
 def layer_norm(x: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
-    """LayerNorm without parameters over the last axis."""
+    """Apply LayerNorm without parameters over the last axis: the ablation of fig. 4."""
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
 def modulate(x: Tokens, shift: Float[Tensor, "b 1 d"], scale: Float[Tensor, "b 1 d"]) -> Tokens:
-    """Scaled and shifted tokens, x (1 + scale) + shift [B, N, D]."""
+    """Scale and shift tokens: x (1 + scale) + shift [B, N, D]."""
     return x * (1 + scale) + shift
 
 
 def embed_scalar(a: Time) -> Float[Tensor, "b 256"]:
-    """cos(f_k a) and sin(f_k a) [B, 256] in float64, with f_k = 10000^(-k/128) and a in [0, 1]."""
+    """Return cos(f_k a) and sin(f_k a) [B, 256] in float64, with f_k = 10000^(-k/128) and a in [0, 1]."""
     frequencies = torch.exp(-math.log(1e4) / FREQUENCIES * torch.arange(FREQUENCIES, device=a.device).double())
     angles = a.double()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def embed_positions(side: int, width: int) -> Float[Tensor, "1 n d"]:
-    """Fixed positions of a side x side grid in row order [1, side^2, width]: half for the column, half for the row."""
+    """Embed the places of a side x side grid in row order [1, side^2, width]: half for the column, half for the row."""
     frequencies = 1e4 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side).double()[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [side, width / 2]
@@ -155,7 +131,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: PerHead) -> PerHead:
-        """The norm over the last axis."""
+        """Normalise the last axis."""
         return rms_norm(x) * self.weight.to(x.dtype)
 
 
@@ -168,21 +144,21 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, p, stride=p)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Tokens:
-        """Tokens [B, N, D] in row order."""
+        """Embed x as tokens [B, N, D] in row order."""
         p = self.proj.kernel_size[0]
         patches = x.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # [B, N, C p p]
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class ScalarEmbedding(nn.Module):
-    """A time, or beta, as a vector: cosines and sines, then a network of two layers."""
+    """The embedding of a time, or of beta: cosines and sines, then a network of two layers."""
 
     def __init__(self, size: int):
         super().__init__()
         self.mlp = nn.Sequential(Linear(2 * FREQUENCIES, size), nn.SiLU(), Linear(size, size))
 
     def forward(self, a: Time) -> Float[Tensor, "b d"]:
-        """[B, D] for a [B]."""
+        """Embed a [B] as vectors [B, D]."""
         return self.mlp(embed_scalar(a).to(next(self.parameters()).dtype))
 
 
@@ -194,7 +170,7 @@ class LabelEmbedding(nn.Module):
         self.embedding_table = nn.Embedding(classes + 1, size)
 
     def forward(self, label: Tensor) -> Float[Tensor, "b d"]:
-        """[B, D] for labels [B]."""
+        """Embed labels [B] as vectors [B, D]."""
         return self.embedding_table(label)
 
 
@@ -207,8 +183,9 @@ class Modulation(nn.Sequential):
         self.normalised = config.modulation_norm
 
     def forward(self, c: Float[Tensor, "b d"]) -> tuple[Tensor, ...]:
-        """The vectors, in the order of the rows of the weights."""
-        m = super().forward(c).unflatten(-1, (self.vectors, 1, -1))
+        """Return the vectors, in the order of the rows of the weights."""
+        m = super().forward(c).unflatten(-1, (self.vectors, 1, -1))  # [B, vectors, 1, D]
+        # eq. 16: each vector through an RMSNorm of its own, which bounds it whatever the condition
         return (rms_norm(m) if self.normalised else m).unbind(1)
 
 
@@ -227,9 +204,10 @@ class SelfAttention(nn.Module):
         self.proj = Linear(size, size)
 
     def forward(self, x: Tokens) -> Tokens:
-        """[B, N, D] for tokens [B, N, D]."""
+        """Attend from every token [B, N, D] to all."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, D / H]
-        return self.proj(self.attention(self.q_norm(q), self.k_norm(k), v).transpose(1, 2).flatten(2))
+        q, k = self.q_norm(q), self.k_norm(k)  # RMSNorm per head (eq. 66), which bounds their products
+        return self.proj(self.attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -241,7 +219,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(4 * size, size)
 
     def forward(self, x: Tokens) -> Tokens:
-        """[B, N, D] for tokens [B, N, D]."""
+        """Apply both layers to tokens [B, N, D]."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -256,8 +234,10 @@ class Block(nn.Module):
         self.adaLN_modulation = Modulation(config, 6)
 
     def forward(self, x: Tokens, c: Float[Tensor, "b d"]) -> Tokens:
-        """[B, N, D] for tokens x [B, N, D] under the condition c [B, D]."""
+        """Apply the block to tokens x [B, N, D] under the condition c [B, D]."""
+        # six normalised vectors (eq. 16); at the start all are zero, and so the block is the identity
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)
+        # RMSNorm, which is Lipschitz, in LayerNorm's place (appendix B.1, eq. 66)
         x = x + gate_a * self.attn(modulate(self.norm(x), shift_a, scale_a))
         return x + gate_m * self.mlp(modulate(self.norm(x), shift_m, scale_m))
 
@@ -272,7 +252,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = Modulation(config, 2)
 
     def forward(self, x: Tokens, c: Float[Tensor, "b d"]) -> Tokens:
-        """[B, N, p p C] for tokens x [B, N, D] under the condition c [B, D]."""
+        """Map tokens x [B, N, D] to patches [B, N, p p C] under the condition c [B, D]."""
         shift, scale = self.adaLN_modulation(c)
         return self.linear(modulate(self.norm(x), shift, scale))
 
@@ -304,9 +284,10 @@ class DiT(nn.Module):
         initialise(self, config.time_init)
 
     def forward(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
-        """F [B, C, H, W] for x [B, C, H, W], times t and s [B], and a condition; None is no class and w = 1."""
+        """Return F [B, C, H, W] at x [B, C, H, W], times t and s [B], and a condition; None is no class and w = 1."""
         label = torch.full_like(t, self.config.classes, dtype=torch.long) if condition is None else condition.label
         beta = torch.ones_like(t) if condition is None else condition.beta
+        # only t - s carries the tangent of the JVP in s; the other embeddings are constants to it
         c = self.s_embedder(t - s) + (self.t_embedder(t) + self.guidance_embedder(beta) + self.y_embedder(label))
         tokens = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
@@ -321,7 +302,7 @@ class DiT(nn.Module):
 
 
 def recomputed(block: nn.Module, x: Tokens, c: Float[Tensor, "b d"]) -> Tokens:
-    """block(x, c), with what the backward needs computed again there (activation checkpointing).
+    """Compute block(x, c), and what its backward needs again there (activation checkpointing).
 
     torch.utils.checkpoint knows nothing of tangents, so inside a JVP what is checkpointed is the block's own JVP.
     """

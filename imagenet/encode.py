@@ -14,14 +14,13 @@ An encoding that was stopped goes on with the same command, on any number of pro
 Images that cannot be decoded are left out, counted, and listed with their reasons in skipped.txt.
 """
 
-import argparse
 import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from imagenet import parallel
-from imagenet.image_files import Pixels, is_image
+from imagenet.image_files import is_image
 from imagenet.latents import (
     FORMAT,
     INDEX,
@@ -45,8 +44,18 @@ from imagenet.latents import (
     load_vae,
     write_shard,
 )
-from imagenet.parallel import World, on_first
-from tvm_ref.command_line import OneLineParser, require_at_least, write_atomically
+from imagenet.parallel import World
+from imagenet.pictures import Pixels
+from tvm_ref.command_line import (
+    OneLineParser,
+    add_options,
+    given,
+    option,
+    require_at_least,
+    require_free,
+    run,
+    write_atomically,
+)
 
 PLAN = "encode.json"  # what is being encoded, and how: an encoding goes on only if it is the same
 SKIPPED = "skipped.txt"
@@ -59,19 +68,32 @@ class Entry(NamedTuple):
     label: int
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = OneLineParser(
-        "encode.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+@dataclass(frozen=True)
+class Settings:
+    """How images are encoded.
+
+    Raises:
+        ValueError: a bad value, named by its option.
+    """
+
+    image_size: int = option(256, "side of the square that is cut out")
+    vae: str = option(VAE, "an AutoencoderKL, by folder or by name on the hub")
+    batch_size: int = option(64, "images per call of the autoencoder")
+    shard_size: int = option(8192, "images per file")
+    workers: int = option(8, "threads that read images, per process")
+
+    def __post_init__(self) -> None:
+        names = ("image_size", "batch_size", "shard_size", "workers")
+        require_at_least(1, **{name: getattr(self, name) for name in names})
+
+
+def parser() -> OneLineParser:
+    """Build the command line."""
+    p = OneLineParser("encode.py", __doc__)
     p.add_argument("source", type=Path, help="folder with one folder of images per class")
     p.add_argument("--out", type=Path, required=True, help="folder for the latents")
-    p.add_argument("--image-size", type=int, default=256, help="side of the square that is cut out (default: 256)")
-    p.add_argument("--vae", default=VAE, help=f"an AutoencoderKL, by folder or by name on the hub (default: {VAE})")
-    p.add_argument("--batch-size", type=int, default=64, help="images per call of the autoencoder (default: 64)")
-    p.add_argument("--shard-size", type=int, default=8192, help="images per file (default: 8192)")
-    p.add_argument("--workers", type=int, default=8, help="threads that read images, per process (default: 8)")
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU per process where there is one)")
+    add_options(p, Settings)
     return p
 
 
@@ -79,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def find_images(source: Path) -> tuple[list[str], list[Entry]]:
-    """Classes and images of a folder, both in order of their names.
+    """Find the classes and images of a folder, both in order of their names.
 
     Raises:
         ValueError: no class folders, or one without images.
@@ -104,7 +126,7 @@ def find_images(source: Path) -> tuple[list[str], list[Entry]]:
 
 
 def centre_crop(image: Image.Image, size: int) -> Pixels:
-    """The middle of an image, resized as in ADM: uint8 [size, size, 3]."""
+    """Cut the middle out of an image, resized as in ADM: uint8 [size, size, 3]."""
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -115,7 +137,7 @@ def centre_crop(image: Image.Image, size: int) -> Pixels:
 
 
 def load(path: Path, size: int) -> Pixels | str:
-    """An image, cropped, or the reason why it cannot be decoded.
+    """Read an image and crop it, or return the reason why it cannot be decoded.
 
     Raises:
         OSError: the file cannot be read at all: that is no fault of the image.
@@ -130,7 +152,7 @@ def load(path: Path, size: int) -> Pixels | str:
 
 
 def load_ahead(paths: Sequence[Path], size: int, batch_size: int, workers: int) -> Iterator[list[Pixels | str]]:
-    """What `load` gives, a batch at a time; the next batch is read while the caller works on this one."""
+    """Load images, a batch at a time; the next batch is read while the caller works on this one."""
     with ThreadPoolExecutor(workers) as pool:
         under_way: list[Future[Pixels | str]] = []
         for start in range(0, len(paths) + batch_size, batch_size):
@@ -144,19 +166,28 @@ def load_ahead(paths: Sequence[Path], size: int, batch_size: int, workers: int) 
 
 
 def encode_shard(
-    out: Path, name: str, entries: Sequence[Entry], vae: nn.Module, options: argparse.Namespace, bar: Any
+    source: Path, out: Path, name: str, entries: Sequence[Entry], vae: nn.Module, settings: Settings, bar: Any
 ) -> None:
-    """Write one shard, and NAME.json last, which says that the shard is whole.
+    """Write one shard, and NAME.json last, the sign that the shard is complete.
+
+    Args:
+        source: folder of the images.
+        out: folder of the latents.
+        name: of the shard.
+        entries: the images of the shard.
+        vae: the autoencoder.
+        settings: sizes.
+        bar: a progress bar.
 
     Raises:
         FloatingPointError: latents that are not finite.
     """
     device = next(vae.parameters()).device
     posteriors, labels, skipped = [], [], []
-    paths = [options.source / entry.path for entry in entries]
-    batches = load_ahead(paths, options.image_size, options.batch_size, options.workers)
+    paths = [source / entry.path for entry in entries]
+    batches = load_ahead(paths, settings.image_size, settings.batch_size, settings.workers)
     for i, results in enumerate(batches):
-        batch = entries[i * options.batch_size :][: len(results)]
+        batch = entries[i * settings.batch_size :][: len(results)]
         skipped += [[e.path, reason] for e, reason in zip(batch, results, strict=True) if isinstance(reason, str)]
         good = [(e, image) for e, image in zip(batch, results, strict=True) if not isinstance(image, str)]
         if good:
@@ -175,13 +206,13 @@ def encode_shard(
 
 
 def moments(posteriors: np.ndarray) -> list[list[float]]:
-    """First and second moment of the raw latents drawn from posteriors [n, 2, C, H, W], per channel."""
+    """Compute first and second moment of the raw latents drawn from posteriors [n, 2, C, H, W], per channel."""
     mean, std = posteriors.astype(np.float64).swapaxes(0, 1)
     return [mean.mean((0, 2, 3)).tolist(), (mean**2 + std**2).mean((0, 2, 3)).tolist()]
 
 
 def measured_normalisation(reports: Iterable[dict[str, Any]]) -> Normalisation:
-    """Mean and standard deviation of all raw latents, per channel, from the moments of the shards."""
+    """Compute mean and standard deviation of all raw latents, per channel, from the moments of the shards."""
     known = [report for report in reports if report["count"]]
     first, second = np.average(
         [report["moments"] for report in known], axis=0, weights=[report["count"] for report in known]
@@ -192,19 +223,11 @@ def measured_normalisation(reports: Iterable[dict[str, Any]]) -> Normalisation:
 # The command --------------------------------------------------------------------------------------------------------
 
 
-def plan_of(options: argparse.Namespace, classes: list[str], entries: list[Entry]) -> dict[str, Any]:
-    """What decides the outcome of an encoding."""
+def plan_of(settings: Settings, classes: list[str], entries: list[Entry]) -> dict[str, Any]:
+    """Describe everything that decides the outcome of an encoding."""
     listing = hashlib.sha256("\n".join(f"{e.label} {e.path}" for e in entries).encode()).hexdigest()
-    return {
-        "format": FORMAT,
-        "images": len(entries),
-        "classes": len(classes),
-        "listing": listing,
-        "image_size": options.image_size,
-        "vae": options.vae,
-        "batch_size": options.batch_size,
-        "shard_size": options.shard_size,
-    }
+    decisive = {name: value for name, value in asdict(settings).items() if name != "workers"}
+    return {"format": FORMAT, "images": len(entries), "classes": len(classes), "listing": listing, **decisive}
 
 
 def prepare(out: Path, plan: dict[str, Any]) -> None:
@@ -226,8 +249,7 @@ def prepare(out: Path, plan: dict[str, Any]) -> None:
                     f"{out} holds an encoding of other {key} ({before.get(key)}, not {value}); choose another --out"
                 )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and holds something else; choose another --out")
+    require_free(out, (PLAN,), "latents")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / PLAN, json.dumps(plan, indent=2) + "\n")
 
@@ -261,48 +283,52 @@ def finish(out: Path, names: list[str], classes: list[str], plan: dict[str, Any]
     return index
 
 
-def run(options: argparse.Namespace, world: World, vae: nn.Module | None = None) -> dict[str, Any] | None:
-    """Encode; `vae` is used in place of the one that the options name. Returns latents.json in the first process.
+def encode_folder(
+    source: Path, out: Path, settings: Settings, *, world: World | None = None, vae: nn.Module | None = None
+) -> dict[str, Any] | None:
+    """Encode a folder of images into a folder of latents, or go on with it. All processes take part.
+
+    Args:
+        source: folder with one folder of images per class.
+        out: folder for the latents.
+        settings: how.
+        world: the processes; None is this one alone, on the CPU.
+        vae: an autoencoder in place of the one that the settings name.
+
+    Returns:
+        what latents.json holds, in the first process.
 
     Raises:
         ValueError, OSError: bad input.
         FloatingPointError: see encode_shard.
     """
-    require_at_least(1, **{k: getattr(options, k) for k in ("image_size", "batch_size", "shard_size", "workers")})
-    if options.out.resolve().is_relative_to(options.source.resolve()):
-        raise ValueError(f"--out {options.out} lies inside {options.source}, where it would count as a class")
-    classes, entries = find_images(options.source)
-    plan = plan_of(options, classes, entries)
-    vae = (load_vae(options.vae) if vae is None else vae).to(world.device)  # first: a failure leaves no folder behind
-    on_first(world, lambda: prepare(options.out, plan))
-    starts = range(0, len(entries), options.shard_size)
-    shards = {f"{i:05d}": entries[start : start + options.shard_size] for i, start in enumerate(starts)}
-    todo = world.tell([name for name in shards if not (options.out / f"{name}.json").exists()])
-    mine = [todo[i] for i in world.share(len(todo))]
+    world = world or World()
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"--out {out} lies inside {source}, where it would count as a class")
+    classes, entries = find_images(source)
+    plan = plan_of(settings, classes, entries)
+    vae = (load_vae(settings.vae) if vae is None else vae).to(world.device)  # first: a failure leaves no folder behind
+    world.on_first(lambda: prepare(out, plan))
+    starts = range(0, len(entries), settings.shard_size)
+    shards = {f"{i:05d}": entries[start : start + settings.shard_size] for i, start in enumerate(starts)}
+    todo = world.broadcast([name for name in shards if not (out / f"{name}.json").exists()])
+    mine = [todo[i] for i in world.partition(len(todo))]
     total = sum(len(shards[name]) for name in mine)
     with tqdm(total=total, unit="image", desc="encoding", disable=not world.first) as bar:
         for name in mine:
-            encode_shard(options.out, name, shards[name], vae, options, bar)
-    world.wait()
-    return finish(options.out, list(shards), classes, plan) if world.first else None
+            encode_shard(source, out, name, shards[name], vae, settings, bar)
+    world.barrier()
+    return finish(out, list(shards), classes, plan) if world.first else None
 
 
 def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 latents that are not finite, 2 bad input."""
-    options = parser().parse_args(argv)
-    try:
-        index = run(options, parallel.start(options.device), vae)
-    except (ValueError, OSError) as error:
-        print(f"encode.py: error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"encode.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("encode.py: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    finally:
-        parallel.stop()
+    """Run the command; `vae` replaces the autoencoder that the options name. Returns the exit status, 0."""
+    command = parser()
+    options = command.parse_args(argv)
+    with command.failures("the same command goes on"), command.bad_input():
+        settings = Settings(**given(options, Settings))
+        with parallel.process_group(options.device) as world:
+            index = encode_folder(options.source, options.out, settings, world=world, vae=vae)
     if index is not None:
         print(f"{index['count']} latents of {len(index['classes'])} classes: {options.out}")
         if index["skipped"]:
@@ -311,4 +337,4 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -16,9 +16,7 @@ only against the same reference.
 """
 
 import argparse
-import dataclasses
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,29 +26,30 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from imagenet import parallel
+from imagenet.generator import BATCH, Generator
 from imagenet.image_files import ImageFiles
 from imagenet.inception import Extractor, Features, Inception
 from imagenet.metrics import frechet_distance, gaussian_statistics
+from imagenet.model_options import add_model_options, load_model
 from imagenet.parallel import World
 from imagenet.references import Reference, read_reference
-from imagenet.sample import Generator, add_model_options, load_generator
-from tvm_ref.command_line import OneLineParser, require_at_least, write_atomically
+from tvm_ref.command_line import OneLineParser, require_at_least, require_new, run, write_atomically
 
 LEAST = 10  # images: the inception score is a mean over as many parts
 PUBLISHED = 50_000  # samples that published figures use
 NEIGHBOURS = 3  # of precision and recall, as in ADM
 NAMES = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "inception_score_std": "+-"}
 
+Candidates = dict[str, tuple[Iterable[Tensor], int]]  # images to measure, by name: batches uint8 [B, 3, H, W], number
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = OneLineParser(
-        "evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+
+def parser() -> OneLineParser:
+    """Build the command line."""
+    p = OneLineParser("evaluate.py", __doc__)
     p.add_argument("source", type=Path, help="images (a folder, a .npz) or a model (a run's folder, a .safetensors)")
     p.add_argument("--reference", type=Path, help="a .npz or .pkl of statistics, or images; digits need none")
     p.add_argument("--count", type=int, help=f"images to measure (default: all; of a model: {PUBLISHED:,})")
-    p.add_argument("--steps", type=int, nargs="+", default=[1], help="of a model: numbers of steps (default: 1)")
+    p.add_argument("--steps", type=int, nargs="+", default=[1], help="of a model: numbers of steps")
     p.add_argument("--inception", type=Path, help="file of Inception's weights (default: where torch.hub keeps it)")
     p.add_argument("--out", type=Path, help="write the figures as JSON")
     add_model_options(p.add_argument_group("of a model"))
@@ -61,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def extract(images: Iterable[Tensor], count: int, extractor: Extractor, what: str) -> Features:
-    """Features of `count` images that come in batches uint8 [B, 3, H, W], with a progress bar."""
+    """Extract features of `count` images that come in batches uint8 [B, 3, H, W], with a progress bar."""
     found = []
     with tqdm(total=count, unit="image", desc=what) as bar:
         for batch in images:
@@ -71,7 +70,7 @@ def extract(images: Iterable[Tensor], count: int, extractor: Extractor, what: st
 
 
 def figures(features: Features, reference: Reference, real: Features | None) -> dict[str, float]:
-    """What can be measured of images against a reference; `real` are features of the reference's images, if any.
+    """Compute what can be measured of images against a reference; `real` are features of its images, if it has any.
 
     Precision, recall and the inception score are torch-fidelity's. The Frechet distance is that of metrics.py: the same
     formula, sound also where there are fewer images than features.
@@ -99,97 +98,73 @@ def figures(features: Features, reference: Reference, real: Features | None) -> 
 
 
 def is_model(source: Path) -> bool:
-    """Whether a path is that of a run or of weights."""
+    """Tell whether a path is that of a run or of weights."""
     return source.suffix == ".safetensors" or (source / "config.json").is_file()
 
 
 def drawn(generator: Generator, steps: int, count: int, size: int) -> Iterable[Tensor]:
-    """A model's images uint8 [B, 3, H, W]."""
+    """Draw a model's images uint8 [B, 3, H, W]."""
     for pixels in generator.batches(range(count), steps, size):
         yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def candidates(options: argparse.Namespace, generator: Generator | None) -> dict[str, tuple[Iterable[Tensor], int]]:
-    """What there is to measure, by name: batches of images and their number. A model's are drawn as they are asked for.
+def model_images(generator: Generator, steps: list[int], count: int, size: int) -> Candidates:
+    """Return a model's images by number of steps, drawn as they are asked for, `size` at a time."""
+    return {f"{n} NFE": (drawn(generator, n, count, size), count) for n in steps}
+
+
+def stored_images(source: Path, count: int | None, size: int) -> Candidates:
+    """Return the images of a folder or .npz, or the first `count` of them, `size` at a time.
 
     Raises:
         ValueError, OSError: no images there, or too few.
     """
-    size = options.batch_size
-    if generator is not None:
-        count = options.count or PUBLISHED
-        return {f"{steps} NFE": (drawn(generator, steps, count, size), count) for steps in options.steps}
-    images = ImageFiles(options.source)
-    count = options.count or len(images)
+    images = ImageFiles(source)
+    count = count or len(images)
     if count > len(images):
-        raise ValueError(f"{options.source} holds {len(images)} images, fewer than --count {count}")
+        raise ValueError(f"{source} holds {len(images)} images, fewer than --count {count}")
     if count < LEAST:
-        raise ValueError(f"{options.source} holds {count} images; {LEAST} are the least that can be measured")
+        raise ValueError(f"{source} holds {count} images; {LEAST} are the least that can be measured")
     return {"images": (images.batches(size, count), count)}
 
 
-def measured_images(
-    options: argparse.Namespace, world: World, generator: Generator | None, extractor: Extractor | None
-) -> dict[str, Any]:
-    """What --out holds of images measured against --reference.
+def measure(candidates: Candidates, reference: Reference, extractor: Extractor, size: int = BATCH) -> dict[str, Any]:
+    """Measure images against a reference: {"reference": about it, "figures": by name of the images}.
+
+    Args:
+        candidates: what to measure.
+        reference: what to measure it against.
+        extractor: of features.
+        size: images of the reference at a time.
 
     Raises:
-        ValueError, OSError: bad input.
+        ValueError: features that do not fit the reference's.
     """
-    if options.reference is None:
-        raise ValueError("--reference is needed: statistics (.npz, .pkl) or images to measure against")
-    reference, found, real = read_reference(options.reference), candidates(options, generator), None
-    if extractor is None:
-        extractor = Inception(options.inception, world.device)
+    real = None
     if reference.images is not None:
-        batches = reference.images.batches(options.batch_size)
-        real = extract(batches, len(reference.images), extractor, "reference")
+        real = extract(reference.images.batches(size), len(reference.images), extractor, "reference")
         reference = reference.completed(real)
-    measured = {}
-    for name, (images, count) in found.items():
-        measured[name] = {"samples": count, **figures(extract(images, count, extractor, name), reference, real)}
+    measured = {
+        name: {"samples": count, **figures(extract(images, count, extractor, name), reference, real)}
+        for name, (images, count) in candidates.items()
+    }
     about = {"name": reference.name, "images": len(reference.images) if reference.images else None}
-    return {"source": options.source.name, "reference": about, "figures": measured}
+    return {"reference": about, "figures": measured}
 
 
-def judged_digits(options: argparse.Namespace, generator: Generator) -> dict[str, Any]:
-    """What --out holds of digits: what digits.py judges of samples with the labels of the held-out images."""
-    from imagenet.digits import Judges
+def measure_digits(generator: Generator, steps: list[int]) -> dict[str, Any]:
+    """Score a model of digits (digits.py): {"reference": about it, "figures": by number of steps}."""
+    from imagenet.digits import TEST, judge_model
 
-    judges = Judges()
-    labels = judges.labels.tolist()
-    generator = dataclasses.replace(generator, classes=labels)
-    samples = {n: generator.samples(range(len(labels)), n) for n in options.steps}
-    measured = {f"{n} NFE": {"samples": len(labels), **judges.judge(x)} for n, x in samples.items()}
-    return {"source": options.source.name, "reference": {"name": "scikit-learn's digits"}, "figures": measured}
+    scores = {f"{n} NFE": {"samples": TEST, **found} for n, found in judge_model(generator, steps).items()}
+    return {"reference": {"name": "scikit-learn's digits"}, "figures": scores}
 
 
 # The command --------------------------------------------------------------------------------------------------------
 
 
-def run(
-    options: argparse.Namespace, world: World, extractor: Extractor | None, vae: nn.Module | None
-) -> dict[str, Any]:
-    """Measure; returns what --out holds.
-
-    Raises:
-        ValueError, OSError: bad input.
-    """
-    require_at_least(1, steps=min(options.steps), batch_size=options.batch_size)
-    if options.count is not None:
-        require_at_least(LEAST, count=options.count)
-    if world.size > 1:
-        raise ValueError("this runs as one process; sample.py under torchrun draws images faster")
-    if options.out is not None and options.out.exists():
-        raise ValueError(f"{options.out} exists; choose another --out")
-    generator = load_generator(options.source, options, world, vae) if is_model(options.source) else None
-    if generator is not None and generator.config.data == "digits" and options.reference is None:
-        return judged_digits(options, generator)
-    return measured_images(options, world, generator, extractor)
-
-
 def table(report: dict[str, Any]) -> str:
-    """The figures, what they were measured against, and what could not be measured."""
+    """Format the figures, what they were measured against, and what could not be measured."""
     lines, reference, measured = [], report["reference"], report["figures"]
     for name, row in measured.items():
         cells = [f"{NAMES.get(key, key)} {value:.4g}" for key, value in row.items() if key != "samples"]
@@ -206,22 +181,45 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measure_asked(
+    options: argparse.Namespace, world: World, extractor: Extractor | None, vae: nn.Module | None
+) -> dict[str, Any]:
+    """Measure what the options ask for; returns what --out holds.
+
+    Raises:
+        ValueError, OSError: bad input.
+    """
+    require_at_least(1, steps=min(options.steps), batch_size=options.batch_size)
+    if options.count is not None:
+        require_at_least(LEAST, count=options.count)
+    if world.size > 1:
+        raise ValueError("this runs as one process; sample.py under torchrun draws images faster")
+    require_new(options.out)
+    about, size = {"source": options.source.name}, options.batch_size
+    generator = load_model(options, world, vae) if is_model(options.source) else None
+    if options.reference is None:
+        if generator is not None and generator.config.data == "digits":
+            return about | measure_digits(generator, options.steps)
+        raise ValueError("--reference is needed: statistics (.npz, .pkl) or images to measure against")
+    reference = read_reference(options.reference)
+    if generator is not None:
+        candidates = model_images(generator, options.steps, options.count or PUBLISHED, size)
+    else:
+        candidates = stored_images(options.source, options.count, size)
+    return about | measure(candidates, reference, extractor or Inception(options.inception, world.device), size)
+
+
 def main(argv: list[str] | None = None, extractor: Extractor | None = None, vae: nn.Module | None = None) -> int:
-    """Run the command; `extractor` and `vae` replace Inception and the autoencoder. Returns the exit status: 0, 2."""
-    options = parser().parse_args(argv)
-    try:
-        report = run(options, parallel.start(options.device), extractor, vae)
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("evaluate.py: stopped", file=sys.stderr)
-        return 130
-    print(table(report))
-    if options.out is not None:
-        write_atomically(options.out, json.dumps(report, indent=2) + "\n")
+    """Run the command; `extractor` and `vae` replace Inception and the autoencoder. Returns the exit status, 0."""
+    command = parser()
+    options = command.parse_args(argv)
+    with command.failures(), command.bad_input(), parallel.process_group(options.device) as world:
+        report = measure_asked(options, world, extractor, vae)
+        print(table(report))
+        if options.out is not None:
+            write_atomically(options.out, json.dumps(report, indent=2) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,7 +1,5 @@
 """The arithmetic of a TVM step: how much there must be, and how much there is.
 
-    python imagenet/flops.py            what each preset costs, by arithmetic alone
-
 Only matrix products count; all else (norms, GELU, softmax, optimizer) is a few per cent of them and no product.
 
 A layer y = x W^T costs one product in a forward, and two in its backward: one for x, one for W. In the pass with a
@@ -21,20 +19,14 @@ Layers in front of which nothing is trained (patches, the first of each scalar e
 layers that s does not reach (patches, embeddings of t and of beta) those of tangents.
 """
 
-import argparse
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from imagenet.dit import FREQUENCIES, DiTConfig
-from imagenet.presets import PRESETS, Config, build_model
+from imagenet.presets import Config, build_model
 from tvm_ref import TVM, Condition, Times
-from tvm_ref.command_line import OneLineParser
-
-STATE_BYTES = 24  # per weight, in float32: weight, gradient, two moments of Adam, two averages
 
 
 class Part(NamedTuple):
@@ -52,7 +44,7 @@ class Part(NamedTuple):
 
 
 def parts(config: DiTConfig) -> list[Part]:
-    """The products of a DiT."""
+    """List the products of a DiT."""
     d, patch = config.hidden_size, config.patch_size**2 * config.in_channels
     tokens = (config.input_size // config.patch_size) ** 2
     first, second = 2 * FREQUENCIES * d, d * d
@@ -70,12 +62,12 @@ def parts(config: DiTConfig) -> list[Part]:
 
 
 def forward_flops(config: DiTConfig) -> int:
-    """Floating-point operations of one forward of one sample."""
+    """Return the floating-point operations of one forward of one sample."""
     return 2 * sum(part.macs for part in parts(config))
 
 
 def least_step_flops(config: DiTConfig, *, detach_jvp: bool = False, guided: bool = True) -> int:
-    """Floating-point operations that a TVM step needs per sample, by the table above.
+    """Return the floating-point operations that a TVM step needs per sample, by the table above.
 
     Args:
         config: the network.
@@ -90,14 +82,16 @@ def least_step_flops(config: DiTConfig, *, detach_jvp: bool = False, guided: boo
 
 
 def count_flops(step: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products that `step` runs; it may run on the device "meta"."""
+    """Count the floating-point operations of the matrix products that `step` runs; it may run on the device "meta"."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which commands that print help need not
+
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
 
 def counted_step_flops(config: Config) -> int:
-    """Floating-point operations of the TVM step of a configuration, per sample: those that are run, counted.
+    """Count the floating-point operations that the TVM step of a configuration runs, per sample.
 
     Nothing is computed (it runs on the device "meta"), and attention is plain: a fused kernel hides its products.
     """
@@ -117,32 +111,6 @@ def counted_step_flops(config: Config) -> int:
 
 
 def count_weights(config: Config) -> int:
-    """Trained numbers of a configuration's network."""
+    """Count the trained numbers of a configuration's network."""
     with torch.device("meta"):
         return sum(p.numel() for p in build_model(config, attention="plain").parameters())
-
-
-def table() -> str:
-    """What each preset costs: weights, FLOP per image, FLOP of the whole training, memory of what a step changes."""
-    head = f"{'preset':<18}{'weights':>10}{'forward':>12}{'step':>12}{'detached':>12}{'training':>11}{'state':>12}"
-    lines = [head]
-    for name, config in PRESETS.items():
-        network, weights, guided = config.network(), count_weights(config), config.guided
-        step = least_step_flops(network, guided=guided)
-        detached = least_step_flops(network, detach_jvp=True, guided=guided)
-        numbers = f"{forward_flops(network) / 1e9:>10.4g} G{step / 1e9:>10.4g} G{detached / 1e9:>10.4g} G"
-        training = f"{step * config.batch_size * config.steps:>11.2g}"
-        lines.append(f"{name:<18}{weights / 1e6:>8.4g} M{numbers}{training}{STATE_BYTES * weights / 1e9:>9.3g} GB")
-    return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the table; returns the exit status."""
-    raw = argparse.RawDescriptionHelpFormatter
-    OneLineParser("flops.py", description=__doc__, formatter_class=raw, allow_abbrev=False).parse_args(argv)
-    print(table())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

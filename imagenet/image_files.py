@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from imagenet.pictures import Pixels
+
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"  # as in the .npz files of ADM
 
-Pixels = NDArray[np.uint8]  # [B, H, W, 3]
-
 
 def is_image(path: Path) -> bool:
-    """Whether a file's name is that of a picture."""
+    """Tell whether a file's name is that of a picture."""
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
 
 
@@ -86,7 +86,7 @@ class ImageFiles:
         return self.count
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[Tensor]:
-        """Images uint8 [B, 3, H, W], `size` at a time; `limit` of them in all.
+        """Read images uint8 [B, 3, H, W], `size` at a time; `limit` of them in all.
 
         Raises:
             ValueError: an image that cannot be read, or differs in size from the first.
@@ -97,6 +97,7 @@ class ImageFiles:
             yield torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
 
     def _from_folder(self, size: int, count: int) -> Iterator[Pixels]:
+        """Read the first `count` images of the folder."""
         shape = None
         with ThreadPoolExecutor() as pool:
             for start in range(0, count, size):
@@ -109,6 +110,7 @@ class ImageFiles:
                 yield np.stack(images)
 
     def _from_npz(self, size: int, count: int) -> Iterator[Pixels]:
+        """Read the first `count` images of the .npz file."""
         with zipfile.ZipFile(self.source) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
             shape = _read_header(self.source, stream)
             for start in range(0, count, size):
@@ -122,7 +124,7 @@ class ImageFiles:
 
 
 def read_image(path: Path) -> Pixels:
-    """One image [H, W, 3].
+    """Read one image [H, W, 3].
 
     Raises:
         ValueError: it cannot be decoded.
@@ -135,6 +137,7 @@ def read_image(path: Path) -> Pixels:
 
 
 def _npz_shape(path: Path) -> tuple[int, ...]:
+    """Return the shape of the images of a .npz file."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
             return _read_header(path, stream)
@@ -145,7 +148,7 @@ def _npz_shape(path: Path) -> tuple[int, ...]:
 
 
 def _read_header(path: Path, stream: IO[bytes]) -> tuple[int, ...]:
-    """The shape of a .npy stream of images, which is left at the first image."""
+    """Return the shape of a .npy stream of images, which is left at the first image."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(stream)

@@ -22,7 +22,7 @@ SPATIAL_CHANNELS = 7
 
 
 class Features(NamedTuple):
-    """What is measured of a batch of images: [B, ...] each."""
+    """The features of a batch of images: [B, ...] each."""
 
     pool: Tensor
     logits: Tensor
@@ -59,18 +59,19 @@ class Inception:
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
     def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep the spatial features of a forward."""
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # [B, 17 * 17 * 7]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        """Features, on the CPU, of images uint8 [B, 3, H, W]; they are resized to 299 x 299 as TensorFlow does."""
+        """Extract features of images uint8 [B, 3, H, W], on the CPU; they are resized to 299 x 299 as by TensorFlow."""
         pool, logits = self.network(images.to(self.device))
         assert self._spatial is not None
         return Features(pool.cpu(), logits.cpu(), self._spatial.float().cpu())
 
 
 def check_weights(path: Path) -> None:
-    """See that a file holds the weights of 2015's Inception, and nothing that loading would execute.
+    """Check that a file holds the weights of 2015's Inception, and nothing that loading would execute.
 
     Raises:
         ValueError: no file, another one, or one that does more than hold weights.

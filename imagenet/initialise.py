@@ -1,4 +1,4 @@
-"""How a DiT starts (paper, sec. 4 and table 6)."""
+"""Initial weights of a DiT (paper, sec. 4 and table 6)."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ SCALARS = ("t_embedder", "s_embedder", "guidance_embedder")  # beginnings of nam
 
 @torch.no_grad()
 def initialise(network: nn.Module, time_init: str) -> None:
-    """Spectral initialisation; zero modulation and output; biases zero, embeddings of labels N(0, 0.02^2).
+    """Initialise spectrally, modulation and output as zero, biases as zero, embeddings of labels as N(0, 0.02^2).
 
     Args:
         network: a DiT.
@@ -22,11 +22,11 @@ def initialise(network: nn.Module, time_init: str) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
             if name.endswith(ZERO):
-                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.weight)  # modulation and output: F = 0, every block the identity
             elif name.startswith(SCALARS) and time_init == "normal":
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02)  # table 6: the embeddings of times and beta, in two presets
             else:
-                spectral_(module.weight)
+                spectral_(module.weight)  # every other layer: largest singular value 1
 
 
 def spectral_(weight: Tensor) -> None:
@@ -38,4 +38,5 @@ def spectral_(weight: Tensor) -> None:
     matrix = weight.flatten(1)
     nn.init.xavier_normal_(matrix)
     wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
+    # the singular values of W are the roots of the eigenvalues of W W^T
     matrix /= torch.linalg.eigvalsh(wide @ wide.T)[-1].sqrt()

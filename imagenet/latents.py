@@ -46,11 +46,11 @@ class Normalisation:
             raise ValueError(f"a normalisation needs a finite mean and a positive std per channel, got {self}")
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """Raw latents [..., C, H, W] as the model sees them."""
+        """Scale raw latents [..., C, H, W] to those that the model sees."""
         return (raw - _over_channels(self.mean, raw)) / _over_channels(self.std, raw)
 
     def denormalise(self, x: Tensor) -> Tensor:
-        """The inverse of normalise."""
+        """Undo normalise."""
         return x * _over_channels(self.std, x) + _over_channels(self.mean, x)
 
 
@@ -61,6 +61,7 @@ NORMALISATION = {  # of sd-vae-ft-ema on ImageNet, by image size
 
 
 def _over_channels(values: Sequence[float], x: Tensor) -> Tensor:
+    """Shape a number per channel to be broadcast over x [..., C, H, W]."""
     return x.new_tensor(values).view(-1, 1, 1)
 
 
@@ -105,7 +106,7 @@ class Latents:
         return self._ends[-1]
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        """The latent x [C, H, W] and its label, for an index or a pair (index, draw).
+        """Draw the latent x [C, H, W], and return it with its label, for an index or a pair (index, draw).
 
         Raises:
             IndexError: an index outside [0, len).
@@ -116,12 +117,12 @@ class Latents:
         return self.normalisation.normalise(raw), int(self.labels[index])
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64], draw: int) -> tuple[Tensor, Tensor]:
-        """Latents x [B, C, H, W] and labels [B] of many indices."""
+        """Draw latents x [B, C, H, W], and return them with labels [B], for many indices."""
         pairs = [self[int(index), draw] for index in indices]
         return torch.stack([x for x, _ in pairs]), torch.tensor([label for _, label in pairs])
 
     def posterior(self, index: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of an image's raw latent, float32 [C, H, W] each."""
+        """Return mean and standard deviation of an image's raw latent, float32 [C, H, W] each."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} lies outside [0, {len(self)})")
         shard = bisect.bisect_right(self._ends, index)
@@ -130,7 +131,7 @@ class Latents:
         return stored[0], stored[1]
 
     def _open(self, name: str, count: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-        """The memory map [count, 2, C, H, W] and the labels [count] of a shard."""
+        """Open the memory map [count, 2, C, H, W] and the labels [count] of a shard."""
         latents, labels = (self.folder / file for file in shard_files(name))
         try:
             posteriors = np.load(latents, mmap_mode="r", allow_pickle=False)
@@ -144,12 +145,12 @@ class Latents:
 
 
 def shard_files(name: str) -> tuple[str, str]:
-    """The files of posteriors and of labels of a shard."""
+    """Return the names of the files of posteriors and of labels of a shard."""
     return f"{name}.latents.npy", f"{name}.labels.npy"
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The latents.json of a folder.
+    """Read the latents.json of a folder.
 
     Raises:
         ValueError: none there, a damaged one, or one of another format.
@@ -171,7 +172,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def read_normalisation(folder: Path) -> Normalisation:
-    """How the latents of a folder are normalised.
+    """Read how the latents of a folder are normalised.
 
     Raises:
         ValueError: see read_index.
@@ -184,7 +185,7 @@ def read_normalisation(folder: Path) -> Normalisation:
 
 
 def write_shard(folder: Path, name: str, posteriors: NDArray[np.float16], labels: NDArray[np.int64]) -> None:
-    """Write posteriors [n, 2, C, H, W] and labels [n], each file whole or not at all."""
+    """Write posteriors [n, 2, C, H, W] and labels [n], each file complete or not at all."""
     arrays: tuple[NDArray[Any], ...] = (posteriors, labels)
     for file, array in zip(shard_files(name), arrays, strict=True):
         partial = folder / f"{file}.{os.getpid()}.partial"
@@ -196,7 +197,7 @@ def write_shard(folder: Path, name: str, posteriors: NDArray[np.float16], labels
 def index_of(
     image_size: int, classes: list[str], normalisation: Normalisation, shards: list[dict[str, Any]], **more: Any
 ) -> dict[str, Any]:
-    """What latents.json holds; shards are {"name", "count"}."""
+    """Return the content of latents.json; shards are {"name", "count"}."""
     return {
         "format": FORMAT,
         "image_size": image_size,
@@ -213,7 +214,7 @@ VAE = "stabilityai/sd-vae-ft-ema"
 
 
 def load_vae(name: str = VAE, device: str | torch.device = "cpu") -> nn.Module:
-    """A diffusers AutoencoderKL from a folder or, where there is a network, by its name on the Hugging Face hub.
+    """Load a diffusers AutoencoderKL from a folder or, where there is a network, by its name on the Hugging Face hub.
 
     Raises:
         ValueError: diffusers is not installed, or no such autoencoder can be loaded.
@@ -232,16 +233,17 @@ def load_vae(name: str = VAE, device: str | torch.device = "cpu") -> nn.Module:
 
 @torch.no_grad()
 def encode(vae: nn.Module, images: Tensor) -> Tensor:
-    """Posteriors [B, 2, C, H, W] (mean, standard deviation) of images uint8 [B, 3, H', W']."""
+    """Encode images uint8 [B, 3, H', W'] as posteriors [B, 2, C, H, W]: mean and standard deviation."""
     posterior = vae.encode(images.to(_dtype(vae)) / 127.5 - 1).latent_dist  # type: ignore[operator]
     return torch.stack([posterior.mean, posterior.std], 1)
 
 
 @torch.no_grad()
 def decode(vae: nn.Module, x: Tensor, normalisation: Normalisation) -> Tensor:
-    """Images [B, 3, H', W'] with values about [-1, 1] of normalised latents x [B, C, H, W]."""
+    """Decode normalised latents x [B, C, H, W] as images [B, 3, H', W'] with values about [-1, 1]."""
     return vae.decode(normalisation.denormalise(x).to(_dtype(vae))).sample.float()  # type: ignore[operator]
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
+    """Return the data type of a module's weights."""
     return next(module.parameters()).dtype

@@ -1,7 +1,5 @@
 """Memory of a training step by arithmetic, and the smallest settings that fit a device.
 
-    python imagenet/memory.py            what each preset needs, and what it needs to fit some cards
-
 A step holds its state (weights, two averages, the optimizer's moments), gradients, and activations: what autograd keeps
 of the forward of each block until its backward. With N tokens of D numbers and H heads, a block keeps, per image,
 
@@ -21,24 +19,21 @@ Checkpointing keeps x (and its tangent) alone, and makes the rest again, one blo
 the paper's network (RMS norms everywhere); tests/imagenet/test_memory.py counts what is kept.
 """
 
-import argparse
 import functools
-import sys
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from imagenet.dit import DiT, DiTConfig
-from imagenet.presets import PRESETS, Config
-from tvm_ref.command_line import OneLineParser
+from imagenet.presets import Config
 
 WIDE = 4  # bytes of float32
 GELU = {False: 3, True: 17}  # arrays of the MLP's width that GELU's derivatives hold at once, without tangent and with
 SOFTMAX = {False: 1, True: 3}  # matrices of H N^2 in float32 that plain attention's derivatives hold at once
 USABLE = 0.92  # of a device's memory: the rest is NCCL's, cuBLAS's, and lost between arrays
 PASSES = {"tvm": (False, True), "pid": (False, True), "fm": (False,), "meanflow": (True,)}  # with a tangent or without
-CARDS = {"8 x 80 GB": (80e9, 8), "8 x 40 GB": (40e9, 8), "1 x 24 GB": (24e9, 1)}
 
 
 class Weights(NamedTuple):
@@ -55,7 +50,7 @@ class Weights(NamedTuple):
     squares: int
 
 
-def count_weights(config: Config) -> Weights:
+def weights_of(config: Config) -> Weights:
     """Count the weights of a configuration's network, which is not built."""
     return _count(config.network())
 
@@ -75,7 +70,7 @@ def _count(config: DiTConfig) -> Weights:
 
 def state_bytes(config: Config, ranks: int = 1) -> int:
     """Sum weights, target and evaluation averages, and the optimizer's state; sharded over `ranks` with FSDP."""
-    weights = count_weights(config)
+    weights = weights_of(config)
     moments = 2 * weights.all + (2 * weights.squares if config.optimizer == "soap" else 0)
     return WIDE * (3 * weights.all + moments) // (ranks if config.parallel == "fsdp" else 1)
 
@@ -83,7 +78,7 @@ def state_bytes(config: Config, ranks: int = 1) -> int:
 def gradient_bytes(config: Config, ranks: int = 1) -> int:
     """Sum gradients between micro-batches: unsharded in each process, but for FSDP without accumulation."""
     spread = config.parallel == "fsdp" and config.accumulate == 1
-    return WIDE * count_weights(config).all // (ranks if spread else 1)
+    return WIDE * weights_of(config).all // (ranks if spread else 1)
 
 
 def block_bytes(config: Config, *, tangent: bool, device: str = "cuda") -> int:
@@ -134,7 +129,7 @@ def kept_bytes(config: Config, *, tangent: bool, device: str = "cuda") -> int:
 
 def copied_bytes(config: Config, *, tangent: bool) -> int:
     """Sum autocast's copies of weights, kept for the backward; with checkpointing those of one block, made there."""
-    weights = count_weights(config)
+    weights = weights_of(config)
     copies = 0 if config.precision == "float32" else 2 * (weights.block if config.checkpointing else weights.all)
     return copies * (1 + tangent)
 
@@ -154,7 +149,7 @@ def working_bytes(config: Config, images: int, device: str = "cuda") -> int:
     """
     n, d, h, low = _sizes(config)
     plain = config.attention == "plain" or device == "cpu"
-    weights, passes = count_weights(config), PASSES[config.objective]
+    weights, passes = weights_of(config), PASSES[config.objective]
     recomputed = {t: block_bytes(config, tangent=t, device=device) if config.checkpointing else 0 for t in passes}
     moments, kept, copied = [], 0, 0
     for tangent in reversed(passes):  # the forward's order: the last is the first to go back
@@ -171,7 +166,7 @@ def gathered_bytes(config: Config) -> int:
     """Sum the weights that FSDP gathers: of two blocks, and those outside of blocks of model and target."""
     if config.parallel != "fsdp":
         return 0
-    weights = count_weights(config)
+    weights = weights_of(config)
     return WIDE * (2 * weights.block + 2 * (weights.all - config.depth * weights.block))
 
 
@@ -239,57 +234,22 @@ def refusal(config: Config, device_bytes: float, world_size: int) -> str | None:
     return f"{need}, and of the device's {device_bytes / 1e9:.3g} GB {USABLE:.0%} may be used: {remedy}"
 
 
-def check_memory(config: Config, world_size: int, device: torch.device, free: float | None = None) -> None:
+def free_bytes(device: torch.device) -> float:
+    """Return the bytes that are free on a GPU; infinity for a CPU, whose memory is not counted."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else math.inf
+
+
+def check_memory(config: Config, free: float, world_size: int) -> None:
     """Refuse a step that does not fit, before there is one.
 
     Args:
         config: what to train. With torch.compile, which keeps less than is counted here, nothing is refused.
+        free: bytes on each process's device.
         world_size: processes.
-        device: of this process; on a CPU nothing is refused.
-        free: bytes in place of those that are free on the device.
 
     Raises:
         ValueError: it does not fit; what would is said.
     """
-    if free is None and device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    reason = None if free is None or config.compile else refusal(config, free, world_size)
+    reason = None if free == math.inf or config.compile else refusal(config, free, world_size)
     if reason is not None:
         raise ValueError(reason)
-
-
-# The command ---------------------------------------------------------------------------------------------------------
-
-
-def table() -> str:
-    """List what presets hold, and the least that fits some cards."""
-    head = f"{'preset':<18}{'state':>10}{'an image':>12}{'checkpointed':>14}"
-    lines = [head + "".join(f"{card:>22}" for card in CARDS)]
-    for name, config in PRESETS.items():
-        cells = [f"{state_bytes(config) / 1e9:.3g} GB"]
-        for checkpointing in (False, True):
-            chosen = replace(config, checkpointing=checkpointing)
-            cells.append(f"{(working_bytes(chosen, 65) - working_bytes(chosen, 64)) / 1e6:.3g} MB")
-        fitting = (smallest_that_fits(config, size, processes) for size, processes in CARDS.values())
-        said = "".join(f"{_settings(found):>22}" for found in fitting)
-        lines.append(f"{name:<18}{cells[0]:>10}{cells[1]:>12}{cells[2]:>14}{said}")
-    return "\n".join(lines)
-
-
-def _settings(config: Config | None) -> str:
-    """Write the settings that fit."""
-    if config is None:
-        return "none"
-    return f"accumulate {config.accumulate}" + " + ckpt" * config.checkpointing
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the table; returns the exit status."""
-    raw = argparse.RawDescriptionHelpFormatter
-    OneLineParser("memory.py", description=__doc__, formatter_class=raw, allow_abbrev=False).parse_args(argv)
-    print(table())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.spatial.distance import cdist
 
 CHUNK = 1024  # rows of a distance matrix that are held at once
 
@@ -15,7 +14,7 @@ Matrix = NDArray[np.float64]
 
 
 class Gaussian(NamedTuple):
-    """What a Frechet distance compares.
+    """Mean and covariance of features, all that a Frechet distance compares.
 
     Attributes:
         mean: [D].
@@ -27,7 +26,7 @@ class Gaussian(NamedTuple):
 
 
 def gaussian_statistics(features: ArrayLike) -> Gaussian:
-    """Mean and unbiased covariance of features [N, D], in float64.
+    """Compute mean and unbiased covariance of features [N, D], in float64.
 
     Raises:
         ValueError: fewer than two samples, another shape, or numbers that are not finite.
@@ -39,7 +38,7 @@ def gaussian_statistics(features: ArrayLike) -> Gaussian:
 
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
-    """Squared Frechet distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
+    """Compute the squared Frechet distance of Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
 
     With sigma = R R^T the last trace is the sum of the singular values of R1^T R2: real, symmetric in the two, and
     exact for covariances without full rank (fewer samples than features), where a matrix root of the product is not.
@@ -60,10 +59,10 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
 
 
 def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> tuple[float, float]:
-    """Precision and recall of fake [M, D] against real [N, D] features.
+    """Compute precision and recall of fake [M, D] against real [N, D] features.
 
     The support of a set is the union of balls around its points, each reaching to its k-th nearest neighbour in the
-    set. Precision is the share of fake points in the support of the real ones, recall that of real in the fake's.
+    set. Precision is the share of fake points in the support of the real ones, recall of real in the fake ones'.
 
     Raises:
         ValueError: k below 1, no more than k points in a set, shapes that do not fit, numbers that are not finite.
@@ -73,10 +72,11 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> tuple[floa
         raise ValueError(f"k = {k} must be at least 1 and below the number of points, {len(real)} and {len(fake)}")
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f"real and fake features differ in size: {real.shape[1]} and {fake.shape[1]}")
-    return _share_within(fake, real, _radii(real, k)), _share_within(real, fake, _radii(fake, k))
+    return _fraction_within(fake, real, _radii(real, k)), _fraction_within(real, fake, _radii(fake, k))
 
 
 def _features(name: str, features: ArrayLike) -> Matrix:
+    """Return features as a float64 matrix [N, D], or raise ValueError."""
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"{name} must be of shape [N, D], got {list(features.shape)}")
@@ -86,7 +86,7 @@ def _features(name: str, features: ArrayLike) -> Matrix:
 
 
 def covariance_root(sigma: Matrix) -> Matrix:
-    """R [D, rank] with R R^T = sigma [D, D]. Eigenvalues that are zero but for rounding count as zero.
+    """Factor sigma [D, D] as R R^T, R [D, rank]. Eigenvalues that are zero but for rounding count as zero.
 
     Raises:
         ValueError: a matrix that is no covariance: not symmetric, or with negative eigenvalues.
@@ -101,14 +101,18 @@ def covariance_root(sigma: Matrix) -> Matrix:
 
 
 def _radii(points: Matrix, k: int) -> Matrix:
-    """The distance [N] of each point [N, D] to its k-th nearest neighbour, itself not counted."""
+    """Return the distance [N] of each point [N, D] to its k-th nearest neighbour, itself not counted."""
+    from scipy.spatial.distance import cdist  # slow to import, for commands that may only print their help
+
     chunks = (points[i : i + CHUNK] for i in range(0, len(points), CHUNK))
     rows = (np.partition(cdist(chunk, points), k, axis=1)[:, k] for chunk in chunks)  # place 0 is the point itself
     return np.concatenate(list(rows))
 
 
-def _share_within(points: Matrix, centres: Matrix, radii: Matrix) -> float:
-    """The share of points that lie in at least one ball."""
+def _fraction_within(points: Matrix, centres: Matrix, radii: Matrix) -> float:
+    """Return the fraction of points that lie in at least one ball."""
+    from scipy.spatial.distance import cdist
+
     chunks = (points[i : i + CHUNK] for i in range(0, len(points), CHUNK))
     inside = [(cdist(chunk, centres) <= radii).any(1) for chunk in chunks]
     return float(np.concatenate(inside).mean())

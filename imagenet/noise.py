@@ -4,9 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-POSTERIOR, PRIOR = 1, 2  # what noise is for, the first integer of its key: no stream is used twice
+# the first integer of every key of random numbers in imagenet/: no stream is used for two purposes
+POSTERIOR, PRIOR = 1, 2  # latents drawn from their posteriors; the noise that samples start from
+PERMUTATION, FLIP, STEP = 101, 102, 103  # order of an epoch; mirrored images; noise, times and labels of a step
 
 
 def normal(shape: tuple[int, ...], *key: int) -> Tensor:
-    """N(0, I) in float32, decided by the key (integers from 0 on). Different keys give independent noise."""
+    """Draw N(0, I) in float32, decided by the key (integers from 0 on). Different keys give independent noise."""
     return torch.from_numpy(np.random.default_rng(key).standard_normal(shape, dtype=np.float32))

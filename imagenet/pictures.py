@@ -1,6 +1,4 @@
-"""Grids of images as PNG files."""
-
-from pathlib import Path
+"""Images as pixels, and grids of them."""
 
 import numpy as np
 from jaxtyping import Float
@@ -10,11 +8,13 @@ from torch import Tensor
 GAP = 1  # pixels between images, before enlarging
 SMALL = 480  # grids narrower than this are enlarged
 
+Pixels = NDArray[np.uint8]  # [B, H, W, 3]
 
-def to_pixels(x: Float[Tensor, "n c h w"]) -> NDArray[np.uint8]:
-    """Images with values about [-1, 1] as uint8 [N, H, W, 3]; of latents, their first three channels at half contrast.
 
-    One channel is grey, three are colours.
+def to_pixels(x: Float[Tensor, "n c h w"]) -> Pixels:
+    """Convert images with values about [-1, 1] to uint8 [N, H, W, 3]: one channel is grey, three are colours.
+
+    Of latents these are the first three channels, at half contrast.
     """
     x = x.float().cpu()
     if x.shape[1] not in (1, 3):
@@ -23,8 +23,8 @@ def to_pixels(x: Float[Tensor, "n c h w"]) -> NDArray[np.uint8]:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def grid(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
-    """Images [N, H, W, 3] in rows of `columns`, on white."""
+def grid(images: Pixels, columns: int) -> Pixels:
+    """Arrange images [N, H, W, 3] in rows of `columns`, on white, as one image [H', W', 3]."""
     n, h, w, _ = images.shape
     rows = -(-n // columns)
     canvas = np.full((rows * (h + GAP) + GAP, columns * (w + GAP) + GAP, 3), 255, np.uint8)
@@ -33,11 +33,3 @@ def grid(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
         canvas[y : y + h, x : x + w] = image
     factor = max(1, -(-SMALL // canvas.shape[1]))
     return canvas.repeat(factor, 0).repeat(factor, 1)
-
-
-def save_grid(path: Path, x: Float[Tensor, "n c h w"], columns: int) -> None:
-    """Write images, or latents, as one PNG."""
-    from matplotlib.image import imsave
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imsave(path, grid(to_pixels(x), columns))

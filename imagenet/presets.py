@@ -1,22 +1,22 @@
-"""Everything that decides a run, one frozen dataclass with a reason beside each field, and the table of presets."""
+"""Everything that decides a run: one frozen dataclass with a reason beside each field, and the table of presets."""
 
 import argparse
 import dataclasses
 import json
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from imagenet.dit import ATTENTION, DIT, DiT, DiTConfig
+from imagenet.dit import ATTENTION, DiT, DiTConfig
 from tvm_ref import OBJECTIVES, TIME_SAMPLERS, FlowMap, TimeSampler
-from tvm_ref.command_line import flag, option, require_at_least
+from tvm_ref.command_line import check_types, flag, option, require_at_least
 
-DATA = ("digits", "cifar10", "latents", "synthetic")
-SHOWN = 80  # letters of a bad value that are told
+SHOWN = 80  # letters of an unknown key that are printed
 # sizes far beyond what fits any machine, so that a bad file is noticed before its network is built
 LARGEST = {
     "input_size": 2**12, "in_channels": 2**12, "patch_size": 2**12, "classes": 2**24,
     "hidden_size": 2**16, "depth": 2**8, "heads": 2**12,
 }  # fmt: skip
-SWITCH = {"action": argparse.BooleanOptionalAction}
+SWITCH = {"action": argparse.BooleanOptionalAction}  # of what is off by default, but may be on in a stored run
 
 
 @dataclass(frozen=True)
@@ -28,65 +28,66 @@ class Config:
     """
 
     # Data
-    data: str = option("digits", "what to learn", choices=DATA)
-    input_size: int = option(8, "side of the images or latents", type=int)
-    in_channels: int = option(1, "channels of the images or latents", type=int)
-    classes: int = option(10, "classes of the data", type=int)
+    data: Literal["digits", "cifar10", "latents", "synthetic"] = option("digits", "what to learn")
+    input_size: int = option(8, "side of the images or latents")
+    in_channels: int = option(1, "channels of the images or latents")
+    classes: int = option(10, "classes of the data")
     # Network
-    patch_size: int = option(4, "side of the square that becomes a token", type=int)
-    hidden_size: int = option(64, "numbers per token (S 384, B 768, L 1024, XL 1152)", type=int)
-    depth: int = option(4, "blocks (S 12, B 12, L 24, XL 28)", type=int)
-    heads: int = option(2, "heads of each attention (S 6, B 12, L 16, XL 18)", type=int)
-    time_init: str = option(
-        "normal", "initial weights of the embeddings of times and beta (table 6)", choices=("normal", "spectral")
+    patch_size: int = option(4, "side of the square that becomes a token")
+    hidden_size: int = option(64, "numbers per token (S 384, B 768, L 1024, XL 1152)")
+    depth: int = option(4, "blocks (S 12, B 12, L 24, XL 28)")
+    heads: int = option(2, "heads of each attention (S 6, B 12, L 16, XL 18)")
+    time_init: Literal["normal", "spectral"] = option(
+        "normal", "initial weights of the embeddings of times and beta (table 6)"
     )
-    block_norm: str = option("rms", "norm in front of attention and MLP (ablation, fig. 4)", choices=("rms", "layer"))
-    qk_norm: bool = option(True, "normalise queries and keys (ablation, fig. 4)", **SWITCH)
-    modulation_norm: bool = option(True, "normalise modulation vectors, eq. 16 (ablation, fig. 4)", **SWITCH)
-    scaled: bool = option(True, "scaled parameterisation f = (s - t) w F (sec. 4)", **SWITCH)
+    block_norm: Literal["rms", "layer"] = option("rms", "norm in front of attention and MLP (ablation, fig. 4)")
+    qk_norm: bool = option(True, "normalise queries and keys (ablation, fig. 4)")
+    modulation_norm: bool = option(True, "normalise modulation vectors, eq. 16 (ablation, fig. 4)")
+    scaled: bool = option(True, "scaled parameterisation f = (s - t) w F (sec. 4)")
     # Objective
-    objective: str = option("tvm", "what to minimise: TVM, or what it is compared with", choices=tuple(OBJECTIVES))
-    w: float = option(1.1, "classifier-free guidance weight (eq. 15); the network learns this one", type=float)
-    w_max: float | None = option(None, "draw beta = 1/w between 1/w_max and 1/w (F.1); default: w alone", type=float)
-    label_dropout: float = option(0.1, "share of labels replaced by 'no class' (sec. 3)", type=float)
+    objective: str = option("tvm", "what to minimise: TVM, or what it is compared with", choices=OBJECTIVES)
+    w: float = option(1.1, "classifier-free guidance weight (eq. 15); the network learns this one")
+    w_max: float | None = option(None, "draw beta = 1/w between 1/w_max and 1/w (F.1); default: w alone")
+    label_dropout: float = option(0.1, "share of labels replaced by 'no class' (sec. 3)")
     detach_jvp: bool = option(False, "no gradient through the JVP: cheaper, biased (sec. 7.4)", **SWITCH)
-    time_sampler: str = option("gap*", "how times are drawn (sec. 7.3)", choices=tuple(TIME_SAMPLERS))
-    equal_share: float = option(0.0, "share of samples with t = s (table 4d)", type=float)
+    time_sampler: str = option("gap*", "how times are drawn (sec. 7.3)", choices=TIME_SAMPLERS)
+    equal_share: float = option(0.0, "share of samples with t = s (table 4d)")
     noise_share: float = option(
-        0.0, "share of samples whose jump starts at t = 1, where one step does (not in the paper)", type=float
+        0.0, "share of samples whose jump starts at t = 1, where one step does (not in the paper)"
     )
     # Optimisation
-    steps: int = option(1000, "training steps", type=int)
-    batch_size: int = option(128, "samples per step, over all processes", type=int)
-    optimizer: str = option("soap", "AdamW as in the paper; SOAP learns digits faster", choices=("adamw", "soap"))
-    lr: float = option(1e-2, "learning rate, at its peak", type=float)
-    beta2: float = option(0.95, "decay of the second moment: 0.95 keeps TVM steady (sec. 4)", type=float)
-    warmup: int = option(50, "steps of linear warm-up (the paper: none)", type=int)
-    schedule: str = option(
-        "cosine", "learning rate after warm-up (the paper: constant)", choices=("constant", "cosine")
-    )
-    clip: float = option(1.0, "largest norm of the gradient; 0: no clipping, as in the paper", type=float)
-    target_ema: float = option(0.99, "decay of the target's weights theta* (table 4b)", type=float)
-    ema: float = option(0.99, "decay of the weights that are evaluated, theta** (the paper: 0.9999)", type=float)
-    seed: int = option(0, "of initial weights, order of the data, noise and times", type=int)
+    steps: int = option(1000, "training steps")
+    batch_size: int = option(128, "samples per step, over all processes")
+    optimizer: Literal["adamw", "soap"] = option("soap", "AdamW as in the paper; SOAP learns digits faster")
+    lr: float = option(1e-2, "learning rate, at its peak")
+    beta2: float = option(0.95, "decay of the second moment: 0.95 keeps TVM steady (sec. 4)")
+    warmup: int = option(50, "steps of linear warm-up (the paper: none)")
+    schedule: Literal["constant", "cosine"] = option("cosine", "learning rate after warm-up (the paper: constant)")
+    clip: float = option(1.0, "largest norm of the gradient; 0: no clipping, as in the paper")
+    target_ema: float = option(0.99, "decay of the target's weights theta* (table 4b)")
+    ema: float = option(0.99, "decay of the weights that are evaluated, theta** (the paper: 0.9999)")
+    seed: int = option(0, "of initial weights, order of the data, noise and times")
     # How it is computed: --resume may change these
-    precision: str = option(
-        "float32", "of matrix products; weights stay float32", choices=("float32", "bfloat16"), resume=True
+    precision: Literal["float32", "bfloat16"] = option(
+        "float32", "of matrix products; weights stay float32", resume=True
     )
     attention: str = option(
-        "plain", "plain: any device; fused: one kernel for value and tangent", choices=tuple(ATTENTION), resume=True
+        "plain", "plain: any device; fused: one kernel for value and tangent", choices=ATTENTION, resume=True
     )
     compile: bool = option(False, "torch.compile the loss", resume=True, **SWITCH)
     checkpointing: bool = option(
         False, "keep each block's input alone for the backward: less memory, a third more time", resume=True, **SWITCH
     )
-    parallel: str = option(
-        "ddp", "ddp: a copy per process; fsdp: weights spread over processes", choices=("ddp", "fsdp"), resume=True
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "ddp: a copy per process; fsdp: weights sharded over processes", resume=True
     )
-    accumulate: int = option(1, "micro-batches per step and process: less memory", type=int, resume=True)
+    accumulate: int = option(1, "micro-batches per step and process: less memory", resume=True)
 
     def __post_init__(self) -> None:
-        self._check_choices()
+        check_types(self)
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int) and abs(value) > (largest := LARGEST.get(name, 2**63 - 1)):
+                raise ValueError(f"{flag(name)} must be at most {largest}")
         require_at_least(1, **{k: getattr(self, k) for k in ("steps", "batch_size", "accumulate")})
         require_at_least(0, warmup=self.warmup, clip=self.clip, seed=self.seed)
         if not (0 < self.lr < float("inf") and self.clip < float("inf")):
@@ -103,7 +104,7 @@ class Config:
         if self.objective not in ("tvm", "pid") and self.detach_jvp:
             raise ValueError(f"--detach-jvp does nothing for --objective {self.objective}")
         if self.optimizer == "soap" and self.parallel == "fsdp":
-            raise ValueError("--optimizer soap needs whole weights: it does not go with --parallel fsdp")
+            raise ValueError("--optimizer soap needs unsharded weights: it does not go with --parallel fsdp")
         if self.compile and self.parallel == "fsdp":
             raise ValueError("--compile has not been tried with --parallel fsdp: choose one")
         self.sampler()
@@ -114,35 +115,21 @@ class Config:
         """Whether guidance is learned, for which the target is called a second time, without a class."""
         return self.w != 1 or self.w_max is not None
 
-    def _check_choices(self) -> None:
-        """Types and choices, for values that come from a file."""
-        for f in dataclasses.fields(self):
-            value, choices = getattr(self, f.name), f.metadata.get("choices")
-            if choices and value not in choices:
-                raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}; got {value!r:.{SHOWN}}")
-            kinds = {int: int, float: (int, float), None: str if choices else bool}[f.metadata.get("type")]
-            if (value is not None or f.default is not None) and not isinstance(value, kinds):
-                raise ValueError(f"{flag(f.name)} must not be {value!r:.{SHOWN}}")
-            if isinstance(value, bool) != isinstance(f.default, bool):
-                raise ValueError(f"{flag(f.name)} must not be {value!r}")
-            if isinstance(value, int) and abs(value) > (largest := LARGEST.get(f.name, 2**63 - 1)):
-                raise ValueError(f"{flag(f.name)} must be at most {largest}")
-
     def network(self) -> DiTConfig:
-        """The sizes of the network."""
+        """Return the sizes of the network."""
         return DiTConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DiTConfig)})
 
     def sampler(self) -> TimeSampler:
-        """How times are drawn."""
+        """Return the sampler of times."""
         return TimeSampler(self.time_sampler, share_equal=self.equal_share, share_noise=self.noise_share)
 
     def to_json(self) -> str:
-        """One object, a key per field."""
+        """Write one JSON object, a key per field."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @staticmethod
     def from_json(text: str) -> "Config":
-        """What to_json wrote.
+        """Read what to_json wrote.
 
         Raises:
             ValueError: no JSON, unknown or missing keys, bad values.
@@ -164,18 +151,18 @@ class Config:
 
 RESUMABLE = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("resume"))
 
-# table 6 of the paper, its first column
+# table 6 of the paper, its first column: XL/2 with heads of 64
 _IMAGENET256_W2 = Config(
-    data="latents", input_size=32, in_channels=4, classes=1000, **DIT["XL/2"]._asdict(), time_init="spectral",
-    scaled=True, w=2.0, steps=300_000, batch_size=2048, optimizer="adamw", lr=1e-4, warmup=0, schedule="constant",
-    clip=0.0, ema=0.9999, precision="bfloat16", attention="fused",
+    data="latents", input_size=32, in_channels=4, classes=1000, hidden_size=1152, depth=28, heads=18, patch_size=2,
+    time_init="spectral", scaled=True, w=2.0, steps=300_000, batch_size=2048, optimizer="adamw", lr=1e-4, warmup=0,
+    schedule="constant", clip=0.0, ema=0.9999, precision="bfloat16", attention="fused",
 )  # fmt: skip
 
 PRESETS = {
     "digits": Config(),
     "cifar10": replace(
-        Config(), data="cifar10", input_size=32, in_channels=3, **DIT["S/2"]._asdict(), w=1.5, steps=200_000,
-        batch_size=256, lr=2e-4, warmup=2000, schedule="cosine", ema=0.9999, optimizer="adamw",
+        Config(), data="cifar10", input_size=32, in_channels=3, hidden_size=384, depth=12, heads=6, patch_size=2,
+        w=1.5, steps=200_000, batch_size=256, lr=2e-4, warmup=2000, schedule="cosine", ema=0.9999, optimizer="adamw",
         precision="bfloat16", attention="fused",
     ),
     "imagenet256-w2": _IMAGENET256_W2,
@@ -187,7 +174,7 @@ PRESETS = {
 
 
 def build_model(config: Config, *, attention: str | None = None) -> FlowMap:
-    """The flow map of a configuration, with new weights.
+    """Build the flow map of a configuration, with new weights.
 
     Args:
         config: sizes and parameterisation.

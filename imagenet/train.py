@@ -3,13 +3,13 @@
     torchrun imagenet/train.py                                       digits, on a laptop, in minutes
     torchrun imagenet/train.py --resume                              go on with it, bit for bit
     torchrun imagenet/train.py cifar10 --data-path DATA --download
-    torchrun --nproc-per-node 8 imagenet/train.py imagenet256-w2 --data-path LATENTS
-    torchrun --nproc-per-node 8 imagenet/train.py synthetic          throughput, without data
+    torchrun --nproc-per-node 8 imagenet/train.py imagenet256-w2 --data-path LATENTS --accumulate 16      8 x 80 GB
+    torchrun --nproc-per-node 8 imagenet/train.py synthetic --accumulate 16      throughput, without data
 
 With one process, `python` serves as well as `torchrun`.
 """
 
-import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -17,19 +17,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 
 from imagenet import checkpoints, parallel
-from imagenet.data import Batches, load_data, loader
-from imagenet.parallel import World, on_first
+from imagenet.batches import Batches, loader
+from imagenet.image_datasets import Data, load_data
+from imagenet.memory import check_memory, free_bytes
+from imagenet.parallel import World
 from imagenet.presets import PRESETS, RESUMABLE, Config
-from imagenet.run import Run, check_new, stored_config
+from imagenet.report import draw_grid, write_report
+from imagenet.run import Run, stored_config
 from imagenet.training import Training
-from tvm_ref.command_line import Interruption, OneLineParser, add_options, option, require_at_least
+from tvm_ref import command_line
+from tvm_ref.command_line import OneLineParser, add_options, given, option, require_at_least, require_free
+from tvm_ref.interruption import INTERRUPTED, Interruption
 from tvm_ref.objectives import TERMS
 
+GO_ON = "the same command with --resume goes on"
 THREADS = 1  # on a CPU, unless OMP_NUM_THREADS says more, which helps digits little and hurts much on busy cores
 
 
@@ -37,16 +42,16 @@ THREADS = 1  # on a CPU, unless OMP_NUM_THREADS says more, which helps digits li
 class Options:
     """How and where to run, beside the configuration."""
 
-    out: str | None = option(None, "folder of the run (default: runs/imagenet/PRESET)", type=str)
+    out: str | None = option(None, "folder of the run (default: runs/imagenet/PRESET)")
     resume: bool = option(False, "go on with the run in that folder; begin it if there is none")
-    data_path: str | None = option(None, "folder of cifar10 or of latents", type=str)
+    data_path: str | None = option(None, "folder of cifar10 or of latents")
     download: bool = option(False, "fetch cifar10 if it is not there")
-    device: str | None = option(None, "cpu, cuda, ... (default: the GPU if there is one)", type=str)
-    workers: int = option(0, "processes that read ahead", type=int)
-    log_every: int = option(20, "steps between lines of train.jsonl", type=int)
-    sample_every: int = option(200, "steps between sample grids", type=int)
-    save_every: int = option(500, "steps between checkpoints", type=int)
-    keep: int = option(3, "checkpoints that are kept, the newest", type=int)
+    device: str | None = option(None, "cpu, cuda, ... (default: the GPU if there is one)")
+    workers: int = option(0, "processes that read ahead")
+    log_every: int = option(20, "steps between lines of train.jsonl")
+    sample_every: int = option(200, "steps between sample grids")
+    save_every: int = option(500, "steps between checkpoints")
+    keep: int = option(3, "checkpoints that are kept, the newest")
 
     def __post_init__(self) -> None:
         require_at_least(0, workers=self.workers)
@@ -55,39 +60,41 @@ class Options:
 
 
 def parser() -> OneLineParser:
-    """The command line."""
+    """Build the command line."""
     lines = ["presets, and where they differ from digits:"]
     for name, preset in PRESETS.items():
         changed = [f for f in dataclasses.fields(Config) if getattr(preset, f.name) != f.default]
         lines.append(f"  {name}: " + (", ".join(f"{f.name} {getattr(preset, f.name)}" for f in changed) or "default"))
-    p = OneLineParser(
-        "train.py",
-        usage="train.py [PRESET] [--option value ...]",
-        description=__doc__,
-        epilog="\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "train.py [PRESET] [--option value ...]"
+    p = OneLineParser("train.py", __doc__, usage=usage, epilog="\n".join(lines))
     p.add_argument("preset", nargs="?", default="digits", choices=tuple(PRESETS), help="the default is digits")
     add_options(p.add_argument_group("the run"), Options)
     add_options(p.add_argument_group("the configuration (defaults are those of digits)"), Config)
     return p
 
 
-def prepare(preset: str, given: dict[str, Any], options: Options, world_size: int) -> tuple[Config, Path, bool]:
-    """Configuration, folder, and whether it goes on with a run.
+def prepare(
+    preset: str, changes: dict[str, Any], out: Path, *, resume: bool = False, world_size: int = 1
+) -> tuple[Config, bool]:
+    """Choose the configuration of a run, and tell whether it goes on with the one in the folder `out`.
+
+    Args:
+        preset: a key of PRESETS.
+        changes: fields of the configuration in place of the preset's.
+        out: folder of the run.
+        resume: go on with the run in that folder, if there is one.
+        world_size: number of processes.
 
     Raises:
-        ValueError, OSError: bad options, or a folder that is in the way.
+        ValueError, OSError: bad values, or a folder that is in the way.
     """
-    config = dataclasses.replace(PRESETS[preset], **given)
-    folder = Path(options.out or f"runs/imagenet/{preset}")
-    resumed = options.resume and (folder / checkpoints.CONFIG).exists()
+    config = dataclasses.replace(PRESETS[preset], **changes)
+    resumed = resume and (out / checkpoints.CONFIG).exists()
     if resumed:
         of_preset = {} if preset == "digits" else dataclasses.asdict(PRESETS[preset])  # digits may be unsaid
-        config = stored_config(folder, {k: v for k, v in of_preset.items() if k not in RESUMABLE} | given)
+        config = stored_config(out, {k: v for k, v in of_preset.items() if k not in RESUMABLE} | changes)
     else:
-        check_new(folder)
+        require_free(out, (checkpoints.CONFIG,), ways="--resume")
     if config.batch_size % (world_size * config.accumulate):
         raise ValueError(
             f"--batch-size {config.batch_size} is no multiple of {world_size} processes times "
@@ -95,30 +102,34 @@ def prepare(preset: str, given: dict[str, Any], options: Options, world_size: in
         )
     if config.parallel == "fsdp":
         parallel.check_version()
-    return config, folder, resumed
+    return config, resumed
 
 
-def begin(preset: str, given: dict[str, Any], options: Options, world: World) -> Run:
-    """The run that the command line asks for, at the step where it goes on.
+def begin(preset: str, changes: dict[str, Any], options: Options, world: World) -> tuple[Run, Data]:
+    """Make a run, or restore the one that goes on, and load its data.
 
     Raises:
-        ValueError, OSError: bad options, missing data, a folder that is in the way or cannot be resumed.
+        ValueError, OSError: bad options, missing data, a folder that is in the way or cannot be resumed, a step that
+            does not fit the device.
     """
-    plan = on_first(world, lambda: prepare(preset, given, options, world.size))
-    config, folder, resumed = world.tell(plan)
-    data = on_first(world, lambda: load_data(config, options.data_path, download=options.download))
-    if data is None:
+    out = Path(options.out or f"runs/imagenet/{preset}")
+    plan = world.on_first(lambda: prepare(preset, changes, out, resume=options.resume, world_size=world.size))
+    config, resumed = world.broadcast(plan)
+    free = world.all_gather([free_bytes(world.device)]).min().item()
+    check_memory(config, free, world.size)
+    data = world.on_first(lambda: load_data(config, options.data_path, download=options.download))
+    if data is None:  # the first process has fetched it
         data = load_data(config, options.data_path)
-    run = Run(folder, Training(config, world), data, options.keep)
-    on_first(world, run.create)
+    run = Run(out, Training(config, world), options.keep)
+    world.on_first(run.create)
     if resumed:
         run.load()
     elif options.resume and world.first:
-        print(f"{folder} holds no run to resume: beginning one")
-    return run
+        print(f"{out} holds no run to resume: beginning one")
+    return run, data
 
 
-def train(run: Run, options: Options) -> bool:
+def train(run: Run, data: Data, options: Options) -> bool:
     """Train to the end, or until any process is asked to stop; returns whether it came to the end. Saves either way.
 
     Raises:
@@ -126,89 +137,60 @@ def train(run: Run, options: Options) -> bool:
         OSError: a checkpoint that could not be written.
     """
     training, config, world = run.training, run.training.config, run.world
-    batches = Batches(config, run.data, world.rank, world.size)
-    begun, first = time.perf_counter(), training.step
+    batches = Batches(config, data, world.rank, world.size)
+    first = saved = training.step  # a run that is resumed has its first step's checkpoint
+    stopped = False
     bar = tqdm(
         total=config.steps, initial=first, unit="step", desc="training", file=sys.stdout, mininterval=0.5,
         disable=not world.first,
     )  # fmt: skip
-    run.open_log()
-    saved, stopped = first, False  # a run that is resumed has its first step's checkpoint
+    run.log.open()
     with Interruption() as interruption, bar:
         for batch in loader(batches, first, options.workers, pin=world.device.type == "cuda"):
-            told = training.train_step(batch, stop=interruption.requested)
-            step, elapsed = training.step, time.perf_counter() - begun
-            run.note(told, run.before + elapsed)
+            metrics = training.train_step(batch, stop=interruption.requested)
+            step = training.step
+            run.log.note(metrics)
             bar.update()
             if step % options.log_every == 0:
-                line = run.log(told, (step - first) * config.batch_size / elapsed)
+                line = run.log.write(metrics)
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in (*TERMS, "images_per_second", "gib")}, refresh=False)
             if step % options.sample_every == 0:
-                run.draw(f"samples/{step:08d}.png", 1)
+                draw_grid(run.folder / "samples" / f"{step:08d}.png", training.generator(), world)
             if step % options.save_every == 0:
                 run.save()
                 saved = step
-            if told.asked_to_stop:
+            if metrics.asked_to_stop:
                 stopped = True
                 break
-    run.close_log()
+    run.log.close()
     if saved != training.step:
         run.save()
     return not stopped or training.step == config.steps
 
 
-def main(argv: list[str] | None = None, started: float | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 interrupted.
-
-    `started` is when the program began (seconds since the epoch), if that was before this call.
-    """
-    started = time.time() if started is None else started
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 130 stopped."""
+    started = time.perf_counter()
     command = parser()
-    given = vars(command.parse_args(argv))
-    preset = given.pop("preset")
-    names = {f.name for f in dataclasses.fields(Options)}
-    try:
-        options = Options(**{name: given.pop(name) for name in list(given) if name in names})
-        world = parallel.start(options.device)
-    except ValueError as error:
-        command.error(str(error))
-    try:
-        return _main(command, preset, given, options, world, started)
-    finally:
-        parallel.stop()
-
-
-def _main(
-    command: OneLineParser, preset: str, given: dict[str, Any], options: Options, world: World, started: float
-) -> int:
-    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(THREADS)
-    try:
-        run = begin(preset, given, options, world)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # the last: a network beyond the memory
-        command.error(str(error).splitlines()[0])
-    again = "the same command with --resume goes on"
-    try:
-        if not train(run, options):
-            _say(world, f"stopped at step {run.training.step}, and saved: {again}")
-            return 130
-        metrics = run.report(started)
-    except KeyboardInterrupt:
-        _say(world, f"stopped at once; from the last checkpoint, {again}", error=True)
-        return 130
-    except (FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        _say(world, f"{command.prog}: error: {str(error).splitlines()[0]}", error=True)
-        return 1
-    for nfe, figures in metrics.get("nfe", {}).items():
-        _say(world, f"{nfe} NFE: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-    _say(world, f"{run.seconds:.0f} s of training; weights, samples and figures: {run.folder}")
-    return 0
-
-
-def _say(world: World, text: str, *, error: bool = False) -> None:
-    if world.first:
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+    arguments = command.parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        with command.bad_input():
+            options = Options(**given(arguments, Options))
+            world = stack.enter_context(parallel.process_group(options.device))
+            if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(THREADS)
+            run, data = begin(arguments.preset, given(arguments, Config), options, world)
+        with command.failures(GO_ON):
+            finished = train(run, data, options)
+            scores = write_report(run, time.perf_counter() - started).get("nfe", {}) if finished else {}
+    if world.first and not finished:
+        print(f"stopped at step {run.training.step}, and saved: {GO_ON}")
+    elif world.first:
+        for nfe, row in scores.items():
+            print(f"{nfe} NFE: " + ", ".join(f"{name} {value:.3f}" for name, value in row.items()))
+        print(f"{run.log.seconds:.0f} s of training; weights, samples and figures: {run.folder}")
+    return 0 if finished else INTERRUPTED
 
 
 if __name__ == "__main__":
-    sys.exit(main(started=psutil.Process().create_time()))
+    command_line.run(main)

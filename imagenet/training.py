@@ -7,25 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from imagenet import parallel
-from imagenet.data import Batch
+from imagenet.batches import Batch
+from imagenet.generator import Generator
 from imagenet.parallel import World
 from imagenet.presets import Config, build_model
 from tvm_ref import EMA, OBJECTIVES, FlowMap
 from tvm_ref.objectives import TERMS
-from tvm_ref.sampling import Jump, stepper
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a step tells.
+class StepMetrics:
+    """The metrics of one step, over all processes.
 
     Attributes:
         losses: mean of each of TERMS over all processes.
         gradient_norm: before clipping.
-        asked_to_stop: whether any process was.
+        asked_to_stop: any process was asked to stop.
     """
 
     losses: tuple[float, float]
@@ -34,14 +33,14 @@ class Step:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then constant, or a cosine that reaches zero at the last step."""
+    """Return the learning rate: linear warm-up, then constant, or a cosine that reaches zero at the last step."""
     warmup = min(1.0, (step + 1) / (config.warmup + 1))
     decay = 0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.schedule == "cosine" else 1.0
     return config.lr * warmup * decay
 
 
 def make_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer, without weight decay."""
+    """Build the optimizer, without weight decay."""
     if config.optimizer == "soap":
         from pytorch_optimizer import SOAP
 
@@ -68,68 +67,76 @@ class Training:
         self.optimizer = make_optimizer(config, self._parameters)
         self.step = 0
 
-    def train_step(self, batch: Batch, *, stop: bool = False) -> Step:
-        """Train on this process's part of a step's batch; `stop`: this process was asked to stop.
+    def train_step(self, batch: Batch, *, stop: bool = False) -> StepMetrics:
+        """Take one step of algorithm 1 on this process's part of a batch; `stop`: this process was asked to stop.
 
         Raises:
             FloatingPointError: in every process, if a loss or gradient of any is NaN or infinite; the weights are those
                 before the step.
         """
-        config, n = self.config, len(batch.x0) // self.config.accumulate
-        losses = torch.zeros(2, device=self.world.device)
+        config, device = self.config, self.world.device
+        n = len(batch.x0) // config.accumulate
+        losses = torch.zeros(len(TERMS), device=device)
         self.optimizer.zero_grad()
-        for i in range(config.accumulate):
-            part = batch.cut(i * n, (i + 1) * n).to(self.world.device)
+        for i in range(config.accumulate):  # micro-batches, whose gradients add up to that of the batch
+            # data x0, noise x1, times t, s, s' and the condition (class, beta), drawn by Batches
+            x0, x1, times, condition = batch.slice(i * n, (i + 1) * n).to(device)
             last = i == config.accumulate - 1
-            with contextlib.nullcontext() if last else parallel.unsynchronised(self.objective):
-                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                    terms = self.objective(part.x0, part.x1, part.times, part.condition, self.target.module)
+            with contextlib.nullcontext() if last else parallel.no_sync(self.objective):
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                    # both terms of eq. 15 per sample; the target theta* gives u*, without a gradient (eq. 12)
+                    terms = self.objective(x0, x1, times, condition, self.target.module)
+                # the expectation over samples and times; the last backward averages gradients over processes
                 (terms.total.mean() / config.accumulate).backward()
             losses += torch.stack([getattr(terms, name).detach().mean() for name in TERMS]) / config.accumulate
         norm = self._clip()
-        told = self._share(losses, norm, stop)
+        metrics = self._gather_metrics(losses, norm, stop)  # NaN anywhere raises here, before the weights move
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
-        self.optimizer.step()
-        self.target.update(self.model)
-        self.ema.update(self.model)
+        self.optimizer.step()  # theta
+        self.target.update(self.model)  # theta*, the target of the loss: EMA of a short memory
+        self.ema.update(self.model)  # theta**, the weights that are sampled from: EMA of a long one
         self.step += 1
-        return told
+        return metrics
 
     def _clip(self) -> Tensor:
         """Clip the gradient's norm, and return what it was."""
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip or float("inf"), foreach=True)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return parallel.full_tensor(norm)
 
-    def _share(self, losses: Tensor, norm: Tensor, stop: bool) -> Step:
-        """What all processes must know before the weights move."""
-        rows = self.world.gather([*losses.tolist(), float(norm), float(stop)])
+    def _gather_metrics(self, losses: Tensor, norm: Tensor, stop: bool) -> StepMetrics:
+        """Average losses and the gradient's norm over all processes, and learn whether any was asked to stop.
+
+        Raises:
+            FloatingPointError: in every process, if any holds a number that is not finite.
+        """
+        rows = self.world.all_gather([*losses.tolist(), float(norm), float(stop)])
         for name, column in zip((*(f"{name} loss" for name in TERMS), "gradient"), rows.T, strict=False):
             bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
             if bad:
                 ranks = f"rank{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}"
                 raise FloatingPointError(f"step {self.step}: the {name} is NaN or infinite on {ranks}")
-        flow_map, flow_matching, gradient_norm, stops = rows.mean(0).tolist()
-        return Step((flow_map, flow_matching), gradient_norm, stops > 0)
+        jump, flow_matching, gradient_norm, stops = rows.mean(0).tolist()
+        return StepMetrics((jump, flow_matching), gradient_norm, stops > 0)
 
-    def evaluated(self) -> Jump:
-        """How the evaluation weights take a step: a jump, or, as flow matching learns none, Euler's."""
-        return stepper(self.ema.module, self.config.objective)
+    def generator(self) -> Generator:
+        """Return the sampler of the evaluation weights, as sample.py has it by default."""
+        return Generator(self.ema.module, self.config, self.world.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that continues this training, whole and on the CPU. All processes take part."""
+        """Gather everything that continues this training, unsharded and on the CPU. All processes take part."""
         return {
-            "model": parallel.whole(self.model.state_dict()),
-            "target": parallel.whole(self.target.state_dict()),
-            "ema": parallel.whole(self.ema.state_dict()),
-            "optimizer": parallel.whole(self.optimizer.state_dict()),
+            "model": parallel.full_state(self.model.state_dict()),
+            "target": parallel.full_state(self.target.state_dict()),
+            "ema": parallel.full_state(self.ema.state_dict()),
+            "optimizer": parallel.full_state(self.optimizer.state_dict()),
             "step": self.step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what state_dict gave, on any number of processes."""
-        self.model.load_state_dict(parallel.spread(state["model"], self.model.state_dict()))
-        self.target.load_state_dict(parallel.spread(state["target"], self.target.state_dict()))
-        self.ema.load_state_dict(parallel.spread(state["ema"], self.ema.state_dict()))
-        self.optimizer.load_state_dict(parallel.spread_optimizer(state["optimizer"], self.optimizer))
+        self.model.load_state_dict(parallel.reshard(state["model"], self.model.state_dict()))
+        self.target.load_state_dict(parallel.reshard(state["target"], self.target.state_dict()))
+        self.ema.load_state_dict(parallel.reshard(state["ema"], self.ema.state_dict()))
+        self.optimizer.load_state_dict(parallel.reshard_optimizer(state["optimizer"], self.optimizer))
         self.step = state["step"]

@@ -1,17 +1,20 @@
+import os
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+torch.set_num_threads(1)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--check-shapes", action="store_true", help="check every shape in a signature of tvm_ref at run time"
-    )
+    parser.addoption("--check-shapes", action="store_true", help="check every shape in a signature at run time")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--check-shapes"):
-        install_import_hook("tvm_ref", "shape_checker.checker")
+        install_import_hook(["tvm_ref", "imagenet", "jvp_attention"], "tests.shape_checker.checker")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -158,3 +159,24 @@ def test_mean_flow_derivative_refuses_other_factors():
     flow_map, _, x, t, s = setup((5, 2), factor=SINE)
     with pytest.raises(ValueError, match="factor"):
         flow_map.average_velocity_and_total_derivative(x, t, s, x)
+
+
+def test_average_velocity_needs_the_factor_s_minus_t_and_knows_it_in_a_copy():
+    """A deep copy, as EMA makes, holds another tuple of the same functions."""
+    flow_map, network, x, t, s = setup((5, 2))
+    torch.testing.assert_close(copy.deepcopy(flow_map).average_velocity(x, t, s), network(x, t, s))
+    other = setup((5, 2), factor=SINE)[0]
+    with pytest.raises(ValueError, match="factor s - t alone"):
+        other.average_velocity(x, t, s)
+    with pytest.raises(ValueError, match="factor s - t alone"):
+        other.average_velocity_and_total_derivative(x, t, s, x)
+
+
+def test_derivatives_take_times_that_share_memory():
+    flow_map, _, x, _, _ = setup((5, 2))
+    t, s = torch.tensor([0.7], dtype=torch.float64), torch.tensor([0.2], dtype=torch.float64)
+    for method in (
+        flow_map.displacement_and_terminal_velocity,
+        lambda x, t, s: flow_map.average_velocity_and_total_derivative(x, t, s, x),
+    ):
+        torch.testing.assert_close(method(x, t.expand(5), s.expand(5)), method(x, t.repeat(5), s.repeat(5)))

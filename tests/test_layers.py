@@ -48,3 +48,18 @@ def test_products_under_a_jvp(layer, forward, both):
         assert counter.get_total_flops() == forward * product
         (y.square().sum() + dy.square().sum()).backward()
     assert counter.get_total_flops() == both * product
+
+
+def test_compiled_a_plain_call_before_a_jvp_does_not_hide_its_tangent():
+    """As improved MeanFlow, or MeanFlow with guidance, calls a network: first as it is, then inside a JVP.
+
+    torch.compile once took the level of the first call, "no JVP is running", for that of the second, and failed.
+    """
+    layer = Linear(3, 3).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+
+    def both(x):
+        v = layer(x)
+        return torch.func.jvp(lambda x: layer(x).sin(), (x,), (v,))[1]
+
+    torch.testing.assert_close(torch.compile(both, backend="aot_eager", fullgraph=True)(x), both(x))

@@ -13,11 +13,13 @@ from tvm_ref.toy import __main__ as toy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+ROOM = (ROOT / "tvm_ref" / "README.md").read_text()
+PAGES = [p for p in ROOT.rglob("README.md") if not {".venv", "runs", "build"} & {*p.relative_to(ROOT).parts}]
 
 
 def equation_table() -> list[tuple[str, str]]:
     """(paper's place, dotted name) of every entry."""
-    section = README.split("## Equations and functions")[1].split("\n## ")[0]
+    section = ROOM.split("## Equations and functions")[1].split("\n## ")[0]
     rows = [line.split("|")[1:4] for line in section.splitlines() if line.startswith("| ") and "`" in line]
     return [
         (place.strip(), name)
@@ -53,7 +55,7 @@ def test_every_function_of_the_equation_table_exists_and_cites_its_place(place, 
 
 
 def test_the_file_tree_is_complete():
-    section = README.split("## Files")[1].split("```")[1]
+    section = ROOM.split("## Files")[1].split("```")[1]
     listed, stack = set(), []
     for line in section.strip().splitlines():
         name = line.split()[0]
@@ -67,7 +69,7 @@ def test_the_file_tree_is_complete():
 
 
 def test_every_toy_command_of_the_readme_parses():
-    commands = re.findall(r"python -m tvm_ref\.toy ([^#\n`]*)", README)
+    commands = re.findall(r"python -m tvm_ref\.toy ([^#\n`]*)", README + ROOM)
     assert len(commands) >= 6
     for options in commands:
         if "--help" not in options:
@@ -78,31 +80,57 @@ def test_the_quoted_lines_are_those_of_the_code():
     """The five lines that the README shows stand in TVM.forward, word for word."""
     from tvm_ref.objectives import TVM
 
-    quoted = README.split("class `TVM`:")[1].split("```python")[1].split("```")[0]
+    quoted = README.split("class `TVM`")[1].split("```python")[1].split("```")[0]
     source = {line.strip() for line in inspect.getsource(TVM.forward).splitlines()}
     assert all(line.strip() in source for line in quoted.strip().splitlines())
 
 
-def test_the_training_loop_runs():
-    """The README's own loop, on two batches of random images and a network of one layer."""
+class Network(torch.nn.Module):
+    """As small as a network can be that reads everything it is given."""
 
-    class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Conv2d(3, 3, 1)
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 3, 1)
+        self.classes = torch.nn.Embedding(11, 3)
 
-        def forward(self, x, t, s, condition):
-            return self.layer(x * (1 + t - s)[:, None, None, None])
+    def forward(self, x, t, s, condition):
+        if condition is not None:
+            x = x + (self.classes(condition.label) * condition.beta[:, None])[:, :, None, None]
+        return self.layer(x * (1 + t - s)[:, None, None, None])
 
+
+def snippet(opening: str) -> str:
+    """The first block of Python after some words of the README."""
+    return README.split(opening)[1].split("```python")[1].split("```")[0]
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_the_training_loop_runs(classes):
+    """The README's own loops, as printed, on two batches of random images and a network of one layer."""
     network = Network()
     before = network.layer.weight.detach().clone()
-    scope = {"network": network, "batches": torch.randn(2, 4, 3, 8, 8)}
-    loop = README.split("In your own training loop:")[1].split("```python")[1].split("```")[0]
-    exec(loop, scope)
+    x0 = torch.randn(2, 4, 3, 8, 8)
+    batches = zip(x0, torch.arange(8).view(2, 4), strict=True) if classes else x0
+    scope = {"network": network, "batches": batches}
+    exec(snippet("With classes 0 to C - 1" if classes else "## In your own training loop"), scope)
     assert scope["images"].shape == (64, 3, 32, 32)
     assert not torch.equal(network.layer.weight, before)
 
 
-def test_pictures_exist():
-    for picture in re.findall(r"!\[.*?\]\((.+?)\)", README):
-        assert (ROOT / picture).is_file()
+def test_a_run_is_loaded_and_sampled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert toy.main(["--dist", "moons", "--steps", "3", "--width", "16", "--points", "20"]) == 0
+    scope: dict[str, object] = {}
+    exec(snippet("Load that run and sample it:"), scope)
+    assert scope["points"].shape == (1000, 2)
+    assert scope["points"].isfinite().all()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.parent.relative_to(ROOT)))
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_first_page_is_short():
+    assert README.count("\n") <= 200

@@ -29,8 +29,8 @@ def test_times_are_ordered_in_the_unit_interval(kind):
     assert (s >= 0).all()
     assert (s <= t).all()
     assert (t <= 1).all()
-    assert ((s_prime > 0) & (s_prime < 1)).all()
-    assert (kind == "gap*") != np.array_equal(s, s_prime)
+    assert ((s_prime > 0) & ((s_prime < 1) | (kind == "dyadic"))).all()
+    assert (kind in ("trunc", "clamp", "gap")) == np.array_equal(s, s_prime)
 
 
 def test_trunc_has_its_exact_density():
@@ -59,6 +59,41 @@ def test_gap_has_its_exact_density(kind):
     if kind == "gap*":
         assert is_uniform(logit_normal_cdf(s_prime, -0.4, 1.0))
         assert abs(np.corrcoef(s, s_prime)[0, 1]) < 4 / np.sqrt(N)
+
+
+def test_sorted_times_are_the_larger_and_the_smaller_of_two():
+    """P(t < a) = G(a) H(a) and P(s > a) = (1 - G(a)) (1 - H(a)), G and H the two laws."""
+    t, s, s_prime = draw("sorted", first=(0.7, 0.9), second=(-0.2, 1.3))
+    assert is_uniform(logit_normal_cdf(t, 0.7, 0.9) * logit_normal_cdf(t, -0.2, 1.3))
+    assert is_uniform((1 - logit_normal_cdf(s, 0.7, 0.9)) * (1 - logit_normal_cdf(s, -0.2, 1.3)))
+    assert np.array_equal(t, s_prime)
+
+
+def test_triangle_is_uniform():
+    t, s, s_prime = draw("triangle")
+    assert is_uniform(t**2)
+    assert is_uniform(s / t)
+    assert is_uniform(s_prime)
+
+
+def test_dyadic_jumps_lie_on_the_grid_of_their_own_length():
+    t, s, s_prime = draw("dyadic")
+    levels, counts = np.unique(t - s, return_counts=True)
+    assert np.array_equal(levels, 2.0 ** np.arange(-6, 1))
+    assert (abs(counts - N / 7) < 4 * np.sqrt(N / 7)).all()
+    assert ((s / (t - s)) % 1 == 0).all()
+    for d in levels[-3:]:
+        places, counts = np.unique(s[t - s == d] / d, return_counts=True)
+        assert np.array_equal(places, np.arange(round(1 / d)))
+        assert (abs(counts - counts.mean()) < 4 * np.sqrt(counts.mean())).all()
+    assert np.array_equal(np.unique(s_prime * 128), np.arange(1, 129))
+
+
+@pytest.mark.parametrize("kind", TIME_SAMPLERS)
+def test_samples_with_equal_times_lie_where_flow_matching_is_done(kind):
+    t, s, s_prime = draw(kind, share_equal=1.0)
+    assert np.array_equal(t, s)
+    assert np.array_equal(s, s_prime)
 
 
 def test_truncation_is_exact_far_in_the_tail():
@@ -92,6 +127,7 @@ def test_same_generator_same_times():
         ({"first": (0.0, 0.0)}, "standard deviation"),
         ({"second": (0.0, float("nan"))}, "standard deviation"),
         ({"first": (float("nan"), 1.0)}, "mean"),
+        ({"kind": "triangle", "first": (0.0, 1.0)}, "has no mean"),
         ({"share_equal": -0.1}, "share"),
         ({"share_equal": 0.6, "share_noise": 0.6}, "share"),
     ],

@@ -41,7 +41,7 @@ class EMA(Generic[M]):
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and number of updates."""
+        """Return weights and number of updates."""
         return {"module": self.module.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ DIFFERENCE = Factor(gamma=lambda t, s: s - t, gamma_ds=lambda t, s: torch.ones_l
 def jvp(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Value and tangent of a function of tensors: torch.func.jvp, with the type of its result narrowed."""
+    """Return value and tangent of a function of tensors: torch.func.jvp, with the type of its result narrowed."""
     result = torch.func.jvp(function, inputs, tangents)
     return result[0], result[1]
 
@@ -59,27 +59,27 @@ class FlowMap(nn.Module):
         self.factor = factor
 
     def forward(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
-        """The same as jump."""
+        """Do the same as jump."""
         return self.jump(x, t, s, condition)
 
     def jump(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
-        """Where the model carries x [B, ...] from times t [B] to times s [B]: x + f(x, t, s) [B, ...]."""
+        """Carry x [B, ...] from times t [B] to times s [B]: x + f(x, t, s) [B, ...]."""
         return x + self.displacement(x, t, s, condition)
 
     def displacement(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
-        """Net displacement f(x, t, s) = gamma(t, s) F(x, t, s) [B, ...] (eq. 4 and 20)."""
+        """Return the net displacement f(x, t, s) = gamma(t, s) F(x, t, s) [B, ...] (eq. 4 and 20)."""
         self._check(x, t, s, condition)
         return self._scale(self.factor.gamma(t, s), x, condition) * self._average_velocity(x, t, s, condition)
 
     def velocity(self, x: Sample, t: Time, condition: Condition | None = None) -> Sample:
-        """The model's velocity u(x, t) = d/ds f(x, t, s) at s = t [B, ...]: F(x, t, t) (eq. 4), or eq. 21."""
+        """Return the velocity u(x, t) = d/ds f(x, t, s) at s = t [B, ...]: F(x, t, t) (eq. 4), or eq. 21."""
         self._check(x, t, t, condition)
         return self._scale(self.factor.gamma_ds(t, t), x, condition) * self._average_velocity(x, t, t, condition)
 
     def displacement_and_terminal_velocity(
         self, x: Sample, t: Time, s: Time, condition: Condition | None = None, *, detach_jvp: bool = False
     ) -> tuple[Sample, Sample]:
-        """f(x, t, s) and d/ds f(x, t, s), both [B, ...], by one JVP in s (eq. 17 and 22, fig. 11).
+        """Return f(x, t, s) and d/ds f(x, t, s), both [B, ...], by one JVP in s (eq. 17 and 22, fig. 11).
 
         Gradients flow through value and tangent. With `detach_jvp` they stop at dF/ds: cheaper, biased (sec. 7.4).
         """
@@ -92,20 +92,37 @@ class FlowMap(nn.Module):
         gamma_ds = self._scale(self.factor.gamma_ds(t, s), x, condition)
         return gamma * F, gamma_ds * F + gamma * dF_ds
 
+    def average_velocity(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
+        """Return the average velocity f / (s - t) [B, ...]: F(x, t, s) (eq. 4), or w F in the scaled parameterisation.
+
+        Raises:
+            ValueError: also for a factor other than s - t.
+        """
+        self._check_difference()
+        self._check(x, t, s, condition)
+        return self._scale(torch.ones_like(t), x, condition) * self._average_velocity(x, t, s, condition)
+
     def average_velocity_and_total_derivative(
-        self, x: Sample, t: Time, s: Time, v: Sample, condition: Condition | None = None
+        self, x: Sample, t: Time, s: Time, v: Sample, condition: Condition | None = None, *, dt: float = 1.0
     ) -> tuple[Sample, Sample]:
-        """F(x, t, s) and v . grad_x F + dF/dt, its derivative along a path with velocity v [B, ...] (eq. 18); one JVP.
+        """Return F(x, t, s) and v . grad_x F + dF/dt, its derivative along a path of velocity v [B, ...] (eq. 18).
+
+        One JVP. `dt` is the rate of t: 0 leaves v . grad_x F alone.
 
         Raises:
             ValueError: also for a factor other than s - t, for which eq. 18 is not stated.
         """
-        if self.factor is not DIFFERENCE:
-            raise ValueError("MeanFlow (eq. 18) is stated for the factor s - t alone")
+        self._check_difference()
         self._check(x, t, s, condition)
-        F, dF_dt = jvp(lambda x, t: self._average_velocity(x, t, s, condition), (x, t), (v, torch.ones_like(t)))
+        x, t = x.contiguous(), t.contiguous()  # a JVP refuses memory that is shared, as by expand
+        tangents = (v, torch.full_like(t, dt))
+        F, dF_dt = jvp(lambda x, t: self._average_velocity(x, t, s, condition), (x, t), tangents)
         w = self._scale(torch.ones_like(t), x, condition)
         return w * F, w * dF_dt
+
+    def _check_difference(self) -> None:
+        if self.factor.gamma is not DIFFERENCE.gamma:  # a copy of the tuple, as EMA makes, is another tuple
+            raise ValueError("MeanFlow (eq. 18) and its relatives are stated for the factor s - t alone")
 
     def _average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Tensor:
         F = self.network(x, t, s, condition)
@@ -114,7 +131,7 @@ class FlowMap(nn.Module):
         return F
 
     def _scale(self, a: Tensor, x: Tensor, condition: Condition | None) -> Tensor:
-        """A [B], times w = 1/beta in the scaled parameterisation, shaped to broadcast over x."""
+        """Shape a [B], times w = 1/beta in the scaled parameterisation, to broadcast over x."""
         return over(a / condition.beta if self.scaled and condition is not None else a, x)
 
     def _check(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> None:

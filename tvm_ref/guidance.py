@@ -23,7 +23,7 @@ class Condition(NamedTuple):
 def draw_beta(
     n: int, w_min: float, w_max: float, *, generator: torch.Generator | None = None, device: torch.device | None = None
 ) -> PerSample:
-    """Beta ~ U(1/w_max, 1/w_min) [n] (appendix F.1); w_min = w_max is constant guidance.
+    """Draw beta ~ U(1/w_max, 1/w_min) [n] (appendix F.1); w_min = w_max is constant guidance.
 
     Raises:
         ValueError: unless 0 < w_min <= w_max.
@@ -50,14 +50,14 @@ def drop_labels(
 
 
 def without_label(condition: Condition, null_label: int, where: Tensor | None = None) -> Condition:
-    """A condition without its class (label null, w = 1): for all samples, or where `where` [B] is true."""
+    """Take the class from a condition (label null, w = 1): for all samples, or where `where` [B] is true."""
     label, beta = condition
     where = torch.ones_like(label, dtype=torch.bool) if where is None else where
     return Condition(label.masked_fill(where, null_label), beta.masked_fill(where, 1.0))
 
 
 def guided_velocity(conditional: Sample, unconditional: Sample, beta: PerSample) -> Sample:
-    """The guided velocity w u(x, c) + (1 - w) u(x) [B, ...], w = 1/beta (eq. 13).
+    """Return the guided velocity w u(x, c) + (1 - w) u(x) [B, ...], w = 1/beta (eq. 13).
 
     With the conditional velocity v for u(x, c) it is the target of eq. 14.
     """

@@ -4,7 +4,7 @@ from tvm_ref.shapes import Sample, Time, check_batch, over
 
 
 def interpolate(x0: Sample, x1: Sample, t: Time) -> Sample:
-    """x_t = (1 - t) x0 + t x1 [B, ...] (sec. 2), from data x0 and noise x1, both [B, ...], at times t [B].
+    """Return x_t = (1 - t) x0 + t x1 [B, ...] (sec. 2), from data x0 and noise x1, both [B, ...], at times t [B].
 
     Raises:
         ValueError: shapes that do not fit.
@@ -16,5 +16,5 @@ def interpolate(x0: Sample, x1: Sample, t: Time) -> Sample:
 
 
 def conditional_velocity(x0: Sample, x1: Sample) -> Sample:
-    """The velocity v = d/dt x_t = x1 - x0 [B, ...] (sec. 2)."""
+    """Return the velocity v = d/dt x_t = x1 - x0 [B, ...] (sec. 2)."""
     return x1 - x0

@@ -11,9 +11,19 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
+def unpack_dual(a: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return value and tangent of a, the tangent None outside a JVP or where a has none.
+
+    The level is named, there being one only: torch.compile would take "no JVP is running", if the first call finds
+    none, to hold for the JVPs after it.
+    """
+    value, tangent = forward_ad.unpack_dual(a, level=0)
+    return value, tangent
+
+
 def has_tangent(a: Tensor) -> bool:
-    """Whether a is inside a JVP, with a tangent of its own."""
-    return forward_ad.unpack_dual(a).tangent is not None
+    """Tell whether a is inside a JVP, with a tangent of its own."""
+    return unpack_dual(a)[1] is not None
 
 
 class Linear(nn.Linear):
@@ -24,8 +34,8 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """The layer's y = x W^T + b [..., out_features] for x [..., in_features]."""
-        value, tangent = forward_ad.unpack_dual(input)
+        """Return y = x W^T + b [..., out_features] for x [..., in_features]."""
+        value, tangent = unpack_dual(input)
         if tangent is None or has_tangent(self.weight):
             return super().forward(input)
         return forward_ad.make_dual(super().forward(value), F.linear(tangent, self.weight))

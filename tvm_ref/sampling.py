@@ -15,7 +15,7 @@ Jump = Callable[[Tensor, Tensor, Tensor, Condition | None], Tensor]
 
 
 def uniform_times(steps: int) -> list[float]:
-    """1 = t_0 > t_1 > ... > t_steps = 0, equally spaced.
+    """Space times equally, 1 = t_0 > t_1 > ... > t_steps = 0.
 
     Raises:
         ValueError: fewer than one step.
@@ -29,7 +29,7 @@ def uniform_times(steps: int) -> list[float]:
 def sample_path(
     jump: Jump, x1: Sample, times: int | Sequence[float] = 1, condition: Condition | None = None
 ) -> list[Sample]:
-    """The states [B, ...] at every time of the grid, from noise x1 [B, ...] to data: x <- x + f(x, t_i, t_i+1), fig. 3.
+    """Carry noise x1 [B, ...] to data by x <- x + f(x, t_i, t_i+1) (fig. 3); return the states of the grid.
 
     Args:
         jump: called as jump(x, t, s, condition): a FlowMap, an exact flow's `jump`, or EulerStep.
@@ -54,7 +54,7 @@ def sample_path(
 
 
 def sample(jump: Jump, x1: Sample, times: int | Sequence[float] = 1, condition: Condition | None = None) -> Sample:
-    """The last state of sample_path: samples [B, ...] of the data."""
+    """Return the last state of sample_path: samples [B, ...] of the data."""
     return sample_path(jump, x1, times, condition)[-1]
 
 
@@ -65,7 +65,7 @@ class EulerStep:
         self.flow = flow
 
     def __call__(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
-        """The state [B, ...] at times s [B]."""
+        """Return the state [B, ...] at times s [B]."""
         return x + over(s - t, x) * self.flow.velocity(x, t, condition)
 
 

@@ -7,13 +7,59 @@ a tile of S, P and T is computed again and
     gq = scale (gS k + gT dk);  gk = scale (gS^T q + gT^T dq);  gv = P^T go + (P * U)^T gdo
     gdq = scale gT k;           gdk = scale gT^T q;             gdv = P^T gdo
 Products of matrices per tile, plain and with tangents: queries' side 3 and 9; keys' side 4 and 12, or 9 for gk, gdk
-and 6 for gv, gdv when these are two launches.
+and 6 for gv, gdv when these are two launches. Tangents that are zero and gradients that nobody wants are None, and
+their products are not there: without dq and dk, T, mu, gT and U are zero.
 """
 
 import triton
 import triton.language as tl
 
-from jvp_attention.tiles import LOG2_E, keys_seen, load_numbers, load_rows, place, row_sum, store_numbers, store_rows
+from jvp_attention.rows import (
+    LOG2_E,
+    keys_seen,
+    load_mask,
+    load_numbers,
+    load_rows,
+    place,
+    row_sum,
+    seen_tiles,
+    store_numbers,
+    store_rows,
+)
+
+
+@triton.jit
+def row_sums(
+    go_tile,
+    gdo_tile,
+    o,
+    do,
+    o_low,
+    do_low,
+    b,
+    h,
+    start,
+    N,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The sums c and r [QUERIES] of a tile of queries, o and do taken with what rounding took."""
+    value = load_rows(o, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
+    if o_low is not None:
+        value += load_rows(o_low, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
+    r = tl.full([QUERIES], 0.0, tl.float32)
+    c = tl.full([QUERIES], 0.0, tl.float32)
+    if go_tile is not None:
+        r += row_sum(go_tile.to(tl.float32) * value)
+    if gdo_tile is not None:
+        tangent = load_rows(do, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
+        if do_low is not None:
+            tangent += load_rows(do_low, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
+        r += row_sum(gdo_tile.to(tl.float32) * tangent)
+        c += row_sum(gdo_tile.to(tl.float32) * value)
+    return c, r
 
 
 @triton.jit
@@ -33,24 +79,21 @@ def row_sum_kernel(
     QUERIES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The sums c and r [B H, N], o and do taken with what rounding took. Grid: tiles of queries x heads x batch."""
-    start, b, h, head = place(N, heads, QUERIES)
-    value = load_rows(o, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
-    g_value = load_rows(go, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
-    if o_low is not None:
-        value += load_rows(o_low, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
-    r_sums = row_sum(g_value * value)
+    """The sums c and r [B H, N] where no query_kernel runs. Grid: tiles of queries x heads x batch."""
+    start, b, h, head = place(N, heads, QUERIES, False)
+    go_tile = None
+    gdo_tile = None
+    if go is not None:
+        go_tile = load_rows(go, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
     if gdo is not None:
-        tangent = load_rows(do, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
-        g_tangent = load_rows(gdo, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
-        if o_low is not None:
-            tangent += load_rows(do_low, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
-        r_sums += row_sum(g_tangent * tangent)
-        store_numbers(c, row_sum(g_tangent * value), head, start, N, QUERIES)
-    store_numbers(r, r_sums, head, start, N, QUERIES)
+        gdo_tile = load_rows(gdo, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
+    c_rows, r_rows = row_sums(go_tile, gdo_tile, o, do, o_low, do_low, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
+    store_numbers(r, r_rows, head, start, N, QUERIES)
+    if c is not None:
+        store_numbers(c, c_rows, head, start, N, QUERIES)
 
 
-@triton.heuristics({"WHOLE_KEYS": lambda a: a["M"] % a["KEYS"] == 0 and a["lengths"] is None})
+@triton.heuristics({"WHOLE_KEYS": lambda a: a["M"] % a["KEYS"] == 0 and a["lengths"] is None and a["mask"] is None})
 @triton.jit
 def query_kernel(
     q,
@@ -61,6 +104,10 @@ def query_kernel(
     dv,
     go,
     gdo,
+    o,
+    do,
+    o_low,
+    do_low,
     lse,
     mu,
     c,
@@ -68,65 +115,103 @@ def query_kernel(
     gq,
     gdq,
     lengths,
+    mask,
+    tiles,
     scale,
     heads,
     N,
     M,
+    GROUP: tl.constexpr,  # heads of q that share one of k and v
     D: tl.constexpr,
     UNIT: tl.constexpr,  # of strides
     CAUSAL: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr,  # all keys of every tile are seen: M is a multiple of KEYS, no lengths
+    WHOLE_KEYS: tl.constexpr,  # all keys of every tile are seen: M is a multiple of KEYS, no lengths, no mask
     PRECISION: tl.constexpr,  # of float32 products; in 16 bits there is one way
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Gradients of one tile of queries, over all keys. Grid: tiles of queries x heads x batch.
+    """Gradients of one tile of queries, over all keys, and its sums c and r. Grid: tiles of queries x heads x batch.
 
-    Without tangents dq, dk, dv, gdo, mu, c, gdq are None; lengths, if not None, hide keys from lengths[b] on.
+    dq, dk, dv, go, gdo are None where they are zero, gq and gdq where nobody wants them; mu without dq and dk, c
+    without gdo too. lengths, if not None, hide keys from lengths[b] on, a mask those of its pairs that are zero; tiles
+    are those of it that must be looked at.
     """
-    start, b, h, head = place(N, heads, QUERIES)
+    HAS_T: tl.constexpr = mu is not None  # and with it gT
+    start, b, h, head = place(N, heads, QUERIES, CAUSAL)
+    h_k = h // GROUP
     dtype = q[0].dtype.element_ty
     rows = start + tl.arange(0, QUERIES)
+    size = tl.abs(scale)
+    factor = tl.maximum(size * LOG2_E, 1e-30)
     q_tile = load_rows(q, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
-    go_tile = load_rows(go, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
-    lse_rows = load_numbers(lse, head, start, N, QUERIES)[:, None]
-    r_rows = load_numbers(r, head, start, N, QUERIES)[:, None]
-    sum_q = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)
-    if dq is not None:
-        dq_tile = load_rows(dq, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
+    go_tile = None
+    gdo_tile = None
+    if go is not None:
+        go_tile = load_rows(go, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
+    if gdo is not None:
         gdo_tile = load_rows(gdo, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
-        mu_rows = load_numbers(mu, head, start, N, QUERIES)[:, None]
-        c_rows = load_numbers(c, head, start, N, QUERIES)[:, None]
+    c_rows, r_rows = row_sums(go_tile, gdo_tile, o, do, o_low, do_low, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
+    store_numbers(r, r_rows, head, start, N, QUERIES)
+    lse_rows = load_numbers(lse, head, start, N, QUERIES)[:, None]
+    if dq is not None and gq is not None:
+        dq_tile = load_rows(dq, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
+    if gq is not None:
+        sum_q = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)
+    if HAS_T:
+        store_numbers(c, c_rows, head, start, N, QUERIES)
+        if gq is not None:
+            mu_rows = load_numbers(mu, head, start, N, QUERIES)[:, None]
+    if gdq is not None:
         sum_dq = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)
     seen = keys_seen(lengths, b, M)
-    end = tl.minimum(seen, start + QUERIES) if CAUSAL else seen
-    for at in range(0, end, KEYS):
-        k_tile = load_rows(k, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-        v_tile = load_rows(v, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
+    count = ((tl.minimum(seen, start + QUERIES) if CAUSAL else seen) + KEYS - 1) // KEYS
+    if mask is not None:
+        listed = seen_tiles(tiles, b, h, start, QUERIES)
+        count = tl.load(listed)
+    for i in range(0, count):
+        at = i * KEYS
+        if mask is not None:
+            at = tl.load(listed + 1 + i) * KEYS
+        k_tile = load_rows(k, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+        v_tile = load_rows(v, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         keys = at + tl.arange(0, KEYS)
         if CAUSAL:
             s = tl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
         if not WHOLE_KEYS:
             s = tl.where((keys < seen)[None, :], s, float("-inf"))
-        p = tl.exp2(s - lse_rows)
-        a = tl.dot(go_tile, tl.trans(v_tile), input_precision=PRECISION)
-        if dq is not None:
-            dk_tile = load_rows(dk, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-            dv_tile = load_rows(dv, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-            a = tl.dot(gdo_tile, tl.trans(dv_tile), a, input_precision=PRECISION)
-            t = tl.dot(dq_tile, tl.trans(k_tile), input_precision=PRECISION)
-            t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
-            gt = p * (tl.dot(gdo_tile, tl.trans(v_tile), input_precision=PRECISION) - c_rows)
-            gs = gt * (t * scale - mu_rows) + p * (a - r_rows)
-            sum_q = tl.dot(gt.to(dtype), dk_tile, sum_q, input_precision=PRECISION)
-            sum_dq = tl.dot(gt.to(dtype), k_tile, sum_dq, input_precision=PRECISION)
-        else:
-            gs = p * (a - r_rows)
-        sum_q = tl.dot(gs.to(dtype), k_tile, sum_q, input_precision=PRECISION)
-    store_rows(gq, sum_q * scale, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
-    if dq is not None:
+        if mask is not None:
+            s = tl.where(load_mask(mask, b, h, start, N, at, M, QUERIES, KEYS), s, float("-inf"))
+        p = tl.exp2(s * factor - lse_rows)
+        if gq is not None:
+            a = tl.full([QUERIES, KEYS], 0.0, tl.float32)
+            if go is not None:
+                a = tl.dot(go_tile, tl.trans(v_tile), a, input_precision=PRECISION)
+            if dv is not None:
+                dv_tile = load_rows(dv, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+                a = tl.dot(gdo_tile, tl.trans(dv_tile), a, input_precision=PRECISION)
+            gs = p * (a - r_rows[:, None])
+            if HAS_T:
+                t = tl.full([QUERIES, KEYS], 0.0, tl.float32)
+                if dq is not None:
+                    t = tl.dot(dq_tile, tl.trans(k_tile), t, input_precision=PRECISION)
+                if dk is not None:
+                    dk_tile = load_rows(dk, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+                    t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
+        if HAS_T:
+            gt = p * (tl.dot(gdo_tile, tl.trans(v_tile), input_precision=PRECISION) - c_rows[:, None])
+            if gq is not None:
+                gs += gt * (t * size - mu_rows)
+                if dk is not None:
+                    sum_q = tl.dot(gt.to(dtype), dk_tile, sum_q, input_precision=PRECISION)
+            if gdq is not None:
+                sum_dq = tl.dot(gt.to(dtype), k_tile, sum_dq, input_precision=PRECISION)
+        if gq is not None:
+            sum_q = tl.dot(gs.to(dtype), k_tile, sum_q, input_precision=PRECISION)
+    if gq is not None:
+        store_rows(gq, sum_q * scale, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
+    if gdq is not None:
         store_rows(gdq, sum_dq * scale, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
 
 
@@ -150,10 +235,13 @@ def key_kernel(
     gdk,
     gdv,
     lengths,
+    mask,
+    tiles,
     scale,
     heads,
     N,
     M,
+    GROUP: tl.constexpr,  # heads of q that share one of k and v
     D: tl.constexpr,
     UNIT: tl.constexpr,  # of strides
     CAUSAL: tl.constexpr,
@@ -163,75 +251,106 @@ def key_kernel(
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Gradients of one tile of keys and values, over all queries. Grid: tiles of keys x heads x batch.
+    """Gradients of one tile of keys and values, over all queries. Grid: tiles of keys x heads of k x batch.
 
-    Without tangents dq, dk, dv, gdo, mu, c, gdk, gdv are None. Where gk and gdk, or gv and gdv, are None the others
-    are computed.
+    dq, dk, dv, go, gdo are None where they are zero, gk, gv, gdk, gdv where nobody wants them; mu and c without dq
+    and dk, c and r also without gk and gdk.
 
     Works on transposed tiles [KEYS, QUERIES], made as k q^T: transposing the result of a product to use it in another
     has been miscompiled for Hopper. Queries beyond the end read as zeros, so go, gdo, c and r are zero there and they
-    add nothing. lengths, if not None, hide keys from lengths[b] on,
-    whose gradients are zero.
+    add nothing. lengths, if not None, hide keys from lengths[b] on, whose gradients are zero; a mask hides those of its
+    pairs (here [M, N]) that are zero, and tiles are those of it that must be looked at.
     """
-    start, b, h, head = place(M, heads, KEYS)
+    HAS_T: tl.constexpr = mu is not None  # and with it gT
+    HAS_U: tl.constexpr = mu is not None and (gk is not None or gv is not None)
+    start, b, h_k, _ = place(M, heads // GROUP, KEYS, False)
     dtype = q[0].dtype.element_ty
     keys = start + tl.arange(0, KEYS)
+    size = tl.abs(scale)
+    factor = tl.maximum(size * LOG2_E, 1e-30)
     seen = keys_seen(lengths, b, M)
-    k_tile = load_rows(k, b, h, start, seen, D, UNIT, KEYS, CHANNELS, False)
-    if dq is not None:
-        dk_tile = load_rows(dk, b, h, start, seen, D, UNIT, KEYS, CHANNELS, False)
+    k_tile = load_rows(k, b, h_k, start, seen, D, UNIT, KEYS, CHANNELS, False)
+    if HAS_U and dk is not None:
+        dk_tile = load_rows(dk, b, h_k, start, seen, D, UNIT, KEYS, CHANNELS, False)
+    if gk is not None or gdk is not None:
+        v_tile = load_rows(v, b, h_k, start, seen, D, UNIT, KEYS, CHANNELS, False)
     if gk is not None:
-        v_tile = load_rows(v, b, h, start, seen, D, UNIT, KEYS, CHANNELS, False)
         sum_k = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
-        if dq is not None:
-            dv_tile = load_rows(dv, b, h, start, seen, D, UNIT, KEYS, CHANNELS, False)
-            sum_dk = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
+        if dv is not None:
+            dv_tile = load_rows(dv, b, h_k, start, seen, D, UNIT, KEYS, CHANNELS, False)
+    if gdk is not None:
+        sum_dk = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
     if gv is not None:
         sum_v = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
-        if dq is not None:
-            sum_dv = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
-    begin = start // QUERIES * QUERIES if CAUSAL else 0
-    end = N
+    if gdv is not None:
+        sum_dv = tl.full([KEYS, CHANNELS], 0.0, tl.float32)
+    begin = start // QUERIES if CAUSAL else 0
+    end = (N + QUERIES - 1) // QUERIES
     if lengths is not None:
-        end = tl.where(start < seen, N, 0)
-    for at in range(begin, end, QUERIES):
-        q_tile = load_rows(q, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
-        go_tile = load_rows(go, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
-        s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * LOG2_E)
-        if CAUSAL:
-            rows = at + tl.arange(0, QUERIES)
-            s = tl.where(keys[:, None] <= rows[None, :], s, float("-inf"))
-        if lengths is not None:
-            s = tl.where((keys < seen)[:, None], s, float("-inf"))
-        p = tl.exp2(s - load_numbers(lse, head, at, N, QUERIES)[None, :])
-        if dq is not None:
-            dq_tile = load_rows(dq, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
-            gdo_tile = load_rows(gdo, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
-            t = tl.dot(k_tile, tl.trans(dq_tile), input_precision=PRECISION)
-            t = tl.dot(dk_tile, tl.trans(q_tile), t, input_precision=PRECISION)
-            u = t * scale - load_numbers(mu, head, at, N, QUERIES)[None, :]
-        if gv is not None:
-            sum_v = tl.dot(p.to(dtype), go_tile, sum_v, input_precision=PRECISION)
-            if dq is not None:
-                sum_v = tl.dot((p * u).to(dtype), gdo_tile, sum_v, input_precision=PRECISION)
+        end = tl.where(start < seen, end, 0)
+    for g in range(GROUP):
+        h = h_k * GROUP + g
+        head = b * heads + h
+        if mask is not None:
+            listed = seen_tiles(tiles, b, h, start, KEYS)
+            begin = 0
+            end = tl.load(listed)
+        for i in range(begin, end):
+            at = i * QUERIES
+            if mask is not None:
+                at = tl.load(listed + 1 + i) * QUERIES
+            q_tile = load_rows(q, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+            if CAUSAL:
+                rows = at + tl.arange(0, QUERIES)
+                s = tl.where(keys[:, None] <= rows[None, :], s, float("-inf"))
+            if lengths is not None:
+                s = tl.where((keys < seen)[:, None], s, float("-inf"))
+            if mask is not None:
+                s = tl.where(load_mask(mask, b, h, start, M, at, N, KEYS, QUERIES), s, float("-inf"))
+            p = tl.exp2(s * factor - load_numbers(lse, head, at, N, QUERIES)[None, :])
+            if go is not None:
+                go_tile = load_rows(go, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
+            if gdo is not None:
+                gdo_tile = load_rows(gdo, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
+            if dq is not None and (HAS_U or gk is not None):
+                dq_tile = load_rows(dq, b, h, at, N, D, UNIT, QUERIES, CHANNELS, WHOLE_QUERIES)
+            if HAS_U:
+                t = tl.full([KEYS, QUERIES], 0.0, tl.float32)
+                if dq is not None:
+                    t = tl.dot(k_tile, tl.trans(dq_tile), t, input_precision=PRECISION)
+                if dk is not None:
+                    t = tl.dot(dk_tile, tl.trans(q_tile), t, input_precision=PRECISION)
+                u = t * size - load_numbers(mu, head, at, N, QUERIES)[None, :]
+            if gv is not None:
+                if go is not None:
+                    sum_v = tl.dot(p.to(dtype), go_tile, sum_v, input_precision=PRECISION)
+                if HAS_T:
+                    sum_v = tl.dot((p * u).to(dtype), gdo_tile, sum_v, input_precision=PRECISION)
+            if gdv is not None:
                 sum_dv = tl.dot(p.to(dtype), gdo_tile, sum_dv, input_precision=PRECISION)
-        if gk is not None:
-            a = tl.dot(v_tile, tl.trans(go_tile), input_precision=PRECISION)
-            if dq is not None:
-                a = tl.dot(dv_tile, tl.trans(gdo_tile), a, input_precision=PRECISION)
-            gs = p * (a - load_numbers(r, head, at, N, QUERIES)[None, :])
-            if dq is not None:
+            if HAS_T and (gk is not None or gdk is not None):
                 gt = tl.dot(v_tile, tl.trans(gdo_tile), input_precision=PRECISION)
                 gt = p * (gt - load_numbers(c, head, at, N, QUERIES)[None, :])
-                gs += gt * u
-                sum_k = tl.dot(gt.to(dtype), dq_tile, sum_k, input_precision=PRECISION)
-                sum_dk = tl.dot(gt.to(dtype), q_tile, sum_dk, input_precision=PRECISION)
-            sum_k = tl.dot(gs.to(dtype), q_tile, sum_k, input_precision=PRECISION)
+                if gdk is not None:
+                    sum_dk = tl.dot(gt.to(dtype), q_tile, sum_dk, input_precision=PRECISION)
+                if gk is not None and dq is not None:
+                    sum_k = tl.dot(gt.to(dtype), dq_tile, sum_k, input_precision=PRECISION)
+            if gk is not None:
+                a = tl.full([KEYS, QUERIES], 0.0, tl.float32)
+                if go is not None:
+                    a = tl.dot(v_tile, tl.trans(go_tile), a, input_precision=PRECISION)
+                if dv is not None:
+                    a = tl.dot(dv_tile, tl.trans(gdo_tile), a, input_precision=PRECISION)
+                gs = p * (a - load_numbers(r, head, at, N, QUERIES)[None, :])
+                if HAS_T:
+                    gs += gt * u
+                sum_k = tl.dot(gs.to(dtype), q_tile, sum_k, input_precision=PRECISION)
     if gk is not None:
-        store_rows(gk, sum_k * scale, b, h, start, M, D, UNIT, KEYS, CHANNELS)
-        if dq is not None:
-            store_rows(gdk, sum_dk * scale, b, h, start, M, D, UNIT, KEYS, CHANNELS)
+        store_rows(gk, sum_k * size, b, h_k, start, M, D, UNIT, KEYS, CHANNELS)
+    if gdk is not None:
+        store_rows(gdk, sum_dk * size, b, h_k, start, M, D, UNIT, KEYS, CHANNELS)
     if gv is not None:
-        store_rows(gv, sum_v, b, h, start, M, D, UNIT, KEYS, CHANNELS)
-        if dq is not None:
-            store_rows(gdv, sum_dv, b, h, start, M, D, UNIT, KEYS, CHANNELS)
+        store_rows(gv, sum_v, b, h_k, start, M, D, UNIT, KEYS, CHANNELS)
+    if gdv is not None:
+        store_rows(gdv, sum_dv, b, h_k, start, M, D, UNIT, KEYS, CHANNELS)

@@ -3,13 +3,17 @@
     python -m jvp_attention.compile_report                       # default tiles, bfloat16, heads of 64 and 128
     python -m jvp_attention.compile_report --dims 72 256 --dtype float32
     python -m jvp_attention.compile_report --all                 # every candidate of the tuning, not the default alone
+    python -m jvp_attention.compile_report --clocks              # and a static roofline, see clocks.py
+    python -m jvp_attention.compile_report --arch 80 89 120      # other cards than an H100 (90)
 
-Compiles for sm_90 (H100) and prints, per kernel: products of matrices per pair of tiles, registers per thread (255 is
-the most), bytes of stack per thread (registers that were spilled lie there), shared memory (227 KiB is the most) and
-instructions for Hopper's matrix units (none for float32, which runs without). Takes seconds per kernel.
+Prints, per kernel: products of matrices per pair of tiles, registers per thread (255 is the most), bytes of stack per
+thread (registers that were spilled lie there), shared memory (the most is 227 KiB on sm_90 and sm_100, 163 on sm_80, 99
+on sm_86, sm_89 and sm_120) and instructions for Hopper's matrix units (none for float32, which runs without). With
+--clocks also clocks of a multiprocessor per 128 queries and 128 keys. Takes seconds per kernel.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -22,13 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jvp_attention.configurations import Tiles
+from jvp_attention.clocks import count, machine_code
 from jvp_attention.shapes import LARGEST_HEAD
+from jvp_attention.tile_sizes import Tiles
 
 SM = 90
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # per block, by architecture
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-LENGTH = 1024  # of queries and keys; only what it is divisible by matters
+LENGTH = 4096  # of queries and keys: not short, and divisible by the tiles
 MULTIPLE_OF_16 = [["tt.divisibility", 16]]
 
 
@@ -53,7 +59,7 @@ def calls(d: int, dtype: torch.dtype, *, causal: bool = False, lengths: bool = F
     return found
 
 
-def compile_call(call: Any, tiles: Tiles) -> Any:
+def compile_call(call: Any, tiles: Tiles, sm: int = SM) -> Any:
     """The kernel of a call as triton compiles it for sm_90, arguments specialised as at its launch."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -86,7 +92,7 @@ def compile_call(call: Any, tiles: Tiles) -> Any:
         else:
             signature[name] = kind(value, (i,))
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", SM, 32), options=tiles.options())
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=tiles.options())
 
 
 def usage(compiled: Any) -> tuple[int, int]:
@@ -102,11 +108,17 @@ def usage(compiled: Any) -> tuple[int, int]:
     return figures["REG"], figures["STACK"]
 
 
-def report(call: Any, tiles: Tiles) -> dict[str, Any]:
-    """The figures of one kernel with one choice of tiles."""
-    compiled = compile_call(call, tiles)
+def report(call: Any, tiles: Tiles, sm: int = SM, *, clocks: bool = False) -> dict[str, Any]:
+    """The figures of one kernel with one choice of tiles; clocks of a multiprocessor are per 128 x 128 pairs."""
+    compiled = compile_call(call, tiles, sm)
     registers, stack = usage(compiled)
+    counted = {}
+    if clocks and call.name != "row_sum":
+        found = count(machine_code(compiled.asm["cubin"]), tiles.warps, sm)
+        found = found.per_pairs(128 * 128 / (tiles.queries * tiles.keys))
+        counted = {**found._asdict(), "sum": found.without_overlap, "limit": found.limit}
     return {
+        "arch": sm,
         "kernel": call.name,
         "D": call.arguments["D"],
         **tiles._asdict(),
@@ -115,22 +127,30 @@ def report(call: Any, tiles: Tiles) -> dict[str, Any]:
         "stack": stack,
         "shared_kib": compiled.metadata.shared / 1024,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        **counted,
     }
+
+
+COUNTED = ("tensor", "operands", "matrix", "loads", "exp2", "issue", "barriers", "sum")
 
 
 def line(r: dict[str, Any]) -> str:
     """One row of the table."""
     tiles = f"{r['queries']} x {r['keys']}, {r['warps']} warps, {r['stages']} stages"
+    counted = "".join(f" {r[name]:>8.0f}" for name in COUNTED) + f" {r['limit']}" if "limit" in r else ""
     return (
-        f"{r['kernel']:<13} {r['D']:>4} {tiles:<28} {r['products']:>8} {r['registers']:>9} {r['stack']:>6} "
-        f"{r['shared_kib']:>9.1f} {r['wgmma']:>6}"
+        f"{r['arch']:<4} {r['kernel']:<13} {r['D']:>4} {tiles:<28} {r['products']:>8} {r['registers']:>9} "
+        f"{r['stack']:>6} {r['shared_kib']:>6.1f} {r['wgmma']:>6}{counted}"
     )
 
 
-HEADER = (
-    f"{'kernel':<13} {'D':>4} {'queries x keys':<28} {'products':>8} {'registers':>9} {'stack':>6} "
-    f"{'KiB':>9} {'wgmma':>6}"
-)
+def header(clocks: bool) -> str:
+    """The names of the columns."""
+    counted = "".join(f" {name:>8}" for name in COUNTED) + " limit" if clocks else ""
+    return (
+        f"{'arch':<4} {'kernel':<13} {'D':>4} {'queries x keys':<28} {'products':>8} {'registers':>9} "
+        f"{'stack':>6} {'KiB':>6} {'wgmma':>6}{counted}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,6 +166,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--causal", action="store_true", help="the causal kernels")
     p.add_argument("--lengths", action="store_true", help="the kernels that are given how many keys to see")
     p.add_argument("--all", action="store_true", help="every candidate of the tuning, not the default alone")
+    p.add_argument("--arch", type=int, nargs="+", choices=SHARED_KIB, default=[SM], help="to compile for (default: 90)")
+    p.add_argument("--clocks", action="store_true", help="count clocks in the machine code")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this new file")
     args = p.parse_args(argv)
     problem = _problem(args)
@@ -153,11 +175,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{p.prog}: error: {problem}", file=sys.stderr)
         return 2
     rows = []
-    print(HEADER)
-    for d in args.dims:
+    print(header(args.clocks))
+    for sm, d in itertools.product(args.arch, args.dims):
         for call in calls(d, DTYPES[args.dtype], causal=args.causal, lengths=args.lengths):
-            for tiles in call.candidates()[: None if args.all else 1]:
-                rows.append(report(call, tiles))
+            for tiles in call.candidates(SHARED_KIB[sm])[: None if args.all else 1]:
+                rows.append(report(call, tiles, sm, clocks=args.clocks))
                 print(line(rows[-1]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -172,6 +194,8 @@ def _problem(args: argparse.Namespace) -> str:
         return f"{args.json} exists already; choose another --json"
     if args.json and not args.json.absolute().parent.is_dir():
         return f"the folder of {args.json} does not exist"
+    if args.clocks and 100 in args.arch:
+        return "--clocks knows no matrix instructions of sm_100"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 is set, and the interpreter compiles nothing: unset it"
     try:

@@ -4,16 +4,28 @@ S = scale q k^T; P = softmax(S); T = scale (dq k^T + q dk^T); mu = row sum of P 
 o = P v; do = (P * T) v + P dv - mu o
 
 The softmax is taken online: P carries a factor that depends on the largest logit so far, and everything summed over
-keys is rescaled when that grows. Products of matrices per tile: 2, with tangents 6.
+keys is rescaled when that grows. Products of matrices per tile: 2, with all tangents 6; without dq or dk one less,
+without both 3, without dv 5.
 """
 
 import triton
 import triton.language as tl
 
-from jvp_attention.tiles import LOG2_E, keys_seen, load_rows, place, row_max, row_sum, store_numbers, store_rows
+from jvp_attention.rows import (
+    LOG2_E,
+    keys_seen,
+    load_mask,
+    load_rows,
+    place,
+    row_max,
+    row_sum,
+    seen_tiles,
+    store_numbers,
+    store_rows,
+)
 
 
-@triton.heuristics({"WHOLE_KEYS": lambda a: a["M"] % a["KEYS"] == 0 and a["lengths"] is None})
+@triton.heuristics({"WHOLE_KEYS": lambda a: a["M"] % a["KEYS"] == 0 and a["lengths"] is None and a["mask"] is None})
 @triton.jit
 def forward_kernel(
     q,
@@ -29,14 +41,17 @@ def forward_kernel(
     lse,
     mu,
     lengths,
+    mask,
+    tiles,
     scale,
     heads,
     N,
     M,
+    GROUP: tl.constexpr,  # heads of q that share one of k and v
     D: tl.constexpr,
     UNIT: tl.constexpr,  # of strides
     CAUSAL: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr,  # all keys of every tile are seen: M is a multiple of KEYS, no lengths
+    WHOLE_KEYS: tl.constexpr,  # all keys of every tile are seen: M is a multiple of KEYS, no lengths, no mask
     PRECISION: tl.constexpr,  # of float32 products; in 16 bits there is one way
     QUERIES: tl.constexpr,  # per tile
     KEYS: tl.constexpr,
@@ -44,58 +59,95 @@ def forward_kernel(
 ):
     """One tile of queries against all keys. Grid: tiles of queries x heads x batch.
 
-    Without tangents dq, dk, dv, do, mu are None. o_low and do_low, if not None, take what o and do lose in rounding;
-    lse is the logarithm to base 2 of the sum of exp(S). lengths, if not None, hide keys from lengths[b] on.
+    Tangents that are None are zero; do is None without any, mu without dq and dk. o_low and do_low, if not None, take
+    what o and do lose in rounding; lse is the logarithm to base 2 of the sum of exp(S). lengths, if not None, hide keys
+    from lengths[b] on, a mask those of its pairs that are zero; tiles are those of it that must be looked at.
     """
-    start, b, h, head = place(N, heads, QUERIES)
+    DUAL: tl.constexpr = do is not None
+    HAS_T: tl.constexpr = mu is not None
+    start, b, h, head = place(N, heads, QUERIES, CAUSAL)
+    h_k = h // GROUP
     dtype = q[0].dtype.element_ty
+    ROUNDED: tl.constexpr = dtype.primitive_bitwidth == 16
     rows = start + tl.arange(0, QUERIES)
+    size = tl.abs(scale)
+    factor = tl.maximum(size * LOG2_E, 1e-30)  # not 0, for 0 times the infinity of a hidden key is NaN
     q_tile = load_rows(q, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
-    largest = tl.full([QUERIES], float("-inf"), tl.float32)
+    largest = tl.full([QUERIES], float("-inf"), tl.float32)  # of q k^T
     total = tl.full([QUERIES], 0.0, tl.float32)
     sum_pv = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)
+    if DUAL:
+        sum_do = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)  # (P * T) v + P dv
+    if HAS_T:
+        sum_pt = tl.full([QUERIES], 0.0, tl.float32)  # for mu
+        if ROUNDED:
+            sum_rounded = tl.full([QUERIES, 16], 0.0, tl.float32)  # for do
+            ones = tl.full([KEYS, 16], 1.0, dtype)
     if dq is not None:
         dq_tile = load_rows(dq, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
-        sum_pt = tl.full([QUERIES], 0.0, tl.float32)
-        sum_do = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)  # (P * T) v + P dv
     seen = keys_seen(lengths, b, M)
-    end = tl.minimum(seen, start + QUERIES) if CAUSAL else seen
-    for at in range(0, end, KEYS):
-        k_tile = load_rows(k, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
+    count = ((tl.minimum(seen, start + QUERIES) if CAUSAL else seen) + KEYS - 1) // KEYS
+    if mask is not None:
+        listed = seen_tiles(tiles, b, h, start, QUERIES)
+        count = tl.load(listed)
+    for i in range(0, count):
+        at = i * KEYS
+        if mask is not None:
+            at = tl.load(listed + 1 + i) * KEYS
+        k_tile = load_rows(k, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         keys = at + tl.arange(0, KEYS)
         if CAUSAL:
             s = tl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
         if not WHOLE_KEYS:
             s = tl.where((keys < seen)[None, :], s, float("-inf"))
+        if mask is not None:
+            s = tl.where(load_mask(mask, b, h, start, N, at, M, QUERIES, KEYS), s, float("-inf"))
         if dq is not None:
-            dk_tile = load_rows(dk, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
             t = tl.dot(dq_tile, tl.trans(k_tile), input_precision=PRECISION)
-            t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
+        if dk is not None:
+            dk_tile = load_rows(dk, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+            if dq is not None:
+                t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
+            else:
+                t = tl.dot(q_tile, tl.trans(dk_tile), input_precision=PRECISION)
         before = largest
         largest = tl.maximum(before, row_max(s))
-        p = tl.exp2(s - largest[:, None])
-        shrink = tl.exp2(before - largest)
+        shift = largest * factor
+        if mask is not None:
+            shift = tl.where(largest == float("-inf"), 0.0, shift)  # nothing seen so far
+        p = tl.exp2(s * factor - shift[:, None])
+        shrink = tl.exp2(before * factor - shift)
         total = total * shrink + row_sum(p)
-        v_tile = load_rows(v, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-        if dq is not None:
-            pt = (p * (t * scale)).to(dtype)
-            sum_pt = sum_pt * shrink + row_sum(pt.to(tl.float32))  # as rounded, so that do cancels where it should
-            dv_tile = load_rows(dv, b, h, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-            sum_do = tl.dot(pt, v_tile, sum_do * shrink[:, None], input_precision=PRECISION)
+        v_tile = load_rows(v, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+        if DUAL:
+            sum_do = sum_do * shrink[:, None]
+        if HAS_T:
+            exact = p * (t * size)
+            pt = exact.to(dtype)
+            sum_pt = sum_pt * shrink + row_sum(exact)  # so that T - mu cancels in the backward
+            if ROUNDED:
+                sum_rounded = tl.dot(pt, ones, sum_rounded * shrink[:, None])
+            sum_do = tl.dot(pt, v_tile, sum_do, input_precision=PRECISION)
+        if dv is not None:
+            dv_tile = load_rows(dv, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
             sum_do = tl.dot(p.to(dtype), dv_tile, sum_do, input_precision=PRECISION)
         sum_pv = tl.dot(p.to(dtype), v_tile, sum_pv * shrink[:, None], input_precision=PRECISION)
-    if lengths is not None:
+    shift = largest * factor
+    if lengths is not None or mask is not None:
+        shift = tl.where(total == 0, 0.0, shift)
         total = tl.where(total == 0, 1.0, total)  # no key seen: all sums are zero, and so are the results
     value = sum_pv / total[:, None]
     store_rows(o, value, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
-    store_numbers(lse, largest + tl.log2(total), head, start, N, QUERIES)
+    store_numbers(lse, shift + tl.log2(total), head, start, N, QUERIES)
     if o_low is not None:
         store_rows(o_low, value - value.to(dtype).to(tl.float32), b, h, start, N, D, UNIT, QUERIES, CHANNELS)
-    if dq is not None:
-        mean = sum_pt / total
-        tangent = sum_do / total[:, None] - mean[:, None] * value
+    if DUAL:
+        tangent = sum_do / total[:, None]
+        if HAS_T:
+            mean = row_max(sum_rounded) if ROUNDED else sum_pt
+            tangent -= (mean / total)[:, None] * value
+            store_numbers(mu, sum_pt / total, head, start, N, QUERIES)
         store_rows(do, tangent, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
-        store_numbers(mu, mean, head, start, N, QUERIES)
-        if o_low is not None:
+        if do_low is not None:
             store_rows(do_low, tangent - tangent.to(dtype).to(tl.float32), b, h, start, N, D, UNIT, QUERIES, CHANNELS)

@@ -4,7 +4,9 @@ Every operation allocates its results and returns them with the calls that fill 
 be compiled for a GPU that is not there.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +14,27 @@ import triton
 from torch import Tensor
 
 from jvp_attention import backward, forward
-from jvp_attention.configurations import Tiles, candidates, channels_of_tile, is_tuning, splits_keys
 from jvp_attention.layout import empty_low, empty_numbers, empty_rows, rows_in_order
+from jvp_attention.rows import seen_tiles_kernel
+from jvp_attention.tile_sizes import (
+    LARGE_KIB,
+    LARGEST_TILE,
+    SHORT,
+    Tiles,
+    candidates,
+    channels_of_tile,
+    is_tuning,
+    splits_keys,
+)
 
 Rows = tuple[Tensor, int, int, int]  # a tensor [B, H, rows, D], its strides but for the last
+Mask = tuple[Tensor, int, int, int, int]  # a mask [B or 1, H or 1, rows, columns], its strides
 Tensors = tuple[Tensor, Tensor, Tensor]  # of queries, keys and values
+Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]  # None is zero
+Work = tuple[list["Call"], list[Any]]  # launches, and the tensors that they fill; a result not wanted is None
+OPTIONAL = ("lengths", "mask", "dq", "dk", "dv", "go", "gdo", "gq", "gdq", "gk", "gv", "gdk", "gdv")  # cost something
 _tuned: dict[tuple[Any, ...], Tiles] = {}
+_too_large: set[tuple[Any, Tiles]] = set()
 
 
 class Saved(NamedTuple):
@@ -32,59 +49,134 @@ class Saved(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One launch of a kernel: its arguments but for the tiles, and the rows that its programs share out."""
+    """One launch of a kernel: its arguments but for the tiles, and what its programs share out."""
 
-    name: str  # in the tables of configurations
+    name: str  # in the tables of tile_sizes
     kernel: Any
     arguments: dict[str, Any]
     tiled: str  # QUERIES or KEYS: what a program has one tile of
-    rows: int  # how many of these there are
-    heads: int  # batch elements times heads
 
     @property
     def like(self) -> Tensor:
-        """A tensor with the inputs' dtype and device."""
-        return self.arguments["go" if "go" in self.arguments else "q"][0]
+        """A tensor with the inputs' dtype, device, batch and heads."""
+        return self.arguments["o" if "o" in self.arguments else "q"][0]
 
-    def candidates(self) -> list[Tiles]:
-        """The tiles to choose from; the first is the default."""
-        return candidates(self.name, self.arguments["CHANNELS"], self.like.element_size())
+    @property
+    def heads(self) -> int:
+        """Batch elements times heads, of k where keys are shared out."""
+        batch, heads = self.like.shape[:2]
+        return batch * heads // (self.arguments["GROUP"] if self.tiled == "KEYS" else 1)
+
+    def candidates(self, kib: int | None = None) -> list[Tiles]:
+        """The tiles to choose from on the inputs' device, or with so much shared memory; the first is the default."""
+        kib = shared_kib(self.like.device) if kib is None else kib
+        short = max(self.arguments["N"], self.arguments.get("M", 0)) <= SHORT
+        return candidates(self.name, self.arguments["CHANNELS"], self.like.element_size(), kib, short)
 
     def launch(self, tiles: Tiles) -> None:
         """Run the kernel; its programs lie on one axis of the grid, the only one without a limit that matters."""
         sizes = {k: v for k, v in tiles.sizes().items() if k in self.kernel.arg_names}
-        programs = triton.cdiv(self.rows, tiles.sizes()[self.tiled]) * self.heads
-        self.kernel[(programs,)](**in_units(self.arguments), **sizes, **tiles.options())
+        programs = triton.cdiv(self.arguments["N" if self.tiled == "QUERIES" else "M"], sizes[self.tiled]) * self.heads
+        arguments = in_units(self.arguments)
+        if arguments.get("mask") is not None:
+            arguments |= {"tiles": self.seen_tiles(tiles)}
+        self.kernel[(programs,)](**arguments, **sizes, **tiles.options())
+
+    def seen_tiles(self, tiles: Tiles) -> Rows | None:
+        """Which tiles of the other side every tile sees, listed from the mask by a kernel."""
+        mask, *strides = self.arguments["mask"]
+        batch, heads = (n if stride else 1 for n, stride in zip(mask.shape, strides[:2], strict=False))
+        lengths, sizes = [self.arguments["N"], self.arguments["M"]], [tiles.queries, tiles.keys]
+        if self.tiled == "KEYS":
+            lengths, sizes = lengths[::-1], sizes[::-1]
+        rows, columns = (triton.cdiv(n, size) for n, size in zip(lengths, sizes, strict=True))
+        listed = _rows(torch.empty(batch, heads, rows, 1 + columns, dtype=torch.int32, device=mask.device))
+        seen_tiles_kernel[(batch * heads * rows,)]((mask, *strides), listed, heads, *lengths, *sizes, num_warps=4)
+        return listed
 
 
 def in_units(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with strides in units of the power of two, at most 8 channels, that divides them all.
+    """The arguments with strides in units of the power of two, at most 16 channels, that divides them all.
 
     triton asks of an integer only whether 16 divides it, and rows of 72 channels are as well aligned for loads of 16
-    bytes. Where 16 divides all strides the unit is 1.
+    bytes. The unit 1 tells the kernels that offsets inside a tile may need 64 bits, so it is also that of rows so far
+    apart that they do.
     """
-    strides = [s for x in arguments.values() if isinstance(x, tuple) for s in x[1:]]
-    unit = math.gcd(16, *strides)
-    unit = 1 if unit == 16 else unit
-    scaled = {k: (x[0], *(s // unit for s in x[1:])) for k, x in arguments.items() if isinstance(x, tuple)}
+    rows = {k: x for k, x in arguments.items() if isinstance(x, tuple) and k not in ("mask", "tiles")}
+    unit = math.gcd(16, *(s for x in rows.values() for s in x[1:]))
+    if max(abs(x[3]) for x in rows.values()) * LARGEST_TILE >= 2**31:
+        unit = 1
+    scaled = {k: (x[0], *(s // unit for s in x[1:])) for k, x in rows.items()}
     return arguments | scaled | {"UNIT": unit}
 
 
-def run(work: tuple[list[Call], list[Tensor]]) -> list[Tensor]:
+def run(work: Work) -> list[Any]:
     """Launch the kernels and return the results: with default tiles, or the fastest while tuning is switched on."""
     calls, results = work
-    with torch.cuda.device_of(results[0]):
+    with torch.cuda.device_of(calls[0].like if calls else None):
         for call in calls:
-            call.launch(fastest_tiles(call) if is_tuning() and call.like.is_cuda else call.candidates()[0])
+            if is_tuning() and call.like.is_cuda:
+                call.launch(fastest_tiles(call))
+            else:
+                _launch_what_fits(call)
     return results
+
+
+def _launch_what_fits(call: Call) -> None:
+    """Launch with the first candidate that fits the card; what did not is not tried again for such a call."""
+    several = call.candidates()
+    for tiles in several:
+        if _too_large and (_kind(call), tiles) in _too_large:
+            continue
+        try:
+            return call.launch(tiles)
+        except triton.runtime.errors.OutOfResources:
+            if tiles == several[-1]:
+                raise
+            _too_large.add((_kind(call), tiles))
+
+
+def _kind(call: Call) -> tuple[Any, ...]:
+    """What decides which code a call runs, but for the tiles."""
+    a = call.arguments
+    options = tuple(name for name in OPTIONAL if a.get(name) is not None)
+    return call.name, call.like.dtype, call.like.device, a["D"], a.get("CAUSAL"), options
+
+
+@functools.cache
+def shared_kib(device: torch.device) -> int:
+    """KiB of shared memory that a block may have on a card; in the interpreter as on the largest."""
+    if device.type != "cuda":
+        return LARGE_KIB
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+
+
+def why_not(q: Tensor, dual: bool) -> str:
+    """Why the kernels cannot run on the card that q is on, forward and backward, in one line; empty if they can."""
+    return _why_not(q.device, q.element_size(), q.shape[-1], dual) if q.is_cuda else ""
+
+
+@functools.cache
+def _why_not(device: torch.device, itemsize: int, d: int, dual: bool) -> str:
+    if torch.version.hip:
+        return "the kernels are for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    kib, channels = shared_kib(device), channels_of_tile(d)
+    keys = ("key_dual_k", "key_dual_v") if splits_keys(channels, itemsize) else ("key_dual",)
+    names = ("forward_dual", "query_dual", *keys) if dual else ("forward", "query", "key")
+    if all(candidates(name, channels, itemsize, kib) for name in names):
+        return ""
+    kind = "derivatives of heads" if dual else "heads"
+    return f"{kind} of {d} channels in {8 * itemsize} bits do not fit the {kib} KiB of shared memory of this GPU"
 
 
 def fastest_tiles(call: Call) -> Tiles:
     """The fastest candidate, timed once per kernel, options and power of two of the lengths; kept in memory."""
     a = call.arguments
     sizes = [triton.next_power_of_2(a[name]) for name in ("N", "M") if name in a]
-    options = (a.get("CAUSAL"), a.get("lengths") is None)
-    key = (call.name, call.like.dtype, a["D"], *options, *sizes, triton.next_power_of_2(call.heads))
+    key = (*_kind(call), *sizes, triton.next_power_of_2(call.heads))
     if key not in _tuned and torch.cuda.is_current_stream_capturing():
         return call.candidates()[0]
     if key not in _tuned:
@@ -101,27 +193,41 @@ def _milliseconds(call: Call, tiles: Tiles) -> float:
 
 
 def _rows(x: Tensor | None) -> Rows | None:
-    """A tensor as kernels take it; copied only if its channels do not lie side by side."""
+    """A tensor as kernels take it; copied only if its channels do not lie side by side. Strides of one row are 0."""
     if x is None or x.numel() == 0:
         return None
     x = rows_in_order(x)
-    return x, x.stride(0), x.stride(1), x.stride(2)
+    b, h, rows = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return x, b, h, rows
+
+
+def _mask(mask: Tensor | None) -> Mask | None:
+    """A mask [B or 1, H or 1, N, M] as kernels take it, as bytes."""
+    if mask is None:
+        return None
+    b, h, rows, columns = (0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
+    return mask.view(torch.uint8), b, h, rows, columns
 
 
 def _attention_arguments(
-    primals: Tensors, tangents: Tensors | None, scale: float, causal: bool, lengths: Tensor | None
+    primals: Tensors, tangents: Tangents | None, scale: float, causal: bool, lengths: Tensor | None, mask: Tensor | None
 ) -> dict[str, Any]:
     """The arguments that all kernels over tiles of queries and keys share; D and CHANNELS also the row sums."""
+    if scale < 0:  # the kernels take |scale| for logits, and the queries negated with it
+        primals, tangents = _negated(primals), tangents and _negated(tangents)
     q, k, _ = primals
     tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return {
         **{name: _rows(x) for name, x in zip(("q", "k", "v"), primals, strict=True)},
         **{name: _rows(x) for name, x in zip(("dq", "dk", "dv"), tangents or [None] * 3, strict=True)},
         "lengths": None if lengths is None else lengths.contiguous(),
+        "mask": _mask(mask),
+        "tiles": None,
         "scale": scale,
         "heads": q.shape[1],
         "N": q.shape[2],
         "M": k.shape[2],
+        "GROUP": q.shape[1] // k.shape[1],
         "D": q.shape[3],
         "CAUSAL": causal,
         "PRECISION": "tf32" if tf32 else "tf32x3",
@@ -129,59 +235,97 @@ def _attention_arguments(
     }
 
 
+def _negated(of_qkv: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+    """The three with the first, that of queries, negated."""
+    return (None if of_qkv[0] is None else -of_qkv[0], *of_qkv[1:])
+
+
 def forward_calls(
-    primals: Tensors, tangents: Tensors | None, scale: float, causal: bool, lengths: Tensor | None = None
-) -> tuple[list[Call], list[Tensor]]:
-    """Attention of q, k, v: [o, lse]; with tangents [o, do, o_low, do_low, lse, mu], low being what rounding took."""
+    primals: Tensors,
+    tangents: Tangents | None,
+    scale: float,
+    causal: bool,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    keep: bool = True,
+) -> Work:
+    """Attention of q, k, v: [o, lse]; with a tangent [o, do, o_low, do_low, lse, mu], low being what rounding took.
+
+    What is not needed is an empty tensor: o_low and do_low unless they shall be kept for gradients through do, and mu
+    if only v has a tangent.
+    """
     q = primals[0]
-    dual = tangents is not None
+    dual, moved = _kinds(tangents)
     o, lse = empty_rows(q), empty_numbers(q)
-    do, mu = (empty_rows(q), empty_numbers(q)) if dual else (None, None)
-    o_low, do_low = (empty_low(q), empty_low(q)) if dual else (None, None)
+    nothing = q.new_empty(0, dtype=torch.float32)
+    do, mu = (empty_rows(q) if dual else None), (empty_numbers(q) if moved else nothing)
+    o_low, do_low = (empty_low(q) if dual and keep else q.new_empty(0) for _ in range(2))
     arguments = {
-        **_attention_arguments(primals, tangents, scale, causal, lengths),
-        **{"o": _rows(o), "do": _rows(do), "o_low": _rows(o_low), "do_low": _rows(do_low), "lse": lse, "mu": mu},
+        **_attention_arguments(primals, tangents, scale, causal, lengths, mask),
+        **{"o": _rows(o), "do": _rows(do), "o_low": _rows(o_low), "do_low": _rows(do_low)},
+        **{"lse": lse, "mu": mu if moved else None},
     }
-    name = "forward_dual" if dual else "forward"
-    call = Call(name, forward.forward_kernel, arguments, "QUERIES", q.shape[2], q.shape[0] * q.shape[1])
-    results = [o, do, o_low, do_low, lse, mu]
-    return [call], [x for x in results if x is not None]
+    call = Call("forward_dual" if dual else "forward", forward.forward_kernel, arguments, "QUERIES")
+    return [call], ([o, do, o_low, do_low, lse, mu] if dual else [o, lse])
+
+
+def _kinds(tangents: Tangents | None) -> tuple[bool, bool]:
+    """Whether there is a tangent at all, and whether logits have one (v's alone does not move them)."""
+    dq, dk, dv = tangents or (None, None, None)
+    moved = dq is not None or dk is not None
+    return moved or dv is not None, moved
 
 
 def backward_calls(
     primals: Tensors,
-    tangents: Tensors | None,
+    tangents: Tangents | None,
     saved: Saved,
-    go: Tensor,
+    go: Tensor | None,
     gdo: Tensor | None,
     scale: float,
     causal: bool,
     lengths: Tensor | None = None,
-) -> tuple[list[Call], list[Tensor]]:
-    """Gradients of q, k, v: [gq, gk, gv]; with tangents and gdo [gq, gk, gv, gdq, gdk, gdv]."""
-    q, k, v = primals
-    dual = tangents is not None
-    c, r = empty_numbers(q) if dual else None, empty_numbers(q)
-    gq, gk, gv = empty_rows(q), empty_rows(k), empty_rows(v)
-    gdq, gdk, gdv = (empty_rows(q), empty_rows(k), empty_rows(v)) if dual else (None, None, None)
-    heads = q.shape[0] * q.shape[1]
+    mask: Tensor | None = None,
+    wanted: Sequence[bool] = (True,) * 6,
+) -> Work:
+    """Gradients of q, k, v: [gq, gk, gv]; with tangents and gdo [gq, gk, gv, gdq, gdk, gdv].
+
+    Those not wanted, and those of tangents that are None, are None. go may be None, which is zero, if gdo is given.
+    """
+    dual, moved = _kinds(tangents)
+    given = (True, True, True, *(dual and x is not None for x in tangents or (None,) * 3))
+    results = [empty_rows(x) if a and b else None for x, a, b in zip(primals * 2, given, wanted, strict=True)]
+    gq, gk, gv, gdq, gdk, gdv = results
+    q = primals[0]
+    sums = any(x is not None for x in (gq, gdq, gk, gdk))
     common = {
-        **_attention_arguments(primals, tangents, scale, causal, lengths),
-        **{"go": _rows(go), "gdo": _rows(gdo), "lse": saved.lse, "mu": saved.mu, "c": c, "r": r},
+        **_attention_arguments(primals, tangents, scale, causal, lengths, mask),
+        **{"go": _rows(go), "gdo": _rows(gdo), "lse": saved.lse, "mu": saved.mu if moved else None},
+        **{"r": empty_numbers(q) if sums else None, "c": empty_numbers(q) if sums and moved else None},
     }
-    sums = {
-        **{name: common[name] for name in ("go", "gdo", "c", "r", "heads", "N", "D", "CHANNELS")},
-        **{name: _rows(getattr(saved, name)) for name in ("o", "do", "o_low", "do_low")},
-    }
-    of_queries = common | {"gq": _rows(gq), "gdq": _rows(gdq)}
-    of_keys = common | {"gk": _rows(gk), "gdk": _rows(gdk), "gv": None, "gdv": None}
-    of_values = common | {"gk": None, "gdk": None, "gv": _rows(gv), "gdv": _rows(gdv)}
-    key_calls = [("key_dual" if dual else "key", of_keys | {"gv": _rows(gv), "gdv": _rows(gdv)})]
+    outputs = {name: _rows(getattr(saved, name)) for name in ("o", "do", "o_low", "do_low")}
+    kind = "_dual" if dual else ""
+    calls = []
+    if gq is not None or gdq is not None:
+        arguments = common | outputs | {"gq": _rows(gq), "gdq": _rows(gdq)}
+        calls.append(Call("query" + kind, backward.query_kernel, arguments, "QUERIES"))
+    elif gk is not None or gdk is not None:
+        names = ("go", "gdo", "c", "r", "heads", "N", "D", "CHANNELS")
+        arguments = {name: common[name] for name in names} | outputs
+        calls.append(Call("row_sum", backward.row_sum_kernel, arguments, "QUERIES"))
+    of_keys = {"gk": _rows(gk), "gdk": _rows(gdk), "gv": _rows(gv), "gdv": _rows(gdv)}
+    parts = {"key" + kind: of_keys}
     if dual and splits_keys(common["CHANNELS"], q.element_size()):
-        key_calls = [("key_dual_k", of_keys), ("key_dual_v", of_values)]
-    calls = [
-        Call("row_sum", backward.row_sum_kernel, sums, "QUERIES", q.shape[2], heads),
-        Call("query_dual" if dual else "query", backward.query_kernel, of_queries, "QUERIES", q.shape[2], heads),
-        *(Call(name, backward.key_kernel, given, "KEYS", k.shape[2], heads) for name, given in key_calls),
-    ]
-    return calls, [x for x in (gq, gk, gv, gdq, gdk, gdv) if x is not None]
+        parts = {
+            "key_dual_k": of_keys | {"gv": None, "gdv": None},
+            "key_dual_v": of_keys | {"gk": None, "gdk": None},
+        }
+    for name, part in parts.items():
+        if any(x is not None for x in part.values()):
+            calls.append(Call(name, backward.key_kernel, common | part | {"mask": _transposed(common["mask"])}, "KEYS"))
+    return calls, results if dual else results[:3]
+
+
+def _transposed(mask: Mask | None) -> Mask | None:
+    """A mask of keys and queries."""
+    return mask and (*mask[:3], mask[4], mask[3])

@@ -1,210 +1,375 @@
-"""The kernels as operators of PyTorch: opaque to torch.compile, handed plain dense tensors.
+"""Attention's forward and backward as operators of PyTorch: opaque to torch.compile, handed plain dense tensors.
 
-Forward and backward, plain and dual. The dual forward is one node with two outputs, so its derivative sees the
-gradients of value and tangent together. Derivatives are stated twice from one formula: registered with the operators
-for torch.compile, and as autograd.Functions for eager mode, which refuse what they do not know (vmap, a JVP of a JVP)
-instead of dropping it.
+The forward is one node with two outputs, value and tangent, so its derivative sees the gradients of both together.
+Without tangents it is ordinary attention.
+
+What a transform wants of an operator it asks through PyTorch's dispatcher, which comes by once for each transform that
+is under way. Reverse mode is answered by the backward operator, vmap by folding into the batch. Forward mode belongs to
+a derivative around the one whose tangents attention has taken off its inputs; plain PyTorch answers it.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeAlias
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
-from jvp_attention.layout import empty_low, empty_numbers, empty_rows, zero_rows
+from jvp_attention import fallback
+from jvp_attention.layout import as_rows, empty_low, empty_numbers, empty_rows, nothing
 
-Run: TypeAlias = tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]  # backward, plain and dual
+log = logging.getLogger("jvp_attention")
+unpack_dual, make_dual = torch._VF._unpack_dual, torch._VF._make_dual
+LIBRARY = torch.library.Library("jvp_attention", "FRAGMENT")
 
-
-@torch.library.custom_op("jvp_attention::plain_forward", mutates_args=())
-def plain_forward(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Attention: o [B, H, N, D] and lse [B, H, N]."""
-    from jvp_attention import launch
-
-    o, lse = launch.run(launch.forward_calls((q, k, v), None, scale, causal, lengths))
-    return o, lse
+Six: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("jvp_attention::plain_backward", mutates_args=())
-def plain_backward(
-    go: Tensor,
+class Results(NamedTuple):
+    """What the forward operator returns; without tangents all but o and lse are `nothing`."""
+
+    o: Tensor  # [B, H, N, D]
+    do: Tensor  # [B, H, N, D]
+    o_low: Tensor  # what rounding to 16 bits took from o, for the backward; nothing in float32
+    do_low: Tensor
+    lse: Tensor  # [B, H, N], base 2
+    mu: Tensor  # [B, H, N]
+
+
+class Given(NamedTuple):
+    """The arguments that both operators begin with."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dq: Tensor | None  # None is a tangent of zero
+    dk: Tensor | None
+    dv: Tensor | None
+    lengths: Tensor | None
+    mask: Tensor | None
+    scale: float
+    causal: bool
+
+    @property
+    def tangents(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+        """The tangents of q, k, v; None if all are absent."""
+        dx = self.dq, self.dk, self.dv
+        return None if all(x is None for x in dx) else dx
+
+
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
     lengths: Tensor | None,
-    o: Tensor,
-    o_low: Tensor | None,
-    lse: Tensor,
+    mask: Tensor | None,
     scale: float,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v from that of o."""
+    keep: bool,
+) -> Six:
+    """Compute attention and its derivative along the tangents: `Results`, o_low and do_low if `keep` asks for them."""
+    given = Given(q, k, v, dq, dk, dv, lengths, mask, scale, causal)
+    if stands_in(given):
+        o, do, o_low, do_low, lse, mu = plain_forward(*given, keep)
+        o, do, o_low, do_low = (as_rows(x) if x.ndim == 4 else x for x in (o, do, o_low, do_low))
+        return o, do, o_low, do_low, lse, mu
     from jvp_attention import launch
 
-    saved = launch.Saved(o, lse, o_low=o_low)
-    gq, gk, gv = launch.run(launch.backward_calls((q, k, v), None, saved, go, None, scale, causal, lengths))
-    return gq, gk, gv
-
-
-@torch.library.custom_op("jvp_attention::dual_forward", mutates_args=())
-def dual_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    lengths: Tensor | None,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Attention and its derivative along a tangent: o, do, what rounding took from both, lse and mu [B, H, N]."""
-    from jvp_attention import launch
-
-    o, do, o_low, do_low, lse, mu = launch.run(launch.forward_calls((q, k, v), (dq, dk, dv), scale, causal, lengths))
+    work = launch.forward_calls((q, k, v), given.tangents, scale, causal, lengths, mask, keep=keep)
+    if given.tangents is None:
+        o, lse = launch.run(work)
+        return o, nothing(q), nothing(q), nothing(q), lse, _no_numbers(q)
+    o, do, o_low, do_low, lse, mu = launch.run(work)
     return o, do, o_low, do_low, lse, mu
 
 
-@torch.library.custom_op("jvp_attention::dual_backward", mutates_args=())
-def dual_backward(
-    go: Tensor,
-    gdo: Tensor,
+def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
     lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
     o: Tensor,
     do: Tensor,
     o_low: Tensor,
     do_low: Tensor,
     lse: Tensor,
     mu: Tensor,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, dq, dk, dv from those of o and do."""
+    go: Tensor | None,
+    gdo: Tensor | None,
+    wanted: list[bool],
+) -> Six:
+    """Compute gradients of q, k, v, dq, dk, dv from those of o and do; `nothing` for those that are not wanted."""
+    given = Given(q, k, v, dq, dk, dv, lengths, mask, scale, causal)
+    if stands_in(given):
+        found = plain_backward(*given, o, do, o_low, do_low, lse, mu, go, gdo, wanted)
+        gq, gk, gv, gdq, gdk, gdv = (as_rows(x) if x.ndim == 4 else x for x in found)
+        return gq, gk, gv, gdq, gdk, gdv
     from jvp_attention import launch
 
-    saved = launch.Saved(o, lse, do, o_low, do_low, mu)
-    calls = launch.backward_calls((q, k, v), (dq, dk, dv), saved, go, gdo, scale, causal, lengths)
-    gq, gk, gv, gdq, gdk, gdv = launch.run(calls)
+    # without a gradient of do the tangents have no part: ordinary attention's backward
+    tangents = None if gdo is None else given.tangents
+    lse, mu = lse.contiguous(), mu.contiguous()  # as kernels take them; vmap expands
+    saved = launch.Saved(o, lse, None if tangents is None else do, o_low, do_low, None if tangents is None else mu)
+    work = launch.backward_calls((q, k, v), tangents, saved, go, gdo, scale, causal, lengths, mask, wanted)
+    results = (*launch.run(work), None, None, None)[:6]
+    gq, gk, gv, gdq, gdk, gdv = (nothing(q) if x is None else x for x in results)
     return gq, gk, gv, gdq, gdk, gdv
 
 
-@plain_forward.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows(q), empty_numbers(q)
+# Plain PyTorch ---------------------------------------------------------------------------------------------------
 
 
-@plain_backward.register_fake
-def _(go: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_rows(q), empty_rows(k), empty_rows(v)
+def plain_forward(*arguments: Any) -> Six:
+    """Compute what `forward` does in plain PyTorch, so that PyTorch can differentiate it again."""
+    *given, keep = arguments
+    q, dtype = given[0], given[0].dtype
+    o, do, lse, mu = fallback.forward(fallback.problem(*given))
+    if Given(*given).tangents is None:
+        return o.to(dtype), nothing(q), nothing(q), nothing(q), lse, _no_numbers(q)
+    low = [(x - x.to(dtype)).to(dtype) if keep and dtype.itemsize < 4 else nothing(q) for x in (o, do)]
+    moved = given[3] is not None or given[4] is not None  # do the logits have a tangent?
+    return o.to(dtype), do.to(dtype), low[0], low[1], lse, mu if moved else _no_numbers(q)
 
 
-@dual_forward.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty_rows(q), empty_rows(q), empty_low(q), empty_low(q), empty_numbers(q), empty_numbers(q)
+def _no_numbers(q: Tensor) -> Tensor:
+    """Make the placeholder of mu where the logits have no tangent."""
+    return q.new_empty(0, dtype=torch.float32)
 
 
-@dual_backward.register_fake
-def _(
-    go: Tensor, gdo: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty_rows(q), empty_rows(k), empty_rows(v), empty_rows(q), empty_rows(k), empty_rows(v)
+def plain_backward(*arguments: Any) -> Six:
+    """Compute what `backward` does in plain PyTorch, from the inputs alone."""
+    given, (go, gdo, wanted) = Given(*arguments[:10]), arguments[-3:]
+    found = fallback.gradients(fallback.problem(*given), go, gdo, wanted)
+    inputs = (given.q, given.k, given.v) * 2
+    gq, gk, gv, gdq, gdk, gdv = (
+        fallback.like_input(g, x) if want else nothing(given.q)
+        for g, x, want in zip(found, inputs, wanted, strict=True)
+    )
+    return gq, gk, gv, gdq, gdk, gdv
 
 
-def _saver(count: int) -> Callable[..., None]:
-    """A setup_context that keeps all tensors of an operator, so many with lengths, and its scale and causal."""
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:count], *output)
-        ctx.scale, ctx.causal = inputs[count:]
-        ctx.set_materialize_grads(False)
-
-    return save
+def stands_in(given: Given) -> bool:
+    """Return whether plain PyTorch stands in for the kernels. The log says why, once: a warning if on a GPU."""
+    reason = why_not(given)
+    if reason:
+        _log_once(reason, logging.WARNING if given.q.is_cuda else logging.INFO)
+    return bool(reason)
 
 
-def _plain_gradients(run: Run, ctx: Any, go: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Of the inputs of plain_forward, by `run`, its backward operator."""
-    if go is None:
-        return (None,) * 6
-    q, k, v, lengths, o, lse = ctx.saved_tensors
-    return *run[0](go, q, k, v, lengths, o, None, lse, ctx.scale, ctx.causal), None, None, None
+def why_not(given: Given) -> str:
+    """Say why the kernels do not run on such tensors; empty if they do."""
+    q = given.q
+    if not _has_triton():
+        return "triton is not installed"
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels do not take {q.dtype}"
+    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the kernels do not run on the {q.device.type} (only in Triton's interpreter, with TRITON_INTERPRET=1)"
+    if q.device.type != "cuda" and q.dtype == torch.bfloat16:
+        return "Triton's interpreter cannot compute in bfloat16"
+    if not q.numel():
+        return "the batch is empty"
+    from jvp_attention import launch
+
+    return launch.why_not(q, given.tangents is not None)
 
 
-def _dual_gradients(run: Run, ctx: Any, go: Tensor | None, gdo: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Of the inputs of dual_forward; with the gradient of o alone the plain backward does."""
-    if go is None and gdo is None:
-        return (None,) * 9
-    q, k, v, dq, dk, dv, lengths, o, do, o_low, do_low, lse, mu = ctx.saved_tensors
-    if gdo is None:
-        return *run[0](go, q, k, v, lengths, o, o_low, lse, ctx.scale, ctx.causal), *(None,) * 6
-    go = zero_rows(gdo) if go is None else go
-    given = (go, gdo, q, k, v, dq, dk, dv, lengths, o, do, o_low, do_low, lse, mu, ctx.scale, ctx.causal)
-    return *run[1](*given), None, None, None
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
-def _no_second(ctx: Any, *gradients: Any) -> Any:
-    raise NotImplementedError("jvp_attention: no double backward (gradients of attention's gradients)")
+@functools.cache
+def _log_once(reason: str, level: int) -> None:
+    log.log(level, "plain PyTorch attention stands in, in chunks of queries: %s", reason)
 
 
-def _no_vmap(*_: Any) -> Any:
-    raise NotImplementedError("jvp_attention: no vmap; use the batch axis")
+# Shapes of results, for torch.compile ----------------------------------------------------------------------------
 
 
-class _Eager(torch.autograd.Function):
-    """An operator in eager mode; what torch.func may ask of it and it does not know raises."""
+def _forward_shapes(*arguments: Any) -> Six:
+    *given, keep = arguments
+    q, dual = given[0], any(x is not None for x in given[3:6])
+    lows = (empty_low(q), empty_low(q)) if dual and keep else (nothing(q), nothing(q))
+    moved = given[3] is not None or given[4] is not None
+    do, mu = empty_rows(q) if dual else nothing(q), empty_numbers(q) if moved else _no_numbers(q)
+    return empty_rows(q), do, *lows, empty_numbers(q), mu
+
+
+def _backward_shapes(*arguments: Any) -> Six:
+    inputs, wanted = arguments[:3] * 2, arguments[-1]
+    gq, gk, gv, gdq, gdk, gdv = (empty_rows(x) if want else nothing(x) for x, want in zip(inputs, wanted, strict=True))
+    return gq, gk, gv, gdq, gdk, gdv
+
+
+# Reverse mode ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _all_levels() -> Iterator[None]:
+    """Switch derivatives on again, which an autograd.Function's forward has off, for the transforms further out."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+class _Attention(_SingleLevelFunction):
+    """The forward operator where a gradient is wanted: saves what the backward needs, of what has a gradient."""
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        """Refused: attention takes its own tangents apart, so these belong to a derivative around another one."""
-        raise NotImplementedError("jvp_attention: no forward mode around another derivative (a JVP of a JVP)")
+    def forward(ctx: Any, below: Callable[..., Six], *arguments: Any) -> Six:
+        """Call the operator of the next level down, residues included."""
+        with _all_levels():
+            results = Results(*below(*arguments[:-1], True))
+        ctx.save_for_backward(*arguments[:8], *results)
+        ctx.scale, ctx.causal = arguments[8:10]
+        ctx.set_materialize_grads(False)
+        constant = [] if any(ctx.needs_input_grad[1:4]) else [results.o]
+        ctx.mark_non_differentiable(*constant, *results[2:])
+        return results
 
-    vmap = staticmethod(_no_vmap)
-
-
-class _PlainBackward(_Eager):
-    forward = staticmethod(lambda *given: plain_backward(*given))
-    setup_context = staticmethod(lambda ctx, inputs, output: None)
-    backward = staticmethod(_no_second)
-
-
-class _DualBackward(_Eager):
-    forward = staticmethod(lambda *given: dual_backward(*given))
-    setup_context = staticmethod(lambda ctx, inputs, output: None)
-    backward = staticmethod(_no_second)
-
-
-EAGER_BACKWARD: Run = (_PlainBackward.apply, _DualBackward.apply)
-COMPILED_BACKWARD: Run = (plain_backward, dual_backward)
-
-
-class PlainAttention(_Eager):
-    """The operator plain_forward in eager mode: (o, lse) of q, k, v, lengths, scale, causal."""
-
-    forward = staticmethod(lambda *given: plain_forward(*given))
-    setup_context = staticmethod(_saver(4))
-    backward = staticmethod(partial(_plain_gradients, EAGER_BACKWARD))
+    @staticmethod
+    def backward(ctx: Any, go: Tensor | None, gdo: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """Call the backward operator for the gradients that are asked for."""
+        wanted = list(ctx.needs_input_grad[1:7])
+        if gdo is None:  # the tangents have no part in o
+            wanted[3:] = [False] * 3
+        found: tuple[Tensor | None, ...] = (None,) * 6
+        if any(wanted) and not (go is None and gdo is None):
+            saved = ctx.saved_tensors
+            found = BACKWARD(*saved[:8], ctx.scale, ctx.causal, *saved[8:], go, gdo, wanted)
+            found = tuple(x if want else None for x, want in zip(found, wanted, strict=True))
+        return None, *found, *(None,) * 5
 
 
-class DualAttention(_Eager):
-    """The operator dual_forward in eager mode: (o, do, ...) of q, k, v, dq, dk, dv, lengths, scale, causal."""
+class _Gradients(_SingleLevelFunction):
+    """The backward operator where a gradient of its results may be wanted, which is refused when it is."""
 
-    forward = staticmethod(lambda *given: dual_forward(*given))
-    setup_context = staticmethod(_saver(7))
-    backward = staticmethod(partial(_dual_gradients, EAGER_BACKWARD))
+    @staticmethod
+    def forward(ctx: Any, below: Callable[..., Six], *arguments: Any) -> Six:
+        """Call the operator of the next level down."""
+        with _all_levels():
+            return below(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Refuse."""
+        raise NotImplementedError(
+            "jvp_attention: no double backward (gradients of attention's gradients); "
+            "forward mode around it works, and so does jvp_attention.reference.attention"
+        )
 
 
-plain_forward.register_autograd(partial(_plain_gradients, COMPILED_BACKWARD), setup_context=_saver(4))
-dual_forward.register_autograd(partial(_dual_gradients, COMPILED_BACKWARD), setup_context=_saver(7))
-for _operator in (plain_backward, dual_backward):
-    _operator.register_autograd(_no_second, setup_context=lambda ctx, inputs, output: None)
-for _operator in (plain_forward, dual_forward, plain_backward, dual_backward):
-    _operator.register_vmap(_no_vmap)
+# Forward mode ----------------------------------------------------------------------------------------------------
+
+
+def _unpack(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Tensor | None]]:
+    """Take values and tangents apart, of the transform that the dispatcher is at."""
+    values = list(arguments)
+    tangents: list[Tensor | None] = [None] * len(arguments)
+    for i, x in enumerate(arguments):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            values[i], tangents[i] = unpack_dual(x, level=0)
+    return values, tangents
+
+
+def _below(operator: Any, keys: Any) -> Callable[..., Six]:
+    """Make a call of an operator that leaves out the derivatives of the transform that the dispatcher is at."""
+
+    def call(*arguments: Any) -> Six:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    return call
+
+
+def _record(function: Any, below: Callable[..., Six], arguments: tuple[Any, ...]) -> Six:
+    """Call an operator, with a node for reverse mode if any argument asks for a gradient."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+        with enable_single_level_autograd_function():
+            return function.apply(below, *arguments)
+    return below(*arguments)
+
+
+def _forward_derivatives(keys: Any, *arguments: Any) -> Six:
+    """Answer forward and reverse mode for the forward operator: tangents of q, k, v become its arguments."""
+    below = _below(FORWARD, keys)
+    values, tangents = _unpack(arguments)
+    if not any(dx is not None for dx in tangents):
+        return _record(_Attention, below, arguments)
+    if Given(*arguments[:10]).tangents is not None:
+        return _second(plain_forward, arguments)
+    o, do, o_low, do_low, lse, mu = _record(_Attention, below, (*values[:3], *tangents[:3], *values[6:]))
+    return make_dual(o, do, level=0), do, o_low, do_low, lse, mu
+
+
+def _backward_derivatives(keys: Any, *arguments: Any) -> Six:
+    """Answer forward and reverse mode for the backward operator: both are second derivatives."""
+    if any(dx is not None for dx in _unpack(arguments)[1]):
+        return _second(plain_backward, arguments)
+    return _record(_Gradients, _below(BACKWARD, keys), arguments)
+
+
+def _second(plain: Callable[..., Six], arguments: tuple[Any, ...]) -> Six:
+    """Let PyTorch differentiate plain PyTorch, which in torch.compile it cannot always do."""
+    _log_once("the kernels know no forward mode around another derivative", logging.WARNING)
+    try:
+        return plain(*arguments)
+    except RuntimeError as error:
+        if "INTERNAL ASSERT FAILED" not in str(error):
+            raise
+        raise NotImplementedError(
+            "jvp_attention: no forward mode around another derivative inside torch.compile"
+        ) from error
+
+
+# vmap ------------------------------------------------------------------------------------------------------------
+
+
+def _vmap(operator: Any) -> Callable[..., tuple[Six, tuple[int | None, ...]]]:
+    """Make the rule by which an operator answers vmap: the mapped axis is folded into the batch."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Six, tuple[int | None, ...]]:
+        def fold(x: Any, axis: int | None) -> Any:
+            if not isinstance(x, Tensor) or (axis is None and x.ndim == 1 and x.numel() == 0):
+                return x
+            x = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+            return x.flatten(0, 1)
+
+        results = operator(*(fold(x, axis) for x, axis in zip(arguments, in_dims, strict=True)))
+        axes = tuple(None if x.ndim == 1 else 0 for x in results)
+        unfolded = tuple(x if x.ndim == 1 else x.unflatten(0, (info.batch_size, -1)) for x in results)
+        return unfolded, axes
+
+    return rule
+
+
+def _register(name: str, function: Callable[..., Six], shapes: Any, derivatives: Callable[..., Six]) -> Any:
+    """Define an operator by its kernels, its results' shapes and its derivatives."""
+    qualified = f"{LIBRARY.ns}::{name}"
+    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    operator = getattr(getattr(torch.ops, LIBRARY.ns), name).default
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, derivatives, "Autograd", with_keyset=True)
+    torch.library.register_fake(qualified, shapes, lib=LIBRARY)
+    torch.library.register_vmap(qualified, _vmap(operator), lib=LIBRARY)
+    return operator
+
+
+FORWARD = _register("forward", forward, _forward_shapes, _forward_derivatives)
+BACKWARD = _register("backward", backward, _backward_shapes, _backward_derivatives)

@@ -3,51 +3,80 @@
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Queries: TypeAlias = Float[Tensor, "b h n d"]  # batch, heads, queries, channels of a head
-Keys: TypeAlias = Float[Tensor, "b h m d"]  # keys and values share their length
+Keys: TypeAlias = Float[Tensor, "b g m d"]  # keys and values share their length; g divides h
 Lengths: TypeAlias = Int[Tensor, " b"]  # how many keys each batch element has
+Mask: TypeAlias = Bool[Tensor, "#b #h n m"]  # which keys a query sees
 
 LARGEST_HEAD = 256  # channels of a head
 
 
 def default_scale(q: Tensor, scale: float | None) -> float:
-    """The factor of the logits: 1/sqrt(D) unless given, as in scaled_dot_product_attention."""
+    """Return the factor of the logits: 1/sqrt(D) unless given, as in scaled_dot_product_attention."""
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, tangents: tuple[Tensor | None, ...] = (), lengths: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tangents: tuple[Tensor | None, ...] = (),
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> None:
-    """Raise unless q is [B, H, N, D] and k and v are [B, H, M, D], of one dtype and device, their tangents likewise.
+    """Raise unless q is [B, H, N, D] and k and v are [B, G, M, D], G dividing H, of one dtype and device.
 
     Raises:
-        TypeError: dtypes that differ or are no floating point; lengths that are no int32 or int64 tensor.
-        ValueError: shapes that do not fit, an empty axis, or more than LARGEST_HEAD channels per head.
+        TypeError: dtypes that differ or are no floating point; a scale that is a tensor; lengths that are no int32 or
+            int64 tensor; a mask that is no boolean one.
+        ValueError: shapes that do not fit, no queries, keys or channels, or more than LARGEST_HEAD channels per head.
     """
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            "attention takes q [B, H, N, D] and k, v [B, H, M, D], "
-            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-        )
-    if 0 in q.shape or 0 in k.shape:
-        raise ValueError(f"attention takes no empty axis, got q {list(q.shape)} and k {list(k.shape)}")
-    if q.shape[3] > LARGEST_HEAD:
-        raise ValueError(f"heads have at most {LARGEST_HEAD} channels, got {q.shape[3]}")
+    # in one expression each, because attention's time on the host is counted
+    (batch, heads, _, channels), (_, groups, _, _) = _four_axes(q, k, v)
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != channels or (heads % groups if groups else heads):
+        raise ValueError(_misfit(q, k, v))
+    if 0 in q.shape[2:] or k.shape[2] == 0:
+        raise ValueError(f"attention takes no empty axis but the batch's, got q {list(q.shape)} and k {list(k.shape)}")
+    if channels > LARGEST_HEAD:
+        raise ValueError(f"heads have at most {LARGEST_HEAD} channels, got {channels}")
     for x, dx in zip((q, k, v), tangents, strict=False):
         if dx is not None and dx.shape != x.shape:
             raise ValueError(f"a tangent must have its input's shape {list(x.shape)}, got {list(dx.shape)}")
-    present = [q, k, v, *(dx for dx in tangents if dx is not None)]
-    if len({x.dtype for x in present}) > 1 or not q.dtype.is_floating_point:
+    others = [k, v, *(dx for dx in tangents if dx is not None)]
+    if any(x.dtype != q.dtype for x in others) or not q.dtype.is_floating_point:
         raise TypeError(
-            f"attention takes inputs of one floating-point dtype, got {', '.join(str(x.dtype) for x in present)}"
+            f"attention takes inputs of one floating-point dtype, got {', '.join(str(x.dtype) for x in (q, *others))}"
         )
-    if len({x.device for x in present}) > 1:
-        raise ValueError(f"attention takes inputs on one device, got {', '.join(str(x.device) for x in present)}")
+    if any(x.device != q.device for x in others):
+        raise ValueError(f"attention takes inputs on one device, got {', '.join(str(x.device) for x in (q, *others))}")
+    if isinstance(scale, Tensor):
+        raise TypeError(
+            "scale must be a number; a scale that is a tensor, and may have derivatives, is multiplied into q: "
+            "attention(scale * q, k, v, scale=1.0)"
+        )
     if lengths is not None:
         _check_lengths(q, lengths)
+    if mask is not None:
+        _check_mask(q, k, mask)
+
+
+def _four_axes(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, torch.Size]:
+    """Return the shapes of q and k, or raise if a tensor has not four axes."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(_misfit(q, k, v))
+    return q.shape, k.shape
+
+
+def _misfit(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Say what shapes are taken and which were given."""
+    return (
+        "attention takes q [B, H, N, D] and k, v [B, H, M, D], the heads of k and v perhaps fewer by a factor, "
+        f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    )
 
 
 def _check_lengths(q: Tensor, lengths: Tensor) -> None:
@@ -59,3 +88,16 @@ def _check_lengths(q: Tensor, lengths: Tensor) -> None:
         raise ValueError(f"lengths must have one number per batch element, {[q.shape[0]]}, got {list(lengths.shape)}")
     if lengths.device != q.device:
         raise ValueError(f"lengths must be on the inputs' device {q.device}, got {lengths.device}")
+
+
+def _check_mask(q: Tensor, k: Tensor, mask: Tensor) -> None:
+    """Raise unless mask is boolean, [B or 1, H or 1, N, M], on q's device."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a boolean tensor, true where a query sees a key, got {found}")
+    b, h, n, _ = q.shape
+    m = k.shape[2]
+    if mask.ndim != 4 or mask.shape[0] not in (1, b) or mask.shape[1] not in (1, h) or mask.shape[2:] != (n, m):
+        raise ValueError(f"mask must be [{b} or 1, {h} or 1, {n}, {m}], got {list(mask.shape)}")
+    if mask.device != q.device:
+        raise ValueError(f"mask must be on the inputs' device {q.device}, got {mask.device}")

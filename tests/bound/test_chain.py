@@ -22,7 +22,6 @@ from tvm_ref.toy.network import ToyNetwork
 from tvm_ref.toy.training import Training
 
 SMALL = {"width": 16, "depth": 2}
-SEEDS = (0, 1, 2)
 TIMES = (0.3, 0.7, 1.0)
 
 
@@ -49,20 +48,19 @@ def trained_model(name: str, seed: int, steps: int = 200) -> FlowMap:
 def measured(
     model, oracle: GaussianMixture, t: float = 1.0, n: int = 100, steps: int = 64, seed: int = 0
 ) -> chain.Bound:
-    return chain.measure(model, oracle, *draws(oracle, n, seed), t=t, scale=0.7 * oracle.sigma, steps=steps)
+    return chain.measure(model, oracle, *draws(oracle, n, seed), t=t, scale=oracle.time_scale, steps=steps)
 
 
 # The ordering ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("state", ["trained", "random"])
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize(("name", "seed"), [(name, i % 3) for i, name in enumerate(DISTRIBUTIONS)])
 def test_every_link_holds(name, state, seed):
     oracle = make_distribution(name)
     model = trained_model(name, seed) if state == "trained" else random_model(seed)
     for t in TIMES:
-        bound = measured(model, oracle, t, seed=seed)
+        bound = measured(model, oracle, t, n=60, seed=seed)
         assert bound.violations() == [], f"t = {t}"
         assert all(math.isfinite(value) for value in bound.values.values())
         assert bound.quadrature_error <= 0.1 * max(bound.values["pathwise_one_sided"], bound.values["displacement"])

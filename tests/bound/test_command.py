@@ -30,7 +30,7 @@ def copied(run, tmp_path, **changes):
     """The run with another config.json."""
     folder = tmp_path / "copy"
     folder.mkdir()
-    for name in ("config.json", "model.safetensors", "metrics.json"):
+    for name in ("config.json", "weights.safetensors", "metrics.json"):
         (folder / name).write_bytes((run / name).read_bytes())
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
@@ -123,11 +123,13 @@ def test_training_is_measured_and_drawn(tmp_path, capsys):
 
 def test_training_that_diverges_is_reported(tmp_path, capsys, monkeypatch):
     def diverge(self):
-        raise FloatingPointError("the jump loss is NaN")
+        raise FloatingPointError("training diverged at step 0: the jump loss is NaN")
 
     monkeypatch.setattr(over_training.Training, "train_step", diverge)
-    assert command.main(["--dist", "moons", "--train", "--out", str(tmp_path / "out"), *SMALL]) == 1
-    assert "diverged" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--dist", "moons", "--train", "--out", str(tmp_path / "out"), *SMALL])
+    assert stop.value.code == 1
+    assert "training diverged" in capsys.readouterr().err
 
 
 def test_lipschitz_table(tmp_path, capsys):
@@ -199,7 +201,7 @@ def test_help_teaches(capsys):
         (["--train", "--lr", "-1"], "--lr"),
         (["--train", "--objective", "fm"], "flow matching"),
         (["--train", "--data", "none.csv"], "none.csv"),
-        (["--train", "--out", "RUN"], "holds a run"),
+        (["--train", "--out", "RUN"], "holds something that is not results of --train"),
         (["--train", "--out", "FILE"], "is a file"),
         (["FILE"], "not a folder"),
         (["/nowhere"], "not a folder"),
@@ -215,7 +217,7 @@ def test_bad_input_gives_one_line(run, arguments, message, tmp_path, capsys):
 
 
 def test_runs_that_theorem_1_does_not_cover_are_refused(run, tmp_path, capsys):
-    assert "guidance" in refusal([copied(run, tmp_path, conditional=True, guidance=2.0)], capsys)
+    assert "guidance" in refusal([copied(run, tmp_path, conditional=True, w=2.0)], capsys)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +236,8 @@ def test_unfinished_or_damaged_runs_are_refused(run, changes, message, tmp_path,
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("model.safetensors", None, "no model"),
-        ("model.safetensors", "rubbish", "damaged"),
+        ("weights.safetensors", None, "no model"),
+        ("weights.safetensors", "rubbish", "damaged"),
         ("metrics.json", None, "not finished"),
         ("metrics.json", "{}", "damaged"),
         ("config.json", "[", "configuration"),

@@ -24,6 +24,14 @@ def command(folder, *options):
         torch.set_num_threads(threads)
 
 
+def status(main, *arguments, **keywords):
+    """The exit status of a command, however it ends."""
+    try:
+        return main(*arguments, **keywords)
+    except SystemExit as stop:
+        return stop.code
+
+
 def weights(folder):
     return load_file(folder / "weights.safetensors")
 
@@ -54,10 +62,13 @@ def assert_same_run(a, b):
     assert same(state(newest[0]), state(newest[1]))
 
 
-def stopping_at(note, step, how=signal.SIGTERM):
-    def stopping(self, told, seconds):
-        note(self, told, seconds)
-        if self.training.step == step:
+def stopping_at(train_step, step, how=signal.SIGTERM):
+    """A train_step after whose `step`th call the process gets a signal."""
+
+    def stopping(self, *arguments, **keywords):
+        metrics = train_step(self, *arguments, **keywords)
+        if self.step == step:
             signal.raise_signal(how)
+        return metrics
 
     return stopping

@@ -24,6 +24,6 @@ def forks():
 def whole(tmp_path_factory):
     """A run of 120 steps that nothing disturbed, with every third step's checkpoint."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    begun = time.perf_counter()
+    started = time.perf_counter()
     assert command(folder, "--steps", 120, "--save-every", 3, "--keep", 100) == 0
-    return folder, time.perf_counter() - begun
+    return folder, time.perf_counter() - started

@@ -7,6 +7,7 @@ import torch
 from imagenet import benchmark
 from imagenet.benchmark import main, measure, measure_apart
 from imagenet.presets import PRESETS, Config, build_model
+from tests.imagenet.commands import status
 
 TINY = Config(data="synthetic", hidden_size=16, depth=1, heads=2, batch_size=4)
 
@@ -29,8 +30,8 @@ def test_a_report_adds_up(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert f"{report['parameters'] / 1e6:.4g} M weights" in printed
     assert "1.000 of the least" in printed
-    assert main(options) == 2
-    assert "exists; choose another --out" in capsys.readouterr().err
+    assert status(main, options) == 2
+    assert "exists already; choose another --out" in capsys.readouterr().err
 
 
 def test_every_combination_is_a_row(monkeypatch, capsys):
@@ -81,11 +82,7 @@ def test_a_process_that_is_killed_fails_a_row_and_no_more():
     ],
 )
 def test_bad_input_ends_with_one_line(options, message, capsys):
-    try:
-        status = main(options)
-    except SystemExit as error:
-        status = error.code
+    assert status(main, options) == 2
     err = capsys.readouterr().err
-    assert status == 2
     assert message in err
     assert err.count("\n") == 1

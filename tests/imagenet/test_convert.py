@@ -14,6 +14,7 @@ from torch import nn
 from imagenet.checkpoints import load_weights
 from imagenet.convert import main
 from imagenet.presets import PRESETS, Config, build_model
+from tests.imagenet.commands import status
 
 CONFIG = Config(data="latents", input_size=8, in_channels=4, classes=10, hidden_size=32, depth=2, heads=2, w=2.0)
 
@@ -132,7 +133,7 @@ def test_a_hostile_file_is_refused_and_nothing_runs(tmp_path, monkeypatch, capsy
     net.blocks[0].register_buffer("evil", None)
     net.blocks[0]._buffers["evil"] = Attack(tmp_path / "executed")
     source = release(tmp_path / "im256_w2.pkl", {"net": Released(net)}, tmp_path / "executed", monkeypatch)
-    assert main([str(source), str(tmp_path / "out.safetensors")]) == 2
+    assert status(main, [str(source), str(tmp_path / "out.safetensors")]) == 2
     err = capsys.readouterr().err
     assert "is refused: it asks for posix.system" in err
     assert err.count("\n") == 1
@@ -162,7 +163,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, monkeypatch, capsys, change
     net = network()
     change(net)
     source = release(tmp_path / "im256_w2.pkl", {"net": Released(net)}, tmp_path / "executed", monkeypatch)
-    assert main([str(source), str(tmp_path / "out.safetensors")]) == 2
+    assert status(main, [str(source), str(tmp_path / "out.safetensors")]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
@@ -172,7 +173,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, monkeypatch, capsys, change
 @pytest.mark.parametrize(
     ("source", "data", "more", "message"),
     [
-        ("absent.pkl", None, (), "tells no preset"),
+        ("absent.pkl", None, (), "say the preset with --preset"),
         ("absent.pkl", None, ("--preset", "imagenet256-w2"), "No such file"),
         ("im256_w2.pkl", b"PK\x03\x04", (), "no sound pickle"),
         ("im256_w2.pkl", pickle.dumps({"weights": 1}), (), "no network ('ema' or 'net') in it, only 'weights'"),
@@ -184,12 +185,8 @@ def test_weights_that_do_not_fit_are_named(tmp_path, monkeypatch, capsys, change
 def test_bad_input_ends_with_one_line(tmp_path, capsys, source, data, more, message):
     if data is not None:
         (tmp_path / source).write_bytes(data)
-    try:
-        status = main([str(tmp_path / source), str(tmp_path / "out.safetensors"), *more])
-    except SystemExit as error:
-        status = error.code
+    assert status(main, [str(tmp_path / source), str(tmp_path / "out.safetensors"), *more]) == 2
     err = capsys.readouterr().err
-    assert status == 2
     assert message in err
     assert err.count("\n") == 1
 
@@ -197,8 +194,8 @@ def test_bad_input_ends_with_one_line(tmp_path, capsys, source, data, more, mess
 def test_nothing_is_overwritten(tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     out.write_text("mine")
-    assert main([str(tmp_path / "im256_w2.pkl"), str(out)]) == 2
+    assert status(main, [str(tmp_path / "im256_w2.pkl"), str(out)]) == 2
     assert "exists" in capsys.readouterr().err
     assert out.read_text() == "mine"
-    assert main([str(tmp_path / "im256_w2.pkl"), str(tmp_path / "out.pt")]) == 2
+    assert status(main, [str(tmp_path / "im256_w2.pkl"), str(tmp_path / "out.pt")]) == 2
     assert "must end in .safetensors" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from imagenet import digits, train
+from imagenet import digit_seeds, digits, train
 from imagenet.digits import Judges, accepted, class_means, load_digits, pixels
 
 
@@ -81,8 +81,29 @@ def test_a_short_training_generates_in_one_step_what_flow_matching_cannot(traine
 
 
 def test_bad_options_of_the_comparison(tmp_path, capsys):
-    for options in (["--seeds", "0"], ["--out", str(tmp_path)], ["--colour", "red"]):
+    (tmp_path / "thesis.tex").write_text("precious")
+    for options in (["--seeds", "0"], ["--steps", "0"], ["--out", str(tmp_path)], ["--colour", "red"]):
         with pytest.raises(SystemExit) as stop:
-            digits.main(options)
+            digit_seeds.main(options)
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_run_that_fails_is_named_with_its_last_words(tmp_path):
+    with pytest.raises(RuntimeError, match=r"seed0 failed: train\.py: error: .*--colour"):
+        digit_seeds.train(tmp_path / "seed0", ["--colour", "red"])
+
+
+@pytest.mark.slow
+def test_the_comparison_trains_every_run_and_no_short_one_passes(tmp_path, capsys):
+    out = tmp_path / "runs"
+    assert digit_seeds.main(["--seeds", "2", "--jobs", "3", "--steps", "2", "--out", str(out)]) == 1
+    assert {path.name for path in out.iterdir()} == {"seed0", "seed1", "fm"}
+    for name, objective, seed in (("seed0", "tvm", 0), ("seed1", "tvm", 1), ("fm", "fm", 0)):
+        config = json.loads((out / name / "config.json").read_text())
+        assert (config["objective"], config["seed"], config["steps"]) == (objective, seed, 2)
+    lines = capsys.readouterr().out.splitlines()
+    scores = json.loads((out / "seed1" / "metrics.json").read_text())["nfe"]["1"]
+    (row,) = [line.split() for line in lines if "seed 1" in line]
+    assert [float(cell) for cell in row[-4:-1]] == pytest.approx([scores[k] for k in digits.ACCEPTED], abs=6e-4)
+    assert [line.split()[-1] for line in lines[1:3]] == ["passes", "fails"]  # held-out images, class means

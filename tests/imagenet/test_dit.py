@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from imagenet.dit import (
     ATTENTION,
-    DIT,
     DiT,
     DiTConfig,
     Modulation,
@@ -107,11 +106,15 @@ def test_samples_are_the_official_ones(golden):
 
 @pytest.mark.parametrize(
     ("size", "millions", "side"),
-    [("S/2", 33.452, 32), ("B/2", 132.078, 32), ("L/2", 460.715, 32), ("XL/2", 678.363, 32), ("XL/2", 679.248, 64)],
-)
+    [
+        ((384, 12, 6), 33.452, 32), ((768, 12, 12), 132.078, 32), ((1024, 24, 16), 460.715, 32),
+        ((1152, 28, 18), 678.363, 32), ((1152, 28, 18), 679.248, 64),
+    ],
+    ids=["S/2", "B/2", "L/2", "XL/2", "XL/2 of 64 x 64"],
+)  # fmt: skip
 def test_number_of_parameters(size, millions, side):
     with torch.device("meta"):
-        network = DiT(DiTConfig(input_size=side, **DIT[size]._asdict()))
+        network = DiT(DiTConfig(side, 2, 4, *size))
     assert sum(a.numel() for a in network.state_dict().values()) == pytest.approx(millions * 1e6, abs=500)
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from imagenet.parallel import World
 
 pytest.importorskip("diffusers")
 from tests.autoencoders import tiny_vae
+from tests.imagenet.commands import status
 
 SIZES = {"cat": [(20, 16), (37, 40), (16, 16), (9, 12)], "dog": [(64, 33), (18, 18), (50, 20)]}
 
@@ -31,7 +33,7 @@ def source(tmp_path: Path) -> Path:
 
 def encode(source: Path, out: Path, *more: str, vae: torch.nn.Module | None = None) -> int:
     options = [str(source), "--out", str(out), "--image-size", "16", "--batch-size", "2", "--shard-size", "3", *more]
-    return main([*options, "--device", "cpu", "--vae", "tiny"], vae=vae or tiny_vae())
+    return status(main, [*options, "--device", "cpu", "--vae", "tiny"], vae=vae or tiny_vae())
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -118,9 +120,9 @@ def test_two_processes_write_the_files_of_one(source, tmp_path, monkeypatch):
     encode(source, tmp_path / "one")
     two = tmp_path / "two"
     for rank in (0, 1, 0):  # rank 0 comes too early to the end, as if there were no barrier, and then again
-        monkeypatch.setattr(parallel, "start", lambda _, rank=rank: World(rank, 2, torch.device("cpu")))
-        monkeypatch.setattr(World, "gather", lambda self, values: None)
-        monkeypatch.setattr(World, "tell", lambda self, thing: None if thing is None else ["00000", "00001", "00002"])
+        monkeypatch.setattr(parallel, "process_group", lambda _, rank=rank: contextlib.nullcontext(World(rank, 2)))
+        monkeypatch.setattr(World, "all_gather", lambda self, values: None)
+        monkeypatch.setattr(World, "broadcast", lambda self, a: None if a is None else ["00000", "00001", "00002"])
         encode(source, two)
     assert files(two) == files(tmp_path / "one")
 
@@ -164,7 +166,7 @@ def test_nothing_is_overwritten(source, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     assert encode(source, tmp_path / "mine") == 2
-    assert "holds something else" in capsys.readouterr().err
+    assert "holds something that is not latents" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -179,11 +181,7 @@ def test_nothing_is_overwritten(source, tmp_path, capsys):
     ],
 )
 def test_bad_input_ends_with_one_line(source, tmp_path, capsys, source_name, more, message):
-    try:
-        status = main([str(tmp_path / source_name), "--out", str(tmp_path / "out"), *more], vae=tiny_vae())
-    except SystemExit as error:
-        status = error.code
-    assert status == 2
+    assert status(main, [str(tmp_path / source_name), "--out", str(tmp_path / "out"), *more], vae=tiny_vae()) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
@@ -213,6 +211,6 @@ def test_the_plan_says_what_decides_the_outcome(source, tmp_path):
 def test_an_autoencoder_that_cannot_be_had_leaves_nothing_behind(source, tmp_path, capsys):
     """Its folder used to be begun, and then refused another --vae."""
     nowhere = ["--vae", str(tmp_path / "nowhere"), "--device", "cpu"]
-    assert main([str(source), "--out", str(tmp_path / "out"), "--image-size", "16", *nowhere]) == 2
+    assert status(main, [str(source), "--out", str(tmp_path / "out"), "--image-size", "16", *nowhere]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "out").exists()

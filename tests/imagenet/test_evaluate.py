@@ -18,6 +18,7 @@ from imagenet.evaluate import figures, main
 from imagenet.inception import Features
 from imagenet.metrics import frechet_distance, gaussian_statistics, precision_recall
 from imagenet.references import Reference
+from tests.imagenet.commands import status
 
 CONFIG = Config(hidden_size=16, depth=1, heads=2)
 
@@ -149,7 +150,7 @@ def test_digits_are_judged_by_their_own_judges(model, capsys):
 
 def test_inception_is_never_replaced(images, real, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert main([str(images), "--reference", str(real), "--device", "cpu"]) == 2
+    assert status(main, [str(images), "--reference", str(real), "--device", "cpu"]) == 2
     err = capsys.readouterr().err
     assert "the weights of Inception are not here" in err
     assert err.count("\n") == 1
@@ -164,14 +165,14 @@ def test_inception_is_never_replaced(images, real, capsys, monkeypatch, tmp_path
         (("--reference", "real", "--count", "41"), "holds 40 images, fewer than --count 41"),
         (("--reference", "real", "--count", "9"), "--count must be at least 10"),
         (("--reference", "real", "--steps", "0"), "--steps must be at least 1"),
-        (("--reference", "real", "--out", "real"), "exists; choose another --out"),
+        (("--reference", "real", "--out", "real"), "exists already; choose another --out"),
         (("--reference", "small.npz"), "of one size"),
     ],
 )
 def test_bad_input_ends_with_one_line(images, real, tmp_path, capsys, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
     np.savez("small.npz", mu=np.zeros(2), sigma=np.eye(2))
-    assert main([str(images), *more], extractor=linear) == 2
+    assert status(main, [str(images), *more], extractor=linear) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("evaluate.py: error: ")
     assert message in err
@@ -179,5 +180,5 @@ def test_bad_input_ends_with_one_line(images, real, tmp_path, capsys, monkeypatc
 
 def test_hostile_references_are_refused(images, tmp_path, capsys):
     (tmp_path / "evil.pkl").write_bytes(b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.")
-    assert main([str(images), "--reference", str(tmp_path / "evil.pkl")], extractor=linear) == 2
+    assert status(main, [str(images), "--reference", str(tmp_path / "evil.pkl")], extractor=linear) == 2
     assert "is refused: it asks for posix.system" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Memory by arithmetic is the memory that is counted, and what is said to fit fits."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from imagenet import memory
 from imagenet.memory import (
-    count_weights,
     fits,
     gradient_bytes,
     kept_bytes,
@@ -17,6 +17,7 @@ from imagenet.memory import (
     state_bytes,
     step_bytes,
     target_bytes,
+    weights_of,
     working_bytes,
 )
 from imagenet.parallel import World
@@ -135,7 +136,7 @@ def tensors(entry: object) -> list[torch.Tensor]:
 def test_fsdp_spreads_the_state_and_gathers_two_blocks():
     spread = replace(LARGE, parallel="fsdp")
     assert state_bytes(spread, 8) == state_bytes(LARGE, 8) // 8
-    assert state_bytes(LARGE, 8) == state_bytes(LARGE) == 20 * count_weights(LARGE).all
+    assert state_bytes(LARGE, 8) == state_bytes(LARGE) == 20 * weights_of(LARGE).all
     assert gradient_bytes(spread, 8) * 8 == pytest.approx(gradient_bytes(LARGE, 8), abs=8)
     assert gradient_bytes(replace(spread, accumulate=2), 8) == gradient_bytes(LARGE, 8)
     network = build_model(replace(CONFIG, parallel="ddp")).network
@@ -190,18 +191,9 @@ def test_where_nothing_fits_fsdp_is_named_or_nothing():
 
 
 def test_it_is_checked_against_what_is_free():
-    cpu = torch.device("cpu")
-    memory.check_memory(LARGE, 8, cpu)  # a CPU's memory is not asked for
-    memory.check_memory(replace(LARGE, accumulate=32), 8, cpu, free=80e9)
-    memory.check_memory(replace(LARGE, compile=True), 8, cpu, free=80e9)
+    assert memory.free_bytes(torch.device("cpu")) == math.inf
+    memory.check_memory(LARGE, math.inf, 8)
+    memory.check_memory(replace(LARGE, accumulate=32), 80e9, 8)
+    memory.check_memory(replace(LARGE, compile=True), 80e9, 8)
     with pytest.raises(ValueError, match="256 images at once need"):
-        memory.check_memory(LARGE, 8, cpu, free=80e9)
-
-
-def test_the_table_has_the_numbers(monkeypatch, capsys):
-    monkeypatch.setattr(memory, "PRESETS", {"one": LARGE})
-    assert memory.main([]) == 0
-    head, row = capsys.readouterr().out.splitlines()
-    assert "8 x 80 GB" in head
-    assert row.split()[:3] == ["one", f"{state_bytes(LARGE) / 1e9:.3g}", "GB"]
-    assert f"accumulate {smallest_that_fits(LARGE, 80e9, 8).accumulate}" in row
+        memory.check_memory(LARGE, 80e9, 8)

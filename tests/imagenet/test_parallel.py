@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from imagenet.parallel import World, check_version
+from imagenet.parallel import World, check_version, process_group
 from tests.imagenet.workers import steps
 
 ROOT = Path(__file__).parents[2]
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = World()
 
 
 def torchrun(*arguments, processes=2, **options):
@@ -42,7 +42,7 @@ def alone():
 )
 def test_two_processes_are_one(together, alone, kind):
     result = together[1][kind]
-    for a, b in zip(result["told"], alone["told"], strict=True):
+    for a, b in zip(result["metrics"], alone["metrics"], strict=True):
         assert a[:3] == pytest.approx(b[:3], rel=1e-5)
     for name, gradient in alone["gradients"].items():
         torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-3, atol=1e-5)
@@ -55,7 +55,7 @@ def test_two_processes_are_one(together, alone, kind):
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(together):
-    assert [row[3] for row in together[1]["ddp"]["told"]] == [False, True, False]
+    assert [row[3] for row in together[1]["ddp"]["metrics"]] == [False, True, False]
 
 
 def test_nan_on_one_rank_stops_both_with_its_name(together):
@@ -65,7 +65,7 @@ def test_nan_on_one_rank_stops_both_with_its_name(together):
 
 
 def test_a_failure_of_the_first_is_every_ones(together):
-    assert {(together[0] / f"agreed-{rank}.txt").read_text() for rank in (0, 1)} == {"no space"}
+    assert {(together[0] / f"raised-{rank}.txt").read_text() for rank in (0, 1)} == {"no space"}
 
 
 def test_a_state_from_two_fsdp_processes_loads_into_one(together):
@@ -80,13 +80,10 @@ def test_a_state_from_two_fsdp_processes_loads_into_one(together):
 
 
 def test_fsdp_alone_is_plain_training(alone):
-    from imagenet.parallel import stop
-
-    try:
-        result = steps(ALONE, parallel="fsdp")
-    finally:
-        stop()
-    assert result["told"][0][:3] == pytest.approx(alone["told"][0][:3], rel=1e-6)
+    with process_group("cpu") as world:
+        result = steps(world, parallel="fsdp")
+    assert not torch.distributed.is_initialized()
+    assert result["metrics"][0][:3] == pytest.approx(alone["metrics"][0][:3], rel=1e-6)
     for name, gradient in alone["gradients"].items():
         torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
 

@@ -9,6 +9,7 @@ from imagenet.image_files import ImageFiles
 
 pytest.importorskip("diffusers")
 from tests.autoencoders import tiny_vae
+from tests.imagenet.commands import status
 
 
 def test_from_a_folder_of_pictures_to_new_pictures(tmp_path: Path, capsys):
@@ -29,7 +30,7 @@ def test_from_a_folder_of_pictures_to_new_pictures(tmp_path: Path, capsys):
     assert train.main([*data, *size, "--optimizer", "adamw", "--out", run]) == 0
 
     drawn = ["--out", out, "--count", "3", "--steps", "2", "--device", "cpu"]
-    assert sample.main([run, *drawn], vae=vae) == 2
+    assert status(sample.main, [run, *drawn], vae=vae) == 2
     assert "say --latents FOLDER" in capsys.readouterr().err
     assert sample.main([run, *drawn, "--latents", latents], vae=vae) == 0
     assert next(ImageFiles(Path(out)).batches(3)).shape == (3, 3, 16, 16)

@@ -11,7 +11,7 @@ import pytest
 
 from imagenet import checkpoints, train
 from imagenet.checkpoints import find_checkpoint
-from imagenet.run import Run
+from imagenet.training import Training
 from tests.imagenet import workers
 from tests.imagenet.commands import TINY, assert_same_run, command, losses, same, state, stopping_at
 from tests.imagenet.test_parallel import ROOT, torchrun
@@ -20,7 +20,7 @@ from tests.imagenet.test_parallel import ROOT, torchrun
 def test_a_line_of_the_log_is_a_mean_though_the_interval_changed(tmp_path, whole, monkeypatch):
     """Resuming at step 53 with another interval once divided the sum of the wrong number of losses."""
     folder = tmp_path / "run"
-    monkeypatch.setattr(Run, "note", stopping_at(Run.note, 52))
+    monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 52))
     assert command(folder, "--steps", 120) == 130
     monkeypatch.undo()
     assert command(folder, "--steps", 120, "--log-every", 20, "--resume") == 0
@@ -30,7 +30,7 @@ def test_a_line_of_the_log_is_a_mean_though_the_interval_changed(tmp_path, whole
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(tmp_path, whole, monkeypatch, capsys, stop):
-    monkeypatch.setattr(Run, "note", stopping_at(Run.note, 52, stop))
+    monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 52, stop))
     folder = tmp_path / "run"
     assert command(folder, "--steps", 120) == 130
     monkeypatch.undo()
@@ -51,7 +51,7 @@ def test_a_signal_to_the_whole_group_spares_the_processes_that_read_ahead(tmp_pa
     arguments = [*TINY, "--steps", "100000", "--workers", "2", "--out", str(folder)]
     process = subprocess.Popen(
         [sys.executable, ROOT / "imagenet" / "train.py", *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while process.poll() is None and not (folder / "train.jsonl").exists():
@@ -127,7 +127,7 @@ def test_no_whole_checkpoint_left(tmp_path, capsys):
 def test_a_full_disk_ends_with_a_clear_error_and_the_last_good_checkpoint(tmp_path, whole, forks, monkeypatch):
     folder = tmp_path / "run"
     arguments = [*TINY, "--steps", "120", "--save-every", "60", "--out", str(folder)]
-    monkeypatch.setattr(Run, "note", stopping_at(Run.note, 50))
+    monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 50))
     assert command(folder, "--steps", 120, "--save-every", 60) == 130
     monkeypatch.undo()
     before = {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
@@ -156,8 +156,9 @@ def test_torchrun_on_two_processes_equals_one_and_one_goes_on_where_two_stopped(
     folder = tmp_path / "run"
     poison = tmp_path / "interrupted.py"
     poison.write_text(
-        "import signal, sys\nfrom run import Run\nimport train\nfrom commands import stopping_at\n"
-        "Run.note = stopping_at(Run.note, 60)\nsys.exit(train.main())\n"
+        "import sys\nfrom imagenet import train\nfrom imagenet.training import Training\n"
+        "from tests.imagenet.commands import stopping_at\n"
+        "Training.train_step = stopping_at(Training.train_step, 60)\nsys.exit(train.main())\n"
     )
     options = [*TINY, "--steps", "120", "--save-every", "1000", "--out", str(folder)]
     done = torchrun(poison, *options)
@@ -172,7 +173,7 @@ def test_fsdp_saves_samples_and_goes_on_as_one_plain_process(tmp_path, whole):
     folder = tmp_path / "run"
     options = ["--steps", 120, "--parallel", "fsdp", "--sample-every", 20]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "note", stopping_at(Run.note, 50))
+        patch.setattr(Training, "train_step", stopping_at(Training.train_step, 50))
         assert command(folder, *options) == 130
     assert len(list((folder / "samples").iterdir())) == 2
     assert command(folder, "--steps", 120, "--resume", "--parallel", "ddp") == 0

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from imagenet.data import Batches, load_data
+from imagenet.batches import Batches
+from imagenet.image_datasets import load_data
 from imagenet.parallel import World
 from imagenet.presets import Config, build_model
 from imagenet.training import Training, learning_rate, make_optimizer
@@ -14,7 +15,7 @@ from tests.imagenet import straight_line
 from tests.imagenet.workers import SMALL, randomise
 from tvm_ref import TVM, Condition, TimeSampler
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = World()
 
 
 def make(config=SMALL, seed=0):
@@ -70,9 +71,9 @@ def test_losses_and_all_gradients_are_those_of_a_straight_line_computation(scale
 def test_two_micro_batches_are_one_batch():
     one, two = make(), make(replace(SMALL, accumulate=2))
     for step in range(3):
-        told = [training.train_step(batches()[step]) for training in (one, two)]
-        assert told[0].losses == pytest.approx(told[1].losses, rel=1e-5)
-        assert told[0].gradient_norm == pytest.approx(told[1].gradient_norm, rel=1e-5)
+        metrics = [training.train_step(batches()[step]) for training in (one, two)]
+        assert metrics[0].losses == pytest.approx(metrics[1].losses, rel=1e-5)
+        assert metrics[0].gradient_norm == pytest.approx(metrics[1].gradient_norm, rel=1e-5)
         if step == 0:
             for p, q in zip(one.model.parameters(), two.model.parameters(), strict=True):
                 torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
@@ -109,9 +110,10 @@ def test_a_step_is_adamw_on_the_clipped_gradient_and_both_averages_follow():
     terms.total.mean().backward()
     norm = torch.stack([p.grad.norm() for p in reference.model.parameters()]).norm()
     before = [[p.clone() for p in e.module.parameters()] for e in (training.target, training.ema)]
-    told = training.train_step(batch)
-    assert told.losses == pytest.approx((float(terms.jump.detach().mean()), float(terms.flow_matching.detach().mean())))
-    assert told.gradient_norm == pytest.approx(float(norm), rel=1e-5)
+    metrics = training.train_step(batch)
+    expected = [float(term.detach().mean()) for term in (terms.jump, terms.flow_matching)]
+    assert list(metrics.losses) == pytest.approx(expected)
+    assert metrics.gradient_norm == pytest.approx(float(norm), rel=1e-5)
     assert norm > 0.1
     for p, q, target, ema, t0, e0 in zip(
         training.model.parameters(), reference.model.parameters(), training.target.module.parameters(),
@@ -196,7 +198,7 @@ def test_optimizers_do_not_decay_weights():
         assert torch.equal(p, torch.ones(4, 4)), name
 
 
-def test_stopping_is_told():
+def test_metrics_say_who_was_asked_to_stop():
     training = make()
     assert not training.train_step(batches()[0]).asked_to_stop
     assert training.train_step(batches()[1], stop=True).asked_to_stop

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from imagenet import parallel
-from imagenet.data import Batches, load_data
+from imagenet.batches import Batches
+from imagenet.image_datasets import load_data
 from imagenet.presets import Config
 from imagenet.training import Training
 
@@ -26,7 +27,7 @@ def randomise(module, seed=0):
 
 def start_state(config):
     """The state of a training that is not at its zero start."""
-    training = Training(config, parallel.World(0, 1, torch.device("cpu")))
+    training = Training(config, parallel.World())
     for module, seed in ((training.model, 0), (training.target.module, 1), (training.ema.module, 2)):
         randomise(module, seed)
     return training.state_dict()
@@ -38,21 +39,25 @@ def steps(world, count=3, poison=None, **fields):
     training = Training(Config(**{**json.loads(plain.to_json()), **fields}), world)
     training.load_state_dict(start_state(plain))
     batches = Batches(training.config, load_data(training.config), world.rank, world.size)
-    told = []
+    metrics = []
     for step in range(count):
         batch = batches[step]
         if poison == (step, world.rank):
             batch.x0[1] = float("nan")
         result = training.train_step(batch, stop=(step, world.rank) == (1, 1))
-        told.append([*result.losses, result.gradient_norm, result.asked_to_stop])
-    gradients = parallel.whole({name: p.grad for name, p in training.model.named_parameters()})
-    return {"told": told, "gradients": gradients, "state": training.state_dict()}
+        metrics.append([*result.losses, result.gradient_norm, result.asked_to_stop])
+    gradients = parallel.full_state({name: p.grad for name, p in training.model.named_parameters()})
+    return {"metrics": metrics, "gradients": gradients, "state": training.state_dict()}
 
 
 def main(folder):
     """Under torchrun: every way of training together, results of rank 0 saved in `folder`."""
     torch.set_num_threads(1)
-    world = parallel.start("cpu")
+    with parallel.process_group("cpu") as world:
+        train_in_every_way(folder, world)
+
+
+def train_in_every_way(folder, world):
     results = {
         "ddp": steps(world),
         "ddp, two micro-batches": steps(world, accumulate=2),
@@ -66,13 +71,11 @@ def main(folder):
     except FloatingPointError as error:
         (folder / f"nan-{world.rank}.txt").write_text(str(error))
     try:
-        world.agree(OSError("no space") if world.first else None)
+        world.raise_on_all_ranks(OSError("no space") if world.first else None)
     except OSError as error:
-        (folder / f"agreed-{world.rank}.txt").write_text(str(error))
+        (folder / f"raised-{world.rank}.txt").write_text(str(error))
     if world.first:
         torch.save(results, folder / "results.pt")
-    parallel.stop()  # else threads of the process group may outlive the interpreter, which ends in an abort
-    parallel.stop()
 
 
 def short_of_space(arguments, size):

@@ -68,7 +68,7 @@ def guarded(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[GuardedOut
 def small_tiles(device: str, monkeypatch: pytest.MonkeyPatch):
     """Call with the tiles that every kernel shall have, and whether the keys' side takes two launches."""
     from jvp_attention import launch
-    from jvp_attention.configurations import Tiles
+    from jvp_attention.tile_sizes import Tiles
 
     def choose(queries: int, keys: int, *, split: bool = False) -> None:
         monkeypatch.setattr(launch, "candidates", lambda *_: [Tiles(queries, keys, 4, 1)])

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import jvp_attention
-from jvp_attention import api, reference
+from jvp_attention import operators, reference
 from tests.attention_cases import Case
 
 
@@ -78,12 +78,12 @@ def test_gradients_through_value_and_tangent_by_finite_differences(causal):
 
 def test_the_cpu_falls_back_and_says_so_once(monkeypatch, caplog):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    api._log_once.cache_clear()
+    operators._log_once.cache_clear()
     q, k, v, dq, dk, dv, *_ = tensors(dtype=torch.float32)
     with caplog.at_level(logging.INFO, "jvp_attention"):
         results = [jvp_attention.attention(q, k, v) for _ in range(2)]
         o, do = jvp_attention.dual_attention(q, k, v, dq, None, dv)
-    assert torch.equal(results[1], reference.attention(q, k, v))
+    torch.testing.assert_close(results[1], reference.attention(q, k, v))
     torch.testing.assert_close((o, do), reference.dual_attention(q, k, v, dq, torch.zeros_like(dk), dv))
     assert len(caplog.records) == 1
     assert "plain PyTorch attention stands in" in caplog.text
@@ -110,7 +110,7 @@ print(o.shape == do.shape)
     [
         (([1, 2, 3, 4], [1, 2, 5, 4], [1, 2, 6, 4]), "k, v"),
         (([1, 2, 3, 4], [1, 2, 5, 8], [1, 2, 5, 8]), r"\[B, H, M, D\]"),
-        (([1, 4, 3, 4], [1, 2, 5, 4], [1, 2, 5, 4]), r"\[B, H, M, D\]"),
+        (([1, 4, 3, 4], [1, 3, 5, 4], [1, 3, 5, 4]), r"\[B, H, M, D\]"),
         (([2, 3, 4], [2, 3, 4], [2, 3, 4]), r"\[B, H, N, D\]"),
         (([1, 2, 0, 4], [1, 2, 5, 4], [1, 2, 5, 4]), "empty"),
         (([1, 2, 3, 4], [1, 2, 0, 4], [1, 2, 0, 4]), "empty"),

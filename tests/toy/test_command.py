@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -36,7 +37,7 @@ def run(folder: Path, *options: str) -> int:
         ["--objective", "meanflow", "--equal-share", "0.5"],
         ["--objective", "pid"],
         ["--conditional", "--dist", "eight_gaussians"],
-        ["--conditional", "--guidance", "2", "--time-sampler", "trunc"],
+        ["--conditional", "--w", "2", "--time-sampler", "trunc"],
     ],
     ids=lambda options: " ".join(options),
 )
@@ -44,7 +45,8 @@ def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, option
     assert run(tmp_path / "run", *options) == 0
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "train.jsonl", "checkpoint.pt", "model.safetensors", "metrics.json", *PICTURES,
+        "config.json", "train.jsonl", "checkpoint.pt", "weights.safetensors", "metrics.json", "snapshots.safetensors",
+        *PICTURES,
     }  # fmt: skip
     for picture in PICTURES:
         assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
@@ -60,7 +62,9 @@ def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, option
     assert metrics["steps"] == {"done": 60, "planned": 60}
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state["step"] == 60
-    assert set(load_file(folder / "model.safetensors")) == {k.removeprefix("network.") for k in state["ema"]["module"]}
+    weights = load_file(folder / "weights.safetensors")
+    assert set(weights) == {k.removeprefix("network.") for k in state["ema"]["module"]}
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # weights were once unreadable for others
     out = capsys.readouterr().out
     assert str(folder) in out
     assert "paired RMSE" in out
@@ -74,7 +78,7 @@ def test_own_points(tmp_path):
 def test_default_folder_is_named_after_the_options():
     assert ToyConfig().name == "moons"
     assert ToyConfig(dist="circles", objective="fm").name == "circles-fm"
-    assert ToyConfig(conditional=True, guidance=2.5).name == "moons-conditional-w2.5"
+    assert ToyConfig(conditional=True, w=2.5).name == "moons-conditional-w2.5"
     assert ToyConfig(data="some/where/points.csv").name == "points"
 
 
@@ -92,12 +96,39 @@ def test_a_run_is_never_overwritten_unasked(tmp_path, capsys):
     assert (tmp_path / "notes.txt").read_text() == "mine"  # only a run's own files are replaced
 
 
-def test_a_finished_run_is_measured_again_on_resume(tmp_path):
+def test_a_finished_run_that_is_resumed_says_so_and_is_measured_again_only_for_other_points(tmp_path, capsys):
     assert run(tmp_path) == 0
-    weights = (tmp_path / "model.safetensors").read_bytes()
+    said = capsys.readouterr().out
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != "train.jsonl"}
+    resume = ["--out", str(tmp_path), "--resume", "--points"]
+    assert command.main([*resume, "60"]) == 0
+    again = capsys.readouterr().out
+    assert "was finished at step 60" in again
+    assert said.splitlines()[-6:] == again.splitlines()[-6:]  # the table, and where things are
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert command.main([*resume, "50"]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["points"] == 50
+
+
+def test_the_log_is_written_as_it_goes(tmp_path, monkeypatch):
+    """It once stayed empty until the first checkpoint."""
+    step, seen = training_module.Training.train_step, []
+
+    def reading(self):
+        seen.append((tmp_path / "train.jsonl").read_text().count("\n"))
+        return step(self)
+
+    monkeypatch.setattr(training_module.Training, "train_step", reading)
+    assert run(tmp_path) == 0
+    assert seen == [0] * 50 + [1] * 10
+
+
+def test_a_finished_run_without_a_picture_is_drawn_again_on_resume(tmp_path):
+    assert run(tmp_path) == 0
+    weights = (tmp_path / "weights.safetensors").read_bytes()
     (tmp_path / "samples.png").unlink()
     assert command.main(["--out", str(tmp_path), "--resume", "--points", "60"]) == 0
-    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "weights.safetensors").read_bytes() == weights
     assert (tmp_path / "samples.png").exists()
 
 
@@ -110,7 +141,7 @@ BAD = {
     "NaN rate": ["--lr", "nan"],
     "share above 1": ["--noise-share", "1.5"],
     "shares above 1": ["--noise-share", "0.6", "--equal-share", "0.6"],
-    "guidance without classes": ["--guidance", "2"],
+    "guidance without classes": ["--w", "2"],
     "classes that are not there": ["--conditional", "--dist", "checkerboard"],
     "classes of own points": ["--conditional", "--data", "x.csv"],
     "missing points": ["--data", "missing.csv"],
@@ -154,23 +185,23 @@ def test_folders_in_the_way(tmp_path, capsys):
 
 def test_overwrite_spares_a_folder_that_merely_has_a_config(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"my": "project"}')
-    (tmp_path / "model.safetensors").write_text("mine")
+    (tmp_path / "weights.safetensors").write_text("mine")
     with pytest.raises(SystemExit):
         run(tmp_path, "--overwrite")
-    assert "holds something that is no run" in capsys.readouterr().err
-    assert (tmp_path / "model.safetensors").read_text() == "mine"
+    assert "holds something that is not a run" in capsys.readouterr().err
+    assert (tmp_path / "weights.safetensors").read_text() == "mine"
 
 
 def test_overwrite_looks_before_it_deletes_and_clears_what_was_measured_of_the_old_run(tmp_path, capsys):
     assert run(tmp_path) == 0
     (tmp_path / "bound.json").write_text("{}")
-    weights = (tmp_path / "model.safetensors").read_bytes()
+    weights = (tmp_path / "weights.safetensors").read_bytes()
     (tmp_path / "losses.png").unlink()
     (tmp_path / "losses.png").mkdir()
     with pytest.raises(SystemExit):
         run(tmp_path, "--overwrite")
     assert "losses.png is a folder" in capsys.readouterr().err
-    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "weights.safetensors").read_bytes() == weights
     (tmp_path / "losses.png").rmdir()
     assert run(tmp_path, "--overwrite") == 0
     assert not (tmp_path / "bound.json").exists()
@@ -226,13 +257,22 @@ def test_a_damaged_checkpoint_ends_with_one_line(tmp_path, capsys, damage):
     assert "checkpoint.pt cannot be used" in error
 
 
+def failure(folder, capsys, *options) -> str:
+    """The line with which a run ends that fails, with status 1."""
+    with pytest.raises(SystemExit) as stop:
+        run(folder, *options)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
 def test_a_disk_that_fails_ends_with_one_line_and_status_1(tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    assert run(tmp_path) == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("No space left on device")
+    assert "No space left on device" in failure(tmp_path, capsys)
 
 
 def test_a_disk_that_fails_while_drawing_ends_with_one_line_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
@@ -240,21 +280,22 @@ def test_a_disk_that_fails_while_drawing_ends_with_one_line_and_keeps_the_checkp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(plots, "save_figure", full)
-    assert run(tmp_path) == 1
-    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+    error = failure(tmp_path, capsys)
+    assert "No space left on device; the same command with --resume" in error
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 60
 
 
-def test_divergence_ends_with_one_line_and_status_1(tmp_path, capsys):
-    assert run(tmp_path, "--lr", "1e30") == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+def test_divergence_ends_with_one_line_that_says_how_to_go_on(tmp_path, capsys):
+    error = failure(tmp_path, capsys, "--lr", "1e30")
     assert error.startswith("python -m tvm_ref.toy: error: training diverged at step")
+    assert "a smaller --lr may help; --overwrite begins anew" in error
+    assert run(tmp_path, "--overwrite") == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals; run it on Linux or macOS")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_path, sent):
-    options = ["--steps", "3000", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
+    options = ["--steps", "800", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-m", "tvm_ref.toy", *options, "--out"]
     process = subprocess.Popen([*start, str(tmp_path / "parts")], env=environment, stdout=subprocess.PIPE, text=True)
@@ -269,14 +310,14 @@ def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_pa
     assert process.returncode == 130
     assert "stopped at step" in out
     done = json.loads((tmp_path / "parts" / "metrics.json").read_text())["steps"]["done"]
-    assert 100 <= done < 3000
+    assert 100 <= done < 800
     assert all((tmp_path / "parts" / p).exists() for p in PICTURES)
     subprocess.run(
         [sys.executable, "-m", "tvm_ref.toy", "--resume", "--points", "60", "--out", str(tmp_path / "parts")],
         env=environment, check=True, capture_output=True,
     )  # fmt: skip
     subprocess.run([*start, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
-    parts, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole"))
+    parts, whole = (load_file(tmp_path / name / "weights.safetensors") for name in ("parts", "whole"))
     assert all(torch.equal(parts[k], whole[k]) for k in whole)
 
 
@@ -354,6 +395,21 @@ def test_benchmark_draws_no_data_while_it_times_gradients(monkeypatch):
     assert drawn == [0, 1]  # 80 steps, 50 to a block
 
 
+def test_benchmark_times_steps_beside_busy_programs(tmp_path, capsys):
+    options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--rounds", "2", "--repeats", "2", "--busy"]
+    assert benchmark.main([*options, "--out", str(tmp_path / "busy.json")]) == 0
+    times = json.loads((tmp_path / "busy.json").read_text())["busy"]
+    assert times["ratio"] == times["busy"] / times["alone"]
+    assert f"{times['ratio']:.2f} times as long" in capsys.readouterr().out
+
+
+def test_busy_programs_run_and_end():
+    with benchmark.busy_programs(2):
+        children = [child for child in psutil.Process().children() if "while True" in " ".join(child.cmdline())]
+        assert len(children) == 2
+    assert not any(child.is_running() for child in children)
+
+
 def test_benchmark_prints_ratios(tmp_path, capsys):
     options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--rounds", "2", "--repeats", "2", "--seeds", "0"]
     assert benchmark.main([*options, "--out", str(tmp_path / "benchmark.json")]) == 0
@@ -371,7 +427,7 @@ def test_benchmark_prints_ratios(tmp_path, capsys):
         (compare, ["--seeds", "0"]),
         (seeds, ["--seeds", "0"]),
         (seeds, ["--dist", "moon"]),
-        (benchmark, ["--threads", "0"]),
+        (benchmark, ["--rounds", "0"]),
         (benchmark, ["--width", "0"]),
     ],
 )
@@ -380,3 +436,40 @@ def test_bad_input_to_the_other_commands(capsys, module, options):
         module.main(options)
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+SLOW = ("ot", "pytorch_optimizer", "matplotlib", "scipy", "sklearn")
+COMMANDS = {
+    "tvm_ref.toy": ["--lr", "-1"],
+    "tvm_ref.toy.compare": ["--seconds", "0"],
+    "tvm_ref.toy.seeds": ["--points", "1"],
+    "tvm_ref.toy.benchmark": ["--width", "0"],
+    "tvm_ref.bound": ["nowhere"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_and_bad_options_answer_without_slow_imports(name):
+    """Together they took three of five seconds."""
+    code = f"""
+import runpy, sys
+for options in (["--help"], {COMMANDS[name]}):
+    sys.argv = ["command", *options]
+    try:
+        runpy.run_module("{name}", run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        print("status", stop.code, sorted({{*{SLOW}}} & {{*sys.modules}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert [line for line in done.stdout.splitlines() if line.startswith("status")] == ["status 0 []", "status 2 []"]
+
+
+def test_commands_take_one_thread(tmp_path):
+    """Two were no faster, and beside a busy program four times slower."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert run(tmp_path) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

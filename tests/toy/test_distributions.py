@@ -70,7 +70,7 @@ def bad_files():
     yield "three.csv", "1,2,3\n" * 20, "N x 2, got 20 x 3"
     yield "text.csv", "x,y\n" + "1,a\n" * 20, "not a table of numbers"
     yield "ragged.csv", "1,2\n" * 20 + "1\n", "not a table of numbers"
-    yield "nan.csv", "1,2\n" * 20 + "nan,1\n", "1 points are NaN or infinite"
+    yield "nan.csv", "1,2\n" * 20 + "nan,1\n", "points that are NaN or infinite: 1"
     yield "few.csv", "1,2\n2,3\n", "at least 10 points are needed, got 2"
     yield "empty.csv", "", "empty"
     yield "flat.csv", "".join(f"{i},5\n" for i in range(20)), "column 2 is constant"

@@ -46,6 +46,21 @@ def test_tangents_against_central_differences(classes, inputs):
     torch.testing.assert_close(actual, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("classes", [0, 3])
+def test_tangents_written_by_hand_change_nothing(classes):
+    """A tangent of zero in t sends the same JVP through PyTorch's own rules: values, tangents and gradients agree."""
+    net, (x, t, s, condition) = network(classes), draw(classes)
+    ds, weights = torch.randn_like(s), torch.randn(2, *x.shape, dtype=x.dtype)
+
+    def gradients(outputs):
+        loss = (weights * torch.stack(outputs)).sum()
+        return [*outputs, *torch.autograd.grad(loss, list(net.parameters()))]
+
+    by_hand = gradients(torch.func.jvp(lambda s: net(x, t, s, condition), (s,), (ds,)))
+    by_torch = gradients(torch.func.jvp(lambda t, s: net(x, t, s, condition), (t, s), (torch.zeros_like(t), ds)))
+    torch.testing.assert_close(by_hand, by_torch, rtol=1e-10, atol=1e-10)
+
+
 def test_gradients_through_the_tangent_against_central_differences():
     net, (x, t, s, _), h = network(), draw(), 1e-5
     model = FlowMap(net)

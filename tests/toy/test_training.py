@@ -1,9 +1,9 @@
 import json
-import time
 
 import pytest
 import torch
 
+from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.metrics import exact_samples, make_reference, paired_errors
@@ -14,11 +14,9 @@ SMALL = {"batch_size": 16, "width": 8, "depth": 2, "steps": 90}
 VARIANTS = {
     "tvm": {},
     "detached": {"detach_jvp": True},
-    "fm": {"objective": "fm"},
-    "meanflow": {"objective": "meanflow"},
-    "pid": {"objective": "pid"},
+    **{name: {"objective": name} for name in OBJECTIVES if name != "tvm"},
     "conditional": {"conditional": True},
-    "guided": {"conditional": True, "guidance": 2.0, "noise_share": 0.2},
+    "guided": {"conditional": True, "w": 2.0, "noise_share": 0.2},
 }
 
 
@@ -27,7 +25,7 @@ def tensors(training: Training) -> list[torch.Tensor]:
 
 
 def test_data_are_a_pure_function_of_seed_and_block():
-    config, oracle = ToyConfig(**SMALL, conditional=True, guidance=2), make_distribution("moons")
+    config, oracle = ToyConfig(**SMALL, conditional=True, w=2), make_distribution("moons")
     a, b = draw_block(config, oracle, 3), draw_block(config, oracle, 3)
     assert len(a) == BLOCK
     for x, y in zip(a, b, strict=True):
@@ -50,17 +48,17 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 def test_a_stopped_run_continues_bit_for_bit(tmp_path, variant):
     """Through the files of the run folder, stopped in the middle of a block and between two lines of the log."""
     config = ToyConfig(**SMALL, **VARIANTS[variant])
-    whole = Run(tmp_path / "whole", config, time.time())
+    whole = Run(tmp_path / "whole", config)
     whole.create()
     assert whole.train()
 
-    first = Run(tmp_path / "parts", config, time.time())
+    first = Run(tmp_path / "parts", config)
     first.create()
     sums = torch.zeros(2)
     for _ in range(37):
         sums += first.training.train_step()
     first.save(sums)
-    second = Run(tmp_path / "parts", read_config(tmp_path / "parts"), time.time())
+    second = Run(tmp_path / "parts", read_config(tmp_path / "parts"))
     assert second.train(second.load())
     assert all(torch.equal(a, b) for a, b in zip(tensors(whole.training), tensors(second.training), strict=True))
 
@@ -74,19 +72,19 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, variant):
 
 def test_log_lines_beyond_the_checkpoint_are_dropped_on_resume(tmp_path):
     config = ToyConfig(**SMALL)
-    run = Run(tmp_path, config, time.time())
+    run = Run(tmp_path, config)
     run.create()
     run.train()
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     torch.save(state | {"step": 40}, tmp_path / "checkpoint.pt")  # as if killed after the log had gone on
-    again = Run(tmp_path, config, time.time())
+    again = Run(tmp_path, config)
     again.load()
     assert again.log == []
     assert (tmp_path / "train.jsonl").read_text() == ""
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_checkpoint(tmp_path):
-    run = Run(tmp_path, ToyConfig(**SMALL), time.time())
+    run = Run(tmp_path, ToyConfig(**SMALL))
     run.create()
     sums = run.training.train_step()
     run.save(sums)
@@ -116,7 +114,7 @@ def test_a_guided_model_approaches_the_exact_guided_flow():
     config = ToyConfig(**VARIANTS["guided"], steps=800, batch_size=128, width=32, depth=3, ema=0.99)
     oracle = make_distribution("moons")
     training = Training(config, oracle)
-    guided, plain = (make_reference(oracle, guidance=w, points=300) for w in (2.0, 1.0))
+    guided, plain = (make_reference(oracle, w=w, points=300) for w in (2.0, 1.0))
     while training.step < config.steps:
         training.train_step()
     samples, errors = paired_errors(training.evaluated, guided, 2)
@@ -127,7 +125,7 @@ def test_a_guided_model_approaches_the_exact_guided_flow():
 
 def test_a_finished_run_is_loaded_as_it_was_evaluated(tmp_path):
     config = ToyConfig(**SMALL)
-    run = Run(tmp_path, config, time.time())
+    run = Run(tmp_path, config)
     run.create()
     run.train()
     run.report(points=50)
@@ -141,7 +139,7 @@ def test_a_finished_run_is_loaded_as_it_was_evaluated(tmp_path):
 
 def damage(folder):
     (folder / "config.json").write_text('{"dist": "moons"}')
-    (folder / "model.safetensors").write_bytes(b"not weights")
+    (folder / "weights.safetensors").write_bytes(b"not weights")
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,8 @@ def with_solutions(notebook: NotebookNode) -> NotebookNode:
 
 
 def environment() -> dict[str, str]:
-    """The fast switch, and the packages importable from any folder."""
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"TVM_FAST": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    """The fast switch."""
+    return os.environ | {"TVM_FAST": "1"}
 
 
 def complaints(notebook: NotebookNode) -> list[str]:

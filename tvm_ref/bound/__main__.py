@@ -11,7 +11,6 @@ given) and write into --out. "/ W2" says how loose a term is. The exit status is
 which the theory excludes.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,19 +21,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tvm_ref.bound import over_training, taming
-from tvm_ref.bound.chain import STEPS, TERMS, Bound, measure
-from tvm_ref.bound.plots import LABELS, plot_bound, plot_training
-from tvm_ref.command_line import write_atomically
+from tvm_ref.bound.chain import Bound, measure
+from tvm_ref.bound.paths import STEPS
+from tvm_ref.bound.terms import LABELS, TERMS
+from tvm_ref.command_line import OneLineParser, add_options, flag, given, require_free, run, write_atomically
 from tvm_ref.distances import sampling_floor, wasserstein2
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.objectives import OBJECTIVES
-from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, flag
+from tvm_ref.seeding import BOUND
+from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.mixture import GaussianMixture
-from tvm_ref.toy.plots import save_figure
 from tvm_ref.toy.run import distribution_of, load_run, read_config
 
-SEED = 2**41  # of the draws that the bound is measured on: apart from those of training and of metrics.json
 TRAINING_OPTIONS = ["dist", "data", "bandwidth", "objective", "steps", "batch_size", "width", "depth", "lr",
                     "time_sampler", "noise_share", "equal_share", "target_ema", "ema", "seed"]  # fmt: skip
 PAIRINGS = 4  # of data and noise, for the loss of a finished run
@@ -42,39 +41,34 @@ LIPSCHITZ_STEPS = 1500  # of training for each of the four networks of --lipschi
 MAX_POINTS = 5000  # exact optimal transport holds points^2 costs
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = OneLineParser(
-        "python -m tvm_ref.bound",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def parser() -> OneLineParser:
+    """Make the command line."""
+    p = OneLineParser("python -m tvm_ref.bound", __doc__)
     p.add_argument("run", nargs="?", type=Path, help="folder of a finished run")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--train", action="store_true", help="train while measuring, and draw the chain over training")
     mode.add_argument("--lipschitz", action="store_true", help="compare int L of a plain and of tamed networks")
-    p.add_argument("--time", type=float, default=1.0, help="t in (0, 1], where the jump to 0 starts (default: 1)")
+    p.add_argument("--time", type=float, default=1.0, help="t in (0, 1], where the jump to 0 starts")
     p.add_argument("--points", type=int, help="points measured on (default: 2000; with --train or --lipschitz: 500)")
     p.add_argument("--grid", type=int, help=f"time steps of the integrals, even (default: {STEPS}; else {STEPS // 2})")
     p.add_argument("--out", type=Path, help="folder of --train or --lipschitz (default: runs/toy/NAME-bound)")
     p.add_argument("--overwrite", action="store_true", help="replace results that are already in that folder")
-    add_options(p.add_argument_group("what --train and --lipschitz train"), TRAINING_OPTIONS)  # type: ignore[arg-type]
+    add_options(p.add_argument_group("what --train and --lipschitz train"), ToyConfig, TRAINING_OPTIONS)
     return p
 
 
 def draw(
     distribution: GaussianMixture, points: int, *, conditional: bool = False
 ) -> tuple[Tensor, Tensor, Condition | None]:
-    """Data x0 and noise x1 [points, D] to measure on, and their classes."""
-    generator = torch.Generator().manual_seed(SEED)
+    """Draw data x0 and noise x1 [points, D] to measure on, and their classes."""
+    generator = torch.Generator().manual_seed(BOUND)
     x0, label = distribution.sample(points, generator)
     x1 = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
     return x0, x1, Condition(label, torch.ones(points, dtype=x0.dtype)) if conditional else None
 
 
 def load_finished(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
-    """A run that the bound can be measured on, as load_run gives it.
+    """Load a run that the bound can be measured on, as load_run does.
 
     Raises:
         ValueError, OSError: no run, an unfinished or damaged one, one with guidance, or one that learned no jumps.
@@ -100,7 +94,7 @@ def check_objective(config: ToyConfig) -> None:
     """Raise ValueError for training that theorem 1 does not cover."""
     if config.guided:
         raise ValueError(
-            f"the bound is stated without guidance, and this run has --guidance {config.guidance:g}: "
+            f"the bound is stated without guidance, and this run has --w {config.w:g}: "
             "its labels have no distribution in closed form"
         )
     if not OBJECTIVES[config.objective].learns_jumps:
@@ -108,26 +102,28 @@ def check_objective(config: ToyConfig) -> None:
 
 
 def progress(times: Any, name: str) -> Any:
-    """A progress bar over times."""
+    """Show a progress bar over times."""
     return tqdm(times, desc=f"{name:>9}", unit="time", leave=False)
 
 
 # A finished run -----------------------------------------------------------------------------------------------------
 
 
-def measure_run(folder: Path, t: float, points: int, steps: int) -> Bound:
-    """Measure a finished run, print the chain, and write bound.json and bound.png into its folder.
+def measure_run(
+    folder: Path, config: ToyConfig, distribution: GaussianMixture, model: FlowMap, t: float, points: int, steps: int
+) -> list[str]:
+    """Measure a finished run, print the chain, write bound.json and bound.png; returns the violated links.
 
     Raises:
-        ValueError, OSError: see load_finished and measure.
         FloatingPointError: a model whose path, or whose bounds, are not finite.
     """
-    config, distribution, model = load_finished(folder)
+    from tvm_ref.bound.plots import plot_bound
+    from tvm_ref.toy.plots import save_figure
+
     x0, x1, condition = draw(distribution, points, conditional=config.conditional)
-    scale = 0.7 * distribution.sigma
     bound = measure(
         model.cpu(), distribution, x0, x1,
-        t=t, scale=scale, steps=steps, pairings=PAIRINGS, condition=condition, watch=progress,
+        t=t, scale=distribution.time_scale, steps=steps, pairings=PAIRINGS, condition=condition, watch=progress,
     )  # fmt: skip
     report = summary(bound) | {"points": points, "grid": steps}
     report["w2_data"], report["w2_floor"] = against_data(bound, distribution)
@@ -135,19 +131,19 @@ def measure_run(folder: Path, t: float, points: int, steps: int) -> Bound:
     save_figure(plot_bound(bound, config.name), folder / "bound.png")
     print(table(bound, report))
     print(f"bound.json and bound.png: {folder}")
-    return bound
+    return bound.violations()
 
 
 def against_data(bound: Bound, distribution: GaussianMixture) -> tuple[float, float]:
-    """W2 of the model's samples against fresh data, and what it is for a perfect model, the sampling floor."""
-    generator = torch.Generator().manual_seed(SEED + 1)
+    """Measure W2 of the model's samples against fresh data, and what it is for a perfect model, the sampling floor."""
+    generator = torch.Generator().manual_seed(BOUND + 1)
     samples = bound.paths.x[0]
-    floor, _ = sampling_floor(lambda n, g: distribution.sample(n, g)[0], len(samples), repeats=2, seed=SEED + 2)
+    floor, _ = sampling_floor(lambda n, g: distribution.sample(n, g)[0], len(samples), repeats=2, seed=BOUND + 2)
     return wasserstein2(samples, distribution.sample(len(samples), generator)[0]), floor
 
 
 def summary(bound: Bound) -> dict[str, Any]:
-    """What bound.json holds: every term as a distance, and how sure each is."""
+    """List what bound.json holds: every term as a distance, and how sure each is."""
     return {
         "t": bound.t,
         **bound.values,
@@ -164,7 +160,7 @@ def summary(bound: Bound) -> dict[str, Any]:
 
 
 def table(bound: Bound, report: dict[str, Any]) -> str:
-    """The chain as a table to print."""
+    """Format the chain as a table."""
     w2 = max(bound.values["w2"], torch.finfo(torch.float64).tiny)
     lines = [f"{'t = ' + format(bound.t, 'g'):<28}{'value':>11}{'/ W2':>11}{'median':>11}{'quadrature error':>18}"]
     for name in TERMS:
@@ -181,7 +177,7 @@ def table(bound: Bound, report: dict[str, Any]) -> str:
 
 
 def dumps(report: dict[str, Any]) -> str:
-    """A report as JSON.
+    """Write a report as JSON.
 
     Raises:
         FloatingPointError: numbers that JSON has no word for.
@@ -195,23 +191,11 @@ def dumps(report: dict[str, Any]) -> str:
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-def prepare_folder(out: Path, results: str, *, overwrite: bool) -> None:
-    """Make the folder of --train or --lipschitz.
-
-    Raises:
-        ValueError, OSError: something is in the way.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, not a folder")
-    if (out / results).exists() and not overwrite:
-        raise ValueError(f"{out} already holds {results}: --overwrite, or another --out")
-    if (out / "config.json").exists():
-        raise ValueError(f"{out} holds a run; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-
-
 def measure_training(config: ToyConfig, out: Path, t: float, points: int, steps: int) -> list[str]:
-    """--train: training.json (rewritten after every measurement) and training.png; returns violated links."""
+    """Train and measure; writes training.json (after every measurement) and training.png, returns violated links."""
+    from tvm_ref.bound.plots import plot_training
+    from tvm_ref.toy.plots import save_figure
+
     distribution = distribution_of(config)
     x0, x1, _ = draw(distribution, points)
     records: list[over_training.Record] = []
@@ -229,7 +213,7 @@ def measure_training(config: ToyConfig, out: Path, t: float, points: int, steps:
 
 
 def compare_tamings(config: ToyConfig, out: Path, t: float, points: int, steps: int) -> list[str]:
-    """--lipschitz: a table, and lipschitz.json; returns violated links."""
+    """Compare networks by int L; prints a table, writes lipschitz.json, returns violated links."""
     distribution = distribution_of(config)
     x0, x1, _ = draw(distribution, points)
     results = taming.diagnose(config, distribution, x0, x1, t=t, steps=steps)
@@ -267,42 +251,36 @@ def check(arguments: dict[str, Any], training: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 a violated link or divergence, 2 bad input."""
+    """Run the command; returns the exit status: 0 done, 1 a violated link; other failures and bad input are exits."""
     command = parser()
-    given = vars(command.parse_args(argv))
-    own = {
-        name: given.pop(name) for name in ("run", "train", "lipschitz", "time", "points", "grid", "out", "overwrite")
-    }
-    trains = own["train"] or own["lipschitz"]
-    own["points"] = own["points"] if own["points"] is not None else 500 if trains else 2000
-    own["grid"] = own["grid"] if own["grid"] is not None else STEPS // 2 if trains else STEPS
-    size = (own["time"], own["points"], own["grid"])
-    try:
-        check(own, given)
+    arguments = command.parse_args(argv)
+    options, trains = given(arguments, ToyConfig), arguments.train or arguments.lipschitz
+    points = arguments.points if arguments.points is not None else 500 if trains else 2000
+    grid = arguments.grid if arguments.grid is not None else STEPS // 2 if trains else STEPS
+    use_one_thread()
+    with command.bad_input():
+        check(vars(arguments) | {"points": points, "grid": grid}, options)
         if trains:
-            config = ToyConfig(**({"steps": LIPSCHITZ_STEPS} if own["lipschitz"] else {}) | given)
+            config = ToyConfig(**({"steps": LIPSCHITZ_STEPS} if arguments.lipschitz else {}) | options)
             check_objective(config)
+            kind = "training" if arguments.train else "lipschitz"
+            out = arguments.out or Path("runs/toy") / f"{config.name}-{'bound' if arguments.train else 'lipschitz'}"
+            what = f"results of --{'train' if arguments.train else 'lipschitz'}"
+            require_free(out, (f"{kind}.json",), what, "--overwrite", overwrite=arguments.overwrite)
             distribution_of(config)
-            kind = "training" if own["train"] else "lipschitz"
-            out = own["out"] or Path("runs/toy") / f"{config.name}-{'bound' if own['train'] else 'lipschitz'}"
-            prepare_folder(out, f"{kind}.json", overwrite=own["overwrite"])
+            out.mkdir(parents=True, exist_ok=True)
         else:
-            violated = measure_run(own["run"], *size).violations()
-    except (ValueError, OSError) as error:
-        command.error(str(error))
-    except FloatingPointError as error:
-        print(f"{command.prog}: error: {error}", file=sys.stderr)
-        return 1
-    if trains:
-        try:
-            violated = (measure_training if own["train"] else compare_tamings)(config, out, *size)
-        except FloatingPointError as error:
-            print(f"{command.prog}: error: diverged: {error}; a smaller --lr may help", file=sys.stderr)
-            return 1
+            finished = load_finished(arguments.run)
+    with command.failures():
+        if trains:
+            work = measure_training if arguments.train else compare_tamings
+            violated = work(config, out, arguments.time, points, grid)
+        else:
+            violated = measure_run(arguments.run, *finished, arguments.time, points, grid)
     for link in violated:
         print(f"{command.prog}: violated: {link}", file=sys.stderr)
     return 1 if violated else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -47,7 +47,6 @@ from tvm_ref.bound.paths import (
     Watch,
     at,
     displacement_error,
-    exact_path,
     flow_matching_residual,
     follow,
     integral,
@@ -58,25 +57,14 @@ from tvm_ref.bound.paths import (
     time_grid,
     unwatched,
 )
+from tvm_ref.bound.terms import LINKS, TERMS
 from tvm_ref.distances import wasserstein2
 from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import interpolate
 from tvm_ref.objectives import Flow
 from tvm_ref.shapes import Sample
+from tvm_ref.toy.mixture import exact_path
 
-TERMS = (
-    "w2", "displacement", "terminal_velocity", "mean_square", "pathwise_one_sided", "pathwise_two_sided",
-    "global", "global_from_loss",
-)  # fmt: skip
-LINKS = (  # every inequality of the chain
-    ("w2", "displacement"),
-    ("displacement", "terminal_velocity"),
-    ("displacement", "mean_square"),
-    ("displacement", "pathwise_one_sided"),
-    ("pathwise_one_sided", "pathwise_two_sided"),
-    ("pathwise_two_sided", "global"),
-    ("mean_square", "global"),
-)
 ROUNDING = 1e-9  # relative: what float64 costs the links that hold exactly on a grid
 COINCIDENT = 1e-12  # X and Y nearer than this count as the same point: a ratio of roundings says nothing
 W2_ROUNDING = 3e-7  # POT expands squared distances: some 1e-14 there is this much in a distance of zero
@@ -84,7 +72,7 @@ Weight = Callable[[Tensor, Tensor], Tensor]  # L [S] and s [S] to log lambda [S]
 
 
 def one_sided_rate(paths: Paths) -> Tensor:
-    """m(s) = -<u_theta(X) - u_theta(Y), X - Y> / ||X - Y||^2 [S, N]: how fast the model's own field drives X from Y.
+    """Return m(s) = -<u_theta(X) - u_theta(Y), X - Y> / ||X - Y||^2 [S, N]: how fast the model's field drives X from Y.
 
     It is negative where the field contracts towards data.
     """
@@ -93,13 +81,13 @@ def one_sided_rate(paths: Paths) -> Tensor:
 
 
 def two_sided_rate(paths: Paths) -> Tensor:
-    """||u_theta(X) - u_theta(Y)|| / ||X - Y|| [S, N], at least |m(s)|."""
+    """Return ||u_theta(X) - u_theta(Y)|| / ||X - Y|| [S, N], at least |m(s)|."""
     e = displacement_error(paths)
     return _ratio(norms(paths.u_x - paths.u_y), e, e)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, e: Tensor) -> Tensor:
-    """Numerator / denominator [S] or [S, N], 0 where X = Y; at s = t, where paths start, the value of the time before.
+    """Divide [S] or [S, N], with 0 where X = Y, and at s = t, where paths start, the value of the time before.
 
     The ratio is continuous there, so this costs O(h) on a node of weight O(h).
     """
@@ -112,28 +100,28 @@ def _ratio(numerator: Tensor, denominator: Tensor, e: Tensor) -> Tensor:
 
 
 def rms(a: Tensor) -> float:
-    """sqrt(E a^2) over samples [N]; no square overflows."""
+    """Return sqrt(E a^2) over samples [N]; no square overflows."""
     top = float(a.abs().max())
     return top * float((a / top).square().mean().sqrt()) if 0 < top < math.inf else top
 
 
 def displacement(paths: Paths) -> Tensor:
-    """e(0) = ||X_0 - Y_0|| [N] (eq. 36-38): (X_0, Y_0) is one coupling, so W2 is at most the RMS over points."""
+    """Return e(0) = ||X_0 - Y_0|| [N] (eq. 36-38): (X_0, Y_0) is a coupling, so W2 is at most the RMS over points."""
     return displacement_error(paths)[0]
 
 
 def terminal_velocity(paths: Paths) -> Tensor:
-    """sqrt(t int_0^t ||d/ds f - u(Y_s, s)||^2 ds) [N] (eq. 7, with the factor t that Cauchy and Schwarz ask for)."""
+    """Return sqrt(t int_0^t ||d/ds f - u(Y_s, s)||^2 ds) [N] (eq. 7, with the factor t that Cauchy-Schwarz needs)."""
     return (paths.s[-1] * integral(norms(paths.df_ds - paths.exact).square(), paths.s)).sqrt()
 
 
 def residual(paths: Paths) -> Tensor:
-    """||a(s) + b(s)|| [S, N]: what drives the model's path from the exact one, beside the model's own field."""
+    """Return ||a(s) + b(s)|| [S, N]: what drives the model's path from the exact one, beside the model's own field."""
     return norms(paths.df_ds - paths.u_x + paths.u_y - paths.exact)
 
 
 def pathwise(rate: Tensor, paths: Paths) -> Tensor:
-    """int_0^t exp(int_0^s rate) ||a(s) + b(s)|| ds [N]: Groenwall's inequality along each path, a bound on its e(0).
+    """Bound e(0) by Groenwall's inequality along each path, int_0^t exp(int_0^s rate) ||a(s) + b(s)|| ds [N].
 
     `rate` [S, N] is one_sided_rate or two_sided_rate. The largest exponent is taken out, so that no term overflows.
     """
@@ -143,19 +131,19 @@ def pathwise(rate: Tensor, paths: Paths) -> Tensor:
 
 
 def mean_square_rate(paths: Paths) -> Tensor:
-    """M(s) = E[m ||e||^2] / E||e||^2 [S]: the mean of m in which each path counts by the square of its error."""
+    """Return M(s) = E[m ||e||^2] / E||e||^2 [S]: the mean of m in which each path counts by the square of its error."""
     square = displacement_error(paths).square()
     return _ratio((one_sided_rate(paths) * square).mean(1), square.mean(1), square.mean(1).sqrt())
 
 
 def mean_square(paths: Paths) -> float:
-    """int_0^t exp(int_0^s M) sqrt(E ||a + b||^2) ds: Groenwall's inequality for sqrt(E ||e||^2), all paths as one."""
+    """Bound sqrt(E ||e||^2), all paths as one, by Groenwall: int_0^t exp(int_0^s M) sqrt(E ||a + b||^2) ds."""
     exponent = running_integral(mean_square_rate(paths), paths.s)
     return float(integral(exponent.exp() * residual(paths).square().mean(1).sqrt(), paths.s))
 
 
 def lipschitz(model: Flow, paths: Paths, condition: Condition | None = None, watch: Watch = unwatched) -> Tensor:
-    """L(s) [S]: the largest Jacobian norm of u_theta over X_s, Y_s and between them, and the largest observed ratio.
+    """Find L(s) [S]: the largest Jacobian norm of u_theta over X_s, Y_s and between them, or ratio observed.
 
     An estimate from below of the true Lipschitz constant, and at least every rate that the path-wise bounds use.
     """
@@ -170,29 +158,29 @@ def lipschitz(model: Flow, paths: Paths, condition: Condition | None = None, wat
 
 
 def log_lambda(lipschitz: Tensor, s: Tensor) -> Tensor:
-    """Log of lambda[L](s) = 2 t exp(2 int_0^s L(r) dr) [S] (theorem 1, with its constants)."""
+    """Return the log of lambda[L](s) = 2 t exp(2 int_0^s L(r) dr) [S] (theorem 1, with its constants)."""
     return math.log(2 * float(s[-1])) + 2 * running_integral(lipschitz, s)
 
 
 def weighted_root(log_weight: Tensor, values: Tensor, s: Tensor) -> float:
-    """sqrt(int_0^t exp(log_weight) values ds) for values [S], 0 if the integral is negative (Monte-Carlo noise can)."""
+    """Return sqrt(int_0^t exp(log_weight) values ds) of values [S], 0 if noise makes the integral negative."""
     top = log_weight.max()
     total = float(integral((log_weight - top).exp() * values, s))
     return math.sqrt(max(total, 0.0)) * float((top / 2).exp())
 
 
 def split_squares(paths: Paths) -> Tensor:
-    """||a(s)||^2 + ||b(s)||^2 [S, N]: the excess of eq. 9 over its minimum, at least half of residual squared."""
+    """Return ||a(s)||^2 + ||b(s)||^2 [S, N]: the excess of eq. 9 over its minimum, at least half of residual^2."""
     return terminal_velocity_residual(paths).square() + flow_matching_residual(paths).square()
 
 
 def global_bound(paths: Paths, lipschitz: Tensor, weight: Weight = log_lambda) -> float:
-    """sqrt(int_0^t lambda(s) E(||a||^2 + ||b||^2) ds): theorem 1 with the loss as residuals (eq. 10, 39-58)."""
+    """Return sqrt(int_0^t lambda(s) E(||a||^2 + ||b||^2) ds): theorem 1 with the loss as residuals (eq. 10, 39-58)."""
     return weighted_root(weight(lipschitz, paths.s), split_squares(paths).mean(1), paths.s)
 
 
 def constant(lipschitz: Tensor, minimum: Tensor, s: Tensor) -> float:
-    """C = -int_0^t lambda(s) E||v - u(x_s, s)||^2 ds (theorem 1), from flow_matching_minimum [S, N]."""
+    """Return C = -int_0^t lambda(s) E||v - u(x_s, s)||^2 ds (theorem 1), from flow_matching_minimum [S, N]."""
     return -float(integral(log_lambda(lipschitz, s).exp() * minimum.mean(1), s))
 
 
@@ -233,7 +221,7 @@ class Bound:
         return float(integral(self.lipschitz, self.paths.s))
 
     def tolerance(self, lower: str, upper: str) -> float:
-        """By how much `lower` may exceed `upper`: the quadrature error, or rounding where the grid is exact."""
+        """Return by how much `lower` may exceed `upper`: the quadrature error, or rounding where the grid is exact."""
         if lower == "w2":
             return math.hypot(self.values[upper], W2_ROUNDING) - self.values[upper]
         if lower == "displacement":
@@ -246,7 +234,7 @@ class Bound:
         return max(self.tolerance(*link) for link in LINKS if link[0] == "displacement")
 
     def violations(self) -> list[str]:
-        """The links that do not hold, named; empty if the theory, the code and the grid are right."""
+        """Name the links that do not hold; none if the theory, the code and the grid are right."""
         return [
             f"{lower} {self.values[lower]:.6g} > {upper} {self.values[upper]:.6g}"
             for lower, upper in LINKS
@@ -255,7 +243,7 @@ class Bound:
 
 
 def pointwise_terms(paths: Paths) -> dict[str, Tensor]:
-    """The terms that are root mean squares over points, before the mean: [N] each."""
+    """Return the terms that are root mean squares over points, before the mean: [N] each."""
     return {
         "displacement": displacement(paths),
         "terminal_velocity": terminal_velocity(paths),
@@ -265,7 +253,7 @@ def pointwise_terms(paths: Paths) -> dict[str, Tensor]:
 
 
 def measured_terms(paths: Paths, lipschitz: Tensor) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Values of all terms that the paths give, their quadrature errors, and the medians of those that are means."""
+    """Measure all terms that the paths give, their quadrature errors, and the medians of those that are means."""
     terms, coarse = pointwise_terms(paths), pointwise_terms(paths.thinned())
     values = {name: rms(term) for name, term in terms.items()}
     errors = {name: rms(term - coarse[name]) for name, term in terms.items()}  # of opposite signs, they do not cancel
@@ -342,7 +330,7 @@ def measure(
 
 
 def loss_standard_error(paths: Paths, lipschitz: Tensor, excess: Tensor) -> float:
-    """Standard error of global_from_loss - global over draws, both as distances; `excess` [S, N] is loss - minimum.
+    """Estimate the standard error of global_from_loss - global over draws; `excess` [S, N] is loss - minimum.
 
     Each draw gives one difference of squares, int lambda (excess - ||a||^2 - ||b||^2) ds; a difference of roots is that
     over the sum of the roots.

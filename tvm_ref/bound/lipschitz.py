@@ -1,4 +1,4 @@
-"""How fast a velocity field changes from place to place: spectral norms of its Jacobian, exact in the plane."""
+"""Measure how fast a velocity field changes from place to place: spectral norms of its Jacobian, exact in the plane."""
 
 from collections.abc import Callable
 
@@ -13,12 +13,12 @@ POWER_ITERATIONS = 30
 
 
 def jacobian_norms(field: Field, x: Sample) -> PerSample:
-    """Spectral norm ||du/dx|| [B] at each point x [B, ...]: exact for one or two elements, power iteration above."""
+    """Return the spectral norm ||du/dx|| [B] at points x [B, ...]: exact for one or two elements, else by iteration."""
     return exact_norms(field, x) if x[0].numel() <= 2 else power_iteration_norms(field, x)
 
 
 def exact_norms(field: Field, x: Sample) -> PerSample:
-    """Largest singular value [B] of the Jacobian at points x [B, 1] or [B, 2], in closed form.
+    """Return the largest singular value [B] of the Jacobian at points x [B, 1] or [B, 2], in closed form.
 
     For a 2 x 2 matrix J it is the root of (q + sqrt(q^2 - 4 det(J)^2)) / 2, q = ||J||_F^2.
 
@@ -38,7 +38,7 @@ def exact_norms(field: Field, x: Sample) -> PerSample:
 
 
 def power_iteration_norms(field: Field, x: Sample, iterations: int = POWER_ITERATIONS) -> PerSample:
-    """Largest singular value [B] of the Jacobian at points x [B, ...] by power iteration on J^T J: from below."""
+    """Approach the largest singular value [B] of the Jacobian at x [B, ...] from below, by power iteration on J^T J."""
     generator = torch.Generator(x.device).manual_seed(0)
     direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     norm = direction.new_zeros(len(x))
@@ -53,12 +53,12 @@ def power_iteration_norms(field: Field, x: Sample, iterations: int = POWER_ITERA
 
 
 def _norms(x: Tensor) -> Tensor:
-    """||x|| of each sample [B, 1, ..., 1]."""
+    """Take the norm ||x|| of each sample [B, 1, ..., 1]."""
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
 def largest_on_segments(field: Field, x: Sample, y: Sample, places: int = 3) -> float:
-    """The largest ||du/dx|| over the points x and y [B, ...] and equally spaced points between each pair.
+    """Find the largest ||du/dx|| over the points x and y [B, ...] and equally spaced points between each pair.
 
     `places` counts the points per pair, its ends included.
 

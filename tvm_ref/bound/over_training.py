@@ -1,15 +1,15 @@
-"""The bound over training, and whether lowering the loss lowers W2."""
+"""Measure the bound over training, to see whether lowering the loss lowers W2."""
 
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
-from tvm_ref.bound.chain import TERMS, measure
+from tvm_ref.bound.chain import measure
+from tvm_ref.bound.terms import TERMS
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.mixture import GaussianMixture
 from tvm_ref.toy.training import Training
@@ -20,7 +20,7 @@ Record = dict[str, Any]
 
 
 def measured_steps(steps: int, measurements: int = MEASUREMENTS) -> list[int]:
-    """After which training steps to measure: rising, the last one included."""
+    """Choose the training steps after which to measure: rising, the last one included."""
     first = min(20, steps)
     return sorted({round(a) for a in np.geomspace(first, steps, measurements)})
 
@@ -37,6 +37,7 @@ def measure_over_training(
         FloatingPointError: training that diverges.
     """
     training, total, count = Training(config, distribution), 0.0, 0
+    scale = distribution.time_scale
     stops = set(measured_steps(config.steps))
     with tqdm(total=config.steps, unit="step", desc="training and measuring") as bar:
         while training.step < config.steps:
@@ -44,7 +45,7 @@ def measure_over_training(
             bar.update()
             if training.step not in stops:
                 continue
-            bound = measure(training.ema.module, distribution, x0, x1, t=t, scale=0.7 * distribution.sigma, steps=steps)
+            bound = measure(training.ema.module, distribution, x0, x1, t=t, scale=scale, steps=steps)
             bar.set_postfix(W2=f"{bound.values['w2']:.3f}", one_sided=f"{bound.values['pathwise_one_sided']:.3g}")
             yield {
                 "step": training.step,
@@ -60,7 +61,7 @@ def measure_over_training(
 
 
 def rank_correlations(records: list[Record]) -> dict[str, float]:
-    """Spearman's rank correlation of W2 with the losses and every other term over the records; NaN for too few."""
+    """Correlate W2 with the losses and every other term over the records, by rank (Spearman); NaN for too few."""
     w2 = [record["w2"] for record in records]
     names = [*LOSSES, *(name for name in TERMS if name != "w2")]
     if len(records) < 3:
@@ -69,11 +70,13 @@ def rank_correlations(records: list[Record]) -> dict[str, float]:
 
 
 def _spearman(a: list[float], b: list[float]) -> float:
+    from scipy.stats import spearmanr  # half a second of CPU, which --help need not wait for
+
     return math.nan if len(set(a)) == 1 or len(set(b)) == 1 else float(spearmanr(a, b).statistic)
 
 
 def table(records: list[Record], correlations: dict[str, float]) -> str:
-    """Every third record and the last, and the correlations under their columns."""
+    """Format every third record and the last, and the correlations under their columns."""
     columns = {
         "training_loss": "train. loss", "loss": "loss", "displacement": "displacement",
         "terminal_velocity": "eq. 7", "mean_square": "mean-square", "pathwise_one_sided": "one-sided",

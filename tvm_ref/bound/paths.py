@@ -1,27 +1,26 @@
-"""What the Wasserstein bound is made of: the model's path and the exact one, their residuals, the loss, integrals."""
+"""The parts of the Wasserstein bound: the model's path and the exact one, their residuals, the loss, integrals."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import conditional_velocity, interpolate
 from tvm_ref.objectives import TVM, Flow
 from tvm_ref.shapes import Sample, Time
 from tvm_ref.time_samplers import Times
+from tvm_ref.toy.mixture import exact_path
 
 STEPS = 128  # intervals of the time grid
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]  # a loop over times and its name to the loop with a progress bar
 
 
 def unwatched(times: Iterable[Any], name: str) -> Iterable[Any]:
-    """No progress bar."""
+    """Return the loop as it is, without a progress bar."""
     return times
 
 
@@ -48,12 +47,12 @@ class Paths:
     exact: Tensor
 
     def thinned(self) -> "Paths":
-        """Every second time, for an error estimate; the number of intervals must be even."""
+        """Keep every second time, for an error estimate; the number of intervals must be even."""
         return Paths(*(getattr(self, name)[::2] for name in self.__dataclass_fields__))
 
 
 def time_grid(t: float, scale: float, steps: int = STEPS) -> Tensor:
-    """Times from 0 to t [steps + 1], uniform in z with s = scale sinh(z): fine near 0, where the field changes fast.
+    """Space times from 0 to t [steps + 1] evenly in z, s = scale sinh(z): fine near 0, where the field changes fast.
 
     Raises:
         ValueError: a time outside (0, 1], a scale that is not positive, a number of steps that is not even.
@@ -70,36 +69,18 @@ def time_grid(t: float, scale: float, steps: int = STEPS) -> Tensor:
 
 
 def integral(values: Tensor, s: Tensor) -> Tensor:
-    """int_0^t values ds over the first axis, by the trapezoidal rule: [S, ...] to [...]."""
+    """Integrate values [S, ...] over the first axis, int_0^t values ds, by the trapezoidal rule: [...]."""
     return torch.trapezoid(values, s, dim=0)
 
 
 def running_integral(values: Tensor, s: Tensor) -> Tensor:
-    """int_0^s values dr at every time [S, ...], by the trapezoidal rule."""
+    """Integrate values [S, ...] up to every time, int_0^s values dr, by the trapezoidal rule: [S, ...]."""
     return torch.cat([torch.zeros_like(values[:1]), torch.cumulative_trapezoid(values, s, dim=0)])
 
 
 def at(time: Tensor, x: Sample) -> Time:
-    """One time for every sample of x: [] to [N], with memory of its own, as a JVP in it needs."""
+    """Repeat a time for every sample of x: [] to [N], with memory of its own, as a JVP in it needs."""
     return x.new_full((len(x),), float(time))
-
-
-def exact_path(oracle: Flow, x_t: Sample, s: Tensor, scale: float, condition: Condition | None = None) -> Tensor:
-    """Y_s = psi(x_t, t, s) (eq. 2) at every time s [S] from t = s[-1]: [S, N, ...]; one RK4 step in z per interval."""
-
-    def slope(y: Tensor, z: Tensor) -> Tensor:  # dy/dz = u(y, scale sinh z) scale cosh z
-        time = (scale * z.sinh()).clamp(0, float(s[-1]))
-        return scale * z.cosh() * oracle.velocity(y, at(time, y), condition)
-
-    path = [x_t]
-    for z, z_next in itertools.pairwise((s / scale).asinh().flip(0)):
-        y, h = path[-1], z_next - z
-        k1 = slope(y, z)
-        k2 = slope(y + h / 2 * k1, z + h / 2)
-        k3 = slope(y + h / 2 * k2, z + h / 2)
-        k4 = slope(y + h * k3, z_next)
-        path.append(y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4))
-    return torch.stack(path[::-1])
 
 
 def follow(
@@ -111,7 +92,7 @@ def follow(
     condition: Condition | None = None,
     watch: Watch = unwatched,
 ) -> Paths:
-    """Both paths from points x_t [N, ...] at time t = s[-1], and the velocities along them.
+    """Follow both paths from points x_t [N, ...] at time t = s[-1], with the velocities along them.
 
     Raises:
         FloatingPointError: a model whose path is not finite.
@@ -132,27 +113,27 @@ def follow(
 
 
 def norms(a: Tensor) -> Tensor:
-    """||a|| of every sample at every time: [S, N, ...] to [S, N]."""
+    """Take the norm ||a|| of every sample at every time: [S, N, ...] to [S, N]."""
     return a.flatten(2).norm(dim=2)
 
 
 def displacement_error(paths: Paths) -> Tensor:
-    """e(s) = ||X_s - Y_s|| [S, N] (eq. 5)."""
+    """Return e(s) = ||X_s - Y_s|| [S, N] (eq. 5)."""
     return norms(paths.x - paths.y)
 
 
 def terminal_velocity_residual(paths: Paths) -> Tensor:
-    """a(s) = ||d/ds f(x_t, t, s) - u_theta(X_s, s)|| [S, N] (the first term of eq. 9, before the square)."""
+    """Return a(s) = ||d/ds f(x_t, t, s) - u_theta(X_s, s)|| [S, N] (the first term of eq. 9, before the square)."""
     return norms(paths.df_ds - paths.u_x)
 
 
 def flow_matching_residual(paths: Paths) -> Tensor:
-    """b(s) = ||u_theta(Y_s, s) - u(Y_s, s)|| [S, N] (the second term of eq. 9, less its minimum)."""
+    """Return b(s) = ||u_theta(Y_s, s) - u(Y_s, s)|| [S, N] (the second term of eq. 9, less its minimum)."""
     return norms(paths.u_y - paths.exact)
 
 
 def repaired(x1: Sample, times: int, seed: int = 0) -> Tensor:
-    """Noise for every time [times, N, ...]: x1 shuffled anew, so that with x0 as it is each time has its own draws.
+    """Shuffle noise x1 anew for every time, [times, N, ...], so that with x0 as it is each time has its own draws.
 
     Errors of the mean then average out over times as well as over samples.
     """
@@ -168,7 +149,7 @@ def tvm_loss(
     condition: Condition | None = None,
     watch: Watch = unwatched,
 ) -> Tensor:
-    """L_TVM(t, s) (eq. 9) of every draw at every time [S, N], t = s[-1], by the objective itself; see `repaired`.
+    """Evaluate L_TVM(t, s) (eq. 9) of every draw at every time [S, N], t = s[-1], by TVM itself; see `repaired`.
 
     The objective's squared norms are means over a sample's elements; the theorem's are sums.
 
@@ -180,7 +161,7 @@ def tvm_loss(
         condition: classes of x0.
         watch: wraps the loop over times, for a progress bar.
     """
-    objective = TVM(cast(FlowMap, model), detach_landing=False)  # any Flow will do
+    objective = TVM(model, detach_landing=False)
     t = at(s[-1], x0)
     rows = []
     for time, noise in watch(list(zip(s, x1, strict=True)), "loss"):
@@ -192,7 +173,7 @@ def tvm_loss(
 def flow_matching_minimum(
     oracle: Flow, x0: Sample, x1: Tensor, s: Tensor, condition: Condition | None = None
 ) -> Tensor:
-    """||v - u(x_s, s)||^2 of every draw of tvm_loss [S, N]: what no velocity can learn (eq. 1 at its minimum)."""
+    """Return ||v - u(x_s, s)||^2 of every draw of tvm_loss [S, N]: what no velocity can learn (eq. 1, its minimum)."""
     rows = []
     for time, noise in zip(s, x1, strict=True):
         now = at(time, x0)
@@ -211,7 +192,7 @@ def loss_and_minimum(
     condition: Condition | None = None,
     watch: Watch = unwatched,
 ) -> tuple[Tensor, Tensor]:
-    """tvm_loss and flow_matching_minimum [S, N] on the same draws, means over `pairings` of data with noise."""
+    """Average tvm_loss and flow_matching_minimum [S, N], on the same draws, over `pairings` of data with noise."""
     losses, minima = [], []
     for seed in range(pairings):
         noise = repaired(x1, len(s), seed)

@@ -1,29 +1,20 @@
-"""Pictures of the bound: its terms over time, the chain as bars, and the chain over training."""
+"""Draw the bound: its terms over time, the chain as bars, and the chain over training."""
 
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tvm_ref.bound.chain import TERMS, Bound, one_sided_rate, two_sided_rate
+from tvm_ref.bound.chain import Bound, one_sided_rate, two_sided_rate
 from tvm_ref.bound.paths import displacement_error, flow_matching_residual, terminal_velocity_residual
+from tvm_ref.bound.terms import LABELS, TERMS
 from tvm_ref.toy.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, make_figure
 
-LABELS = {
-    "w2": "W2 (optimal transport)",
-    "displacement": "displacement (eq. 36-38)",
-    "terminal_velocity": "terminal velocity (eq. 7)",
-    "mean_square": "mean-square, one-sided",
-    "pathwise_one_sided": "path-wise, one-sided",
-    "pathwise_two_sided": "path-wise, two-sided",
-    "global": "global (theorem 1)",
-    "global_from_loss": "global, from the TVM loss",
-}
 COLOURS = dict(zip(TERMS, ("#000000", BLUE, SKY, RED, GREEN, ORANGE, PINK, GREY), strict=True))
 
 
 def plot_bound(bound: Bound, title: str) -> Figure:
-    """Residuals and errors over s, growth rates over s, and the chain as bars on a logarithmic axis."""
+    """Draw residuals and errors over s, growth rates over s, and the chain as bars on a logarithmic axis."""
     figure, (left, middle, right) = make_figure(3, 5.2, plane=False)
     figure.suptitle(f"{title}: the 2-Wasserstein bound, t = {bound.t:g}", fontsize=16)
     _residuals(left, bound)
@@ -72,7 +63,7 @@ def _rates(ax: Axes, bound: Bound) -> None:
 
 
 def plot_training(records: list[dict[str, Any]], correlations: dict[str, float], title: str) -> Figure:
-    """W2, displacement and bounds over training; the loss over training, with the rank correlations."""
+    """Draw W2, displacement and bounds over training; the loss over training, with the rank correlations."""
     figure, (left, right) = make_figure(2, 5.2, plane=False)
     figure.set_size_inches(13, 5.2)
     figure.suptitle(f"{title}: the bound over training", fontsize=16)

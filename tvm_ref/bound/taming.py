@@ -1,4 +1,4 @@
-"""Path-Lipschitz constants of networks, plain and tamed by RMSNorm and spectral initialisation (sec. 4, in the small).
+"""Measure int L of networks, plain and tamed by RMSNorm and spectral initialisation (sec. 4, in the small).
 
 Theorem 1 grows with exp(2 int L); the paper tames L by RMSNorm (appendix B.1) and by how weights begin. Here both are
 put into the toy's MLP, one at a time and together, and int L is measured before and after training.
@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from tvm_ref.bound.chain import Bound, measure
 from tvm_ref.bound.lipschitz import jacobian_norms
-from tvm_ref.bound.paths import at, exact_path, integral, time_grid
+from tvm_ref.bound.paths import at, integral, time_grid
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.interpolant import interpolate
 from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.mixture import GaussianMixture, exact_path
 from tvm_ref.toy.network import ToyNetwork
 from tvm_ref.toy.training import Training
 
@@ -83,7 +83,7 @@ class TamedTraining(Training):
 
 
 def at_random(config: ToyConfig, distribution: GaussianMixture, taming: Taming) -> FlowMap:
-    """The network as initialised, except for its last layer, which is drawn as the others are: its own is zero."""
+    """Make a network as initialised, except for its last layer, which is drawn as the others are: its own is zero."""
     model = TamedTraining(config, distribution, taming).model
     output = model.network.output
     assert isinstance(output, nn.Linear)
@@ -96,12 +96,12 @@ def at_random(config: ToyConfig, distribution: GaussianMixture, taming: Taming) 
 def diagnose(
     config: ToyConfig, distribution: GaussianMixture, x0: Tensor, x1: Tensor, *, t: float, steps: int
 ) -> dict[str, dict[str, Any]]:
-    """The chain of each taming, at random and trained: {taming: {"random": figures, "trained": figures}}.
+    """Measure the chain of each taming, at random and trained: {taming: {"random": figures, "trained": figures}}.
 
     Raises:
         FloatingPointError: training that diverges.
     """
-    scale = 0.7 * distribution.sigma
+    scale = distribution.time_scale
     results: dict[str, dict[str, Any]] = {}
     with tqdm(total=len(TAMINGS) * config.steps, unit="step", desc="training") as bar:
         for name, taming in TAMINGS.items():
@@ -118,8 +118,8 @@ def diagnose(
 
 
 def exact_lipschitz(distribution: GaussianMixture, x0: Tensor, x1: Tensor, *, t: float, steps: int) -> dict[str, float]:
-    """Int L and the largest L of the exact velocity u along its own paths: a model that has learned u has no less."""
-    scale = 0.7 * distribution.sigma
+    """Measure int L and the largest L of the exact u along its own paths: a model that has learned u has no less."""
+    scale = distribution.time_scale
     s = time_grid(t, scale, steps)
     largest = []
     for time, y in zip(s, exact_path(distribution, interpolate(x0, x1, at(s[-1], x0)), s, scale), strict=True):
@@ -130,7 +130,7 @@ def exact_lipschitz(distribution: GaussianMixture, x0: Tensor, x1: Tensor, *, t:
 
 
 def figures(bound: Bound) -> dict[str, Any]:
-    """What the diagnostic keeps of a measurement."""
+    """Pick what the diagnostic keeps of a measurement."""
     return {
         "path_lipschitz": bound.path_length,
         "largest_lipschitz": float(bound.lipschitz.max()),
@@ -140,7 +140,7 @@ def figures(bound: Bound) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]], exact: dict[str, float]) -> str:
-    """The diagnostic as a table to print, the exact flow in its last line."""
+    """Format the diagnostic as a table, the exact flow in its last line."""
     lines = [
         f"{'':<24}{'untrained':^17}  {'trained':^60}",
         f"{'':<24}{'int L':>8}{'max L':>9}  {'int L':>8}{'max L':>9}"

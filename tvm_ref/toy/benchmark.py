@@ -1,27 +1,38 @@
-"""How fast training is: time per step beside a flow-matching step, and time to a quality.
+"""Measure how fast training is: time per step beside a flow-matching step, and time to a quality.
 
     python -m tvm_ref.toy.benchmark
+    python -m tvm_ref.toy.benchmark --busy               what other programs on half of the cores cost
 
 First the step times of every objective, taken in turns, as ratios to flow matching on the same network: as they are,
 and of the loss and its gradients alone, without optimizer and data. Then trainings of growing length, until the median
 over seeds reaches the quality that the default is held to on moons.
 """
 
-import argparse
+import contextlib
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tvm_ref.command_line import write_atomically
+from tvm_ref.command_line import (
+    OneLineParser,
+    add_options,
+    given,
+    require_at_least,
+    require_new,
+    run,
+    write_atomically,
+)
 from tvm_ref.toy.compare import METHODS
-from tvm_ref.toy.config import OneLineParser, ToyConfig, add_options, require_at_least
+from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.metrics import POINTS
 from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.seeds import one_step
 from tvm_ref.toy.sweep import train_many
@@ -32,13 +43,13 @@ BUDGETS = (500, 1000, 2000, 3000, 4000)  # training steps
 
 
 def gradients(training: Training, batch: Batch) -> None:
-    """Loss and gradients of one batch."""
+    """Compute loss and gradients of one batch."""
     terms = training.objective(batch.x0, batch.x1, batch.times, batch.condition, training.target.module)
     terms.total.mean().backward()
 
 
 def step_times(trainings: dict[str, Training], rounds: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds per whole step and per loss with gradients: medians over rounds, in each of which all take turns."""
+    """Measure milliseconds per step, and per loss with gradients: medians over rounds, in which all take turns."""
     times: dict[str, dict[str, list[float]]] = {name: {"step": [], "gradients": []} for name in trainings}
     batches = {name: training.batch(training.step) for name, training in trainings.items()}
     for _ in range(rounds + 1):
@@ -56,7 +67,7 @@ def step_times(trainings: dict[str, Training], rounds: int, repeats: int) -> dic
 
 
 def table(times: dict[str, dict[str, float]]) -> str:
-    """Step times and their ratios to flow matching."""
+    """Format step times and their ratios to flow matching."""
     base = times["flow matching"]
     lines = [f"{'':<18} {'step':>9} {'ratio':>6} {'gradients':>10} {'ratio':>6}"]
     for name, t in times.items():
@@ -70,7 +81,7 @@ def table(times: dict[str, dict[str, float]]) -> str:
 def time_to_quality(
     base: ToyConfig, milliseconds: float, *, seeds: int, jobs: int, points: int
 ) -> list[dict[str, Any]]:
-    """Medians over seeds for each budget of steps, up to the first that reaches QUALITY; printed as they come."""
+    """Take medians over seeds for each budget of steps, up to the first that reaches QUALITY; print as they come."""
     rows = []
     for steps in BUDGETS:
         configs = [replace(base, steps=steps, seed=seed) for seed in range(seeds)]
@@ -88,52 +99,88 @@ def time_to_quality(
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    p = OneLineParser(
-        "python -m tvm_ref.toy.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_options(p, ["batch_size", "width", "depth"])
-    p.add_argument("--rounds", type=int, default=10, help="rounds of timing (default: 10)")
-    p.add_argument("--repeats", type=int, default=20, help="steps per method and round (default: 20)")
-    p.add_argument("--threads", type=int, default=2, help="threads (default: 2, as in training)")
-    p.add_argument("--seeds", type=int, default=3, help="seeds of the time to quality; 0 leaves it out (default: 3)")
-    p.add_argument("--jobs", type=int, default=2, help="trainings at a time for the time to quality (default: 2)")
-    p.add_argument("--out", type=Path, help="also write the figures to this JSON file")
-    given = vars(p.parse_args(argv))
-    rounds, repeats, threads, seeds, jobs, out = (
-        given.pop(k) for k in ("rounds", "repeats", "threads", "seeds", "jobs", "out")
-    )
+@contextlib.contextmanager
+def busy_programs(count: int) -> Iterator[None]:
+    """Run programs that do nothing but take a core each."""
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
-        base = ToyConfig(**given)
-        require_at_least(1, rounds=rounds, repeats=repeats, threads=threads, jobs=jobs)
-        require_at_least(0, seeds=seeds)
-        if out and out.exists():
-            raise ValueError(f"{out} exists already; choose another --out")
-        if out:
-            out.parent.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        p.error(str(error))
-    torch.set_num_threads(threads)
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def busy_times(training: Training, programs: int, rounds: int, repeats: int) -> dict[str, float]:
+    """Measure milliseconds per step alone and beside busy programs, in turns; "ratio" is that of the medians."""
+    times: dict[str, list[float]] = {"alone": [], "busy": []}
+    for _ in range(rounds + 1):
+        for name, count in (("alone", 0), ("busy", programs)):
+            with busy_programs(count):
+                begun = time.perf_counter()
+                for _ in range(repeats):
+                    training.train_step()
+                times[name].append(1e3 * (time.perf_counter() - begun) / repeats)
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
+    return medians | {"programs": programs, "ratio": medians["busy"] / medians["alone"]}
+
+
+def measure(base: ToyConfig, rounds: int, repeats: int, seeds: int, jobs: int) -> dict[str, Any]:
+    """Measure and print step times and, unless there are no seeds, the time to a quality; returns the figures."""
     distribution = distribution_of(base)
     trainings = {name: Training(replace(base, **changes), distribution) for name, changes in METHODS.items()}
     times = step_times(trainings, rounds, repeats)
-    print(f"batch size {base.batch_size}, width {base.width}, depth {base.depth}, {threads} threads\n{table(times)}")
-    report: dict[str, Any] = {"threads": threads, "milliseconds": times}
+    print(f"batch size {base.batch_size}, width {base.width}, depth {base.depth}, one thread\n{table(times)}")
+    report: dict[str, Any] = {"milliseconds": times}
     if seeds:
-        print(f"\ntime to quality on {base.dist} (one step, median over {seeds} seeds)")
-        try:
-            report["quality"] = time_to_quality(base, times["TVM"]["step"], seeds=seeds, jobs=jobs, points=2000)
-        except KeyboardInterrupt:
-            print("\nstopped")
-            return 130
-    if out:
-        write_atomically(out, json.dumps(report, indent=2) + "\n")
+        print(f"\ntime to quality on {base.dist} (one step, median over seeds), seeds: {seeds}")
+        report["quality"] = time_to_quality(base, times["TVM"]["step"], seeds=seeds, jobs=jobs, points=POINTS)
+    return report
+
+
+def measure_busy(base: ToyConfig, rounds: int, repeats: int) -> dict[str, Any]:
+    """Measure and print what busy programs on half of the cores cost a training; returns the figures."""
+    cores = os.cpu_count() or 2
+    times = busy_times(Training(base, distribution_of(base)), max(1, cores // 2), rounds, repeats)
+    print(
+        f"alone {1e3 / times['alone']:.1f} steps per second; beside busy programs on {times['programs']} of {cores} "
+        f"cores {1e3 / times['busy']:.1f}: a step takes {times['ratio']:.2f} times as long"
+    )
+    return {"busy": times}
+
+
+def parser() -> OneLineParser:
+    """Make the command line."""
+    p = OneLineParser("python -m tvm_ref.toy.benchmark", __doc__)
+    add_options(p, ToyConfig, ["batch_size", "width", "depth"])
+    p.add_argument("--rounds", type=int, default=10, help="rounds of timing")
+    p.add_argument("--repeats", type=int, default=20, help="steps per method and round")
+    p.add_argument("--seeds", type=int, default=3, help="seeds of the time to quality; 0 leaves it out")
+    p.add_argument("--jobs", type=int, default=2, help="trainings at a time for the time to quality")
+    p.add_argument("--busy", action="store_true", help="time TVM alone, beside programs that keep half the cores busy")
+    p.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    command = parser()
+    arguments = command.parse_args(argv)
+    use_one_thread()
+    with command.bad_input():
+        base = ToyConfig(**given(arguments, ToyConfig))
+        require_at_least(1, rounds=arguments.rounds, repeats=arguments.repeats, jobs=arguments.jobs)
+        require_at_least(0, seeds=arguments.seeds)
+        require_new(arguments.out)
+        if arguments.out is not None:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with command.failures():
+        size = (arguments.rounds, arguments.repeats)
+        report = measure_busy(base, *size) if arguments.busy else measure(base, *size, arguments.seeds, arguments.jobs)
+        if arguments.out is not None:
+            write_atomically(arguments.out, json.dumps(report, indent=2) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,18 +1,14 @@
 """The toy's settings: one frozen dataclass, each field with its reason, which is also its --help."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from tvm_ref import command_line
-from tvm_ref.command_line import OneLineParser, flag, option, require_at_least
+from tvm_ref.command_line import check_types, flag, option, require_at_least
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.time_samplers import TIME_SAMPLERS, TimeSampler
 from tvm_ref.toy.distributions import DISTRIBUTIONS
-
-__all__ = ["OneLineParser", "ToyConfig", "add_options", "flag", "require_at_least"]
 
 
 @dataclass(frozen=True)
@@ -23,41 +19,39 @@ class ToyConfig:
         ValueError: a bad value, named by its option.
     """
 
-    dist: str = option("moons", "distribution to learn", choices=list(DISTRIBUTIONS))
-    data: str | None = option(None, "learn your own points instead: a .csv or .npy file of N x 2 numbers", type=str)
+    dist: str = option("moons", "distribution to learn", choices=tuple(DISTRIBUTIONS))
+    data: str | None = option(None, "learn your own points instead: a .csv or .npy file of N x 2 numbers")
     bandwidth: float | None = option(
-        None, "width of the Gaussian around each point of --data (default: by leave-one-out likelihood)", type=float
+        None, "width of the Gaussian around each point of --data (default: by leave-one-out likelihood)"
     )
     objective: str = option(
-        "tvm", "what to minimise: TVM, or a neighbour that it is compared with", choices=list(OBJECTIVES)
+        "tvm", "what to minimise: TVM, or a relative (tvm_ref/objectives/README.md)", choices=tuple(OBJECTIVES)
     )
     detach_jvp: bool = option(False, "TVM without gradients through the JVP: cheaper, biased (paper, sec. 7.4)")
     conditional: bool = option(False, "condition on the class (moons, circles and eight_gaussians have classes)")
-    guidance: float = option(1.0, "classifier-free guidance weight w, with --conditional (paper, eq. 15)", type=float)
-    steps: int = option(3800, "training steps", type=int)
-    batch_size: int = option(1024, "samples per step", type=int)
-    width: int = option(64, "units per hidden layer of the network", type=int)
-    depth: int = option(4, "hidden layers of the network", type=int)
-    lr: float = option(7e-3, "peak learning rate of SOAP: linear warm-up, then cosine to zero", type=float)
-    time_sampler: str = option("gap*", "how times are drawn (paper, sec. 7.3)", choices=list(TIME_SAMPLERS))
+    w: float = option(1.0, "classifier-free guidance weight, with --conditional (paper, eq. 15)")
+    steps: int = option(3800, "training steps")
+    batch_size: int = option(1024, "samples per step")
+    width: int = option(64, "units per hidden layer of the network")
+    depth: int = option(4, "hidden layers of the network")
+    lr: float = option(7e-3, "peak learning rate of SOAP: linear warm-up, then cosine to zero")
+    time_sampler: str = option("gap*", "how times are drawn (paper, sec. 7.3)", choices=tuple(TIME_SAMPLERS))
     noise_share: float = option(
-        0.0, "share of samples whose jump starts at t = 1, where one-step sampling does (not in the paper)", type=float
+        0.0, "share of samples whose jump starts at t = 1, where one-step sampling does (not in the paper)"
     )
     equal_share: float | None = option(
-        None, "share of samples with t = s, table 4d of the paper (default: 0; 0.75 for meanflow, as in its own paper)",
-        type=float,
-    )  # fmt: skip
-    target_ema: float = option(0.99, "decay of the target's weights (paper, table 4b)", type=float)
-    ema: float = option(0.998, "decay of the weights that are evaluated", type=float)
-    seed: int = option(0, "seed of the initial weights and of the data", type=int)
-    device: str = option("cpu", "where to train: cpu, cuda, ... (networks this small are fastest on a CPU)", type=str)
+        None,
+        "share of samples with t = s, table 4d of the paper (default: the objective's own; 0 in TVM)",
+    )
+    target_ema: float = option(0.99, "decay of the target's weights (paper, table 4b)")
+    ema: float = option(0.998, "decay of the weights that are evaluated")
+    seed: int = option(0, "seed of the initial weights and of the data")
+    device: str = option("cpu", "where to train: cpu, cuda, ... (networks this small are fastest on a CPU)")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "width", "depth", "seed"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{flag(name)} must be a whole number, got {getattr(self, name)}")
+        check_types(self)
         require_at_least(1, steps=self.steps, batch_size=self.batch_size, width=self.width, depth=self.depth)
-        for name in ("lr", "guidance", "bandwidth"):
+        for name in ("lr", "w", "bandwidth"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{flag(name)} must be positive and finite, got {value}")
@@ -69,7 +63,7 @@ class ToyConfig:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must lie in [0, 2^63), got {self.seed}")
         if self.guided and not self.conditional:
-            raise ValueError("--guidance needs --conditional")
+            raise ValueError("--w needs --conditional")
         if self.conditional and self.data is not None:
             raise ValueError("--conditional needs classes, and points of --data have none")
         if self.bandwidth and self.data is None:
@@ -84,26 +78,26 @@ class ToyConfig:
     @property
     def guided(self) -> bool:
         """Whether classifier-free guidance is learned: w other than 1."""
-        return self.guidance != 1
+        return self.w != 1
 
     def sampler(self) -> TimeSampler:
-        """How times are drawn."""
+        """Make the sampler of training's times."""
         share_equal = self.equal_share
         if share_equal is None:
-            share_equal = 0.75 if self.objective == "meanflow" else 0.0
+            share_equal = OBJECTIVES[self.objective].default_times.share_equal
         return TimeSampler(self.time_sampler, share_equal=share_equal, share_noise=self.noise_share)
 
     @property
     def name(self) -> str:
-        """What the run folder is called by default: the data's name and what differs from plain TVM."""
+        """The default name of the run's folder: that of the data, and what differs from plain TVM."""
         parts = [Path(self.data).stem if self.data is not None else self.dist]
         parts += [self.objective] if self.objective != "tvm" else []
         parts += ["detached"] if self.detach_jvp else []
         parts += ["conditional"] if self.conditional else []
-        parts += [f"w{self.guidance:g}"] if self.guided else []
+        parts += [f"w{self.w:g}"] if self.guided else []
         return "-".join(parts)
 
 
-def add_options(parser: argparse.ArgumentParser, only: list[str] | None = None) -> None:
-    """Add an option per field of ToyConfig, or per field in `only`. Options not given stay absent when parsed."""
-    command_line.add_options(parser, ToyConfig, only)
+def use_one_thread() -> None:
+    """Compute on one thread: a second is no faster on tensors this small, and waits for the first on a busy machine."""
+    torch.set_num_threads(1)

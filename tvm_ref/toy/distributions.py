@@ -24,12 +24,12 @@ def _polar(radius: Tensor, angle: Tensor) -> Tensor:
 
 
 def _middles(n: int) -> Tensor:
-    """The n midpoints of equal cells of [0, 1]."""
+    """Return the n midpoints of equal cells of [0, 1]."""
     return (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
 def moons() -> Drawn:
-    """Two interleaved half circles; two classes."""
+    """Place two interleaved half circles; two classes."""
     angle = math.pi * _middles(64)
     upper = _polar(torch.ones(64), angle)
     lower = torch.tensor([1.0, 0.5]) - upper
@@ -37,33 +37,33 @@ def moons() -> Drawn:
 
 
 def circles() -> Drawn:
-    """Two concentric circles; two classes."""
+    """Place two concentric circles; two classes."""
     angle = 2 * math.pi * _middles(96)
     ring = _polar(torch.ones(96), angle)
     return torch.cat([ring, 0.5 * ring]), torch.arange(2).repeat_interleave(96)
 
 
 def eight_gaussians() -> Drawn:
-    """Eight blobs on a circle; eight classes."""
+    """Place eight blobs on a circle; eight classes."""
     return _polar(torch.ones(8), 2 * math.pi * torch.arange(8, dtype=torch.float64) / 8), torch.arange(8)
 
 
 def checkerboard() -> Drawn:
-    """The eight dark squares of a 4 x 4 board."""
+    """Fill the eight dark squares of a 4 x 4 board."""
     cell = torch.cartesian_prod(_middles(8), _middles(8))  # [64, 2]
     corner = torch.tensor([(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0])  # [8, 2]
     return (corner[:, None] + cell).flatten(0, 1), None
 
 
 def two_spirals() -> Drawn:
-    """Two interleaved spirals of one and a half turns."""
+    """Wind two interleaved spirals of one and a half turns."""
     turn = 3 * math.pi * _middles(192).sqrt()
     arm = _polar(turn, turn)
     return torch.cat([arm, -arm]), None
 
 
 def pinwheel() -> Drawn:
-    """Five bent arms."""
+    """Bend five arms around the origin."""
     normal = math.sqrt(2) * torch.erfinv(2 * _middles(16) - 1)
     across = math.sqrt(2) * torch.erfinv(2 * _middles(3) - 1)
     along, lateral = torch.cartesian_prod(1 + 0.3 * normal, 0.05 * across).unbind(-1)  # [48] each
@@ -75,7 +75,7 @@ def pinwheel() -> Drawn:
 
 
 def swiss_roll() -> Drawn:
-    """One spiral of one and a half turns, seen from above."""
+    """Wind one spiral of one and a half turns, seen from above."""
     angle = 1.5 * math.pi * (1 + 2 * _middles(192))
     return _polar(angle, angle), None
 
@@ -92,7 +92,7 @@ DISTRIBUTIONS: dict[str, tuple[Callable[[], Drawn], float]] = {  # name: (centre
 
 
 def make_distribution(name: str) -> GaussianMixture:
-    """The named distribution of DISTRIBUTIONS, standardised.
+    """Make the named distribution of DISTRIBUTIONS, standardised.
 
     Raises:
         ValueError: an unknown name.
@@ -109,7 +109,7 @@ MIN_BANDWIDTH = 0.03  # below it the exact flow is too stiff for the solver's gr
 
 
 def read_points(path: Path) -> Tensor:
-    """Points [N, 2] (float64) from a .npy file, or a .csv file of two columns with or without a header line.
+    """Read points [N, 2] (float64) from a .npy file, or a .csv file of two columns with or without a header line.
 
     Raises:
         ValueError: another kind of file, other than two columns, text, NaN or infinite values, fewer than 10 points.
@@ -140,7 +140,7 @@ def read_points(path: Path) -> Tensor:
     if len(points) < 10:
         raise ValueError(f"{path}: at least 10 points are needed, got {len(points)}")
     if not np.isfinite(points).all():
-        raise ValueError(f"{path}: {int((~np.isfinite(points)).any(1).sum())} points are NaN or infinite")
+        raise ValueError(f"{path}: points that are NaN or infinite: {int((~np.isfinite(points)).any(1).sum())}")
     if np.abs(points).max() > 1e100:
         raise ValueError(f"{path}: numbers beyond 1e100 cannot be standardised")
     for axis in range(2):
@@ -158,7 +158,7 @@ def _is_number(text: str) -> bool:
 
 
 def likely_bandwidth(points: Tensor) -> float:
-    """The bandwidth, of 40 from 0.03 to 0.5, under which each of the points [N, D] is likeliest given all others.
+    """Choose the bandwidth, of 40 from 0.03 to 0.5, under which each point of [N, D] is likeliest given the others.
 
     (Leave-one-out likelihood of a kernel density estimate.)
     """
@@ -173,7 +173,7 @@ def likely_bandwidth(points: Tensor) -> float:
 
 
 def load_points(path: Path, bandwidth: float | None = None) -> GaussianMixture:
-    """The user's own points, standardised: each a centre with the given bandwidth, or the likeliest one.
+    """Load the user's own points, standardised: each a centre with the given bandwidth, or the likeliest one.
 
     Of more than 4,096 points a fixed random subset is kept, as the exact flow costs points x centres.
 

@@ -1,5 +1,6 @@
-"""How far a model is from the exact flow map: errors in the data's own units (data have variance 1)."""
+"""Measure how far a model is from the exact flow map: errors in the data's own units (data have variance 1)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from tvm_ref.distances import wasserstein2
 from tvm_ref.guidance import Condition
 from tvm_ref.sampling import Jump, sample
+from tvm_ref.seeding import EVALUATION
 from tvm_ref.toy.mixture import GaussianMixture
 
 POINTS = 2000  # samples per figure; W2 by exact optimal transport takes about a second at this size
@@ -36,17 +38,22 @@ class Reference:
     floor: float
     threshold: float
 
+    @property
+    def guided(self) -> bool:
+        """Whether the exact samples are those of the guided flow, w other than 1, and so are the data."""
+        return self.condition is not None and bool((self.condition.beta != 1).any())
+
 
 def make_reference(
-    distribution: GaussianMixture, *, guidance: float | None = None, points: int = POINTS, seed: int = 0
+    distribution: GaussianMixture, *, w: float | None = None, points: int = POINTS, seed: int = 0
 ) -> Reference:
-    """Draw noise and data for evaluation and solve the exact flow. `guidance` is w of a conditional model."""
-    generator = torch.Generator().manual_seed(2**40 + seed)  # apart from the seeds of training
+    """Draw noise and data for evaluation and solve the exact flow; `w` is a conditional model's guidance weight."""
+    generator = torch.Generator().manual_seed(EVALUATION + seed)
     noise, fresh = torch.randn(2, points, distribution.dim, generator=generator, dtype=torch.float64)
     data, label = distribution.sample(points, generator)
-    condition = None if guidance is None else Condition(label, torch.full((points,), 1 / guidance))
+    condition = None if w is None else Condition(label, torch.full((points,), 1 / w))
     exact = exact_samples(distribution, noise, condition)
-    if guidance is not None and guidance != 1:
+    if w is not None and w != 1:
         data = exact_samples(distribution, fresh, condition)
     many = distribution.sample(50_000, generator)[0]
     threshold = float(torch.quantile(distribution.log_density(many, torch.zeros(len(many))), 0.01))
@@ -54,18 +61,18 @@ def make_reference(
 
 
 def exact_samples(distribution: GaussianMixture, noise: Tensor, condition: Condition | None = None) -> Tensor:
-    """psi(x1, 1, 0) [N, D]."""
+    """Carry noise x1 [N, D] to data by the exact flow, psi(x1, 1, 0) [N, D]."""
     return distribution.jump(noise, torch.ones(len(noise)), torch.zeros(len(noise)), condition)
 
 
 def paired_errors(jump: Jump, reference: Reference, nfe: int) -> tuple[Tensor, Tensor]:
-    """Samples of `jump` in nfe steps [N, D] and their distances to the exact map of the same noise [N], in float64."""
+    """Sample by `jump` in nfe steps [N, D], and measure the distances to the exact map of the same noise [N]."""
     samples = sample(jump, reference.noise.float(), nfe, reference.condition).double()
     return samples, (samples - reference.exact).norm(dim=-1)
 
 
 def low_density(samples: Tensor, reference: Reference) -> float:
-    """Share of samples below the data's 1 % quantile of exact log density: 0.01 for the data themselves.
+    """Return the share of samples below the data's 1 % quantile of exact log density: 0.01 for the data themselves.
 
     It sees bridges between modes and blur, not missing modes.
     """
@@ -74,7 +81,7 @@ def low_density(samples: Tensor, reference: Reference) -> float:
 
 
 def evaluate(jump: Jump, reference: Reference, nfe: int) -> dict[str, float]:
-    """The figures of metrics.json for one number of function evaluations.
+    """Measure the figures of metrics.json for one number of function evaluations.
 
     paired_rmse, paired_median: distance to the exact map of the same noise (heavy-tailed: noise near a separatrix can
     land in the wrong mode). w2_same_noise: W2 to those exact points, at most paired_rmse, without sampling floor.
@@ -82,9 +89,7 @@ def evaluate(jump: Jump, reference: Reference, nfe: int) -> dict[str, float]:
     """
     samples, errors = paired_errors(jump, reference, nfe)
     if not torch.isfinite(samples).all():
-        return dict.fromkeys(
-            ("paired_rmse", "paired_median", "w2_same_noise", "w2_data", "w2_floor", "low_density"), float("inf")
-        )
+        return dict.fromkeys(FIGURES, float("inf"))
     return {
         "paired_rmse": float(errors.square().mean().sqrt()),
         "paired_median": float(errors.median()),
@@ -95,8 +100,8 @@ def evaluate(jump: Jump, reference: Reference, nfe: int) -> dict[str, float]:
     }
 
 
-def table(nfe: dict[int, dict[str, float]]) -> str:
-    """The figures of several NFEs as a table to print."""
+def table(nfe: Mapping[str, Mapping[str, float]]) -> str:
+    """Format the figures of several NFEs as a table."""
     head = " NFE  paired RMSE   median  W2 same noise   W2 data (floor)  low density"
     rows = [
         f"{n:>4} {m['paired_rmse']:>12.3f} {m['paired_median']:>8.3f} {m['w2_same_noise']:>14.3f} "

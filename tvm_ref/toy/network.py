@@ -16,21 +16,26 @@ FOURIER_FEATURES = 16  # sines and cosines of random projections of x: they let 
 CLASS_FEATURES = 8  # size of a class's embedding
 
 
-def std(t: Tensor) -> Tensor:
-    """Standard deviation of x_t [B] for data of variance 1: sqrt((1 - t)^2 + t^2)."""
+def std(t: Time) -> Time:
+    """Return the standard deviation of x_t [B] for data of variance 1: sqrt((1 - t)^2 + t^2)."""
     return ((1 - t) ** 2 + t**2).sqrt()
 
 
-def gaussian_average_velocity(t: Tensor, s: Tensor, std_t: Tensor, std_s: Tensor) -> tuple[Tensor, Tensor]:
-    """c(t, s) and dc/ds [B], where c(t, s) x is the average velocity over [s, t] if the data are N(0, I).
+def gaussian_average_velocity(t: Time, s: Time) -> Time:
+    """Return c(t, s) [B], where c(t, s) x is the average velocity over [s, t] if the data are N(0, I).
 
     Their flow map is psi(x, t, s) = x std(s) / std(t), so c = (std(s) / std(t) - 1) / (s - t). As
     std(s)^2 - std(t)^2 = 2 (s - t)(s + t - 1), the pole at s = t cancels.
     """
-    total = std_s + std_t
-    scale = 2 / (std_t * total)
-    c = scale * (s + t - 1)
-    return c, scale - c * (2 * s - 1) / (std_s * total)
+    std_t, std_s = std(t), std(s)
+    return 2 * (s + t - 1) / (std_t * (std_s + std_t))
+
+
+def gaussian_average_velocity_ds(t: Time, s: Time) -> Time:
+    """Return dc/ds [B] of gaussian_average_velocity, with d/ds std(s) = (2 s - 1) / std(s)."""
+    std_t, std_s = std(t), std(s)
+    scale = 2 / (std_t * (std_s + std_t))  # c = scale (s + t - 1)
+    return scale * (1 - (s + t - 1) * (2 * s - 1) / (std_s * (std_s + std_t)))
 
 
 class ToyNetwork(nn.Module):
@@ -40,8 +45,7 @@ class ToyNetwork(nn.Module):
     mean zero). Whatever the data, at t = 1 noise tells nothing about them and u(x, 1) = x - m, so the MLP's part fades
     towards s = t = 1. The MLP's last layer and m start at zero: an untrained network is the exact flow map of N(0, I).
 
-    x / std(t) enters as itself and as random Fourier features, times as Fourier features. Under a JVP in s alone, as in
-    TVM, the few functions of s bring their own derivatives along (tvm_ref.layers says why).
+    x / std(t) enters as itself and as random Fourier features, times as Fourier features.
 
     Args:
         dim: D.
@@ -69,39 +73,60 @@ class ToyNetwork(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
-        """F [B, D] for x [B, D], times t and s [B], and classes if the network has them.
+        """Return F [B, D] for x [B, D], times t and s [B], and classes if the network has them.
 
         Raises:
             ValueError: a condition for a network without classes, or none for one with.
         """
         if (condition is None) != (self.classes is None):
             raise ValueError("a condition goes with a network that has classes, and only with it")
-        ds = None  # the tangent of s, where s alone has one
-        if not has_tangent(x) and not has_tangent(t):
+        if has_tangent(s) and not has_tangent(x) and not has_tangent(t):  # a JVP in s alone, as TVM's
             s, ds = forward_ad.unpack_dual(s)
-
-        std_t = std(t)
-        z = x / over(std_t, x)
-        angle_z = z @ self.projection
-        angle_t, angle_g = over(t, x) * self.frequencies, over(t - s, x) * self.frequencies
-        sin_g, cos_g = angle_g.sin(), angle_g.cos()
-        features = [z, angle_z.sin(), angle_z.cos(), angle_t.sin(), angle_t.cos()]
-        if condition is not None and self.classes is not None and self.means is not None:
-            features += [self.classes(condition.label), over(condition.beta, x)]
-            mean = self.means(condition.label)
-            x = x - over(1 - t, x) * mean
-        h = torch.cat([*features, sin_g, cos_g], dim=-1)
-        c, dc_ds = gaussian_average_velocity(t, s, std_t, std(s))
-        gaussian, fade = over(c, x) * x, over(2 - s - t, x)
-        if condition is not None:
-            gaussian = gaussian - mean
-
-        if ds is not None:
-            rate = -over(ds, x) * self.frequencies  # d angle_g
-            constant = h.new_zeros(len(x), h.shape[1] - 2 * FREQUENCIES)
-            h = forward_ad.make_dual(h, torch.cat([constant, rate * cos_g, -rate * sin_g], dim=-1))
-            gaussian = forward_ad.make_dual(gaussian, over(dc_ds * ds, x) * x)
-            fade = forward_ad.make_dual(fade, -over(ds, x))
+            parts = self._with_tangents(*self._parts(x, t, s, condition), x, t, s, ds, condition)
+        else:
+            parts = self._parts(x, t, s, condition)
+        gaussian, fade, h = parts
         for layer in self.hidden:
             h = nn.functional.gelu(layer(h))
-        return gaussian + fade * self.output(h)
+        return gaussian + fade * self.output(h)  # F = [-m + c (x - (1 - t) m)] + (2 - s - t) MLP(h)
+
+    def _parts(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return -m + c(t, s) (x - (1 - t) m) [B, D], 2 - s - t [B, 1], and the MLP's input h."""
+        z = x / over(std(t), x)
+        angle_z, angle_t, angle_g = (
+            z @ self.projection, over(t, x) * self.frequencies, over(t - s, x) * self.frequencies
+        )  # fmt: skip
+        features = [z, angle_z.sin(), angle_z.cos(), angle_t.sin(), angle_t.cos()]
+        if condition is not None and self.classes is not None:
+            features += [self.classes(condition.label), over(condition.beta, x)]
+        h = torch.cat([*features, angle_g.sin(), angle_g.cos()], dim=-1)  # what depends on s comes last
+        gaussian = over(gaussian_average_velocity(t, s), x) * self._centred(x, t, condition)
+        if condition is not None and self.means is not None:
+            gaussian = gaussian - self.means(condition.label)
+        return gaussian, over(2 - s - t, x), h
+
+    def _centred(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+        """Return x - (1 - t) m [B, D]."""
+        if condition is None or self.means is None:
+            return x
+        return x - over(1 - t, x) * self.means(condition.label)
+
+    def _with_tangents(
+        self, gaussian: Tensor, fade: Tensor, h: Tensor, x: Tensor, t: Tensor, s: Tensor, ds: Tensor,
+        condition: Condition | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Give what _parts returned the tangents that PyTorch would find, from the few functions of s that there are.
+
+        They change nothing but the time that a step of TVM takes (tvm_ref.layers says why).
+        """
+        sin_g, cos_g = h[:, -2 * FREQUENCIES :].chunk(2, dim=-1)
+        rate = -over(ds, x) * self.frequencies  # d angle_g, angle_g = (t - s) frequencies
+        constant = h.new_zeros(len(h), h.shape[1] - 2 * FREQUENCIES)
+        dh = torch.cat([constant, rate * cos_g, -rate * sin_g], dim=-1)
+        d_gaussian = over(gaussian_average_velocity_ds(t, s) * ds, x) * self._centred(x, t, condition)
+        d_fade = -over(ds, x)
+        return (
+            forward_ad.make_dual(gaussian, d_gaussian),
+            forward_ad.make_dual(fade, d_fade),
+            forward_ad.make_dual(h, dh),
+        )

@@ -1,6 +1,8 @@
 """The pictures of a run, as figures: samples, trajectories, the one-step map as a deformed grid, losses."""
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from torch import Tensor
 from tvm_ref.guidance import Condition
 from tvm_ref.sampling import Jump, sample, sample_path
 from tvm_ref.toy.metrics import Reference
-from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.mixture import GaussianMixture, exact_path
 
 # Okabe and Ito's palette, told apart with every common colour blindness
 BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#D55E00"
+MAP_STEPS = 32  # of the exact flow in pictures: an error below a line's width
 EXTENT = 2.6  # half width of the window on the plane; data have unit variance
 STYLE: dict[Any, Any] = {
     "font.size": 13,
@@ -31,7 +34,7 @@ STYLE: dict[Any, Any] = {
 
 
 def make_figure(columns: int, size: float = 4.0, *, plane: bool = True) -> tuple[Figure, list[Axes]]:
-    """A row of panels in the project's style; `plane` panels show the window of the data without axes."""
+    """Make a row of panels in the project's style; `plane` panels show the window of the data without axes."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(size * columns, size), layout="constrained")
         axes = figure.subplots(1, columns, squeeze=False)[0]
@@ -65,7 +68,7 @@ def plot_samples(
     nfes: Sequence[int] = (1, 2, 4),
     points: int = 4000,
 ) -> Figure:
-    """Data beside samples of the model, classes in colour; with guidance, the exact guided flow in place of data."""
+    """Draw data beside samples of the model, classes in colour; with guidance, the exact guided flow for data."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(points, distribution.dim, generator=generator)
     data, label = distribution.sample(points, generator)
@@ -73,7 +76,7 @@ def plot_samples(
     if reference.condition is not None:
         condition = Condition(label, reference.condition.beta[:1].expand(points))
     panels = {"data": data}
-    if condition is not None and float(condition.beta[0]) != 1:
+    if condition is not None and reference.guided:
         exact = distribution.jump(noise, _ones(noise), _ones(noise, 0.0), condition)
         panels = {f"exact flow, w = {1 / float(condition.beta[0]):g}": exact}
     panels |= {f"model, {n} step{'s' if n > 1 else ''}": sample(jump, noise, n, condition) for n in nfes}
@@ -90,7 +93,7 @@ def plot_samples(
 def plot_trajectories(
     distribution: GaussianMixture, jump: Jump, reference: Reference, *, one_jump: bool = True
 ) -> Figure:
-    """Paths from noise to data: the exact flow, and the model's jumps from t = 1 to every s.
+    """Draw paths from noise to data: the exact flow, and the model's jumps from t = 1 to every s.
 
     Without `one_jump` (a model that knows only its velocity) the model's path is a chain of 64 small steps.
     """
@@ -100,12 +103,13 @@ def plot_trajectories(
     # every path at every time in one batch, ordered by time: [65 * n, 2]
     x1, s = noise.repeat(len(grid), 1), grid.repeat_interleave(n)
     many = None if condition is None else Condition(*(a[inside].repeat(len(grid)) for a in condition))
-    panels = {"exact flow": distribution.jump(x1, _ones(x1), s, many).view(-1, n, 2)}
+    first = None if condition is None else Condition(*(a[inside] for a in condition))
+    exact = exact_path(distribution, noise.double(), grid.double().flip(0), distribution.time_scale, first)
+    panels = {"exact flow": exact.flip(0)}
     if one_jump:
         with torch.no_grad():
             panels["model: one jump from t = 1 to each s"] = jump(x1, _ones(x1), s, many).view(-1, n, 2)
     else:
-        first = None if condition is None else Condition(*(a[inside] for a in condition))
         panels["model: 64 Euler steps"] = torch.stack(sample_path(jump, noise, grid.tolist(), first))
     data = reference.data
     figure, axes = make_figure(2, 5.0)
@@ -121,12 +125,12 @@ def plot_trajectories(
 
 @matplotlib.rc_context(STYLE)
 def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference, nfe: int = 1) -> Figure:
-    """A polar grid on the noise, and where the exact flow map and the model carry it."""
+    """Draw a polar grid on the noise, and where the exact flow map and the model carry it."""
     radii, lines = [0.5, 1.0, 1.5, 2.0, 2.5], 24
-    angle = torch.linspace(0, 2 * torch.pi, 361)
+    angle = torch.linspace(0, 2 * torch.pi, 241)
     rings = [r * torch.stack([angle.cos(), angle.sin()], -1) for r in radii]
     spokes = [
-        torch.linspace(0.02, radii[-1], 121)[:, None] * torch.tensor([np.cos(a), np.sin(a)], dtype=torch.float32)
+        torch.linspace(0.02, radii[-1], 61)[:, None] * torch.tensor([np.cos(a), np.sin(a)], dtype=torch.float32)
         for a in 2 * np.pi * np.arange(lines) / lines
     ]
     curves = spokes + rings
@@ -134,11 +138,13 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference, nf
     condition = None
     if reference.condition is not None:  # the map of the first class
         condition = Condition(torch.zeros(len(x1), dtype=torch.long), reference.condition.beta[:1].expand(len(x1)))
-    zeros, ones = _ones(x1, 0.0), _ones(x1)
+    z = torch.linspace(0, math.asinh(1 / distribution.time_scale), MAP_STEPS + 1, dtype=torch.float64)
+    times = (distribution.time_scale * z.sinh()).clamp(0, 1)
+    exact = exact_path(distribution, x1.double(), times, distribution.time_scale, condition)[0]
     of_class = "" if condition is None else ", class 0"
     panels = {
         "noise": x1,
-        f"exact flow map{of_class}": distribution.jump(x1, ones, zeros, condition),
+        f"exact flow map{of_class}": exact,
         f"model, {nfe} step{'s' if nfe > 1 else ''}{of_class}": sample(jump, x1, nfe, condition),
     }
     hues = matplotlib.colormaps["twilight"](np.linspace(0, 1, lines, endpoint=False))
@@ -155,7 +161,7 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference, nf
 
 @matplotlib.rc_context(STYLE)
 def plot_losses(log: Sequence[dict[str, float]], minimum: float) -> Figure:
-    """The terms of the objective over the steps, as the lines of train.jsonl have them.
+    """Draw the terms of the objective over the steps, as the lines of train.jsonl have them.
 
     `minimum` is the flow-matching loss of the exact velocity, below which none falls in expectation.
     """
@@ -174,4 +180,27 @@ def plot_losses(log: Sequence[dict[str, float]], minimum: float) -> Figure:
         else:
             ax.axhline(minimum, color=ORANGE, ls="--", label="loss of the exact velocity")
             ax.legend()
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def plot_errors(errors: Mapping[str, Sequence[Sequence[float]]], nfes: Sequence[int], title: str) -> Figure:
+    """Draw each method's error against NFE: median and range over seeds.
+
+    `errors` holds, by method and NFE, a paired RMSE per seed.
+    """
+    figure, (ax,) = make_figure(1, plane=False)
+    figure.set_size_inches(8, 5)
+    styles = zip("os^Dv", (BLUE, SKY, PINK, GREEN, ORANGE), strict=True)
+    for (name, values), (marker, colour) in zip(errors.items(), styles, strict=True):
+        ax.plot(nfes, [statistics.median(v) for v in values], marker=marker, color=colour, label=name)
+        ax.fill_between(nfes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
+    ax.set(xscale="log", yscale="log", xlabel="function evaluations (NFE)", ylabel="paired RMSE to the exact flow map")
+    ax.set_xticks(nfes, [str(n) for n in nfes])
+    ax.minorticks_off()
+    ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.grid(alpha=0.3)
+    ax.set_title(title)
+    ax.legend(fontsize=11)
     return figure

@@ -1,4 +1,13 @@
-"""A run and its folder: train with a progress bar, stop and resume, measure, draw, say where things are."""
+"""A run and its folder: train with a progress bar, stop and resume, measure and draw.
+
+config.json                     the options
+train.jsonl                     a line per 50 steps, written as it goes
+checkpoint.pt                   what --resume goes on from
+weights.safetensors             the evaluation weights
+snapshots.safetensors           what they were after 0, 1, 3, 10 and 30 % of the steps
+metrics.json                    figures by number of function evaluations (NFE), seconds, steps
+samples, trajectories, map, losses.png
+"""
 
 import dataclasses
 import hashlib
@@ -12,25 +21,33 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_of
 from tqdm import tqdm
 
-from tvm_ref.command_line import Interruption, write_atomically
+from tvm_ref.command_line import write_atomically
 from tvm_ref.flow_map import FlowMap
+from tvm_ref.interruption import Interruption
 from tvm_ref.objectives import OBJECTIVES, TERMS, FlowMatching
-from tvm_ref.toy import plots
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import load_points, make_distribution
-from tvm_ref.toy.metrics import NFES, evaluate, make_reference, table
+from tvm_ref.toy.metrics import NFES, evaluate, make_reference
 from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.snapshots import SNAPSHOTS, add_snapshot, load_snapshots, snapshot_steps
 from tvm_ref.toy.training import Training, draw_block
 
 LOG_EVERY = 50  # steps per line of train.jsonl, and between updates of the progress bar
 SAVE_EVERY = 2000  # steps per checkpoint
+MARKS = ("config.json", "train.jsonl")  # a folder that has both holds a run
+WEIGHTS, PICTURES = "weights.safetensors", ("samples.png", "trajectories.png", "map.png", "losses.png")
+RESULTS = (WEIGHTS, "metrics.json", *PICTURES)
+OWN_FILES = (  # what --overwrite removes: also what other commands write into the folder
+    *MARKS, "checkpoint.pt", SNAPSHOTS, *RESULTS, "bound.json", "bound.png", "page.html", "animation.gif"
+)  # fmt: skip
 
 
 def distribution_of(config: ToyConfig) -> GaussianMixture:
-    """The distribution that a configuration names.
+    """Make the distribution that a configuration names.
 
     Raises:
         ValueError, OSError: points that cannot be used, or classes asked of data without.
@@ -46,7 +63,7 @@ def distribution_of(config: ToyConfig) -> GaussianMixture:
 
 
 def fingerprint(distribution: GaussianMixture) -> str:
-    """A hash of a distribution, so that a run is not continued on other data."""
+    """Hash a distribution, so that a run is not continued on other data."""
     parts = (distribution.centres, distribution.log_weights, torch.tensor(distribution.sigma, dtype=torch.float64))
     return hashlib.sha256(b"".join(a.numpy().tobytes() for a in parts)).hexdigest()
 
@@ -57,26 +74,35 @@ class Run:
     Args:
         folder: where everything goes.
         config: what to do; stored as config.json.
-        started: when the program began, in seconds since the epoch; for seconds.total.
     """
 
-    def __init__(self, folder: Path, config: ToyConfig, started: float):
+    def __init__(self, folder: Path, config: ToyConfig):
+        self._begun = time.perf_counter()
         self.folder = folder
         self.config = config
-        self.started = started
         self.distribution = distribution_of(config)
         self.training = Training(config, self.distribution)
         self.log: list[dict[str, float]] = []
-        self._before = 0.0  # seconds of training before this program started
+        self._before = 0.0  # seconds of training in earlier programs
 
     def path(self, name: str) -> Path:
-        """A file of the folder."""
+        """Return the path of one of the folder's files."""
         return self.folder / name
 
     # Folder and state -------------------------------------------------------------------------------------------
 
     def create(self) -> None:
-        """Make the folder, with config.json in it."""
+        """Make the folder, or clear it of an earlier run, and write config.json.
+
+        Raises:
+            ValueError: a folder in place of one of a run's files; nothing has been removed.
+            OSError: files that cannot be written or removed.
+        """
+        for name in OWN_FILES:
+            if self.path(name).is_dir():
+                raise ValueError(f"{self.path(name)} is a folder, where a run writes a file: choose another --out")
+        for name in OWN_FILES:
+            self.path(name).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path("config.json"), json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
         write_atomically(self.path("train.jsonl"), "")
@@ -91,7 +117,8 @@ class Run:
         """Read checkpoint.pt, drop what the log has beyond it, and return the losses since the log's last line.
 
         Raises:
-            ValueError: a checkpoint that is damaged, unreadable, or of another network or other data; a damaged log.
+            ValueError: a checkpoint that is damaged, unreadable, or of another network or other data; a damaged log or
+                file of snapshots.
         """
         try:
             state = torch.load(self.path("checkpoint.pt"), weights_only=True)
@@ -105,6 +132,7 @@ class Run:
                 f"{self.folder} was trained on other points than {self.config.data or self.config.dist} has"
             )
         self._before = self.training.seconds
+        load_snapshots(self.folder)  # refuses a damaged file now rather than in the middle of training
         try:
             text = self.path("train.jsonl").read_text() if self.path("train.jsonl").exists() else ""
             lines = [json.loads(line) for line in text.splitlines()]
@@ -120,10 +148,12 @@ class Run:
         """Train to the end, or until interrupted; returns whether it came to the end. Saves either way.
 
         Raises:
-            FloatingPointError: a loss that is NaN or infinite, with the step in its message. The last checkpoint stays.
+            FloatingPointError: a loss that is NaN or infinite, with the step and what may help. The last checkpoint
+                stays.
         """
         training, sums = self.training, torch.zeros(2) if sums is None else sums
         before, begun = training.seconds, time.perf_counter()
+        keep = snapshot_steps(self.config.steps)
         bar = tqdm(
             total=self.config.steps,
             initial=training.step,
@@ -132,12 +162,14 @@ class Run:
             file=sys.stdout,
             mininterval=0.5,
         )
-        with Interruption() as interruption, self.path("train.jsonl").open("a") as log, bar:
+        with Interruption() as interruption, self.path("train.jsonl").open("a", buffering=1) as log, bar:
             while training.step < self.config.steps and not interruption.requested:
+                if training.step in keep:
+                    add_snapshot(self.folder, training.step, training.ema.module.network)
                 try:
                     sums += training.train_step()
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"step {training.step}: {error}; a smaller --lr may help") from None
+                except FloatingPointError as error:  # resumed, it would diverge again
+                    raise FloatingPointError(f"{error}; --overwrite begins anew in the same folder") from None
                 training.seconds = before + time.perf_counter() - begun
                 if training.step % LOG_EVERY == 0:
                     terms = dict(zip(TERMS, (sums / LOG_EVERY).tolist(), strict=True))
@@ -148,14 +180,13 @@ class Run:
                     bar.set_postfix({name: f"{value:.4f}" for name, value in terms.items()}, refresh=False)
                     bar.update(LOG_EVERY)
                 if training.step % SAVE_EVERY == 0:
-                    log.flush()
                     self.save(sums)
             bar.update(training.step - bar.n)
         self.save(sums)
         return training.step == self.config.steps
 
     def least_flow_matching_loss(self) -> float:
-        """The flow-matching loss of the exact velocity, on the data of training's first steps."""
+        """Measure the flow-matching loss of the exact velocity, on the data of training's first steps."""
         exact = FlowMatching(self.distribution, null_label=self.training.objective.null_label)
         config = dataclasses.replace(self.config, device="cpu")
         losses = [
@@ -167,59 +198,68 @@ class Run:
     # Results ----------------------------------------------------------------------------------------------------
 
     def report(self, points: int) -> dict[str, Any]:
-        """Measure and draw; write model.safetensors, metrics.json and the pictures; return the metrics."""
-        print("measuring and drawing")
+        """Measure and draw; write weights.safetensors, metrics.json and the pictures; return the metrics."""
+        from tvm_ref.toy import plots  # matplotlib, which --help need not wait for
+
         config, jump = self.config, self.training.evaluated
         weights = {name: a.cpu().contiguous() for name, a in self.training.ema.module.network.state_dict().items()}
-        save_file(weights, self.path("model.safetensors"))
-        reference = make_reference(
-            self.distribution, guidance=config.guidance if config.conditional else None, points=points
-        )
+        write_atomically(self.path(WEIGHTS), safetensors_of(weights))
+        reference = make_reference(self.distribution, w=config.w if config.conditional else None, points=points)
         nfe = {n: evaluate(jump, reference, n) for n in NFES}
         one_jump = OBJECTIVES[config.objective].learns_jumps
-        figures = {
-            "samples.png": plots.plot_samples(self.distribution, jump, reference),
-            "trajectories.png": plots.plot_trajectories(self.distribution, jump, reference, one_jump=one_jump),
-            "map.png": plots.plot_map(self.distribution, jump, reference),
-            "losses.png": plots.plot_losses(self.log, self.least_flow_matching_loss()),
-        }
-        for name, figure in figures.items():
-            plots.save_figure(figure, self.path(name))
+        pictures = (
+            plots.plot_samples(self.distribution, jump, reference),
+            plots.plot_trajectories(self.distribution, jump, reference, one_jump=one_jump),
+            plots.plot_map(self.distribution, jump, reference),
+            plots.plot_losses(self.log, self.least_flow_matching_loss()),
+        )
+        for name, picture in zip(PICTURES, pictures, strict=True):
+            plots.save_figure(picture, self.path(name))
         metrics = {
             "nfe": {str(n): figures for n, figures in nfe.items()},
             "seconds": {
                 "training": round(self.training.seconds, 2),
-                "total": round(time.time() - self.started + self._before, 2),
+                "total": round(time.perf_counter() - self._begun + self._before, 2),
             },
             "steps": {"done": self.training.step, "planned": config.steps},
             "points": points,
         }
         write_atomically(self.path("metrics.json"), json.dumps(metrics, indent=2) + "\n")
-        print(table(nfe))
         return metrics
+
+    def results(self, points: int) -> dict[str, Any] | None:
+        """Return the metrics if the training's end has been measured on so many points, and all is there; else None."""
+        if not all(self.path(name).is_file() for name in RESULTS):
+            return None
+        try:
+            metrics: dict[str, Any] = json.loads(self.path("metrics.json").read_text())
+            current = metrics["steps"]["done"] == self.training.step and metrics["points"] == points
+            return metrics if current and metrics["nfe"] and metrics["seconds"] else None
+        except (ValueError, KeyError, TypeError):
+            return None
 
 
 def load_run(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
-    """Configuration, distribution and evaluation model of a run's folder.
+    """Load configuration, distribution and evaluation model of a run's folder.
 
     Raises:
         ValueError: a folder that is no run, one that has written no model, or a damaged one.
         OSError: files that cannot be read.
     """
     config = read_config(folder)
-    if not (folder / "model.safetensors").is_file():
+    if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} holds no model yet; finish it with --resume")
     distribution = distribution_of(config)
     model = Training(config, distribution).model
     try:
-        model.network.load_state_dict(load_file(folder / "model.safetensors"))
+        model.network.load_state_dict(load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'} is damaged: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{folder / WEIGHTS} is damaged: {str(error).splitlines()[0]}") from None
     return config, distribution, model.requires_grad_(False)
 
 
 def read_config(folder: Path) -> ToyConfig:
-    """The configuration stored in a run's folder.
+    """Read the configuration stored in a run's folder.
 
     Raises:
         ValueError: no run there, or a config.json with unknown or missing keys.

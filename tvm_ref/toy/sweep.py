@@ -1,15 +1,16 @@
-"""Many trainings side by side, one thread each: what compare and seeds share."""
+"""Train many models side by side, one thread each, for compare, seeds and benchmark."""
 
+import contextlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from multiprocessing.pool import Pool
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from tvm_ref.toy.config import ToyConfig
+from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.metrics import Reference, make_reference
 from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.training import Training
@@ -34,9 +35,16 @@ def _train(config: ToyConfig, measure: Measure, points: int) -> dict[str, Any]:
     return result | {"diverged": False, "figures": measure(training, reference)}
 
 
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
+@contextlib.contextmanager
+def _workers(jobs: int) -> Iterator[Pool]:
+    """Start processes that ignore Ctrl-C from their first moment, as they inherit it: the parent ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        pool = multiprocessing.get_context("spawn").Pool(jobs, use_one_thread)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with pool:
+        yield pool
 
 
 def train_many(
@@ -51,11 +59,7 @@ def train_many(
         points: samples that figures are measured on.
         label: what the progress bar is called.
     """
-    context = multiprocessing.get_context("spawn")
-    with (
-        context.Pool(jobs, _start_worker) as pool,
-        tqdm(total=len(configs), unit="run", desc=label) as bar,
-    ):
+    with _workers(jobs) as pool, tqdm(total=len(configs), unit="run", desc=label) as bar:
         for result in pool.imap(partial(_train, measure=measure, points=points), configs):
             bar.update()
             yield result

@@ -1,20 +1,19 @@
-"""Training on a toy distribution: every step on one screen, and a run that can be stopped and continued bit for bit."""
+"""Training on a toy distribution (paper, algorithm 1): a step on one screen, and a state that continues bit for bit."""
 
 import copy
 import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from pytorch_optimizer import SOAP
 from torch import Tensor
 
 from tvm_ref.ema import EMA
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition, drop_labels
-from tvm_ref.objectives import OBJECTIVES, TERMS, Objective
+from tvm_ref.objectives import OBJECTIVES, TERMS, LossTerms, Objective
 from tvm_ref.sampling import Jump, stepper
+from tvm_ref.seeding import generator as generator_of
 from tvm_ref.time_samplers import Times
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.mixture import GaussianMixture
@@ -37,9 +36,8 @@ class Batch:
 
 
 def draw_block(config: ToyConfig, distribution: GaussianMixture, block: int) -> list[Batch]:
-    """The batches of steps block * BLOCK, ..., (block + 1) * BLOCK - 1: a pure function of (seed, block)."""
-    seed = np.random.SeedSequence([config.seed, block]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(seed) % 2**63)
+    """Draw the batches of steps block * BLOCK, ..., (block + 1) * BLOCK - 1, a pure function of (seed, block)."""
+    generator = generator_of(config.seed, block)
     n = BLOCK * config.batch_size
     x0, label = distribution.sample(n, generator)
     x0 = x0.float()
@@ -47,7 +45,7 @@ def draw_block(config: ToyConfig, distribution: GaussianMixture, block: int) -> 
     times = config.sampler().draw(n, generator)
     condition = None
     if config.conditional:
-        condition = Condition(label, torch.full((n,), 1 / config.guidance))
+        condition = Condition(label, torch.full((n,), 1 / config.w))
         condition = drop_labels(condition, distribution.num_classes, LABEL_DROPOUT, generator=generator)
 
     def split(a: Tensor) -> list[Tensor]:
@@ -66,7 +64,7 @@ def draw_block(config: ToyConfig, distribution: GaussianMixture, block: int) -> 
 
 
 def learning_rate(config: ToyConfig, step: int) -> float:
-    """Linear warm-up, then a cosine that reaches zero at the last step."""
+    """Warm up linearly, then follow a cosine that reaches zero at the last step."""
     warmup = min(1.0, (step + 1) / WARMUP)
     return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
@@ -75,6 +73,8 @@ class Training:
     """A model being trained: network, target EMA, evaluation EMA, optimizer, and how far it has come."""
 
     def __init__(self, config: ToyConfig, distribution: GaussianMixture):
+        from pytorch_optimizer import SOAP  # a second of CPU, which --help need not wait for
+
         self.config = config
         self.distribution = distribution
         torch.manual_seed(config.seed)
@@ -83,9 +83,9 @@ class Training:
         self.target = EMA(self.model, config.target_ema)
         self.ema = EMA(self.model, config.ema)
         self.optimizer = SOAP(
-            self.model.parameters(), config.lr, (0.95, 0.95), weight_decay=0, precondition_frequency=10
+            self.objective.parameters(), config.lr, (0.95, 0.95), weight_decay=0, precondition_frequency=10
         )
-        self._parameters = list(self.model.parameters())
+        self._parameters = list(self.objective.parameters())  # the model's, and those of a learned weight
         self.step = 0
         self.seconds = 0.0
         self._block: tuple[int, list[Batch]] = (-1, [])
@@ -100,34 +100,47 @@ class Training:
         return OBJECTIVES[self.config.objective](self.model, null_label=null_label, **options)
 
     def batch(self, step: int) -> Batch:
-        """The data of a step."""
+        """Return the data of a step."""
         block, index = divmod(step, BLOCK)
         if self._block[0] != block:
             self._block = block, draw_block(self.config, self.distribution, block)
         return self._block[1][index]
 
     def train_step(self) -> Tensor:
-        """One step of algorithm 1; returns the mean of both loss terms [2].
+        """Take one step of algorithm 1; returns the mean of each of TERMS [2].
 
         Raises:
-            FloatingPointError: a loss that is NaN or infinite; the weights are those before the step.
+            FloatingPointError: a loss that is NaN or infinite, with the step; the weights are those before it.
         """
+        # data x0, noise x1, and times t >= s and s' from the sampler (sec. 7.3); classes, some dropped (sec. 3)
         batch = self.batch(self.step)
+        self.objective.set_progress(self.step / self.config.steps)  # for methods with a curriculum
+        # both terms of eq. 12 (with classes eq. 15); the target network theta* takes no gradient
         terms = self.objective(batch.x0, batch.x1, batch.times, batch.condition, self.target.module)
-        terms.check_finite()
+        self._require_finite(terms)
+        # the gradient in theta, through d/ds f as well: backward through a forward JVP (eq. 17)
         self.optimizer.zero_grad()
         terms.total.mean().backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, CLIP)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         self.optimizer.step()
+        # theta* follows theta closely, for the loss; theta** slowly, for evaluation
         self.target.update(self.model)
         self.ema.update(self.model)
         self.step += 1
         return torch.stack([getattr(terms, name).detach().mean() for name in TERMS]).cpu()
 
+    def _require_finite(self, terms: LossTerms) -> None:
+        try:
+            terms.check_finite()
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"training diverged at step {self.step}: {error}; a smaller --lr may help"
+            ) from None
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that continues this training bit for bit, as tensors and plain numbers."""
+        """Gather everything that continues this training bit for bit, as tensors and plain numbers."""
         return {
             "model": self.model.state_dict(),
             "target": self.target.state_dict(),
@@ -147,6 +160,5 @@ class Training:
 
     @property
     def evaluated(self) -> Jump:
-        """How the evaluation weights take a step, on the CPU: a jump, or, as flow matching learns none, Euler's."""
-        model = copy.deepcopy(self.ema.module).cpu()
-        return stepper(model, self.config.objective)
+        """The evaluation weights on the CPU, as they take a step: a jump, or, as flow matching learns none, Euler's."""
+        return stepper(copy.deepcopy(self.ema.module).cpu(), self.config.objective)

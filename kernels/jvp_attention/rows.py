@@ -1,8 +1,8 @@
 """What the kernels share: where a program works, how it reads and writes rows of a head, and row reductions.
 
 A tensor [B, H, rows, D] reaches a kernel as the tuple (pointer, stride of B, stride of H, stride of rows), strides in
-units of UNIT channels so that the compiler knows how they are aligned; channels lie side by side. Offsets are 64-bit.
-Rows beyond a tensor's end read as zeros.
+units of UNIT channels so that the compiler knows how they are aligned; channels lie side by side. Where a tile begins
+is a 64-bit offset; inside a tile offsets have 32 bits, or 64 where UNIT is 1. Rows beyond a tensor's end read as zeros.
 """
 
 import triton
@@ -26,13 +26,20 @@ def row_max(x):
 
 
 @triton.jit
-def place(length, heads, SIZE: tl.constexpr):
-    """The first row of this program's tile, its batch element and head, and the index of the two together."""
+def place(length, heads, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """The first row of this program's tile, its batch element and head, and the index of the two together.
+
+    LAST_FIRST: programs that start first take the last tiles, which have the most to do if queries see keys up to
+    their own index.
+    """
     tiles = (length + SIZE - 1) // SIZE
     program = tl.program_id(0)
     head = program // tiles  # divided in 32 bits: in 64 it is a call, with a stack
     b, h = head // heads, head % heads
-    return program % tiles * SIZE, b.to(tl.int64), h.to(tl.int64), head.to(tl.int64)
+    tile = program % tiles
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    return tile * SIZE, b.to(tl.int64), h.to(tl.int64), head.to(tl.int64)
 
 
 @triton.jit
@@ -47,9 +54,11 @@ def keys_seen(lengths, b, M):
 @triton.jit
 def row_pointers(x, b, h, start, UNIT: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr):
     """Pointers [SIZE, CHANNELS] to rows start, start + 1, ... of head (b, h) of x."""
-    rows = (start + tl.arange(0, SIZE)).to(tl.int64)
-    first = (b * x[1] + h * x[2]) * UNIT
-    return x[0] + first + rows[:, None] * (x[3] * UNIT) + tl.arange(0, CHANNELS)[None, :]
+    first = x[0] + (b * x[1] + h * x[2] + tl.cast(start, tl.int64) * x[3]) * UNIT
+    rows = tl.arange(0, SIZE)
+    if UNIT == 1:  # odd strides, or so large ones that a tile is too long for 32 bits
+        rows = rows.to(tl.int64)
+    return first + (rows[:, None] * (x[3] * UNIT) + tl.arange(0, CHANNELS)[None, :])
 
 
 @triton.jit
@@ -109,3 +118,35 @@ def store_numbers(x, value, head, start, length, SIZE: tl.constexpr):
     """Write one float32 per row, value [SIZE], to x [B H, length]."""
     rows = start + tl.arange(0, SIZE)
     tl.store(x + head * length + rows, value, mask=rows < length)
+
+
+@triton.jit
+def load_mask(mask, b, h, start, length, at, others, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which of a tile [ROWS, COLUMNS] is seen, by mask (pointer, strides of B, H, rows, columns); none outside."""
+    rows, columns = start + tl.arange(0, ROWS), at + tl.arange(0, COLUMNS)
+    inside = (rows < length)[:, None] & (columns < others)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * mask[3] + columns.to(tl.int64)[None, :] * mask[4]
+    return tl.load(mask[0] + b * mask[1] + h * mask[2] + offsets, mask=inside, other=0) != 0
+
+
+@triton.jit
+def seen_tiles(tiles, b, h, start, SIZE: tl.constexpr):
+    """Where the row of `tiles` for this program's tile lies: how many tiles of the other side it sees, then which."""
+    return tiles[0] + b * tiles[1] + h * tiles[2] + (start // SIZE).to(tl.int64) * tiles[3]
+
+
+@triton.jit
+def seen_tiles_kernel(mask, tiles, heads, N, M, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """List for one tile of rows of a mask [.., N, M] the tiles of columns in which any pair is seen, in order.
+
+    tiles is int32 [.., tiles of rows, 1 + tiles of columns]. Grid: tiles of rows x heads x batch of the mask.
+    """
+    start, b, h, _ = place(N, heads, ROWS, False)
+    row = seen_tiles(tiles, b, h, start, ROWS)
+    count = 0
+    for at in range(0, M, COLUMNS):
+        seen = load_mask(mask, b, h, start, N, at, M, ROWS, COLUMNS).to(tl.int32)
+        if tl.reduce(row_max(seen), 0, tl.standard._elementwise_max) > 0:
+            count += 1
+            tl.store(row + count, at // COLUMNS)
+    tl.store(row, count)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from imagenet.data import Batches, Images, load_data, loader
+from imagenet.batches import Batches, loader
+from imagenet.image_datasets import Images, load_data
 from imagenet.presets import PRESETS, Config
 
 

@@ -1,0 +1,69 @@
+"""The results of a run: weights, grids of samples, and for digits their scores.
+
+Samples are those that sample.py and evaluate.py draw from the run by default: the same noise, classes, precision.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from imagenet import checkpoints
+from imagenet.generator import Generator
+from imagenet.image_files import save_png
+from imagenet.parallel import World, full_state
+from imagenet.pictures import grid
+from imagenet.run import Run
+from tvm_ref.command_line import write_atomically
+
+COLUMNS, ROWS = 10, 8  # of a grid: a class per column
+NFES = (1, 4)  # numbers of steps that are drawn and scored at the end
+
+
+def draw_grid(path: Path, generator: Generator, world: World, steps: int = 1) -> None:
+    """Write a grid of samples 0, 1, ..., a class per column; its classes are evenly spaced if there are many.
+
+    All processes take part, as the weights may be sharded; the first one writes.
+    """
+    classes = generator.config.classes
+    columns = torch.linspace(0, classes - 1, min(COLUMNS, classes)).round().long().tolist()
+    generator = replace(generator, classes=columns)
+    images = list(generator.batches(range(ROWS * len(columns)), steps))
+    if world.first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(path, grid(np.concatenate(images), len(columns)))
+
+
+def write_report(run: Run, total_seconds: float) -> dict[str, Any]:
+    """Write weights, grids and metrics.json of a training as it stands; returns the metrics. All processes take part.
+
+    Args:
+        run: the run.
+        total_seconds: that this program has taken, beside what earlier ones trained.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    training, config = run.training, run.training.config
+    generator = training.generator()
+    for nfe in NFES:
+        draw_grid(run.folder / f"samples-{nfe}.png", generator, run.world, nfe)
+    metrics: dict[str, Any] = {}
+    if config.data == "digits":
+        from imagenet.digits import judge_model
+
+        metrics["nfe"] = {str(nfe): scores for nfe, scores in judge_model(generator, NFES).items()}
+    metrics["seconds"] = {
+        "training": round(run.log.seconds, 2),
+        "total": round(total_seconds + run.log.before, 2),
+    }
+    metrics["steps"] = {"done": training.step, "planned": config.steps}
+    weights = full_state(training.ema.state_dict()["module"])
+    if run.world.first:
+        names = {name.removeprefix("network."): a for name, a in weights.items()}
+        checkpoints.save_weights(run.folder / checkpoints.WEIGHTS, names, config)
+        write_atomically(run.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return metrics

@@ -1,0 +1,92 @@
+"""The log of a run: train.jsonl, and TensorBoard's log if it is installed."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from imagenet.training import StepMetrics, Training, learning_rate
+from tvm_ref.command_line import write_atomically
+from tvm_ref.objectives import TERMS
+
+
+class Log:
+    """Losses averaged between lines, and the time that training took. Only the first process writes.
+
+    Args:
+        folder: of the run.
+        training: what is logged.
+    """
+
+    def __init__(self, folder: Path, training: Training):
+        self.folder, self.training = folder, training
+        self.seconds = 0.0  # of training, in all programs that worked on it
+        self.before = 0.0  # the part of that before this program
+        self._sums, self._summed = [0.0] * len(TERMS), 0  # losses since the last line, and the number of steps
+        self._lines: Any = None
+        self._board: Any = None
+
+    def open(self) -> None:
+        """Start the clock, and open the files; lines of train.jsonl beyond the training's step are removed."""
+        self._first, self._started = self.training.step, time.perf_counter()
+        if not self.training.world.first:
+            return
+        path = self.folder / "train.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._first]
+        write_atomically(path, "".join(kept))
+        self._lines = path.open("a")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._first + 1)
+
+    def close(self) -> None:
+        """Close what `open` opened."""
+        for log in (self._lines, self._board):
+            if log is not None:
+                log.close()
+        self._lines = self._board = None
+
+    def note(self, metrics: StepMetrics) -> None:
+        """Add a step's losses to the means of the next line, and read the clock."""
+        self._sums = [a + b for a, b in zip(self._sums, metrics.losses, strict=True)]
+        self._summed += 1
+        self.seconds = self.before + time.perf_counter() - self._started
+
+    def write(self, metrics: StepMetrics) -> dict[str, float]:
+        """Write a line, with the mean losses since the last one; returns it."""
+        config, step, device = self.training.config, self.training.step, self.training.world.device
+        cuda = device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(device) if cuda else psutil.Process().memory_info().rss
+        images = (step - self._first) * config.batch_size
+        line = {
+            "step": step,
+            **{name: a / self._summed for name, a in zip(TERMS, self._sums, strict=True)},
+            "gradient_norm": metrics.gradient_norm,
+            "lr": learning_rate(config, step - 1),
+            "images_per_second": round(images / (self.seconds - self.before), 1),
+            "gib": round(memory / 2**30, 3),
+            "seconds": round(self.seconds, 3),
+        }
+        self._sums, self._summed = [0.0] * len(TERMS), 0
+        if self._lines is not None:
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
+        for name, value in line.items():
+            if self._board is not None and name != "step":
+                self._board.add_scalar(name, value, step)
+        return line
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold, so that the next line is the same."""
+        return {"seconds": self.seconds, "sums": self._sums, "summed": self._summed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what state_dict gave."""
+        self.seconds = self.before = state["seconds"]
+        self._sums, self._summed = state["sums"], state["summed"]

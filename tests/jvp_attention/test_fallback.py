@@ -1,0 +1,99 @@
+"""Plain PyTorch in place of the kernels: right in every dtype and size of chunk, and linear in memory."""
+
+from itertools import accumulate
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import jvp_attention
+from jvp_attention import fallback, operators, reference
+from tests.attention_cases import Case
+
+
+def peak_memory(call) -> int:
+    """Bytes at the peak of what PyTorch's allocator hands out during a call, and gives back."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def value(attention, x):
+    return attention(*x[:3])
+
+
+def tangent(attention, x):
+    return torch.func.jvp(attention, tuple(x[:3]), tuple(x[3:6]))
+
+
+def gradients(attention, x):
+    x = [y.detach().requires_grad_() for y in x]
+    return torch.autograd.grad(tangent(attention, x), x[:6], x[6:])
+
+
+@pytest.mark.parametrize("call", [value, tangent, gradients])
+def test_memory_grows_with_the_length_not_its_square(call, monkeypatch):
+    """Four times as many queries and keys take four times the memory; the reference's sixteen times."""
+    monkeypatch.setattr(fallback, "LARGEST_CHUNK", 2**12)
+    short, long = ([torch.randn(1, 1, n, 8) for _ in range(8)] for n in (256, 1024))
+    ours, theirs = (
+        [peak_memory(lambda a=a, x=x: call(a, x)) for x in (short, long)]
+        for a in (jvp_attention.attention, reference.attention)
+    )
+    assert ours[1] < 4.5 * ours[0]
+    assert theirs[1] > 12 * theirs[0]
+    assert 8 * ours[1] < theirs[1]
+
+
+@pytest.mark.parametrize("chunk", [1, 200, 2**22])
+@pytest.mark.parametrize(
+    "which", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+@pytest.mark.parametrize("gradients", [(True, True), (True, False), (False, True)])
+def test_any_chunk_gives_the_same(chunk, which, gradients, monkeypatch):
+    """Of one query, of a few, of all; with any of the tangents and of the gradients."""
+    monkeypatch.setattr(fallback, "LARGEST_CHUNK", chunk)
+    case = Case((2, 3, 6, 7, 4), torch.float64, True, 0.6, which, gradients, lengths=[5, 0])
+    assert max(case.errors(case.results(jvp_attention.attention), cancelling=True)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_dtype(dtype):
+    case = Case((2, 2, 40, 50, 16), dtype)
+    case.check(jvp_attention.attention)
+    assert all(x.dtype == dtype for x in case.results(jvp_attention.attention))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
+def test_results_lie_as_those_of_the_kernels():
+    """Or torch.compile, which is told so, would read them wrongly."""
+    x = [y.half().requires_grad_() for y in torch.randn(6, 2, 3, 5, 8)]
+    torch.library.opcheck(operators.FORWARD, (*x, None, None, 0.3, False, True))
+    detached = [y.detach() for y in x]
+    results = operators.FORWARD(*detached, None, None, 0.3, False, True)
+    wanted = [True, False, True, True, False, True]
+    torch.library.opcheck(
+        operators.BACKWARD, (*detached, None, None, 0.3, False, *results, results[0], results[1], wanted)
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 3, 4), (2, 0, 3, 3, 4)], ids=["batch", "heads"])
+def test_an_empty_batch_has_empty_results(shape):
+    case = Case(shape, torch.float32)
+    for found, exact in zip(case.results(jvp_attention.attention), case.results(reference.attention), strict=True):
+        assert found.shape == exact.shape
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_value_and_jvp_can_be_exported(strict):
+    """torch.export keeps the operator in the graph."""
+    x = tuple(torch.randn(6, 1, 2, 5, 8))
+
+    class Dual(torch.nn.Module):
+        def forward(self, *x):
+            return jvp_attention.attention(*x[:3]), *torch.func.jvp(jvp_attention.attention, x[:3], x[3:])
+
+    exported = torch.export.export(Dual(), x, strict=strict)
+    assert "jvp_attention.forward.default" in exported.graph_module.code
+    torch.testing.assert_close(exported.module()(*x), Dual()(*x))

@@ -1,0 +1,249 @@
+"""Tangents that are not there and gradients that nobody wants cost nothing; masks and groups of heads."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.attention_cases import Case
+
+NAMES = ("gq", "gk", "gv", "gdq", "gdk", "gdv")
+ALL = (True,) * 6
+
+
+def reference(q, k, v, dq, dk, dv, scale, seen):
+    """Value and tangent in plain PyTorch; seen [B, H, N, M] of bool; heads of k and v are repeated. Absent are zero."""
+    group = q.shape[1] // k.shape[1]
+    k, v, dk, dv = (x if x is None else x.repeat_interleave(group, 1) for x in (k, v, dk, dv))
+    s = (q @ k.mT * scale).masked_fill(~seen, -1e30)
+    p = s.softmax(-1) * seen
+    t = torch.zeros_like(s)
+    if dq is not None:
+        t = t + dq @ k.mT * scale
+    if dk is not None:
+        t = t + q @ dk.mT * scale
+    do = (p * (t - (p * t).sum(-1, keepdim=True))) @ v
+    return p @ v, do if dv is None else do + p @ dv
+
+
+def exact(tensors, tangents, gradients, scale, seen) -> list[Tensor | None]:
+    """[o, do, gq, ..., gdv] in float64; None for the gradient of a tangent that is absent."""
+    *inputs, go, gdo = (x.double().cpu() for x in tensors)
+    inputs = [x.requires_grad_() for x in inputs]
+    given = inputs[:3] + [x if there else None for x, there in zip(inputs[3:], tangents, strict=True)]
+    o, do = reference(*given, scale, seen)
+    loss = sum((x * g).sum() for x, g, there in zip((o, do), (go, gdo), gradients, strict=True) if there)
+    variables = [x for x in given if x is not None]
+    found = dict(zip(map(id, variables), torch.autograd.grad(loss, variables, allow_unused=True), strict=True))
+    return [o.detach(), do.detach(), *(None if x is None else found[id(x)] for x in given)]
+
+
+def found(tensors, tangents, gradients, scale, *, wanted=ALL, mask=None, causal=False, lengths=None, keep=True):
+    """The same of the kernels."""
+    from jvp_attention import launch
+
+    q, k, v, dq, dk, dv, go, gdo = tensors
+    dx = tuple(x if there else None for x, there in zip((dq, dk, dv), tangents, strict=True))
+    go, gdo = (x if there else None for x, there in zip((go, gdo), gradients, strict=True))
+    o, do, o_low, do_low, lse, mu = launch.run(
+        launch.forward_calls((q, k, v), dx, scale, causal, lengths, mask, keep=keep)
+    )
+    saved = launch.Saved(o, lse, do, o_low, do_low, mu)
+    backward = launch.backward_calls((q, k, v), dx, saved, go, gdo, scale, causal, lengths, mask, wanted)
+    return [o, do, *launch.run(backward)]
+
+
+def near(found: list[Tensor | None], exact: list[Tensor | None], wanted=ALL) -> None:
+    size = max(float(x.abs().max()) for x in exact if x is not None)
+    for i, (a, b) in enumerate(zip(found, exact, strict=True)):
+        if i >= 2 and (b is None or not wanted[i - 2]):
+            assert a is None
+            continue
+        b = torch.zeros_like(a, dtype=torch.float64) if b is None else b
+        assert float((a.double().cpu() - b).norm()) <= 1e-5 * max(float(b.norm()), 0.1 * size * b.numel() ** 0.5)
+
+
+TANGENTS = [x for x in itertools.product([True, False], repeat=3) if any(x)]
+
+
+@pytest.mark.parametrize("tangents", TANGENTS)
+@pytest.mark.parametrize(("gradients", "split"), [((True, True), False), ((False, True), True)])
+def test_tangents_that_are_absent(guarded, device, small_tiles, tangents, gradients, split):
+    small_tiles(16, 32, split=split)
+    case = Case((1, 1, 20, 37, 16), device=device)
+    seen = torch.ones(1, 1, 20, 37, dtype=torch.bool)
+    results = found(case.tensors, tangents, gradients, -0.3)
+    near(results, exact(case.tensors, tangents, gradients, -0.3, seen))
+
+
+WANTED = [ALL] + [tuple(i == j for j in range(6)) for i in range(6)]
+WANTED += [(True, False, False) * 2, (False, True, True) * 2, (True, True, True, False, False, False)]
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids=lambda w: " ".join(n for n, x in zip(NAMES, w, strict=True) if x))
+def test_gradients_that_are_not_wanted(guarded, device, small_tiles, wanted):
+    small_tiles(16, 16, split=wanted[1])
+    case = Case((1, 1, 20, 18, 16), device=device)
+    seen = torch.ones(1, 1, 20, 18, dtype=torch.bool)
+    results = found(case.tensors, (True,) * 3, (True, True), 0.25, wanted=wanted)
+    near(results, exact(case.tensors, (True,) * 3, (True, True), 0.25, seen), wanted)
+
+
+def test_no_residues_without_gradients(device):
+    """Where no gradient is wanted nothing is kept of what rounding took."""
+    from jvp_attention import launch
+
+    *inputs, _, _ = Case((1, 1, 4, 5, 16), torch.float16, device=device).tensors
+    work = [
+        launch.forward_calls(tuple(inputs[:3]), tuple(inputs[3:]), 0.25, False, keep=keep) for keep in (True, False)
+    ]
+    (o, do, *low, lse, mu), (o_2, do_2, *no_low, lse_2, mu_2) = (launch.run(w) for w in work)
+    assert all(x.numel() == o.numel() for x in low)
+    assert all(x.numel() == 0 for x in no_low)
+    for a, b in ((o, o_2), (do, do_2), (lse, lse_2), (mu, mu_2)):
+        assert torch.equal(a, b)
+
+
+def dots(monkeypatch, work) -> dict[str, int]:
+    """Products of matrices per launch, counted while the interpreter runs one tile with another."""
+    from triton.runtime import interpreter
+
+    from jvp_attention import launch
+
+    count, per_call = [0], {}
+    original, multiply = launch.Call.launch, interpreter.InterpreterBuilder.create_dot
+
+    def counted(self, *arguments):
+        count[0] += 1
+        return multiply(self, *arguments)
+
+    def launched(self, tiles):
+        before = count[0]
+        original(self, tiles)
+        per_call[self.name] = count[0] - before
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", counted)
+    monkeypatch.setattr(launch.Call, "launch", launched)
+    launch.run(work)
+    return per_call
+
+
+FORWARD_PRODUCTS = {(1, 1, 1): 6, (1, 0, 0): 4, (0, 1, 0): 4, (0, 0, 1): 3, (1, 1, 0): 5, (0, 1, 1): 5, (1, 0, 1): 5}
+BACKWARD_PRODUCTS = [  # tangents, outputs' gradients, gradients wanted, products
+    ((1, 1, 1), (1, 1), (1, 1, 1, 1, 1, 1), 21),
+    ((1, 1, 1), (0, 1), (1, 1, 1, 1, 1, 1), 18),
+    ((1, 1, 1), (1, 1), (1, 0, 0, 1, 0, 0), 9),  # frozen keys and values
+    ((1, 0, 0), (1, 1), (1, 0, 0, 1, 0, 0), 6),
+    ((0, 0, 1), (1, 1), (1, 1, 1, 0, 0, 1), 10),  # the values' tangent alone
+    ((1, 1, 1), (1, 1), (0, 0, 0, 1, 1, 1), 7),  # no T: gdq 3, gdk and gdv 4
+    ((1, 1, 1), (1, 1), (0, 0, 0, 0, 0, 1), 2),
+]
+
+
+@pytest.mark.parametrize(("tangents", "products"), FORWARD_PRODUCTS.items())
+def test_products_of_the_forward(device, small_tiles, monkeypatch, tangents, products):
+    if device != "cpu":
+        pytest.skip("counted in the interpreter")
+    small_tiles(16, 16)
+    from jvp_attention import launch
+
+    q, k, v, *dx = Case((1, 1, 16, 16, 16)).tensors[:6]
+    dx = tuple(x if there else None for x, there in zip(dx, tangents, strict=True))
+    assert dots(monkeypatch, launch.forward_calls((q, k, v), dx, 1.0, False)) == {"forward_dual": products}
+
+
+@pytest.mark.parametrize(("tangents", "gradients", "wanted", "products"), BACKWARD_PRODUCTS)
+def test_products_of_the_backward(device, small_tiles, monkeypatch, tangents, gradients, wanted, products):
+    if device != "cpu":
+        pytest.skip("counted in the interpreter")
+    small_tiles(16, 16)
+    from jvp_attention import launch
+
+    q, k, v, *dx, go, gdo = Case((1, 1, 16, 16, 16)).tensors
+    dx = tuple(x if there else None for x, there in zip(dx, tangents, strict=True))
+    o, do, o_low, do_low, lse, mu = launch.run(launch.forward_calls((q, k, v), dx, 1.0, False))
+    saved = launch.Saved(o, lse, do, o_low, do_low, mu)
+    given = (go if gradients[0] else None, gdo)
+    work = launch.backward_calls((q, k, v), dx, saved, *given, 1.0, False, wanted=wanted)
+    assert sum(dots(monkeypatch, work).values()) == products
+
+
+def a_mask(kind: str, b: int, h: int, n: int, m: int) -> Tensor:
+    """[b, h, n, m] of bool: drawn; with whole tiles hidden; with rows and columns that see nothing."""
+    mask = torch.rand(b, h, n, m, generator=torch.Generator().manual_seed(3)) < 0.5
+    if kind == "blocks":
+        mask = torch.arange(n)[:, None] // 16 == torch.arange(m)[None, :] // 16
+        mask = mask.expand(b, h, n, m).clone()
+    if kind == "rows":
+        mask[..., 3, :] = False
+        mask[..., 16:32, :] = False
+        mask[..., :, 5] = False
+    return mask
+
+
+@pytest.mark.parametrize("kind", ["drawn", "blocks", "rows"])
+@pytest.mark.parametrize(("shared", "split"), [((True, False), False), ((False, True), True)], ids=str)
+def test_masks(guarded, device, small_tiles, kind, shared, split):
+    """[B or 1, H or 1, N, M]: pairs that are hidden have no part; a query that sees nothing gives zero."""
+    small_tiles(16, 16, split=split)
+    b, h, n, m = 2, 2, 36, 34
+    case = Case((b, h, n, m, 16), device=device)
+    mask = a_mask(kind, *(1 if s else size for s, size in zip(shared, (b, h), strict=True)), n, m)
+    results = found(case.tensors, (True,) * 3, (True, True), 0.25, mask=mask.to(device))
+    near(results, exact(case.tensors, (True,) * 3, (True, True), 0.25, mask.expand(b, h, n, m)))
+
+
+def test_masks_with_lengths_and_causal_and_any_strides(guarded, device, small_tiles):
+    small_tiles(16, 32)
+    b, h, n, m = 2, 2, 40, 35
+    case = Case((b, h, n, m, 16), device=device)
+    mask = a_mask("drawn", 1, 1, m, n).mT.expand(b, h, n, m)
+    lengths = torch.tensor([7, 35])
+    seen = mask & torch.ones(n, m, dtype=torch.bool).tril() & (torch.arange(m) < lengths[:, None])[:, None, None]
+    options = {"mask": mask.to(device), "causal": True, "lengths": lengths.to(device)}
+    results = found(case.tensors, (True,) * 3, (True, True), 0.25, **options)
+    near(results, exact(case.tensors, (True,) * 3, (True, True), 0.25, seen))
+
+
+def test_tiles_that_see_nothing_are_passed_over(device, small_tiles, monkeypatch):
+    """Of 3 x 3 tiles the 3 on the diagonal are multiplied."""
+    if device != "cpu":
+        pytest.skip("counted in the interpreter")
+    small_tiles(16, 16)
+    from jvp_attention import launch
+
+    q, k, v, *dx, go, gdo = Case((1, 1, 48, 48, 16)).tensors
+    mask = a_mask("blocks", 1, 1, 48, 48)
+    forward = launch.forward_calls((q, k, v), tuple(dx), 1.0, False, mask=mask)
+    assert dots(monkeypatch, forward) == {"forward_dual": 3 * 6}
+    o, do, o_low, do_low, lse, mu = forward[1]
+    saved = launch.Saved(o, lse, do, o_low, do_low, mu)
+    work = launch.backward_calls((q, k, v), tuple(dx), saved, go, gdo, 1.0, False, mask=mask)
+    assert dots(monkeypatch, work) == {"query_dual": 3 * 9, "key_dual": 3 * 12}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("group", [2, 3])
+def test_groups_of_heads_share_keys(guarded, device, small_tiles, group, causal):
+    """Heads h of q meet head h // group of k and v, whose gradients are sums over the group."""
+    small_tiles(16, 16, split=causal)
+    queries = Case((2, 2 * group, 20, 24, 16), device=device).tensors
+    keys = Case((2, 2, 20, 24, 16), device=device, seed=1).tensors
+    tensors = [keys[i] if i in (1, 2, 4, 5) else queries[i] for i in range(8)]
+    seen = torch.ones(20, 24, dtype=torch.bool)
+    seen = (seen.tril() if causal else seen).expand(2, 2 * group, 20, 24)
+    lengths = torch.tensor([24, 24], device=device)
+    results = found(tensors, (True,) * 3, (True, True), 0.25, causal=causal, lengths=lengths)
+    near(results, exact(tensors, (True,) * 3, (True, True), 0.25, seen))
+
+
+def test_negative_and_zero_scales_with_hidden_keys(device, small_tiles):
+    """Zero times the infinity of a hidden key would be NaN."""
+    small_tiles(16, 16)
+    case = Case((1, 1, 20, 20, 16), device=device)
+    seen = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
+    for scale in (0.0, -1.0, math.pi):
+        results = found(case.tensors, (True,) * 3, (True, True), scale, causal=True)
+        near(results, exact(case.tensors, (True,) * 3, (True, True), scale, seen))

@@ -1,0 +1,101 @@
+"""The package alone: a wheel of kernels/ works where tvm_ref is not, and the README's snippets run."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import jvp_attention
+from jvp_attention import reference
+
+PROJECT = Path(__file__).parents[2] / "kernels"
+README = PROJECT / "jvp_attention" / "README.md"
+USE = """
+import pathlib, sys
+import torch, jvp_attention
+from jvp_attention import bench
+assert pathlib.Path(jvp_attention.__file__).is_relative_to(sys.path[0]), jvp_attention.__file__
+try:
+    import tvm_ref
+    raise SystemExit("tvm_ref is there")
+except ModuleNotFoundError:
+    pass
+x = torch.randn(6, 1, 2, 3, 4)
+o, do = torch.func.jvp(jvp_attention.attention, tuple(x[:3]), tuple(x[3:]))
+print(jvp_attention.__version__, bench.main([]))
+"""
+
+
+@pytest.mark.slow
+def test_a_wheel_works_without_the_rest_of_the_project(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*build, "-w", str(tmp_path), str(PROJECT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("jvp_attention-0.2.0-*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        file.extractall(tmp_path / "site")
+    assert {"jvp_attention/py.typed", "jvp_attention/bench.py", "jvp_attention/README.md"} <= set(names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert all(name.startswith("jvp_attention") for name in names)
+    # -S leaves out the links to this checkout that an editable installation put among the installed packages
+    packages = [str(Path(torch.__file__).parents[1])]
+    code = f"import sys; sys.path[:0] = {[str(tmp_path / 'site'), *packages]}\n{USE}"
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    run = subprocess.run(
+        [sys.executable, "-S", "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert run.stdout.split() == ["0.2.0", "2"], run.stderr  # the benchmark asks for a GPU
+    assert "needs a CUDA device" in run.stderr
+    assert "torch.jit.script" not in run.stderr
+
+
+class Net(nn.Module):
+    """Self-attention of tokens [B, N, 8] that knows some times [B]."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+        self.qkv, self.times = nn.Linear(8, 24), nn.Linear(2, 8)
+
+    def forward(self, x, *times):
+        x = x + self.times(torch.stack([times[0], times[-1]], -1))[:, None]
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return x + self.attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def snippets() -> dict[str, str]:
+    """The Python blocks of "Instead of what you use now", by the name of the function that each defines."""
+    section = README.read_text().split("## Instead of what you use now")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    return {re.search(r"def (\w+)", block)[1]: block for block in blocks if "def " in block}
+
+
+@pytest.mark.parametrize("name", ["meanflow_loss", "scm_loss", "tvm_loss"])
+def test_the_readmes_losses_have_the_references_gradients(name):
+    scope: dict = {}
+    exec(snippets()[name], scope)
+    x, z, t = *torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    arguments = {
+        "meanflow_loss": (x, z, t / 2, t),
+        "scm_loss": (x, z, t),
+        "tvm_loss": (x, t, t / 2, lambda y, s: -y),
+    }[name]
+    results = []
+    for attention in (jvp_attention.attention, reference.attention):
+        torch.manual_seed(0)
+        net = Net(attention).double()
+        loss = scope[name](net, *arguments)
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(net.parameters()))])
+    torch.testing.assert_close(*results)
+    assert float(results[0][1].norm()) > 1e-3

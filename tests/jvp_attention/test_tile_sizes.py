@@ -1,0 +1,163 @@
+"""Tiles fit every card: the choice of tables, what is refused, what is fallen back to, and compilation for each card.
+
+The whole matrix takes about an hour of computing and runs only when asked for, in parts that may be chosen:
+
+    pytest -m slow tests/jvp_attention/test_tile_sizes.py -k "sm_80 and bfloat16"
+"""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from jvp_attention import tile_sizes
+from jvp_attention.compile_report import SHARED_KIB
+from jvp_attention.tile_sizes import Tiles, candidates
+
+PLAIN = {"forward", "query", "key"}
+SIXTEEN_BIT_STACK = 512  # bytes per thread, at most, with heads of up to 128 channels
+FLOAT32_STACK = 2048  # float32 is for checking
+
+
+def kernels(d: int, itemsize: int, kib: int) -> set[str]:
+    """The names of the kernels that heads of d channels need and that fit."""
+    channels = tile_sizes.channels_of_tile(d)
+    split = tile_sizes.splits_keys(channels, itemsize)
+    names = PLAIN | {"forward_dual", "query_dual"} | ({"key_dual_k", "key_dual_v"} if split else {"key_dual"})
+    return {name for name in names if candidates(name, channels, itemsize, kib)}
+
+
+def compiled(tmp_path, sm: int, dtype: str, dims: list[int], *options: str) -> list[dict]:
+    """The figures of the default kernels, by a process of its own, where nothing is interpreted."""
+    file = tmp_path / "report.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "jvp_attention.compile_report", "--arch", str(sm), "--dtype", dtype]
+    command += ["--json", str(file), "--dims", *map(str, dims), *options]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads(file.read_text())
+
+
+def check(reports: list[dict], sm: int, dtype: str, dims: list[int]) -> None:
+    """Every kernel is there, fits its card and spills no more than stated."""
+    itemsize = 4 if dtype == "float32" else 2
+    for d in dims:
+        assert {r["kernel"] for r in reports if r["D"] == d} == kernels(d, itemsize, SHARED_KIB[sm])
+    too_large = [r for r in reports if r["shared_kib"] > SHARED_KIB[sm]]
+    assert not too_large
+    bound = SIXTEEN_BIT_STACK if itemsize == 2 else FLOAT32_STACK
+    spilled = [r for r in reports if r["D"] <= 128 and r["stack"] > bound]
+    assert not spilled
+
+
+def test_tiles_fit_a_consumer_card(tmp_path):
+    """Where once no tile for derivatives with 128 channels fitted."""
+    check(compiled(tmp_path, 89, "bfloat16", [128]), 89, "bfloat16", [128])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("sm", SHARED_KIB, ids=lambda sm: f"sm_{sm}")
+@pytest.mark.parametrize("dims", [[16, 32, 64], [72, 96, 128], [192, 256]], ids=["up_to_64", "up_to_128", "up_to_256"])
+def test_tiles_fit_every_card(request, tmp_path, dims, sm, dtype):
+    """72 and 96 channels are padded to 128, 192 to 256."""
+    if "slow" not in request.config.getoption("markexpr").replace("not slow", ""):
+        pytest.skip("an hour of computing; ask for it with -m slow")
+    check(compiled(tmp_path, sm, dtype, dims), sm, dtype, dims)
+
+
+def test_small_cards_have_all_kernels_but_wide_derivatives_in_float32():
+    """99 KiB hold everything in 16 bits; in float32 no derivative of heads over 128 channels."""
+    for kib in (99, 163, 227):
+        for d in (1, 16, 64, 72, 128, 192, 256):
+            assert kernels(d, 2, kib) == kernels(d, 2, 10**6)
+    assert kernels(128, 4, 99) == kernels(128, 4, 227)
+    assert not kernels(256, 4, 99) & {"forward_dual", "query_dual"}
+    assert not kernels(64, 2, 64)  # sm_75
+
+
+def test_the_smaller_tiles_come_last():
+    """After what is chosen for the largest cards there is what fits the smallest."""
+    several = candidates("query_dual", 128, 2, 227)
+    assert several[0] == Tiles(128, 32, 8, 2)
+    assert several[-1] == candidates("query_dual", 128, 2, 99)[0]
+
+
+@pytest.mark.parametrize("name", ["forward_dual", "query_dual", "key_dual"])
+def test_short_sequences_leave_room_for_a_second_block(name):
+    """4 warps of at most 255 registers are half of a multiprocessor's."""
+    assert candidates(name, 64, 2, 227, True)[0].warps == 4
+
+
+def a_card(monkeypatch, capability: tuple[int, int], kib: int, hip: str | None = None) -> None:
+    from jvp_attention import launch
+
+    properties = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    launch.shared_kib.cache_clear()
+    launch._why_not.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "kib", "hip", "d", "dtype", "dual", "reason"),
+    [
+        ((9, 0), 227, None, 256, torch.float32, True, ""),
+        ((8, 9), 99, None, 256, torch.bfloat16, True, ""),
+        (
+            (8, 9),
+            99,
+            None,
+            129,
+            torch.float32,
+            True,
+            "derivatives of heads of 129 channels in 32 bits do not fit the 99",
+        ),
+        ((8, 0), 163, None, 128, torch.float32, True, ""),
+        ((7, 5), 64, None, 64, torch.float16, False, "the kernels need compute capability 8.0, this GPU has 7.5"),
+        ((9, 4), 64, "6.2", 64, torch.float16, False, "the kernels are for NVIDIA GPUs"),
+    ],
+)
+def test_what_no_tile_fits_is_said(device, monkeypatch, capability, kib, hip, d, dtype, dual, reason):
+    from jvp_attention import launch
+
+    a_card(monkeypatch, capability, kib, hip)
+    found = launch._why_not(torch.device("cuda", 0), dtype.itemsize, d, dual)
+    launch.shared_kib.cache_clear()
+    launch._why_not.cache_clear()
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
+
+
+def test_what_does_not_fit_after_all_is_replaced(device, monkeypatch):
+    """A card, or a mask, that needs more than was thought: the next candidate is taken, and remembered."""
+    from triton.runtime.errors import OutOfResources
+
+    from jvp_attention import launch
+
+    q = torch.randn(1, 1, 20, 16, device=device)
+    tried, original = [], launch.Call.launch
+
+    def too_large(self, tiles):
+        tried.append(tiles)
+        if tiles.queries > 16:
+            raise OutOfResources(2, 1, "shared memory")
+        original(self, tiles)
+
+    monkeypatch.setattr(launch, "candidates", lambda *_: [Tiles(32, 16, 4, 1), Tiles(16, 16, 4, 1)])
+    monkeypatch.setattr(launch.Call, "launch", too_large)
+    monkeypatch.setattr(launch, "_too_large", set())
+    for _ in range(2):
+        o, _ = launch.run(launch.forward_calls((q, q, q), None, 0.25, False))
+    assert [tiles.queries for tiles in tried] == [32, 16, 16]
+    torch.testing.assert_close(o, torch.nn.functional.scaled_dot_product_attention(q, q, q), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(launch, "candidates", lambda *_: [Tiles(32, 16, 4, 1)])
+    monkeypatch.setattr(launch, "_too_large", set())
+    with pytest.raises(OutOfResources):
+        launch.run(launch.forward_calls((q, q, q), None, 0.25, False))

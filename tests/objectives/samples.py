@@ -1,0 +1,32 @@
+"""A model, a target, a batch, and gradients sample by sample, for the tests of objectives."""
+
+import torch
+from torch import Tensor
+
+from tests.networks import Waves, some_times
+from tvm_ref.ema import EMA
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.time_samplers import Times
+
+B = 16
+
+
+def setup(shape=(B, 2), seed=0) -> tuple[FlowMap, FlowMap, Tensor, Tensor, Times]:
+    """A model, a frozen target of other weights, data, noise, and times."""
+    model = FlowMap(Waves())
+    target = EMA(model, 0).module
+    with torch.no_grad():
+        for p in target.parameters():
+            p += 0.1
+    x0, x1 = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return model, target, x0, x1, Times(*some_times(shape[0], seed), some_times(shape[0], seed + 1)[1])
+
+
+def gradient(loss: Tensor, model: FlowMap) -> Tensor:
+    """With respect to the three weights of Waves [3]."""
+    return torch.stack(torch.autograd.grad(loss, list(model.parameters()), retain_graph=True))
+
+
+def per_sample(terms: Tensor, model: FlowMap) -> Tensor:
+    """The gradient of every sample's loss [B, 3]."""
+    return torch.stack([gradient(a, model) for a in terms])

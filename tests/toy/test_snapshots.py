@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from tvm_ref.toy.config import ToyConfig
+from tvm_ref.toy.run import Run, read_config
+from tvm_ref.toy.snapshots import SNAPSHOTS, load_snapshots, snapshot_steps
+
+SMALL = ToyConfig(batch_size=16, width=8, depth=2, steps=100)
+
+
+def fresh(folder) -> Run:
+    run = Run(folder, SMALL)
+    run.create()
+    return run
+
+
+def test_snapshots_are_the_evaluation_weights_of_their_steps(tmp_path):
+    run, seen = fresh(tmp_path / "run"), fresh(tmp_path / "seen")
+    assert run.train()
+    snapshots = load_snapshots(run.folder)
+    assert list(snapshots) == [0, 1, 3, 10, 30] == sorted(snapshot_steps(100))
+    for step, weights in snapshots.items():
+        while seen.training.step < step:
+            seen.training.train_step()
+        expected = seen.training.ema.module.network.state_dict()
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("stop", [0, 10, 37])
+def test_a_resumed_run_keeps_its_snapshots_and_comes_to_the_same(tmp_path, stop):
+    """Also if training had gone on beyond the checkpoint, so that later snapshots are there already."""
+    whole, first = fresh(tmp_path / "whole"), fresh(tmp_path / "parts")
+    assert whole.train()
+    assert first.train()  # leaves all snapshots; then back to a checkpoint in the middle
+    early = fresh(tmp_path / "early")
+    sums = torch.zeros(2)
+    for _ in range(stop):
+        sums += early.training.train_step()
+    first.training.load_state_dict(early.training.state_dict())
+    first.save(sums)
+    second = Run(first.folder, read_config(first.folder))
+    assert second.train(second.load())
+    assert (first.folder / SNAPSHOTS).read_bytes() == (whole.folder / SNAPSHOTS).read_bytes()
+
+
+def test_a_damaged_file_of_snapshots_is_named_on_resume(tmp_path):
+    run = fresh(tmp_path)
+    assert run.train()
+    (tmp_path / SNAPSHOTS).write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"snapshots.safetensors is damaged; without that file"):
+        Run(tmp_path, SMALL).load()
+
+
+def test_a_run_without_snapshots_goes_on(tmp_path):
+    """A folder of an earlier version of this program."""
+    run = fresh(tmp_path)
+    run.save(torch.zeros(2))
+    assert load_snapshots(tmp_path) == {}
+    assert Run(tmp_path, SMALL).train()
+    assert list(load_snapshots(tmp_path)) == sorted(snapshot_steps(100))

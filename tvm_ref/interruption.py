@@ -1,0 +1,60 @@
+"""Ctrl-C: noted while a step is finished, and at any other time the end of a command in one line."""
+
+import contextlib
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+INTERRUPTED = 130  # exit status
+
+
+def is_first_rank() -> bool:
+    """Tell whether this process is the one that prints: the first under torchrun, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Interruption:
+    """Ctrl-C or SIGTERM, noted instead of raised, so that the step under way is finished. A second one is raised."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "Interruption":
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def __exit__(self, *_: Any) -> None:
+        self._restore()
+
+
+def leave_at_once() -> None:
+    """Let Ctrl-C end the program without an exception: imports would answer a KeyboardInterrupt with a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def raise_again() -> None:
+    """Undo leave_at_once."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(*_: Any) -> NoReturn:
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        if is_first_rank():
+            os.write(sys.stderr.fileno(), b"\nstopped\n")
+    os._exit(INTERRUPTED)
+
+
+if sys.argv[:1] == ["-m"] and any(a.startswith("tvm_ref.") for a in sys.orig_argv):
+    leave_at_once()  # `python -m tvm_ref.toy` imports the package, and with it PyTorch, before the command begins

@@ -1,0 +1,191 @@
+"""What objectives are made of: a flow map, loss terms, the target of guidance; and a frame for those of one residual.
+
+Every objective is a module called as objective(x0, x1, times, condition, target) that returns LossTerms: the JVP runs
+inside its forward, so that DDP, FSDP or torch.compile can wrap it.
+"""
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.guidance import Condition, guided_velocity, without_label
+from tvm_ref.interpolant import conditional_velocity, interpolate
+from tvm_ref.objectives.weights import Weight, unweighted
+from tvm_ref.shapes import PerSample, Sample, Time, over
+from tvm_ref.time_samplers import Times, TimeSampler
+
+
+@runtime_checkable
+class Flow(Protocol):
+    """What TVM asks of its flow map and of its target: a FlowMap or the exact flow of a toy distribution."""
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """See FlowMap.velocity."""
+        ...
+
+    def displacement_and_terminal_velocity(
+        self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None, *, detach_jvp: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See FlowMap.displacement_and_terminal_velocity."""
+        ...
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The terms of an objective, one number per sample; squared norms are means over a sample's elements.
+
+    Attributes:
+        jump: [B] the term that trains jumps (zero in flow matching).
+        flow_matching: [B] the term that trains the velocity (zero in MeanFlow, whose one term does both).
+    """
+
+    jump: PerSample
+    flow_matching: PerSample
+
+    @property
+    def total(self) -> PerSample:
+        """[B] what training minimises the mean of."""
+        return self.jump + self.flow_matching
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError, naming the term, if a term is NaN or infinite."""
+        if bool(torch.isfinite(self.total).all()):
+            return
+        for name in TERMS:
+            bad = int((~torch.isfinite(getattr(self, name))).sum())
+            if bad:
+                raise FloatingPointError(f"the {name} loss is NaN or infinite in {bad} samples")
+
+
+TERMS = tuple(f.name for f in fields(LossTerms))
+
+
+def mean_square(a: Sample) -> PerSample:
+    """Return ||a||^2 / (number of elements) of each sample: [B, ...] to [B]."""
+    return a.flatten(1).square().mean(1)
+
+
+def guided_target(
+    v: Sample, x: Sample, t: Time, condition: Condition | None, null_label: int | None, target: Flow
+) -> Sample:
+    """Return what u(x, t, c, w) is regressed on (eq. 14): w v + (1 - w) u*(x, t, no class, 1); v without a null label.
+
+    No gradient flows through the target's velocity u*.
+
+    Raises:
+        ValueError: guidance (beta other than 1) without a null label; values are looked at as in check_times.
+    """
+    if condition is None:
+        return v
+    if null_label is None:
+        if not torch.compiler.is_compiling() and v.device.type == "cpu" and bool((condition.beta != 1).any()):
+            raise ValueError("guidance (beta other than 1) needs the objective's null_label")
+        return v
+    with torch.no_grad():
+        unconditional = target.velocity(x, t, without_label(condition, null_label))
+    return guided_velocity(v, unconditional, condition.beta)
+
+
+class Objective(nn.Module):
+    """What all objectives share: the flow map that they train, and guidance.
+
+    An objective may have weights of its own (see LearnedWeight), so optimise objective.parameters().
+
+    Args:
+        flow_map: the model, or the exact flow, whose loss is the minimum.
+        null_label: the label that means "no class"; None where w = 1 throughout, which saves one call of the target.
+
+    Attributes:
+        learns_jumps: whether f(x, t, s) is trained for s < t; without, a model takes Euler steps (see stepper).
+        has_guidance: whether the method's paper defines guidance (classifier-free, inside the target).
+        default_times: the law of times that the method's paper trains with.
+
+    Raises:
+        ValueError: a null label for a method whose paper defines no guidance.
+    """
+
+    learns_jumps: ClassVar[bool] = True
+    has_guidance: ClassVar[bool] = True
+    default_times: ClassVar[TimeSampler] = TimeSampler()
+
+    def __init__(self, flow_map: Flow, *, null_label: int | None = None):
+        super().__init__()
+        if null_label is not None and not self.has_guidance:
+            raise ValueError(f"{type(self).__name__} takes no null_label: its paper defines no guidance")
+        self.flow_map = flow_map
+        self.null_label = null_label
+
+    def set_progress(self, progress: float) -> None:
+        """Tell how much of training is done, from 0 to 1, before a step; only a method with a curriculum listens."""
+
+    def forward(
+        self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
+    ) -> LossTerms:
+        """Return the loss terms [B] of data x0 and noise x1, both [B, ...], at times drawn by a TimeSampler.
+
+        `target` is a flow map, usually the EMA of the model, that the caller has frozen (as EMA does); None means the
+        model itself.
+
+        Raises:
+            ValueError: shapes that do not fit, times that break 0 <= s <= t <= 1, guidance without a null label.
+        """
+        raise NotImplementedError
+
+
+class ResidualObjective(Objective):
+    """An objective that is one residual for F, squared and weighted: of a jump where s < t, of flow matching at t = s.
+
+    A method is its `residual`, what is stopped in it, `default_times` and a `weight`. With a condition the residual is
+    multiplied by beta, which is the weight 1/w^2 of eq. 15, and guided_target stands for v.
+
+    Args:
+        flow_map: the model.
+        null_label: see Objective.
+        weight: of the square; None is one.
+    """
+
+    flow_map: FlowMap
+    one_term: ClassVar[bool] = False  # whether flow matching is no case of its own, so that all of the loss is `jump`
+
+    def __init__(self, flow_map: Flow, *, null_label: int | None = None, weight: Weight | None = None):
+        super().__init__(flow_map, null_label=null_label)
+        self.weight: Weight = unweighted if weight is None else weight
+
+    def residual(
+        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
+    ) -> Sample:
+        """Return the residual [B, ...] at x = x_t, with gradients where the method has them; at t = s it must be F - v.
+
+        Args:
+            x: [B, ...] x_t.
+            v: [B, ...] the velocity x1 - x0 of the sample, or the target of eq. 14 in its place.
+            t: [B] where the jump starts.
+            s: [B] where the jump ends.
+            times: all times that were drawn.
+            condition: labels and beta, or None.
+            target: the frozen flow map.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
+    ) -> LossTerms:
+        """See Objective."""
+        teacher = cast(FlowMap, self.flow_map if target is None else target)
+        t, s = times.t, times.s
+        x = interpolate(x0, x1, t)
+        v = guided_target(conditional_velocity(x0, x1), x, t, condition, self.null_label, teacher)
+        residual = self.residual(x, v, t, s, times, condition, teacher)
+        if condition is not None:
+            residual = over(condition.beta, residual) * residual  # beta^2 = 1/w^2 once squared
+        loss = self.weigh(mean_square(residual), t, s)
+        if self.one_term:
+            return LossTerms(loss, torch.zeros_like(loss))
+        return LossTerms(torch.where(t != s, loss, 0.0), torch.where(t != s, 0.0, loss))
+
+    def weigh(self, square: PerSample, t: Time, s: Time) -> PerSample:
+        """Return the loss [B] of squared residuals [B]."""
+        return self.weight(square, t, s)

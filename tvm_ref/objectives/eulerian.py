@@ -1,0 +1,138 @@
+"""Objectives of the Eulerian identity: the end of a jump does not change if its start moves along the flow.
+
+    d/dt X + (grad X) u = 0,    residual    F - u - (s - t) D F,    D F = dF/dt + (grad_x F) u
+
+The members differ in what stands for u(x, t), in what is stopped, and in their weights.
+"""
+
+import torch
+
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.guidance import Condition
+from tvm_ref.objectives.base import Flow, ResidualObjective, mean_square
+from tvm_ref.objectives.self_distillation import SelfDistillation
+from tvm_ref.objectives.weights import AdaptiveWeight
+from tvm_ref.shapes import Sample, Time, over
+from tvm_ref.time_samplers import Times, TimeSampler
+
+
+def eulerian_residual(F: Sample, u: Sample, DF: Sample, t: Time, s: Time) -> Sample:
+    """Return F - u - (s - t) D F [B, ...] of a jump from t to s [B]."""
+    return F - u - over(s - t, F) * DF
+
+
+class ESD(SelfDistillation):
+    """Eulerian self-distillation (Boffi, Albergo, Vanden-Eijnden, 2505.18825): ||F - u* - (s - t) D F||^2.
+
+    `stops` is one of
+        "full": u* and (grad_x F) u* are the target's, stopped; gradients flow through F and dF/dt.
+        "convex": u* is the target's, stopped; gradients flow through F and D F.
+        "none": u* is the model's own, and nothing is stopped.
+        "all": u* is the target's; gradients flow through F alone. Not of the paper: it is what MeanFlow, which has the
+            random v for u*, does in expectation.
+    """
+
+    STOPS = ("full", "convex", "none", "all")
+
+    def residual(
+        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
+    ) -> Sample:
+        """See ResidualObjective."""
+        if self.stops == "none":
+            u = self.flow_map.velocity(x, t, condition)
+        else:
+            with torch.no_grad():
+                u = target.velocity(x, t, condition)
+        along = torch.zeros_like(u) if self.stops == "full" else u
+        F, DF = self.flow_map.average_velocity_and_total_derivative(x, t, s, along, condition)
+        if self.stops == "full":
+            with torch.no_grad():
+                advection = target.average_velocity_and_total_derivative(x, t, s, u, condition, dt=0.0)[1]
+            DF = DF + advection  # (grad_x F*) u*
+        if self.stops == "all":
+            DF = DF.detach()
+        return eulerian_residual(F, torch.where(over(t == s, v), v, u), DF, t, s)
+
+
+class MeanFlow(ResidualObjective):
+    """MeanFlow (Geng and others, 2505.13447; eq. 18): ||F(x_t, t, s) - sg(v + (s - t) [v . grad_x F + dF/dt])||^2.
+
+    The random v stands for u. It is flow matching at t = s, so its times need a share of t = s (the paper's is three
+    quarters). The paper's adaptive weight moves the minimiser (see AdaptiveWeight); power=0 is without.
+
+    Args:
+        flow_map: the model.
+        null_label: see Objective; its guidance (sec. 4.2 of its paper) is that of eq. 14.
+        power: of AdaptiveWeight.
+        eps: of AdaptiveWeight.
+    """
+
+    default_times = TimeSampler("sorted", share_equal=0.75)
+    one_term = True
+
+    def __init__(self, flow_map: Flow, *, null_label: int | None = None, power: float = 1.0, eps: float = 1e-3):
+        super().__init__(flow_map, null_label=null_label, weight=AdaptiveWeight(power, eps))
+
+    def residual(
+        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
+    ) -> Sample:
+        """See ResidualObjective."""
+        F, DF = self.flow_map.average_velocity_and_total_derivative(x, t, s, v, condition)
+        return eulerian_residual(F, v, DF.detach(), t, s)
+
+
+class ImprovedMeanFlow(MeanFlow):
+    """Improved MeanFlow (Geng and others, 2512.02012, eq. 12): V = F + (t - s) sg[dF/dt + (grad_x F) u], ||V - v||^2.
+
+    MeanFlow with the model's own u = F(x_t, t, t) for the direction of the derivative, so that V is a function of x_t
+    alone, and v is only what it is regressed on. Half of the paper's batch lies on the diagonal. Guidance is by eq. 14,
+    which has the paper's fixed point; its second head for u, and guidance within an interval of t, are left out.
+    """
+
+    default_times = TimeSampler("sorted", share_equal=0.5)
+
+    def residual(
+        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
+    ) -> Sample:
+        """See ResidualObjective."""
+        with torch.no_grad():
+            u = self.flow_map.velocity(x, t, condition)
+        F, DF = self.flow_map.average_velocity_and_total_derivative(x, t, s, u, condition)
+        return eulerian_residual(F, v, DF.detach(), t, s)
+
+
+class ContinuousConsistency(ResidualObjective):
+    """Continuous-time consistency training (Lu and Song, 2410.11081, sCT): MeanFlow at s = 0 with a normalised tangent.
+
+        ||F - sg F + sg g / (||g|| + c)||^2,    g = F(x_t, t, 0) - v + t [v . grad_x F + dF/dt]
+
+    g is minus the tangent of the consistency function X(x, t, 0) along the path. Only jumps to s = 0 are trained, so a
+    model is for one step; where the times have a share t = s, that share is flow matching, the anchor of FACM
+    (2507.03738). The paper's TrigFlow path, warm-up of the tangent and learned weight are left out; its law of noise
+    levels (CIFAR-10: log sigma ~ N(-1, 1.4^2) for data of deviation 1/2) is kept, as logit(t) = log sigma.
+
+    Args:
+        flow_map: the model.
+        null_label: refused: training from scratch with guidance is not in the paper.
+        constant: c; None for no normalisation. ||g|| is the root mean square over elements.
+    """
+
+    has_guidance = False
+    default_times = TimeSampler("trunc", first=(-0.3, 1.4))
+    one_term = True
+
+    def __init__(self, flow_map: Flow, *, null_label: int | None = None, constant: float | None = 0.1):
+        super().__init__(flow_map, null_label=null_label)
+        self.constant = constant
+
+    def residual(
+        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
+    ) -> Sample:
+        """See ResidualObjective; s is set to 0 where it is not t."""
+        s = torch.where(t == s, s, 0.0)
+        F, DF = self.flow_map.average_velocity_and_total_derivative(x, t, s, v, condition)
+        g = eulerian_residual(F, v, DF, t, s).detach()
+        if self.constant is not None:
+            normalised = g / over(mean_square(g).sqrt() + self.constant, g)
+            g = torch.where(over(t == s, g), g, normalised)
+        return F - F.detach() + g

@@ -1,0 +1,176 @@
+"""Objectives of the Eulerian identity by a finite step: the start moves from t to r < t along v, without a JVP.
+
+    r = alpha s + (1 - alpha) t,    x_r = x_t - (t - r) v
+    residual    F(x_t, t, s) - sg[alpha v + (1 - alpha) F(x_r, r, s)]
+
+The residual over alpha tends to MeanFlow's as alpha -> 0; a finite alpha has a bias of first order in alpha.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.guidance import Condition
+from tvm_ref.objectives.base import Flow, ResidualObjective
+from tvm_ref.objectives.eulerian import eulerian_residual
+from tvm_ref.shapes import PerSample, Sample, Time, over
+from tvm_ref.time_samplers import Times, TimeSampler
+
+
+def finite_step_residual(
+    flow_map: FlowMap, x: Sample, v: Sample, t: Time, s: Time, alpha: Tensor, condition: Condition | None
+) -> Sample:
+    """Return F(x_t, t, s) - sg[alpha v + (1 - alpha) F(x_r, r, s)] [B, ...] for steps of alpha [B] times t - s.
+
+    It is (X(x_t, t, s) - sg X(x_r, r, s)) / (s - t). At t = s or alpha = 1 it is F - v.
+    """
+    r = (t - alpha * (t - s)).clamp(s, t)
+    x_r = x - over(t - r, x) * v
+    with torch.no_grad():
+        F_r = flow_map.average_velocity(x_r, r, s, condition)
+    a = over(alpha, x)
+    return flow_map.average_velocity(x, t, s, condition) - (a * v + (1 - a) * F_r)
+
+
+class AlphaFlow(ResidualObjective):
+    """Alpha-Flow (Zhang and others, 2510.20771, definition 1).
+
+        alpha^-1 ||F(x_t, t, s) - sg[alpha v + (1 - alpha) F(x_r, r, s)]||^2
+
+    alpha falls from 1 ("trajectory flow matching") to 0 (MeanFlow) by their algorithm 2, a sigmoid over training that
+    is clamped to 1 above 1 - clamp and to 0 below clamp; set_progress moves it. At t = s it is flow matching.
+    Guidance: their v~ with kappa = 0, which is eq. 14. The stopped F is the model's own, not its EMA (their table 5a).
+
+    Args:
+        flow_map: the model.
+        null_label: see Objective.
+        alpha: a constant, for no curriculum.
+        start: share of training where the curriculum starts.
+        end: and where it ends.
+        temperature: of the sigmoid, their gamma.
+        clamp: their eta.
+        power: of the adaptive weight alpha^(2 power - 1) / sg(||.||^2 + eps)^power; theirs is 1, and 0 is none.
+        eps: see power.
+
+    Raises:
+        ValueError: an alpha outside [0, 1], a curriculum that does not lie in training.
+    """
+
+    default_times = TimeSampler("sorted", share_equal=0.25)  # their table 2b; three quarters in MeanFlow
+    alpha_now: Tensor
+
+    def __init__(
+        self,
+        flow_map: Flow,
+        *,
+        null_label: int | None = None,
+        alpha: float | None = None,
+        start: float = 0.0,
+        end: float = 1.0,
+        temperature: float = 25.0,
+        clamp: float = 5e-3,
+        power: float = 1.0,
+        eps: float = 1e-3,
+    ):
+        super().__init__(flow_map, null_label=null_label)
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"the curriculum must have 0 <= start < end <= 1, got {start} and {end}")
+        self.constant, self.start, self.end, self.temperature, self.clamp = alpha, start, end, temperature, clamp
+        self.power, self.eps = power, eps
+        # a tensor, so that torch.compile takes every alpha above 0 for the same program
+        self.register_buffer("alpha_now", torch.ones(()), persistent=False)
+        self.set_progress(0.0)
+
+    def alpha(self, progress: float) -> float:
+        """Return alpha after a share of training (their algorithm 2)."""
+        if self.constant is not None:
+            return self.constant
+        place = (progress - (self.start + self.end) / 2) / (self.end - self.start)
+        alpha = 1 - 1 / (1 + math.exp(-self.temperature * place))
+        return 1.0 if alpha > 1 - self.clamp else 0.0 if alpha < self.clamp else alpha
+
+    def set_progress(self, progress: float) -> None:
+        """See Objective."""
+        alpha = self.alpha(progress)
+        self.continuous = alpha == 0
+        self.alpha_now.fill_(alpha)
+
+    def residual(
+        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
+    ) -> Sample:
+        """See ResidualObjective; at alpha = 0 it is MeanFlow's (their algorithm 1)."""
+        if self.continuous:
+            F, DF = self.flow_map.average_velocity_and_total_derivative(x, t, s, v, condition)
+            return eulerian_residual(F, v, DF.detach(), t, s)
+        return finite_step_residual(self.flow_map, x, v, t, s, self._alphas(t, s), condition)
+
+    def weigh(self, square: PerSample, t: Time, s: Time) -> PerSample:
+        """See ResidualObjective: alpha^-1 times the square, or their adaptive weight."""
+        alpha = torch.ones_like(t) if self.continuous else self._alphas(t, s)
+        return alpha ** (2 * self.power - 1) * square / (square.detach() + self.eps) ** self.power
+
+    def _alphas(self, t: Time, s: Time) -> PerSample:
+        return torch.where(t == s, 1.0, self.alpha_now.to(t.dtype))
+
+
+class SoFlow(ResidualObjective):
+    """SoFlow (Luo, Yuan, Liu, 2512.15657): ||X(x_t, t, s) - sg X(x_t + (l - t) v, l, s)||^2 with l = t - alpha (t - s).
+
+    Over (t - l)(t - s), as its authors train it, this is alpha-Flow's loss alpha^-1 ||.||^2. alpha falls from `first`
+    to `last` exponentially. Three quarters of the paper's data are flow matching, with the same adaptive weight
+    1 / sg(||Q||^2 + eps)^power, Q = (X(x_t, t, s) - X(x_l, l, s)) / (t - l).
+    Guidance: eq. 14, without its authors' mixing with the model's own velocity.
+
+    Args:
+        flow_map: the model.
+        null_label: see Objective.
+        first: alpha at the start of training.
+        last: alpha at its end.
+        power: of the adaptive weight.
+        eps: see power.
+
+    Raises:
+        ValueError: unless 0 < last <= first <= 1.
+    """
+
+    default_times = TimeSampler("sorted", first=(0.2, 0.8), second=(-1.0, 0.8), share_equal=0.75)
+    alpha_now: Tensor
+
+    def __init__(
+        self,
+        flow_map: Flow,
+        *,
+        null_label: int | None = None,
+        first: float = 0.1,
+        last: float = 2e-3,
+        power: float = 1.0,
+        eps: float = 1e-2,
+    ):
+        super().__init__(flow_map, null_label=null_label)
+        if not 0 < last <= first <= 1:
+            raise ValueError(f"alpha must fall within (0, 1], got from {first} to {last}")
+        self.first, self.last, self.power, self.eps = first, last, power, eps
+        self.register_buffer("alpha_now", torch.ones(()), persistent=False)
+        self.set_progress(0.0)
+
+    def set_progress(self, progress: float) -> None:
+        """See Objective."""
+        self.alpha_now.fill_(self.first * (self.last / self.first) ** progress)
+
+    def residual(
+        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
+    ) -> Sample:
+        """See ResidualObjective."""
+        return finite_step_residual(self.flow_map, x, v, t, s, self._alphas(t, s), condition)
+
+    def weigh(self, square: PerSample, t: Time, s: Time) -> PerSample:
+        """See ResidualObjective: alpha^-1 times the square over sg(||Q||^2 + eps)^power, ||Q||^2 = square / alpha^2."""
+        alpha = self._alphas(t, s)
+        return square / alpha / ((square / alpha**2).detach() + self.eps) ** self.power
+
+    def _alphas(self, t: Time, s: Time) -> PerSample:
+        return torch.where(t == s, 1.0, self.alpha_now.to(t.dtype))

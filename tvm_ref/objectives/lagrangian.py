@@ -1,0 +1,53 @@
+"""Objectives of the Lagrangian identity: a jump ends with the velocity of the point where it lands.
+
+    d/ds X(x, t, s) = u(X(x, t, s), s),    residual    d/ds f(x, t, s) - u(x + f(x, t, s), s)
+
+TVM is one of them, in tvm.py.
+"""
+
+import torch
+from torch import Tensor
+
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.guidance import Condition
+from tvm_ref.objectives.base import Flow, LossTerms
+from tvm_ref.objectives.self_distillation import SelfDistillation
+from tvm_ref.objectives.tvm import TVM
+from tvm_ref.shapes import Sample, Time, over
+from tvm_ref.time_samplers import Times
+
+
+class LSD(SelfDistillation):
+    """Lagrangian self-distillation (Boffi, Albergo, Vanden-Eijnden, 2505.18825; TVM's first term, half a year before).
+
+        ||d/ds X(x_t, t, s) - sg u*(sg X(x_t, t, s), s)||^2
+
+    with the target's velocity u* where `stops` is "convex". With "none" nothing is stopped and u* is the model's own.
+    """
+
+    def residual(
+        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
+    ) -> Sample:
+        """See ResidualObjective."""
+        f, df_ds = self.flow_map.displacement_and_terminal_velocity(x, t, s, condition)
+        u: Tensor
+        if self.stops == "none":
+            u = self.flow_map.velocity(x + f, s, condition)
+        else:
+            with torch.no_grad():
+                u = target.velocity(x + f, s, condition)
+        return df_ds - torch.where(over(t == s, v), v, u)
+
+
+class PID(TVM):
+    """Physics Informed Distillation (eq. 19) of `target`, beside flow matching of the model: TVM with every t = 1.
+
+    Given a trained target this is distillation (Tee and others, 2411.08378), also the predictor of FreeFlow
+    (2511.19428); given the model's EMA, the joint training of sec. 7.3.
+    """
+
+    def forward(
+        self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
+    ) -> LossTerms:
+        """See Objective; times.t is not used."""
+        return super().forward(x0, x1, times._replace(t=torch.ones_like(times.t)), condition, target)

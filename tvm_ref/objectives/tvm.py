@@ -1,0 +1,64 @@
+"""Terminal Velocity Matching (arXiv 2511.19797, eq. 12 and 15)."""
+
+import torch
+
+from tvm_ref.guidance import Condition
+from tvm_ref.interpolant import conditional_velocity, interpolate
+from tvm_ref.objectives.base import Flow, LossTerms, Objective, guided_target, mean_square
+from tvm_ref.shapes import Sample
+from tvm_ref.time_samplers import Times
+
+
+class TVM(Objective):
+    """Terminal Velocity Matching (eq. 12; with a condition eq. 15).
+
+        1/w^2 ( 1{t != s} ||d/ds f(x_t, t, s) - u*(x_t + sg f(x_t, t, s), s)||^2
+                + ||u(x_s', s') - [w v + (1 - w) u*(x_s', s', no class)]||^2 )
+
+    where u* is the velocity of the target; without a target, the model's own, with gradients. 1/w^2 is each sample's
+    own beta^2. Without a target and with detach_landing=False this is eq. 9.
+
+    The first term, for s' = s and w = 1, is the Lagrangian self-distillation (LSD) of Boffi, Albergo and
+    Vanden-Eijnden, "How to build a consistency model" (2505.18825). TVM adds the joint training with an s' of its own,
+    the law of times gap*, and guidance inside the target with the scaled parameterisation.
+
+    Args:
+        flow_map: the model.
+        null_label: see Objective.
+        detach_jvp: no gradient through dF/ds: cheaper, biased (sec. 7.4).
+        detach_landing: sg, no gradient through the point where u* is taken (eq. 8).
+    """
+
+    def __init__(
+        self,
+        flow_map: Flow,
+        *,
+        null_label: int | None = None,
+        detach_jvp: bool = False,
+        detach_landing: bool = True,
+    ):
+        super().__init__(flow_map, null_label=null_label)
+        self.detach_jvp = detach_jvp
+        self.detach_landing = detach_landing
+
+    def forward(
+        self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
+    ) -> LossTerms:
+        """See Objective. The comments name the lines of algorithm 1."""
+        target = self.flow_map if target is None else target
+        t, s, s_prime = times
+
+        # The jump: its terminal velocity d/ds f (eq. 17) against the target's velocity where it lands (eq. 8)
+        x_t = interpolate(x0, x1, t)
+        f, df_ds = self.flow_map.displacement_and_terminal_velocity(x_t, t, s, condition, detach_jvp=self.detach_jvp)
+        landing = x_t + (f.detach() if self.detach_landing else f)
+        terminal = mean_square(df_ds - target.velocity(landing, s, condition))
+
+        # The boundary s = t: flow matching (eq. 1), with guidance inside its target (eq. 14)
+        x_s = interpolate(x0, x1, s_prime)
+        v = guided_target(conditional_velocity(x0, x1), x_s, s_prime, condition, self.null_label, target)
+        boundary = mean_square(self.flow_map.velocity(x_s, s_prime, condition) - v)
+
+        # Their sum (eq. 12), weighted by 1/w^2 (eq. 15); the first term is masked by 1{t != s}
+        weight = torch.ones_like(t) if condition is None else condition.beta**2
+        return LossTerms(weight * torch.where(t != s, terminal, 0.0), weight * boundary)

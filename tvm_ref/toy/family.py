@@ -1,0 +1,148 @@
+"""Measure every objective of the family at the exact flow map and at a trained network, and draw the family.
+
+    python -m tvm_ref.toy.family                             all of it, some five minutes of one idle core
+    python -m tvm_ref.toy.family --parts picture noise cost  chosen parts
+
+    picture   who matches what where in the triangle of (t, s): family.png
+    noise     E||dL/dF||^2 of every objective at the exact flow map, over that of flow matching
+    cost      products of a training step, in plain forwards
+    bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
+    jumps     which jumps TVM draws, beside the errors of the jumps of the default run
+    scale     at that run's network, by t - s: the batch at which a gradient's noise equals its signal
+Writes results.json, measured.png and, with `picture`, family.png.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tvm_ref.command_line import (
+    OneLineParser,
+    add_options,
+    given,
+    require_at_least,
+    require_free,
+    run,
+    write_atomically,
+)
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.time_samplers import TimeSampler
+from tvm_ref.toy import family_measures, plots
+from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.family_plots import DIMS, plot_family, plot_measured
+from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.run import distribution_of
+from tvm_ref.toy.training import Training
+
+PARTS = ("picture", "noise", "cost", "bias", "jumps", "scale")
+COORDINATES = {"masses 0.8 and 0.2": 0.8, "masses 0.5 and 0.5": 0.5}  # of a coordinate's two values
+LAWS = {"gap*": TimeSampler(), "two uniform times": TimeSampler("triangle"), "MeanFlow's": TimeSampler("sorted")}
+GAPS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
+
+
+def trained(config: ToyConfig) -> FlowMap:
+    """Train a network and return its evaluation weights."""
+    training = Training(config, distribution_of(config))
+    for _ in tqdm(range(config.steps), unit="step", desc="training"):
+        training.train_step()
+    return training.ema.module
+
+
+def measure(
+    parts: list[str], config: ToyConfig, distribution: GaussianMixture, samples: int, dims: tuple[int, ...]
+) -> dict[str, Any]:
+    """Measure the parts that are asked for."""
+    report: dict[str, Any] = {}
+    if "noise" in parts:
+        report["noise"] = family_measures.noise_at_the_solution(distribution, samples)
+        print(column("noise at the solution, over flow matching's", report["noise"], ".3g"))
+    if "cost" in parts:
+        report["cost"] = family_measures.cost(config.width, config.depth)
+        print(column("products of a step, in plain forwards", report["cost"], ".1f"))
+    if "bias" in parts:
+        report["adaptive_bias"] = {
+            name: {str(dim): family_measures.adaptive_bias(dim, mass, max(8, min(64, 4096 // dim))) for dim in dims}
+            for name, mass in COORDINATES.items()
+        }
+        for name, values in report["adaptive_bias"].items():
+            print(column(f"bias of the adaptive weight by dimension, {name}", values, ".4f"))
+    if "jumps" in parts or "scale" in parts:
+        model = trained(config)
+    if "jumps" in parts:
+        error, by_times = family_measures.jump_errors(model, distribution, 20 * samples)
+        report["jumps"] = {
+            "shares": {name: family_measures.length_shares(times) for name, times in LAWS.items()},
+            "error": error,
+            "error_by_times": [[None if a != a else a for a in row] for row in by_times.tolist()],
+        }
+        print(jump_table(report["jumps"]))
+    if "scale" in parts:
+        scale = family_measures.signal_to_noise(model, distribution, GAPS)
+        report["noise_scale"] = {"gaps": list(GAPS), "scale": scale}
+        print(scale_table(report["noise_scale"]))
+    return report
+
+
+def column(title: str, values: dict[str, float], form: str) -> str:
+    """Format one number per name."""
+    return "\n".join([title, *(f"  {name:<32} {value:>10{form}}" for name, value in values.items())])
+
+
+def jump_table(jumps: dict[str, Any]) -> str:
+    """Format shares of draws and errors by t - s."""
+    bins = len(jumps["error"])
+    lines = [f"{'t - s':<10} {'RMSE':>8} " + " ".join(f"{name:>18}" for name in jumps["shares"])]
+    for i, error in enumerate(jumps["error"]):
+        shares = " ".join(f"{100 * s[i]:>16.3f} %" for s in jumps["shares"].values())
+        lines.append(f"{i / bins:.1f}-{(i + 1) / bins:.1f}    {'' if error is None else f'{error:.3f}':>8} {shares}")
+    return "\n".join(lines)
+
+
+def scale_table(measured: dict[str, Any]) -> str:
+    """Format the noise scale by t - s."""
+    lines = [f"{'batch where noise = signal, t - s':<34}" + " ".join(f"{gap:>8}" for gap in measured["gaps"])]
+    for name, values in measured["scale"].items():
+        lines.append(f"{name:<34}" + " ".join(f"{'none' if v is None else f'{v:.3g}':>8}" for v in values))
+    return "\n".join(lines)
+
+
+def parser() -> OneLineParser:
+    """Make the command line."""
+    p = OneLineParser("python -m tvm_ref.toy.family", __doc__)
+    add_options(p, ToyConfig, ["dist", "data", "bandwidth", "steps", "batch_size", "width", "depth", "seed"])
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    p.add_argument("--samples", type=int, default=500, help="samples at the exact flow map; 20 times as many jumps")
+    p.add_argument("--dims", type=int, nargs="+", default=DIMS, help="dimensions of the part bias")
+    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-family)")
+    p.add_argument("--overwrite", action="store_true", help="replace results that are already there")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    command = parser()
+    arguments = command.parse_args(argv)
+    use_one_thread()
+    with command.bad_input():
+        config = ToyConfig(**given(arguments, ToyConfig))
+        distribution = distribution_of(config)
+        require_at_least(2, samples=arguments.samples)
+        require_at_least(1, dims=min(arguments.dims))
+        out = arguments.out or Path("runs/toy") / f"{config.name}-family"
+        require_free(out, ["results.json"], "measurements", "--overwrite", arguments.overwrite)
+        out.mkdir(parents=True, exist_ok=True)
+    with command.failures():
+        report = measure(list(arguments.parts), config, distribution, arguments.samples, tuple(arguments.dims))
+        write_atomically(out / "results.json", json.dumps({"dist": config.name, **report}, indent=2) + "\n")
+        if "picture" in arguments.parts:
+            plots.save_figure(plot_family(), out / "family.png")
+        if set(report) - {"cost"}:
+            plots.save_figure(plot_measured(report), out / "measured.png")
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
