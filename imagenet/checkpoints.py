@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from imagenet.pickle_scan import shown
 from imagenet.presets import Config, build_model
 from tvm_ref import FlowMap
 from tvm_ref.command_line import flag
@@ -165,11 +166,12 @@ def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[Flo
     else:
         path = path / WEIGHTS if path.is_dir() else path
         config, weights = _read_weights(path)
-    model = build_model(config, attention=attention)
     try:
-        model.network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its configuration: {_reason(error, line=1)}") from None
+        check_weights(weights, config)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit its configuration: {error}") from None
+    model = build_model(config, attention=attention)
+    model.network.load_state_dict(weights)
     return model.eval().requires_grad_(False), config
 
 
@@ -187,6 +189,28 @@ def load_initial(config: Config) -> dict[str, Tensor]:
         if there != here:
             raise ValueError(f"--init {config.init} has {flag(name)} {there}, this run {here}")
     return model.state_dict()
+
+
+def check_weights(weights: Mapping[str, Tensor], config: Config) -> None:
+    """Check that tensors are all that the network of a configuration has, and numbers; nothing is built.
+
+    Raises:
+        ValueError: a tensor too few, too many, of another shape or kind, or with numbers that are not finite.
+    """
+    with torch.device("meta"):
+        expected = build_model(config, attention="plain").network.state_dict()
+    missing, unknown = (sorted(a.keys() - b.keys()) for a, b in ((expected, weights), (weights, expected)))
+    if missing:
+        raise ValueError(f"{missing[0]} is missing ({len(missing)} tensors are)")
+    if unknown:
+        raise ValueError(f"{shown(unknown[0])} is no tensor of this network ({len(unknown)} are not)")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} is of shape {list(tensor.shape)}, not {list(expected[name].shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds numbers that are not finite")
 
 
 def _read_weights(path: Path) -> tuple[Config, dict[str, Tensor]]:

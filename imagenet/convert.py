@@ -4,8 +4,8 @@
     python imagenet/convert.py network-snapshot-500.pkl out.safetensors --preset imagenet256-w1.75
 
 The released .pkl files are pickles that carry Python source, and loading them as usual runs it. Here they are read by
-a reader that can build tensors and nothing else (safe_pickle.py lists the names that it knows); a file that asks for
-any other name is refused, and the name is printed. Names, shapes and numbers of the tensors are checked against the
+a reader that can build tensors and nothing else (pickled_tensors.py lists the names that it knows); a file that asks
+for any other name is refused, and the name is printed. Names, shapes and numbers of the tensors are checked against the
 preset, which the file's name decides for Luma's own files and --preset for others. The result holds the preset's
 configuration, so that sample.py and evaluate.py need nothing else. The weights keep their owner's terms.
 """
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from imagenet.checkpoints import save_weights
-from imagenet.presets import PRESETS, Config, build_model
-from imagenet.safe_pickle import module_state, read_module, tensors_of
+from imagenet.checkpoints import check_weights, save_weights
+from imagenet.pickle_scan import shown
+from imagenet.pickled_tensors import module_state, read_module, tensors_of
+from imagenet.presets import PRESETS, Config
 from tvm_ref.command_line import OneLineParser, require_new, run
 
 RELEASED = {  # by name of the file
@@ -66,7 +66,8 @@ def network_of(data: Any) -> Any:
         return data
     found = [data[key] for key in ("ema", "net") if data.get(key) is not None]
     if not found:
-        raise ValueError(f"no network ('ema' or 'net') in it, only {', '.join(map(repr, list(data)[:5])) or 'nothing'}")
+        keys = ", ".join(shown(repr(key)) for key in list(data)[:5])
+        raise ValueError(f"no network ('ema' or 'net') in it, only {keys or 'nothing'}")
     return found[0]
 
 
@@ -75,28 +76,6 @@ def without_wrappers(name: str) -> str:
     while name.startswith(WRAPPERS):
         name = name.partition(".")[2]
     return name
-
-
-def checked(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Return the tensors in float32, if they are exactly those of the network of a configuration.
-
-    Raises:
-        ValueError: a tensor too few, too many, of another shape or kind, or with numbers that are not finite.
-    """
-    with torch.device("meta"):
-        expected = build_model(config, attention="plain").network.state_dict()
-    for missing in expected.keys() - tensors.keys():
-        raise ValueError(f"{missing} is missing ({len(expected.keys() - tensors.keys())} tensors are)")
-    for unknown in tensors.keys() - expected.keys():
-        raise ValueError(f"{unknown} is no tensor of this network ({len(tensors.keys() - expected.keys())} are not)")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(f"{name} is of shape {list(tensor.shape)}, not {list(expected[name].shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} holds numbers that are not finite")
-    return {name: tensor.float().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
 def convert(source: Path, out: Path, preset: str | None = None) -> Config:
@@ -113,15 +92,17 @@ def convert(source: Path, out: Path, preset: str | None = None) -> Config:
     try:
         module = network_of(read_module(source))
         scaled = module_state(module).get("do_scale_param", config.scaled)  # the file knows best how it was trained
-        config = replace(config, scaled=bool(scaled))
-        tensors = checked({without_wrappers(name): a for name, a in tensors_of(module).items()}, config)
-    except RecursionError:
-        raise ValueError(f"{source} holds a module within itself") from None
+        if not isinstance(scaled, bool):
+            raise ValueError(f"do_scale_param is a {type(scaled).__name__}, neither true nor false")
+        config = replace(config, scaled=scaled)
+        tensors = {without_wrappers(name): a for name, a in tensors_of(module).items()}
+        check_weights(tensors, config)
     except ValueError as error:
         raise ValueError(str(error) if str(source) in str(error) else f"{source}: {error}") from None
     with source.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     about = {"preset": preset, "source": source.name, "source_sha256": digest}
+    tensors = {name: a.float().clone(memory_format=torch.contiguous_format) for name, a in tensors.items()}
     save_weights(out, tensors, config, w=f"{config.w:g}", scaled=str(config.scaled).lower(), **about)
     return config
 

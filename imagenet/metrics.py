@@ -53,7 +53,7 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
         raise ValueError(f"means [D] and covariances [D, D] of one size are needed, got shapes {shapes}")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("means and covariances must be finite")
-    overlap = np.linalg.svd(_root(sigma1).T @ _root(sigma2), compute_uv=False).sum()
+    overlap = np.linalg.svd(covariance_root(sigma1).T @ covariance_root(sigma2), compute_uv=False).sum()
     squared = float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap)
     return max(squared, 0.0)  # rounding can leave -1e-13 where the two are equal
 
@@ -85,8 +85,12 @@ def _features(name: str, features: ArrayLike) -> Matrix:
     return features
 
 
-def _root(sigma: Matrix) -> Matrix:
-    """Factor sigma as R R^T, R [D, rank]. Eigenvalues that are zero but for rounding count as zero."""
+def covariance_root(sigma: Matrix) -> Matrix:
+    """Factor sigma [D, D] as R R^T, R [D, rank]. Eigenvalues that are zero but for rounding count as zero.
+
+    Raises:
+        ValueError: a matrix that is no covariance: not symmetric, or with negative eigenvalues.
+    """
     if not np.allclose(sigma, sigma.T, rtol=1e-5, atol=1e-8 * np.abs(sigma).max()):
         raise ValueError("a covariance must be symmetric")
     values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)

@@ -2,15 +2,20 @@
 
     python imagenet/preset_costs.py
 
-Floating-point operations of matrix products per image, once forward, in a TVM step, and in one whose gradient through
-the JVP is detached (flops.py); of the whole training; memory of weights, gradient, optimizer and averages.
+First floating-point operations of matrix products per image, once forward, in a TVM step, and in one whose gradient
+through the JVP is detached (flops.py); and of the whole training. Then memory (memory.py): of the state (weights, two
+averages, the optimizer's moments) and of each image that is trained on at once, without and with --checkpointing; and
+the smallest --accumulate that fits some machines, with --checkpointing where nothing else does.
 """
 
-from imagenet.flops import count_weights, forward_flops, least_step_flops
-from imagenet.presets import PRESETS
+from dataclasses import replace
+
+from imagenet.flops import forward_flops, least_step_flops
+from imagenet.memory import smallest_that_fits, state_bytes, weights_of, working_bytes
+from imagenet.presets import PRESETS, Config
 from tvm_ref.command_line import OneLineParser, run
 
-STATE_BYTES = 24  # per weight, in float32: weight, gradient, two moments of Adam, two averages
+MACHINES = {"8 x 80 GB": (80e9, 8), "8 x 40 GB": (40e9, 8), "1 x 24 GB": (24e9, 1)}  # bytes of a card, and cards
 
 
 def parser() -> OneLineParser:
@@ -18,24 +23,48 @@ def parser() -> OneLineParser:
     return OneLineParser("preset_costs.py", __doc__)
 
 
-def table() -> str:
-    """Format the cost of each preset: weights, FLOP per image and of all training, memory of what a step changes."""
-    head = f"{'preset':<18}{'weights':>10}{'forward':>12}{'step':>12}{'detached':>12}{'training':>11}{'state':>12}"
-    lines = [head]
+def operations() -> str:
+    """Format the operations of each preset: weights, FLOP per image and of all training."""
+    lines = [f"{'preset':<18}{'weights':>10}{'forward':>12}{'step':>12}{'detached':>12}{'training':>11}"]
     for name, config in PRESETS.items():
-        network, weights, guided = config.network(), count_weights(config), config.guided
+        network, guided = config.network(), config.guided
         step = least_step_flops(network, guided=guided)
         detached = least_step_flops(network, detach_jvp=True, guided=guided)
         numbers = f"{forward_flops(network) / 1e9:>10.4g} G{step / 1e9:>10.4g} G{detached / 1e9:>10.4g} G"
         training = f"{step * config.batch_size * config.steps:>11.2g}"
-        lines.append(f"{name:<18}{weights / 1e6:>8.4g} M{numbers}{training}{STATE_BYTES * weights / 1e9:>9.3g} GB")
+        lines.append(f"{name:<18}{weights_of(config).all / 1e6:>8.4g} M{numbers}{training}")
     return "\n".join(lines)
 
 
+def memory() -> str:
+    """Format the memory of each preset: state, an image without and with checkpointing, and what fits machines."""
+    head = f"{'preset':<18}{'state':>11}{'image':>11}{'checkpointed':>14}"
+    lines = [head + "".join(f"{machine:>19}" for machine in MACHINES)]
+    for name, config in PRESETS.items():
+        images = [image_bytes(replace(config, checkpointing=on)) / 1e6 for on in (False, True)]
+        fitting = (smallest_that_fits(config, size, cards) for size, cards in MACHINES.values())
+        said = "".join(f"{settings(found):>19}" for found in fitting)
+        state = state_bytes(config) / 1e9
+        lines.append(f"{name:<18}{state:>8.3g} GB{images[0]:>8.4g} MB{images[1]:>11.4g} MB{said}")
+    return "\n".join(lines)
+
+
+def image_bytes(config: Config) -> int:
+    """Return what one image more at once adds to a step."""
+    return working_bytes(config, 65) - working_bytes(config, 64)
+
+
+def settings(config: Config | None) -> str:
+    """Format the settings that fit."""
+    if config is None:
+        return "nothing"
+    return f"{config.accumulate}" + ", checkpointed" * config.checkpointing
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; returns the exit status."""
+    """Print the tables; returns the exit status."""
     parser().parse_args(argv)
-    print(table())
+    print(operations(), memory(), sep="\n\n")
     return 0
 
 

@@ -10,6 +10,12 @@ from imagenet.dit import ATTENTION, DiT, DiTConfig
 from tvm_ref import OBJECTIVES, TIME_SAMPLERS, FlowMap, TimeSampler
 from tvm_ref.command_line import check_types, flag, option, require_at_least
 
+SHOWN = 80  # letters of an unknown key that are printed
+# sizes far beyond what fits any machine, so that a bad file is noticed before its network is built
+LARGEST = {
+    "input_size": 2**12, "in_channels": 2**12, "patch_size": 2**12, "classes": 2**24,
+    "hidden_size": 2**16, "depth": 2**8, "heads": 2**12,
+}  # fmt: skip
 SWITCH = {"action": argparse.BooleanOptionalAction}  # of what is off by default, but may be on in a stored run
 
 
@@ -80,6 +86,9 @@ class Config:
 
     def __post_init__(self) -> None:
         check_types(self)
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int) and abs(value) > (largest := LARGEST.get(name, 2**63 - 1)):
+                raise ValueError(f"{flag(name)} must be at most {largest}")
         require_at_least(1, **{k: getattr(self, k) for k in ("steps", "batch_size", "accumulate")})
         require_at_least(0, warmup=self.warmup, clip=self.clip, seed=self.seed)
         if not (0 < self.lr < float("inf") and self.clip < float("inf")):
@@ -99,8 +108,6 @@ class Config:
             raise ValueError("--optimizer soap needs unsharded weights: it does not go with --parallel fsdp")
         if self.compile and self.parallel == "fsdp":
             raise ValueError("--compile has not been tried with --parallel fsdp: choose one")
-        if self.seed >= 2**63:
-            raise ValueError(f"--seed must lie below 2^63, got {self.seed}")
         self.sampler()
         self.network()
 
@@ -128,10 +135,19 @@ class Config:
         Raises:
             ValueError: no JSON, unknown or missing keys, bad values.
         """
+        names = [f.name for f in dataclasses.fields(Config)]
         try:
-            return Config(**json.loads(text))
-        except TypeError as error:
-            raise ValueError(f"not a configuration of this program: {error}") from None
+            stored = json.loads(text)
+        except RecursionError:
+            raise ValueError("not a configuration of this program: nested too deep") from None
+        if not isinstance(stored, dict):
+            raise ValueError("not a configuration of this program: no object of JSON")
+        missing = [name for name in names if name not in stored]
+        unknown = [repr(name[:SHOWN]) for name in stored if name not in names]
+        if missing or unknown:
+            wrong = [f"no {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown[:5])}"] * bool(unknown)
+            raise ValueError(f"not a configuration of this program: {'; '.join(wrong)}")
+        return Config(**stored)
 
 
 RESUMABLE = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("resume"))

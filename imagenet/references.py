@@ -7,8 +7,8 @@
 folder, .npz       images alone: everything is computed from them
 """
 
+import math
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ import numpy as np
 
 from imagenet.image_files import NPZ_IMAGES, ImageFiles
 from imagenet.inception import Features
-from imagenet.metrics import Gaussian, gaussian_statistics
-from imagenet.safe_pickle import read_arrays
+from imagenet.metrics import Gaussian, Matrix, covariance_root, gaussian_statistics
+from imagenet.pickle_scan import shown
+from imagenet.pickled_arrays import read_arrays
 
-Extract = Callable[[ImageFiles], Features]
+MAX_SIZE = 4096  # of a mean: Inception's features have 2048 and 2023 numbers
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The statistics, or images, that images are measured against.
+    """What images are measured against.
 
     Attributes:
         name: the file's or folder's.
@@ -40,13 +41,13 @@ class Reference:
     images: ImageFiles | None = None
 
     def completed(self, features: Features) -> "Reference":
-        """Compute the missing statistics from the features of its images."""
+        """The same, with the statistics that it lacks computed from the features of its images."""
         pool = self.pool or gaussian_statistics(features.pool)
         return Reference(self.name, pool, self.spatial or gaussian_statistics(features.spatial), self.images)
 
 
 def read_reference(path: Path) -> Reference:
-    """Read reference statistics or images.
+    """Reference statistics or images.
 
     Raises:
         ValueError: a file that holds neither, or holds anything that loading would execute.
@@ -61,25 +62,61 @@ def read_reference(path: Path) -> Reference:
     raise ValueError(f"{path} is no reference: a .npz or .pkl of statistics, or a folder of images")
 
 
+def check_reference(reference: Reference, features: Features) -> None:
+    """Check that the features of some images can be measured against a reference, before many are made.
+
+    Args:
+        reference: what to measure against.
+        features: of any image, for their sizes.
+
+    Raises:
+        ValueError: statistics of another size than the features', or a matrix that is no covariance.
+    """
+    for kind in ("pool", "spatial"):
+        gaussian: Gaussian | None = getattr(reference, kind)
+        size = getattr(features, kind).shape[1]
+        if gaussian is None:
+            continue
+        if len(gaussian.mean) != size:
+            raise ValueError(
+                f"{reference.name} holds statistics of {len(gaussian.mean)} numbers, where {kind} features have {size}"
+            )
+        try:
+            covariance_root(gaussian.covariance)
+        except ValueError as error:
+            raise ValueError(f"{reference.name}: {error}") from None
+
+
 def _from_npz(path: Path) -> Reference:
     """Read statistics and images of a .npz file."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            known = set(stored.files)
+        with zipfile.ZipFile(path) as archive:
+            known = {name.removesuffix(".npy") for name in archive.namelist()}
             pool, spatial = (
-                Gaussian(stored[f"mu{end}"], stored[f"sigma{end}"]) if {f"mu{end}", f"sigma{end}"} <= known else None
-                for end in ("", "_s")
+                _gaussian(*(_array(archive, name) for name in names)) if known.issuperset(names) else None
+                for names in (("mu", "sigma"), ("mu_s", "sigma_s"))
             )
-    except (ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive can break its reader anywhere
+        reason = shown(str(error).partition("\n")[0]) or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {reason}") from None
     if pool is None and NPZ_IMAGES not in known:
-        raise ValueError(f"{path} holds neither mu and sigma nor images ({NPZ_IMAGES}), only {sorted(known)}")
-    return Reference(
-        path.name,
-        _checked(path, pool),
-        _checked(path, spatial),
-        ImageFiles(path) if NPZ_IMAGES in known else None,
-    )
+        held = shown(", ".join(sorted(known)))
+        raise ValueError(f"{path} holds neither mu and sigma nor images ({NPZ_IMAGES}), only {held or 'nothing'}")
+    return Reference(path.name, pool, spatial, ImageFiles(path) if NPZ_IMAGES in known else None)
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> Any:
+    """Read an array of an archive; its header says how large it is before anything is inflated."""
+    with archive.open(f"{name}.npy") as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    if dtype.kind not in "fiu" or len(shape) > 2 or max(shape, default=0) > MAX_SIZE:
+        raise ValueError(f"{name} is an array {list(shape)} of {dtype}")
+    with archive.open(f"{name}.npy") as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _from_pickle(path: Path) -> Gaussian:
@@ -88,20 +125,36 @@ def _from_pickle(path: Path) -> Gaussian:
     if isinstance(stored, dict) and isinstance(stored.get("fid"), dict):
         stored = stored["fid"]
     stored = stored if isinstance(stored, dict) else {}
-    if {"mu", "sigma"} <= set(stored):
-        return _checked(path, Gaussian(stored["mu"], stored["sigma"]))
-    if {"raw_mean", "raw_cov", "num_items"} <= set(stored):
-        n = stored["num_items"]
-        mean = np.asarray(stored["raw_mean"], np.float64) / n
-        return _checked(path, Gaussian(mean, (stored["raw_cov"] - n * np.outer(mean, mean)) / (n - 1)))
+    try:
+        if {"mu", "sigma"} <= set(stored):
+            return _gaussian(stored["mu"], stored["sigma"])
+        if {"raw_mean", "raw_cov", "num_items"} <= set(stored):
+            return _from_sums(stored["raw_mean"], stored["raw_cov"], stored["num_items"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     raise ValueError(f"{path} holds no statistics (mu and sigma, or raw_mean, raw_cov and num_items)")
 
 
-def _checked(path: Path, gaussian: Gaussian | None) -> Any:
-    """Return statistics in float64, or raise ValueError if they do not fit together."""
-    if gaussian is None:
-        return None
-    mean, covariance = (np.asarray(a, np.float64) for a in gaussian)
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(f"{path}: a mean {list(mean.shape)} and a covariance {list(covariance.shape)} do not fit")
+def _from_sums(total: Any, squares: Any, n: Any) -> Gaussian:
+    """Compute mean and covariance of n features from their sum [D] and the sum of their outer products [D, D]."""
+    if not isinstance(n, int | float) or isinstance(n, bool) or not 2 <= n < math.inf:
+        raise ValueError("num_items must be a number of at least 2")
+    n, (mean, squares) = float(n), _gaussian(total, squares)
+    with np.errstate(all="ignore"):  # what is not finite is refused
+        mean = mean / n
+        return _gaussian(mean, (squares - n * np.outer(mean, mean)) / (n - 1))
+
+
+def _gaussian(mean: Any, covariance: Any) -> Gaussian:
+    """Return the two in float64, if they are arrays of numbers that fit each other."""
+    arrays: list[Matrix] = []
+    for name, array in (("the mean", mean), ("the covariance", covariance)):
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+            raise ValueError(f"{name} is no array of numbers")
+        arrays.append(np.asarray(array, np.float64))
+    mean, covariance = arrays
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not 1 <= len(mean) <= MAX_SIZE:
+        raise ValueError(f"a mean {list(mean.shape)} and a covariance {list(covariance.shape)} do not fit")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError("mean or covariance hold numbers that are not finite")
     return Gaussian(mean, covariance)

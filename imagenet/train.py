@@ -4,8 +4,8 @@
     torchrun imagenet/train.py --resume                              go on with it, bit for bit
     torchrun imagenet/train.py --init runs/imagenet/fm --out runs/imagenet/fm-then-tvm     from given weights
     torchrun imagenet/train.py cifar10 --data-path DATA --download
-    torchrun --nproc-per-node 8 imagenet/train.py imagenet256-w2 --data-path LATENTS
-    torchrun --nproc-per-node 8 imagenet/train.py synthetic          throughput, without data
+    torchrun --nproc-per-node 8 imagenet/train.py imagenet256-w2 --data-path LATENTS --accumulate 16      8 x 80 GB
+    torchrun --nproc-per-node 8 imagenet/train.py synthetic --accumulate 16      throughput, without data
 
 With one process, `python` serves as well as `torchrun`.
 """
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from imagenet import checkpoints, parallel
 from imagenet.batches import Batches, loader
 from imagenet.image_datasets import Data, load_data
+from imagenet.memory import check_memory, free_bytes
 from imagenet.parallel import World
 from imagenet.presets import PRESETS, RESUMABLE, Config
 from imagenet.report import draw_grid, write_report, write_weights
@@ -111,11 +112,14 @@ def begin(preset: str, changes: dict[str, Any], options: Options, world: World) 
     """Make a run, or restore the one that goes on, and load its data.
 
     Raises:
-        ValueError, OSError: bad options, missing data, a folder that is in the way or cannot be resumed.
+        ValueError, OSError: bad options, missing data, a folder that is in the way or cannot be resumed, a step that
+            does not fit the device.
     """
     out = Path(options.out or f"runs/imagenet/{preset}")
     plan = world.on_first(lambda: prepare(preset, changes, out, resume=options.resume, world_size=world.size))
     config, resumed = world.broadcast(plan)
+    free = world.all_gather([free_bytes(world.device)]).min().item()
+    check_memory(config, free, world.size)
     data = world.on_first(lambda: load_data(config, options.data_path, download=options.download))
     if data is None:  # the first process has fetched it
         data = load_data(config, options.data_path)

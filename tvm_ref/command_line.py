@@ -150,9 +150,9 @@ def check_types(config: Any) -> None:
         if value is None and optional:
             continue
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
-            raise ValueError(f"{flag(name)} must be {words.get(kind, kind.__name__)}, got {value!r}")
+            raise ValueError(f"{flag(name)} must be {words.get(kind, kind.__name__)}, got {value!r:.80}")
         if choices is not None and value not in choices:
-            raise ValueError(f"{flag(name)} must be one of {', '.join(choices)}; got {value!r}")
+            raise ValueError(f"{flag(name)} must be one of {', '.join(choices)}; got {value!r:.80}")
 
 
 def require_at_least(least: float, **values: float) -> None:

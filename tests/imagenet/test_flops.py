@@ -6,6 +6,7 @@ from torch import nn
 
 from imagenet import preset_costs
 from imagenet.flops import count_flops, counted_step_flops, forward_flops, least_step_flops
+from imagenet.memory import smallest_that_fits, state_bytes
 from imagenet.presets import PRESETS, Config, build_model
 from tvm_ref import EMA, TVM, Condition, Linear, TimeSampler
 
@@ -64,13 +65,34 @@ def test_known_sizes():
     assert least_step_flops(network) / forward_flops(network) == pytest.approx(11.1, abs=0.05)
 
 
-def test_the_table_has_the_numbers(monkeypatch, capsys):
-    monkeypatch.setattr(preset_costs, "PRESETS", {"one": replace(CONFIG, batch_size=100, steps=1000)})
+def test_the_tables_have_the_numbers(monkeypatch, capsys):
+    monkeypatch.setattr(preset_costs, "PRESETS", {"one": replace(CONFIG, batch_size=128, steps=1000)})
     assert preset_costs.main([]) == 0
-    head, row = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert head == ["preset", "weights", "forward", "step", "detached", "training", "state"]
+    operations, memory = capsys.readouterr().out.split("\n\n")
+    head, row = (line.split() for line in operations.splitlines())
+    assert head == ["preset", "weights", "forward", "step", "detached", "training"]
     network = CONFIG.network()
     weights = sum(p.numel() for p in build_model(CONFIG).parameters())
     assert float(row[1]) * 1e6 == pytest.approx(weights, rel=1e-3)
     assert float(row[5]) * 1e9 == pytest.approx(least_step_flops(network), rel=1e-3)
-    assert float(row[9]) == pytest.approx(1e5 * least_step_flops(network), rel=0.05)
+    assert float(row[9]) == pytest.approx(128e3 * least_step_flops(network), rel=0.05)
+    row = memory.splitlines()[1].split()
+    assert float(row[1]) * 1e9 == pytest.approx(state_bytes(CONFIG), rel=0.01)
+    images = [preset_costs.image_bytes(replace(CONFIG, checkpointing=on)) for on in (False, True)]
+    assert [float(row[i]) * 1e6 for i in (3, 5)] == pytest.approx(images, rel=0.01)
+    assert row[7:] == ["1", "1", "1"]
+
+
+def test_what_is_said_to_fit_is_the_smallest(monkeypatch):
+    monkeypatch.setattr(
+        preset_costs, "MACHINES", {"8 x 80 GB": (80e9, 8), "1 x 24 GB": (24e9, 1), "1 x 1 GB": (1e9, 1)}
+    )
+    monkeypatch.setattr(preset_costs, "PRESETS", {"one": PRESETS["imagenet256-w2"]})
+    row = preset_costs.memory().splitlines()[1]
+    found = [smallest_that_fits(PRESETS["imagenet256-w2"], *machine) for machine in ((80e9, 8), (24e9, 1))]
+    assert row.split("MB")[2].split() == [
+        f"{found[0].accumulate}",
+        f"{found[1].accumulate},",
+        "checkpointed",
+        "nothing",
+    ]

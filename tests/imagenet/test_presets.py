@@ -56,20 +56,42 @@ BAD = {
     "an unknown choice": {"objective": "gan"},
     "a fraction of a step": {"steps": 1.5},
     "a list": {"w": [1, 2]},
+    "a number beyond all floats": {"lr": 10**400},
+    "a number beyond all integers": {"steps": 10**400},
+    "a number below all integers": {"accumulate": -(10**30)},
+    "a fraction of nothing": {"lr": float("nan")},
+    "a network beyond all memory": {"hidden_size": 2**40},
+    "blocks without end": {"depth": 10**9},
+    "a long text": {"data": "a" * 10**6},
+    "an escape sequence": {"\x1b[2J": 1},
 }
 
 
 @pytest.mark.parametrize("change", BAD.values(), ids=BAD)
 def test_stored_configurations_are_checked(change):
     stored = json.loads(Config().to_json()) | change
-    with pytest.raises(ValueError, match=r".+"):
+    with pytest.raises(ValueError, match=r".+") as error:
         Config.from_json(json.dumps(stored))
+    assert len(str(error.value)) < 200
+    assert str(error.value).isprintable()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"steps": '])
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"steps": ', "[" * 100_000, '{"a": ' * 100_000, "9" * 10_000])
 def test_what_is_no_configuration(text):
-    with pytest.raises(ValueError, match=r".+"):
+    with pytest.raises(ValueError, match=r".+") as error:
         Config.from_json(text)
+    assert len(str(error.value)) < 1500
+
+
+def test_a_lost_field_is_no_default():
+    """Without this, {} is the digits' configuration, and a lost w another w in silence."""
+    with pytest.raises(ValueError, match=r"no data, input_size, .*accumulate"):
+        Config.from_json("{}")
+    for name in (f.name for f in fields(Config)):
+        stored = json.loads(Config().to_json())
+        del stored[name]
+        with pytest.raises(ValueError, match=f"not a configuration of this program: no {name}$"):
+            Config.from_json(json.dumps(stored))
 
 
 def test_what_may_change_on_resuming_changes_no_weights_names():

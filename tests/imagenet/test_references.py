@@ -1,4 +1,6 @@
 import pickle
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,8 @@ import torch
 
 from imagenet.image_files import save_png
 from imagenet.inception import Features
-from imagenet.metrics import gaussian_statistics
-from imagenet.references import read_reference
+from imagenet.metrics import Gaussian, gaussian_statistics
+from imagenet.references import Reference, check_reference, read_reference
 
 rng = np.random.default_rng(0)
 FEATURES = rng.standard_normal((50, 4))
@@ -63,21 +65,89 @@ def test_images_alone_give_all_statistics(tmp_path):
     check(reference.completed(features).spatial)
 
 
+def sums(**changed: object) -> dict[str, object]:
+    return {"raw_mean": FEATURES.sum(0), "raw_cov": FEATURES.T @ FEATURES, "num_items": 50} | changed
+
+
+def inflated(path: Path) -> None:
+    """An archive of 1 MB whose sigma is 1 GB of zeros, or says so."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, shape in (("mu", (11_000,)), ("sigma", (11_000, 11_000))):
+            with archive.open(f"{name}.npy", "w") as stream:
+                header = {"descr": "<f8", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(bytes(1 << 20))
+
+
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
         ("a.npz", lambda p: np.savez(p, sigma=COVARIANCE), "neither mu and sigma nor images"),
         ("a.npz", lambda p: np.savez(p, mu=MEAN[:2], sigma=COVARIANCE), "do not fit"),
-        ("a.npz", lambda p: np.savez(p, mu=np.array([{}], dtype=object), sigma=COVARIANCE), "allow_pickle"),
+        (
+            "a.npz",
+            lambda p: np.savez(p, mu=np.array([{}], dtype=object), sigma=COVARIANCE),
+            r"mu is an array \[1\] of object",
+        ),
         ("a.npz", lambda p: dump(p, {"mu": MEAN}), "cannot be read"),
         ("a.npz", lambda p: p.write_bytes(b"PK\x03\x04"), "cannot be read"),
         ("a.pkl", lambda p: dump(p, {"mu": MEAN}), "holds no statistics"),
         ("a.pkl", lambda p: dump(p, [MEAN]), "holds no statistics"),
         ("a.pkl", lambda p: dump(p, {"fid": Path("a")}), "is refused: it asks for pathlib"),
+        ("a.pkl", lambda p: dump(p, sums(num_items="fifty")), "num_items must be a number"),
+        ("a.pkl", lambda p: dump(p, sums(num_items=0)), "num_items must be a number of at least 2"),
+        ("a.pkl", lambda p: dump(p, sums(num_items=1)), "num_items must be a number of at least 2"),
+        ("a.pkl", lambda p: dump(p, sums(num_items=float("nan"))), "num_items must be a number of at least 2"),
+        ("a.pkl", lambda p: dump(p, sums(num_items=10**200)), "holds an integer of 665 bits"),
+        ("a.pkl", lambda p: dump(p, sums(num_items=[50])), "num_items must be a number"),
+        ("a.pkl", lambda p: dump(p, sums(raw_cov="many")), "the covariance is no array of numbers"),
+        ("a.pkl", lambda p: dump(p, sums(raw_mean=None)), "the mean is no array of numbers"),
+        ("a.pkl", lambda p: dump(p, sums(raw_mean=np.full(4, 1e200))), "not finite"),
+        ("a.pkl", lambda p: dump(p, {"mu": "mean", "sigma": COVARIANCE}), "the mean is no array of numbers"),
+        ("a.pkl", lambda p: dump(p, {"mu": MEAN, "sigma": np.nan * COVARIANCE}), "not finite"),
+        ("a.pkl", lambda p: dump(p, {"mu": MEAN[:0], "sigma": COVARIANCE[:0, :0]}), "do not fit"),
+        ("a.npz", lambda p: np.savez(p, mu=MEAN, sigma=np.inf * COVARIANCE), "not finite"),
+        ("a.npz", lambda p: np.savez(p, mu=MEAN, sigma=COVARIANCE.astype("c16")), "sigma is an array"),
+        ("a.npz", inflated, r"mu is an array \[11000\] of float64"),
+        ("a.npz", lambda p: np.savez(p, **{"\x1b[2J": MEAN}), r"only \\x1b\[2J"),
         ("a.txt", lambda p: p.write_text(""), "is no reference"),
     ],
 )
 def test_files_that_are_no_reference_are_named(tmp_path, name, make, message):
     make(tmp_path / name)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         read_reference(tmp_path / name)
+    assert str(error.value).isprintable()
+
+
+def test_an_archive_is_inflated_no_further_than_statistics_need(tmp_path):
+    inflated(tmp_path / "a.npz")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="mu is an array"):
+        read_reference(tmp_path / "a.npz")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1e6
+
+
+def features(pool: int, spatial: int) -> Features:
+    return Features(*(torch.zeros(1, size) for size in (pool, 3, spatial)))
+
+
+def test_references_are_checked_against_features_of_any_image():
+    reference = Reference("ours", pool=gaussian_statistics(FEATURES), spatial=gaussian_statistics(FEATURES[:, :2]))
+    check_reference(reference, features(4, 2))
+    check_reference(Reference("ours"), features(4, 2))
+    with pytest.raises(ValueError, match="ours holds statistics of 4 numbers, where pool features have 5"):
+        check_reference(reference, features(5, 2))
+    with pytest.raises(ValueError, match="ours holds statistics of 2 numbers, where spatial features have 3"):
+        check_reference(reference, features(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("covariance", "message"),
+    [(COVARIANCE + np.triu(np.ones((4, 4)), 1), "must be symmetric"), (-COVARIANCE, "negative eigenvalues")],
+)
+def test_what_is_no_covariance_is_noticed_before_it_is_measured_against(covariance, message):
+    with pytest.raises(ValueError, match=message):
+        check_reference(Reference("ours", pool=Gaussian(MEAN, covariance)), features(4, 4))

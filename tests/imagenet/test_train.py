@@ -1,6 +1,7 @@
 """The training command: its files, its errors, its help."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -57,6 +58,21 @@ def test_logged_losses_are_means_since_the_line_before(whole, tmp_path):
     for i, line in enumerate(losses(whole[0])):
         for term in (1, 2):
             assert line[term] == pytest.approx(sum(row[term] for row in fine[5 * i : 5 * i + 5]) / 5, rel=1e-9)
+
+
+def test_a_step_that_does_not_fit_is_refused_before_there_is_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "free_bytes", lambda device: 4e6)
+    with pytest.raises(SystemExit) as stop:
+        command(tmp_path / "run", "--hidden-size", 64, "--batch-size", 64)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    fitting = re.search(r"64 images at once need .* --accumulate (\d+)", error)
+    assert not (tmp_path / "run").exists()
+    assert (
+        command(tmp_path / "run", "--hidden-size", 64, "--batch-size", 64, "--accumulate", fitting[1], "--steps", 1)
+        == 0
+    )
 
 
 def test_a_run_is_never_overwritten_and_keeps_its_options(tmp_path, capsys):
