@@ -217,21 +217,27 @@ def refusal(config: Config, device_bytes: float, world_size: int) -> str | None:
     """Say why a configuration does not fit devices of so many bytes, and what would; None if it fits."""
     if fits(config, device_bytes, world_size):
         return None
-    found = [smallest_that_fits(config, device_bytes, world_size, checkpointing=c) for c in (False, True)]
-    if not any(found) and config.parallel == "ddp" and world_size > 1 and config.optimizer != "soap":
-        spread = replace(config, parallel="fsdp", compile=False)
-        found = [smallest_that_fits(spread, device_bytes, world_size, checkpointing=c) for c in (False, True)]
+    found = _ways(config, device_bytes, world_size)
+    if not found and config.parallel == "ddp" and world_size > 1 and config.optimizer != "soap":
+        found = _ways(replace(config, parallel="fsdp"), device_bytes, world_size)
     ways = [
         "--parallel fsdp " * (c.parallel != config.parallel)
         + f"--accumulate {c.accumulate}"
         + " --checkpointing" * c.checkpointing
         for c in found
-        if c is not None
     ]
     images = config.batch_size // (world_size * config.accumulate)
     need = f"{images} images at once need {step_bytes(config, world_size) / 1e9:.3g} GB"
     remedy = f"{' or '.join(ways)} fits" if ways else "nothing fits, not one image at a time"
     return f"{need}, and of the device's {device_bytes / 1e9:.3g} GB {USABLE:.0%} may be used: {remedy}"
+
+
+def _ways(config: Config, device_bytes: float, world_size: int) -> list[Config]:
+    """Find what fits without checkpointing, and with it if that allows larger micro-batches."""
+    plain, saving = (smallest_that_fits(config, device_bytes, world_size, checkpointing=c) for c in (False, True))
+    if plain is not None and saving is not None and saving.accumulate >= plain.accumulate:
+        saving = None
+    return [c for c in (plain, saving) if c is not None]
 
 
 def free_bytes(device: torch.device) -> float:

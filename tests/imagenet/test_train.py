@@ -61,7 +61,7 @@ def test_logged_losses_are_means_since_the_line_before(whole, tmp_path):
 
 
 def test_a_step_that_does_not_fit_is_refused_before_there_is_one(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "free_bytes", lambda device: 4e6)
+    monkeypatch.setattr(train, "free_bytes", lambda device: 8e6)
     with pytest.raises(SystemExit) as stop:
         command(tmp_path / "run", "--hidden-size", 64, "--batch-size", 64)
     assert stop.value.code == 2
