@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -50,7 +50,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int
         partial.mkdir(parents=True)
         with (partial / STATE).open("wb") as file:
             hashing = _HashingWriter(file)
-            torch.save(dict(state), hashing)
+            torch.save(dict(state), cast(IO[bytes], hashing))
             _flush(file)
         summary = {"step": step, "bytes": hashing.size, "sha256": hashing.sha256.hexdigest()}
         with (partial / SUMMARY).open("w") as text:
