@@ -90,6 +90,7 @@ def forward_kernel(
     if mask is not None:
         listed = seen_tiles(tiles, b, h, start, QUERIES)
         count = tl.load(listed)
+    # T is formed before the exponential: afterwards, matrix units that read registers (before sm_90) spill five KB
     for i in range(0, count):
         at = i * KEYS
         if mask is not None:
@@ -103,6 +104,13 @@ def forward_kernel(
             s = tl.where((keys < seen)[None, :], s, float("-inf"))
         if mask is not None:
             s = tl.where(load_mask(mask, b, h, start, N, at, M, QUERIES, KEYS), s, float("-inf"))
+        if HAS_T:
+            t = tl.full([QUERIES, KEYS], 0.0, tl.float32)  # T / scale
+            if dq is not None:
+                t = tl.dot(dq_tile, tl.trans(k_tile), t, input_precision=PRECISION)
+            if dk is not None:
+                dk_tile = load_rows(dk, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+                t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
         before = largest
         largest = tl.maximum(before, row_max(s))
         shift = largest * factor
@@ -112,19 +120,9 @@ def forward_kernel(
         shrink = tl.exp2(before * factor - shift)  # what a larger maximum makes of sums so far
         total = total * shrink + row_sum(p)
         v_tile = load_rows(v, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-        sum_pv = tl.dot(p.to(dtype), v_tile, sum_pv * shrink[:, None], input_precision=PRECISION)
         if DUAL:
             sum_do = sum_do * shrink[:, None]
-        if dv is not None:
-            dv_tile = load_rows(dv, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-            sum_do = tl.dot(p.to(dtype), dv_tile, sum_do, input_precision=PRECISION)
         if HAS_T:
-            t = tl.full([QUERIES, KEYS], 0.0, tl.float32)  # T / scale
-            if dq is not None:
-                t = tl.dot(dq_tile, tl.trans(k_tile), t, input_precision=PRECISION)
-            if dk is not None:
-                dk_tile = load_rows(dk, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-                t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
             exact = p * (t * size)
             pt = exact.to(dtype)
             sum_pt = sum_pt * shrink + row_sum(exact)  # so that T - mu cancels in the backward
@@ -132,6 +130,10 @@ def forward_kernel(
                 # as rounded, so that (P * T) v - mu o cancels in do; on the matrix units, which take pt as it is
                 sum_rounded = tl.dot(pt, ones, sum_rounded * shrink[:, None])
             sum_do = tl.dot(pt, v_tile, sum_do, input_precision=PRECISION)
+        if dv is not None:
+            dv_tile = load_rows(dv, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+            sum_do = tl.dot(p.to(dtype), dv_tile, sum_do, input_precision=PRECISION)
+        sum_pv = tl.dot(p.to(dtype), v_tile, sum_pv * shrink[:, None], input_precision=PRECISION)
     shift = largest * factor
     if lengths is not None or mask is not None:
         shift = tl.where(total == 0, 0.0, shift)
