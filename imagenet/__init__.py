@@ -1,1 +1,17 @@
 """Terminal Velocity Matching on images: a semi-Lipschitz DiT, its training, sampling and evaluation."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imagenet.generator import Generator, load_generator
+
+__all__ = ["Generator", "load_generator"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: `import imagenet` alone loads nothing."""
+    if name in __all__:
+        import importlib
+
+        return getattr(importlib.import_module("imagenet.generator"), name)
+    raise AttributeError(f"module 'imagenet' has no attribute {name!r}")

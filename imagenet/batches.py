@@ -17,6 +17,7 @@ from imagenet.image_datasets import Data
 from imagenet.noise import PERMUTATION, STEP
 from imagenet.presets import Config
 from tvm_ref import Condition, Times, draw_beta, drop_labels
+from tvm_ref.interruption import SAVE_SIGNALS
 
 BLOCK = 32  # samples whose noise and times are drawn at once
 
@@ -124,6 +125,6 @@ def loader(batches: Batches, start: int, workers: int, *, pin: bool = False) -> 
 
 
 def _ignore_signals(_: int) -> None:
-    """Leave Ctrl-C and torchrun's SIGTERM, which reach every process of a group, to the trainer."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Leave Ctrl-C, torchrun's SIGTERM and SIGUSR1, which reach every process of a group, to the trainer."""
+    for number in (signal.SIGINT, signal.SIGTERM, *SAVE_SIGNALS):
         signal.signal(number, signal.SIG_IGN)

@@ -13,8 +13,9 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,7 @@ from torch import Tensor
 from imagenet.pickle_scan import shown
 from imagenet.presets import Config, build_model
 from tvm_ref import FlowMap
+from tvm_ref.command_line import flag
 
 STATE, SUMMARY = "state.pt", "checkpoint.json"
 WEIGHTS = "weights.safetensors"
@@ -48,9 +50,10 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int
         remove_leftovers(folder)
         partial.mkdir(parents=True)
         with (partial / STATE).open("wb") as file:
-            torch.save(dict(state), file)
+            hashing = _HashingWriter(file)
+            torch.save(dict(state), hashing)  # type: ignore[arg-type]  # it needs `write` alone
             _flush(file)
-        summary = {"step": step, "bytes": (partial / STATE).stat().st_size, "sha256": _sha256(partial / STATE)}
+        summary = {"step": step, "bytes": hashing.size, "sha256": hashing.sha256.hexdigest()}
         with (partial / SUMMARY).open("w") as text:
             json.dump(summary | {"torch": torch.__version__}, text, indent=2)
             _flush(text)
@@ -194,6 +197,22 @@ def check_weights(weights: Mapping[str, Tensor], config: Config) -> None:
             raise ValueError(f"{name} holds numbers that are not finite")
 
 
+def load_initial(config: Config) -> dict[str, Tensor]:
+    """Load the weights that a configuration starts from (--init), as the state dict of its FlowMap.
+
+    Raises:
+        ValueError: no weights there, or those of another network or parameterisation, which is named.
+    """
+    assert config.init is not None
+    model, stored = load_weights(config.init, attention="plain")
+    shape = {f.name for f in fields(config.network())} - {"time_init"}  # how new weights start does not matter here
+    for name in (*sorted(shape), "scaled"):
+        there, here = getattr(stored, name), getattr(config, name)
+        if there != here:
+            raise ValueError(f"--init {config.init} has {flag(name)} {there}, this run {here}")
+    return model.state_dict()
+
+
 def _read_weights(path: Path) -> tuple[Config, dict[str, Tensor]]:
     """Read a .safetensors file."""
     try:
@@ -243,6 +262,23 @@ def _reason(error: Exception, line: int = 0) -> str:
         return error.strerror
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[min(line, len(lines) - 1)].strip()
+
+
+class _HashingWriter:
+    """A file that computes size and SHA-256 of what is written to it, so that nothing is read again for them."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.size, self.sha256 = file, 0, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        """Write bytes, after one another: torch.save never goes back."""
+        self.sha256.update(content)
+        self.size += memoryview(content).nbytes
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        """Flush the file."""
+        self._file.flush()
 
 
 def _flush(file: Any) -> None:

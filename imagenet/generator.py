@@ -1,14 +1,18 @@
 """The sampler of a model: images as a function of their numbers, for commands, training and notebooks alike."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from imagenet import pictures
 from imagenet.checkpoints import load_weights
+from imagenet.class_names import class_number
 from imagenet.latents import NORMALISATION, VAE, Normalisation, decode, load_vae, read_normalisation
 from imagenet.noise import PRIOR, normal
 from imagenet.pictures import Pixels, to_pixels
@@ -19,6 +23,8 @@ from tvm_ref.sampling import stepper
 CPU = torch.device("cpu")
 BATCH = 64  # samples at a time, where nothing else is said
 LATENT_SIDE = 8  # pixels of the image per number of the latent
+COLUMNS, ROWS = 10, 8  # of a grid, where nothing else is said: a class per column
+WIDEST = 20  # classes that get a column each
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,25 @@ class Generator:
         for start in range(0, len(numbers), size):
             yield self.images(numbers[start : start + size], steps)
 
+    def with_columns(self) -> "Generator":
+        """Return the generator of a grid with a class per column: if all were asked for, at most 10, evenly spaced."""
+        if self.classes is not None:
+            return self
+        classes = self.config.classes
+        return replace(self, classes=torch.linspace(0, classes - 1, min(COLUMNS, classes)).round().long().tolist())
+
+    def columns(self, count: int) -> int:
+        """Return the columns of a grid of samples 0 to count - 1: a class each, or near a square for many classes."""
+        classes = self.config.classes if self.classes is None else len(self.classes)
+        return min(classes, count) if classes <= WIDEST else math.ceil(math.sqrt(count))
+
+    def grid(self, steps: int = 1, count: int | None = None) -> Pixels:
+        """Draw a grid uint8 [H, W, 3] of samples 0 to count - 1, a class per column; None: 8 samples per class."""
+        shown = self.with_columns()
+        count = ROWS * len(shown.classes or ()) if count is None else count
+        images = list(shown.batches(range(count), steps))
+        return pictures.grid(np.concatenate(images), shown.columns(count))
+
     def labels(self, numbers: Sequence[int]) -> list[int]:
         """Return the classes [B] of samples."""
         classes = range(self.config.classes) if self.classes is None else self.classes
@@ -90,7 +115,7 @@ def load_generator(
     source: str | Path,
     *,
     device: str | torch.device = "cpu",
-    classes: Sequence[int] | None = None,
+    classes: Sequence[int | str] | None = None,
     w: float | None = None,
     seed: int = 0,
     vae: str | nn.Module = VAE,
@@ -101,7 +126,7 @@ def load_generator(
     Args:
         source: the folder or file.
         device: where to run.
-        classes: see Generator.
+        classes: see Generator; by number, or by name (class_names.py) as "golden retriever"; of digits "0" to "9".
         w: see Generator; untrained_guidance says whether the model knows it.
         seed: see Generator.
         vae: the autoencoder of latents, by folder or name, or itself.
@@ -112,13 +137,12 @@ def load_generator(
     """
     device = torch.device(device)
     flow_map, config = load_weights(source, attention=None if device.type == "cuda" else "plain")
-    if classes is not None and not all(0 <= label < config.classes for label in classes):
-        raise ValueError(f"--classes must lie in 0 to {config.classes - 1}, got {' '.join(map(str, classes))}")
+    labels = None if classes is None else [class_number(name, config) for name in classes]
     if w is not None and not 0 < w < float("inf"):
         raise ValueError(f"--w must be positive and finite, got {w}")
     if seed < 0:
         raise ValueError(f"--seed must be at least 0, got {seed}")
-    generator = Generator(flow_map.to(device), config, device, classes, w, seed)
+    generator = Generator(flow_map.to(device), config, device, labels, w, seed)
     if config.data not in ("latents", "synthetic"):
         return generator
     normalisation = normalisation_of(config, latents)

@@ -13,7 +13,7 @@ from imagenet.parallel import World
 
 def add_model_options(p: argparse._ActionsContainer) -> None:
     """Add the options that decide how a model draws images."""
-    p.add_argument("--classes", type=int, nargs="+", help="classes, in turn (default: all)")
+    p.add_argument("--classes", nargs="+", help="classes, by number or name, in turn (default: all)")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--w", type=float, help="guidance weight in place of the one that the model was trained with")
     p.add_argument("--batch-size", type=int, default=BATCH, help="images at a time, per process")

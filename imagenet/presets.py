@@ -56,6 +56,7 @@ class Config:
         0.0, "share of samples whose jump starts at t = 1, where one step does (not in the paper)"
     )
     # Optimisation
+    init: str | None = option(None, "start from these weights: a .safetensors file or a run's folder (default: new)")
     steps: int = option(1000, "training steps")
     batch_size: int = option(128, "samples per step, over all processes")
     optimizer: Literal["adamw", "soap"] = option("soap", "AdamW as in the paper; SOAP learns digits faster")

@@ -4,22 +4,16 @@ Samples are those that sample.py and evaluate.py draw from the run by default: t
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from imagenet import checkpoints
 from imagenet.generator import Generator
 from imagenet.image_files import save_png
 from imagenet.parallel import World, full_state
-from imagenet.pictures import grid
 from imagenet.run import Run
 from tvm_ref.command_line import write_atomically
 
-COLUMNS, ROWS = 10, 8  # of a grid: a class per column
 NFES = (1, 4)  # numbers of steps that are drawn and scored at the end
 
 
@@ -28,13 +22,26 @@ def draw_grid(path: Path, generator: Generator, world: World, steps: int = 1) ->
 
     All processes take part, as the weights may be sharded; the first one writes.
     """
-    classes = generator.config.classes
-    columns = torch.linspace(0, classes - 1, min(COLUMNS, classes)).round().long().tolist()
-    generator = replace(generator, classes=columns)
-    images = list(generator.batches(range(ROWS * len(columns)), steps))
+    image = generator.grid(steps)
     if world.first:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(path, grid(np.concatenate(images), len(columns)))
+        save_png(path, image)
+
+
+def write_weights(run: Run, path: Path) -> None:
+    """Write the evaluation weights as they stand. All processes take part.
+
+    Raises:
+        OSError: in every process, if the file could not be written.
+    """
+    weights, training = full_state(run.training.ema.state_dict()["module"]), run.training
+    names = {name.removeprefix("network."): a for name, a in weights.items()}
+
+    def save() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.save_weights(path, names, training.config, step=str(training.step))
+
+    run.world.on_first(save)
 
 
 def write_report(run: Run, total_seconds: float) -> dict[str, Any]:
@@ -61,9 +68,7 @@ def write_report(run: Run, total_seconds: float) -> dict[str, Any]:
         "total": round(total_seconds + run.log.before, 2),
     }
     metrics["steps"] = {"done": training.step, "planned": config.steps}
-    weights = full_state(training.ema.state_dict()["module"])
+    write_weights(run, run.folder / checkpoints.WEIGHTS)
     if run.world.first:
-        names = {name.removeprefix("network."): a for name, a in weights.items()}
-        checkpoints.save_weights(run.folder / checkpoints.WEIGHTS, names, config)
         write_atomically(run.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics

@@ -3,6 +3,7 @@
     config.json            the configuration
     train.jsonl            a line per --log-every steps (training_log.py)
     samples/               grids while training
+    snapshots/             evaluation weights of every --snapshot-every steps, all kept (report.py)
     checkpoints/           the newest states (checkpoints.py)
     weights.safetensors    evaluation weights, once training is done (report.py, as all below)
     samples-1.png, -4.png  one-step and four-step samples
@@ -12,7 +13,9 @@ Everything is written by the first process.
 """
 
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,22 @@ def stored_config(folder: Path, given: dict[str, Any]) -> Config:
         ValueError: no run there, or a given option that would make it another run.
     """
     stored = checkpoints.read_config(folder)
+    if "steps" in given:
+        _check_steps(folder, stored, given["steps"])
+        stored = replace(stored, steps=given["steps"])
     for name, value in given.items():
         if name not in RESUMABLE and getattr(stored, name) != value:
             raise ValueError(f"--resume keeps a run's options: {folder} has {flag(name)} {getattr(stored, name)}")
     return Config(**{**json.loads(stored.to_json()), **{k: v for k, v in given.items() if k in RESUMABLE}})
+
+
+def _check_steps(folder: Path, stored: Config, steps: int) -> None:
+    """Raise ValueError unless a run may go on to `steps`: to more under a constant learning rate, else to its own."""
+    if steps != stored.steps and stored.schedule != "constant":
+        reason = f"its --schedule {stored.schedule} was shaped by them"
+        raise ValueError(f"--resume keeps a run's options: {folder} has --steps {stored.steps}, as {reason}")
+    if steps < stored.steps:
+        raise ValueError(f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
 
 
 class Run:
@@ -55,13 +70,33 @@ class Run:
         """The folder of states."""
         return self.folder / "checkpoints"
 
+    def snapshot(self, step: int) -> Path:
+        """The file of the evaluation weights of a step."""
+        return self.folder / "snapshots" / f"{step:08d}.safetensors"
+
     def create(self) -> None:
-        """Make the folder, and write the configuration."""
+        """Make the folder, and write the configuration; weights of a run that now goes on further become a snapshot."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        weights = self.folder / checkpoints.WEIGHTS
+        if weights.is_file() and (steps := checkpoints.read_config(self.folder).steps) < self.training.config.steps:
+            self.snapshot(steps).parent.mkdir(exist_ok=True)
+            os.replace(weights, self.snapshot(steps))
         write_atomically(self.folder / checkpoints.CONFIG, self.training.config.to_json() + "\n")
 
-    def load(self) -> None:
-        """Restore the newest undamaged checkpoint, if there is one.
+    def start(self) -> None:
+        """Start from the newest undamaged checkpoint if there is one, else from --init or from new weights.
+
+        Raises:
+            ValueError: see load; weights that do not fit.
+        """
+        config = self.training.config
+        if self.load() or config.init is None:
+            return
+        weights = self.world.on_first(lambda: checkpoints.load_initial(config))
+        self.training.load_initial(checkpoints.load_initial(config) if weights is None else weights)
+
+    def load(self) -> bool:
+        """Restore the newest undamaged checkpoint; returns whether there is one.
 
         Raises:
             ValueError: no undamaged checkpoint is left, or it does not fit.
@@ -71,13 +106,14 @@ class Run:
         for complaint in complaints if self.world.first else ():
             print(f"{complaint}: going on from {path}", file=sys.stderr, flush=True)
         if path is None:
-            return
+            return False
         state = checkpoints.read_checkpoint(path)
         try:
             self.training.load_state_dict(state)
             self.log.load_state_dict(state)
         except (RuntimeError, KeyError, ValueError) as fault:
             raise ValueError(f"{path} does not fit its run: {str(fault).splitlines()[0]}") from None
+        return True
 
     def save(self) -> None:
         """Write a checkpoint.

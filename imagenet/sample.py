@@ -1,20 +1,20 @@
 """Draw images from a trained model: a run's folder, or weights as .safetensors.
 
     python imagenet/sample.py runs/imagenet/digits --out digits.png                    a grid, one step
-    python imagenet/sample.py imagenet256-w2.safetensors --out cats.png --classes 281 282 285 --count 9 --steps 4
+    python imagenet/sample.py imagenet256-w2.safetensors --out cats.png --classes tabby "tiger cat" 285 --steps 4
     python imagenet/sample.py imagenet256-w2.safetensors --out samples256 --count 50000                 a folder of PNG
     torchrun --nproc-per-node 8 imagenet/sample.py runs/imagenet/imagenet256-w2 --out samples.npz --count 50000
 
 The ending of --out decides: .png is one grid, .npz all images as ADM's evaluation takes them, anything else a folder
-with a PNG per image. Sample i has the class number i modulo the number of classes (or of --classes) and noise decided
-by --seed and i alone, so it is the same image for any batch size and any number of processes.
+with a PNG per image. A grid has a class per column: those of --classes, or at most ten, evenly spaced. Otherwise sample
+i has the class number i modulo the number of classes (or of --classes). Its noise is decided by --seed and i alone, so
+it is the same image for any batch size and any number of processes.
 
 A network works for the guidance weights that it was trained with, which its file says; --w overrides that, with a
 warning. Models of latents need the autoencoder that made them (--vae).
 """
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from imagenet import parallel
-from imagenet.generator import BATCH, Generator
+from imagenet.generator import BATCH, ROWS, Generator
 from imagenet.image_files import save_png, write_npz
 from imagenet.model_options import add_model_options, load_model
 from imagenet.parallel import World
@@ -42,6 +42,7 @@ from tvm_ref.command_line import (
     write_atomically,
 )
 
+COUNT = 64  # images, where nothing else is said
 CHUNK = 256  # images put together at a time
 ABOUT = "samples.json"  # says of a folder that it holds samples
 
@@ -51,7 +52,7 @@ def parser() -> OneLineParser:
     p = OneLineParser("sample.py", __doc__)
     p.add_argument("source", type=Path, help="a run's folder, or weights as .safetensors")
     p.add_argument("--out", type=Path, required=True, help="GRID.png, IMAGES.npz or a folder")
-    p.add_argument("--count", type=int, default=64, help="number of images")
+    p.add_argument("--count", type=int, help=f"number of images (default: {COUNT}; of a grid {ROWS} per class)")
     p.add_argument("--steps", type=int, default=1, help="network evaluations per image")
     p.add_argument("--overwrite", action="store_true", help="replace what --out already holds")
     add_model_options(p)
@@ -107,7 +108,7 @@ def write_part(out: Path, batches: Iterator[Pixels], world: World, numbers: rang
         part.flush()
 
 
-def join_parts(out: Path, world: World, labels: list[int]) -> None:
+def join_parts(out: Path, world: World, labels: list[int], columns: int) -> None:
     """Make the .npz or the grid of the parts of all processes, in order, and remove the parts."""
     ranks = (rank for rank in range(world.size) if replace(world, rank=rank).partition(len(labels)))
     parts = [np.load(part_of(out, rank), mmap_mode="r") for rank in ranks]
@@ -115,7 +116,7 @@ def join_parts(out: Path, world: World, labels: list[int]) -> None:
         batches = (part[i : i + CHUNK] for part in parts for i in range(0, len(part), CHUNK))
         write_npz(out, len(labels), batches, np.array(labels, np.int64))
     else:
-        save_png(out, grid(np.concatenate(parts), math.ceil(math.sqrt(len(labels)))))
+        save_png(out, grid(np.concatenate(parts), columns))
     for path in out.parent.glob(f"{out.name}.part*.npy"):
         path.unlink()
 
@@ -124,7 +125,7 @@ def join_parts(out: Path, world: World, labels: list[int]) -> None:
 
 
 def draw(
-    generator: Generator, out: Path, world: World, *, count: int = 64, steps: int = 1, batch_size: int = BATCH
+    generator: Generator, out: Path, world: World, *, count: int = COUNT, steps: int = 1, batch_size: int = BATCH
 ) -> float:
     """Write samples 0 to count - 1 of a model to `out`; returns the seconds that it took. All processes take part.
 
@@ -148,7 +149,7 @@ def draw(
         about = {"steps": steps, "w": generator.guidance, "seed": generator.seed, "labels": labels}
         write_atomically(out / ABOUT, json.dumps(about) + "\n")
     elif world.first:
-        join_parts(out, world, labels)
+        join_parts(out, world, labels, generator.columns(count))
     return seconds
 
 
@@ -157,15 +158,17 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
     command = parser()
     options = command.parse_args(argv)
     with command.failures(), command.bad_input(), parallel.process_group(options.device) as world:
-        require_at_least(1, count=options.count, steps=options.steps, batch_size=options.batch_size)
+        count: int = COUNT if options.count is None else options.count
+        require_at_least(1, count=count, steps=options.steps, batch_size=options.batch_size)
         generator = load_model(options, world, vae)
+        if options.out.suffix == ".png":
+            generator = generator.with_columns()
+            count = ROWS * len(generator.classes or ()) if options.count is None else count
         world.on_first(lambda: prepare(options.out, overwrite=options.overwrite))
-        seconds = draw(
-            generator, options.out, world, count=options.count, steps=options.steps, batch_size=options.batch_size
-        )
+        seconds = draw(generator, options.out, world, count=count, steps=options.steps, batch_size=options.batch_size)
         if world.first:
-            w, rate = f"w = {generator.guidance:g}", f"{options.count / seconds:.3g} images per second"
-            print(f"{options.out}: {options.count} images, {options.steps} steps each, {w}, {rate}")
+            w, rate = f"w = {generator.guidance:g}", f"{count / seconds:.3g} images per second"
+            print(f"{options.out}: {count} images, {options.steps} steps each, {w}, {rate}")
     return 0
 
 

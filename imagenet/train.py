@@ -2,6 +2,7 @@
 
     torchrun imagenet/train.py                                       digits, on a laptop, in minutes
     torchrun imagenet/train.py --resume                              go on with it, bit for bit
+    torchrun imagenet/train.py --init runs/imagenet/fm --out runs/imagenet/fm-then-tvm     from given weights
     torchrun imagenet/train.py cifar10 --data-path DATA --download
     torchrun --nproc-per-node 8 imagenet/train.py imagenet256-w2 --data-path LATENTS --accumulate 16      8 x 80 GB
     torchrun --nproc-per-node 8 imagenet/train.py synthetic --accumulate 16      throughput, without data
@@ -26,12 +27,12 @@ from imagenet.image_datasets import Data, load_data
 from imagenet.memory import check_memory, free_bytes
 from imagenet.parallel import World
 from imagenet.presets import PRESETS, RESUMABLE, Config
-from imagenet.report import draw_grid, write_report
+from imagenet.report import draw_grid, write_report, write_weights
 from imagenet.run import Run, stored_config
 from imagenet.training import Training
 from tvm_ref import command_line
 from tvm_ref.command_line import OneLineParser, add_options, given, option, require_at_least, require_free
-from tvm_ref.interruption import INTERRUPTED, Interruption
+from tvm_ref.interruption import INTERRUPTED, Interruption, SaveRequests
 from tvm_ref.objectives import TERMS
 
 GO_ON = "the same command with --resume goes on"
@@ -52,9 +53,10 @@ class Options:
     sample_every: int = option(200, "steps between sample grids")
     save_every: int = option(500, "steps between checkpoints")
     keep: int = option(3, "checkpoints that are kept, the newest")
+    snapshot_every: int = option(0, "steps between evaluation weights that stay, in snapshots/; 0: none")
 
     def __post_init__(self) -> None:
-        require_at_least(0, workers=self.workers)
+        require_at_least(0, workers=self.workers, snapshot_every=self.snapshot_every)
         for name in ("log_every", "sample_every", "save_every", "keep"):
             require_at_least(1, **{name: getattr(self, name)})
 
@@ -92,7 +94,8 @@ def prepare(
     resumed = resume and (out / checkpoints.CONFIG).exists()
     if resumed:
         of_preset = {} if preset == "digits" else dataclasses.asdict(PRESETS[preset])  # digits may be unsaid
-        config = stored_config(out, {k: v for k, v in of_preset.items() if k not in RESUMABLE} | changes)
+        kept = (*RESUMABLE, "steps", "init")  # as stored, where nothing else is said
+        config = stored_config(out, {k: v for k, v in of_preset.items() if k not in kept} | changes)
     else:
         require_free(out, (checkpoints.CONFIG,), ways="--resume")
     if config.batch_size % (world_size * config.accumulate):
@@ -121,10 +124,9 @@ def begin(preset: str, changes: dict[str, Any], options: Options, world: World) 
     if data is None:  # the first process has fetched it
         data = load_data(config, options.data_path)
     run = Run(out, Training(config, world), options.keep)
+    run.start()
     world.on_first(run.create)
-    if resumed:
-        run.load()
-    elif options.resume and world.first:
+    if not resumed and options.resume and world.first:
         print(f"{out} holds no run to resume: beginning one")
     return run, data
 
@@ -145,18 +147,21 @@ def train(run: Run, data: Data, options: Options) -> bool:
         disable=not world.first,
     )  # fmt: skip
     run.log.open()
-    with Interruption() as interruption, bar:
-        for batch in loader(batches, first, options.workers, pin=world.device.type == "cuda"):
-            metrics = training.train_step(batch, stop=interruption.requested)
+    with Interruption() as interruption, SaveRequests() as requests, bar:
+        for batch in run.log.timed(loader(batches, first, options.workers, pin=world.device.type == "cuda")):
+            metrics = training.train_step(batch, stop=interruption.requested, save=requests.take())
             step = training.step
             run.log.note(metrics)
             bar.update()
             if step % options.log_every == 0:
                 line = run.log.write(metrics)
-                bar.set_postfix({k: f"{line[k]:.3g}" for k in (*TERMS, "images_per_second", "gib")}, refresh=False)
+                shown = (*TERMS, "images_per_second", "data_wait", "gib")
+                bar.set_postfix({k: f"{line[k]:.3g}" for k in shown}, refresh=False)
             if step % options.sample_every == 0:
                 draw_grid(run.folder / "samples" / f"{step:08d}.png", training.generator(), world)
-            if step % options.save_every == 0:
+            if options.snapshot_every and step % options.snapshot_every == 0:
+                write_weights(run, run.snapshot(step))
+            if step % options.save_every == 0 or metrics.asked_to_save:
                 run.save()
                 saved = step
             if metrics.asked_to_stop:

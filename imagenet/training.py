@@ -25,11 +25,13 @@ class StepMetrics:
         losses: mean of each of TERMS over all processes.
         gradient_norm: before clipping.
         asked_to_stop: any process was asked to stop.
+        asked_to_save: any process was asked to save.
     """
 
     losses: tuple[float, float]
     gradient_norm: float
     asked_to_stop: bool
+    asked_to_save: bool
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -67,8 +69,13 @@ class Training:
         self.optimizer = make_optimizer(config, self._parameters)
         self.step = 0
 
-    def train_step(self, batch: Batch, *, stop: bool = False) -> StepMetrics:
-        """Take one step of algorithm 1 on this process's part of a batch; `stop`: this process was asked to stop.
+    def train_step(self, batch: Batch, *, stop: bool = False, save: bool = False) -> StepMetrics:
+        """Take one step of algorithm 1 on this process's part of a batch.
+
+        Args:
+            batch: this process's part.
+            stop: this process was asked to stop.
+            save: this process was asked to save.
 
         Raises:
             FloatingPointError: in every process, if a loss or gradient of any is NaN or infinite; the weights are those
@@ -90,7 +97,7 @@ class Training:
                 (terms.total.mean() / config.accumulate).backward()
             losses += torch.stack([getattr(terms, name).detach().mean() for name in TERMS]) / config.accumulate
         norm = self._clip()
-        metrics = self._gather_metrics(losses, norm, stop)  # NaN anywhere raises here, before the weights move
+        metrics = self._gather_metrics(losses, norm, stop, save)  # NaN anywhere raises here, before the weights move
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         self.optimizer.step()  # theta
@@ -104,24 +111,29 @@ class Training:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip or float("inf"), foreach=True)
         return parallel.full_tensor(norm)
 
-    def _gather_metrics(self, losses: Tensor, norm: Tensor, stop: bool) -> StepMetrics:
-        """Average losses and the gradient's norm over all processes, and learn whether any was asked to stop.
+    def _gather_metrics(self, losses: Tensor, norm: Tensor, stop: bool, save: bool) -> StepMetrics:
+        """Average losses and the gradient's norm over all processes; learn whether any was asked to stop or save.
 
         Raises:
             FloatingPointError: in every process, if any holds a number that is not finite.
         """
-        rows = self.world.all_gather([*losses.tolist(), float(norm), float(stop)])
+        rows = self.world.all_gather([*losses.tolist(), float(norm), float(stop), float(save)])
         for name, column in zip((*(f"{name} loss" for name in TERMS), "gradient"), rows.T, strict=False):
             bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
             if bad:
                 ranks = f"rank{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}"
                 raise FloatingPointError(f"step {self.step}: the {name} is NaN or infinite on {ranks}")
-        jump, flow_matching, gradient_norm, stops = rows.mean(0).tolist()
-        return StepMetrics((jump, flow_matching), gradient_norm, stops > 0)
+        jump, flow_matching, gradient_norm, stops, saves = rows.mean(0).tolist()
+        return StepMetrics((jump, flow_matching), gradient_norm, stops > 0, saves > 0)
 
     def generator(self) -> Generator:
         """Return the sampler of the evaluation weights, as sample.py has it by default."""
         return Generator(self.ema.module, self.config, self.world.device)
+
+    def load_initial(self, weights: dict[str, Tensor]) -> None:
+        """Start from weights, the state dict of a FlowMap: the model, the target's average and the evaluated one."""
+        for model in (self.model, self.target.module, self.ema.module):
+            model.load_state_dict(parallel.reshard(weights, model.state_dict()))
 
     def state_dict(self) -> dict[str, Any]:
         """Gather everything that continues this training, unsharded and on the CPU. All processes take part."""

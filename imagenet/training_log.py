@@ -2,12 +2,14 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from imagenet.batches import Batch
 from imagenet.training import StepMetrics, Training, learning_rate
 from tvm_ref.command_line import write_atomically
 from tvm_ref.objectives import TERMS
@@ -26,12 +28,14 @@ class Log:
         self.seconds = 0.0  # of training, in all programs that worked on it
         self.before = 0.0  # the part of that before this program
         self._sums, self._summed = [0.0] * len(TERMS), 0  # losses since the last line, and the number of steps
+        self._waited = 0.0  # seconds for data since the last line
         self._lines: Any = None
         self._board: Any = None
 
     def open(self) -> None:
         """Start the clock, and open the files; lines of train.jsonl beyond the training's step are removed."""
         self._first, self._started = self.training.step, time.perf_counter()
+        self._last_line = self._first, self.seconds  # step and clock at the last line, or at the start
         if not self.training.world.first:
             return
         path = self.folder / "train.jsonl"
@@ -52,6 +56,16 @@ class Log:
                 log.close()
         self._lines = self._board = None
 
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Iterate over batches, and add up how long each was waited for."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
     def note(self, metrics: StepMetrics) -> None:
         """Add a step's losses to the means of the next line, and read the clock."""
         self._sums = [a + b for a, b in zip(self._sums, metrics.losses, strict=True)]
@@ -59,21 +73,26 @@ class Log:
         self.seconds = self.before + time.perf_counter() - self._started
 
     def write(self, metrics: StepMetrics) -> dict[str, float]:
-        """Write a line, with the mean losses since the last one; returns it."""
+        """Write a line of what was since the last one: mean losses, speed, share of the time waited for data.
+
+        Returns the line.
+        """
         config, step, device = self.training.config, self.training.step, self.training.world.device
         cuda = device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(device) if cuda else psutil.Process().memory_info().rss
-        images = (step - self._first) * config.batch_size
+        steps, seconds = step - self._last_line[0], self.seconds - self._last_line[1]
         line = {
             "step": step,
             **{name: a / self._summed for name, a in zip(TERMS, self._sums, strict=True)},
             "gradient_norm": metrics.gradient_norm,
             "lr": learning_rate(config, step - 1),
-            "images_per_second": round(images / (self.seconds - self.before), 1),
+            "images_per_second": round(steps * config.batch_size / seconds, 1),
+            "data_wait": round(self._waited / seconds, 3),
             "gib": round(memory / 2**30, 3),
             "seconds": round(self.seconds, 3),
         }
         self._sums, self._summed = [0.0] * len(TERMS), 0
+        self._last_line, self._waited = (step, self.seconds), 0.0
         if self._lines is not None:
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()

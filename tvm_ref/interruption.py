@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 INTERRUPTED = 130  # exit status
 
 
+SAVE_SIGNALS = tuple(s for s in signal.Signals if s.name == "SIGUSR1")  # none on Windows
+
+
 def is_first_rank() -> bool:
     """Tell whether this process is the one that prints: the first under torchrun, or the only one."""
     return os.environ.get("RANK", "0") == "0"
@@ -34,6 +37,29 @@ class Interruption:
 
     def __exit__(self, *_: Any) -> None:
         self._restore()
+
+
+class SaveRequests:
+    """SIGUSR1, noted: a scheduler sends it some time before it ends a job, to save and go on."""
+
+    def __init__(self) -> None:
+        self._noted = False
+
+    def __enter__(self) -> "SaveRequests":
+        self._before = {s: signal.signal(s, self._note) for s in SAVE_SIGNALS}
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self._noted = True
+
+    def take(self) -> bool:
+        """Tell whether a signal came since this was last asked."""
+        noted, self._noted = self._noted, False
+        return noted
+
+    def __exit__(self, *_: Any) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
 
 
 def leave_at_once() -> None:

@@ -56,6 +56,7 @@ def measured(
 
 @pytest.mark.parametrize("state", ["trained", "random"])
 @pytest.mark.parametrize(("name", "seed"), [(name, i % 3) for i, name in enumerate(DISTRIBUTIONS)])
+@pytest.mark.slow
 def test_every_link_holds(name, state, seed):
     oracle = make_distribution(name)
     model = trained_model(name, seed) if state == "trained" else random_model(seed)
@@ -77,6 +78,7 @@ def test_a_violated_link_is_named():
     assert names == [f"displacement {name}" for name in ("terminal_velocity", "mean_square", "pathwise_one_sided")]
 
 
+@pytest.mark.slow
 def test_groenwall_holds_for_every_single_point():
     oracle = make_distribution("checkerboard")
     bound = measured(trained_model("checkerboard", 0), oracle, steps=256)
@@ -87,6 +89,7 @@ def test_groenwall_holds_for_every_single_point():
         assert (terms["displacement"] <= terms[name] + error).all(), name
 
 
+@pytest.mark.slow
 def test_with_signs_groenwall_is_an_identity():
     """d/ds e = <n, residuals> - m e, n the unit vector from Y to X, so e(0) = -int exp(int m) <n, a + b> ds.
 
@@ -126,6 +129,7 @@ def test_lipschitz_is_at_least_every_jacobian_and_every_ratio_seen():
             assert float(norms.max()) <= float(largest) * (1 + 1e-12)
 
 
+@pytest.mark.slow
 def test_reported_quadrature_error_covers_the_error():
     """Against a grid four times as fine; and the error falls with the square of the step."""
     oracle = make_distribution("moons")
@@ -139,6 +143,7 @@ def test_reported_quadrature_error_covers_the_error():
 # Known cases ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_oracle_has_no_error_and_its_loss_is_minus_c():
     oracle = make_distribution("moons")
     bound = measured(oracle, oracle, n=25)
@@ -179,6 +184,7 @@ class Affine(nn.Module):
 
 @pytest.mark.parametrize("t", [0.6, 1.0])
 @pytest.mark.parametrize("c", [0.8, -0.8], ids=["contracting", "expanding"])
+@pytest.mark.slow
 def test_gaussian_data_and_a_linear_network_have_closed_forms(c, t):
     """f = (s - t)(c x + d) and u_theta = c x + d, so m = -c and L = |c|; u and psi of one Gaussian are known."""
     mean, sigma, d = torch.tensor([0.3, -0.5], dtype=torch.float64), 0.8, (0.2, 0.6)
@@ -226,6 +232,7 @@ def test_lipschitz_constant_of_a_linear_network_is_its_slope():
     assert bound.path_length == pytest.approx(0.8, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_more_than_two_dimensions():
     oracle = GaussianMixture(torch.randn(5, 4), 0.5)
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from tests.imagenet.commands import status
 TINY = Config(data="synthetic", hidden_size=16, depth=1, heads=2, batch_size=4)
 
 
+@pytest.mark.slow
 def test_a_report_adds_up(tmp_path, capsys, monkeypatch):
     """Through the command and a process of its own; MFU is the least arithmetic over time over the device's rate."""
     monkeypatch.setitem(PRESETS, "digits", TINY)

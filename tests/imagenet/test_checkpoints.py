@@ -1,5 +1,6 @@
 """Checkpoints at every moment that a crash could choose, and weights that say what they need."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -72,6 +73,16 @@ def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, 
         save(folder, 4)
         assert [p.name for p in sorted(folder.iterdir())][-1] == "00000004"
         assert not list(folder.glob("*.partial")) + list(folder.glob("*.old"))
+
+
+def test_the_summary_is_that_of_the_file_though_it_is_not_read_again(tmp_path, monkeypatch):
+    """The hash is computed while writing: a state of 13.6 GB was once read again for it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_sha256", lambda path: pytest.fail("read again"))
+        path = save(tmp_path, 1)
+    summary, content = json.loads((path / "checkpoint.json").read_text()), (path / "state.pt").read_bytes()
+    assert summary["sha256"] == hashlib.sha256(content).hexdigest()
+    assert summary["bytes"] == len(content)
 
 
 def test_the_newest_are_kept(tmp_path):

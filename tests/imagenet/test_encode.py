@@ -81,6 +81,7 @@ def test_other_sizes_are_normalised_by_what_was_measured(source, tmp_path):
     assert (x.std(1) - 1).abs().max() < 0.03
 
 
+@pytest.mark.slow
 def test_the_paper_s_sizes_have_the_paper_s_constants(source, tmp_path):
     assert encode(source, tmp_path / "out", "--image-size", "256") == 0
     assert Latents(tmp_path / "out").normalisation == NORMALISATION[256]

@@ -1,6 +1,9 @@
 """One sampler of a model, for training, sampling and evaluating alike."""
 
 import json
+import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,3 +79,34 @@ def test_arguments_that_do_not_fit_the_model_are_refused(run):
     for bad in ({"classes": [10]}, {"w": 0.0}, {"seed": -1}):
         with pytest.raises(ValueError, match=f"--{next(iter(bad))} must"):
             load_generator(run, **bad)
+
+
+def test_the_readme_s_lines_from_weights_to_images(run, tmp_path, monkeypatch):
+    """As printed, on a run at the place that they name."""
+    (tmp_path / "runs" / "imagenet").mkdir(parents=True)
+    (tmp_path / "runs" / "imagenet" / "digits").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(evaluate.__file__).parent / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(from imagenet import .*?)```", readme, re.DOTALL)
+    assert sum(bool(line.strip()) for line in lines.splitlines()) == 3
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    assert names["images"].shape == (8, 8, 8, 3)
+    expected = load_generator(run, classes=[3, 8]).images(range(8), 1)
+    np.testing.assert_array_equal(names["images"], expected)
+    np.testing.assert_array_equal(
+        names["generator"].grid(), grid(load_generator(run, classes=[3, 8]).images(range(16), 1), 2)
+    )
+
+
+def test_a_grid_without_more_is_the_run_s_own(run, tmp_path):
+    assert sample.main([str(run), "--out", str(tmp_path / "a.png"), "--device", "cpu"]) == 0
+    expected = np.array(Image.open(run / "samples-1.png"))
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a.png")), expected)
+    np.testing.assert_array_equal(load_generator(run).grid(), expected)
+
+
+def test_of_many_classes_a_grid_shows_ten_evenly_spaced():
+    generator = Generator(randomise(build_model(Config(hidden_size=16, depth=1))), Config(classes=1000))
+    assert generator.with_columns().classes == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    assert generator.columns(64) == 8

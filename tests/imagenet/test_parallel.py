@@ -40,6 +40,7 @@ def alone():
     "kind",
     ["ddp", "ddp, two micro-batches", "ddp, checkpointing", "fsdp", "fsdp, two micro-batches", "fsdp, checkpointing"],
 )
+@pytest.mark.slow
 def test_two_processes_are_one(together, alone, kind):
     result = together[1][kind]
     for a, b in zip(result["metrics"], alone["metrics"], strict=True):

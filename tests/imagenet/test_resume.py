@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests.imagenet.commands import TINY, assert_same_run, command, losses, same
 from tests.imagenet.test_parallel import ROOT, torchrun
 
 
+@pytest.mark.slow
 def test_a_line_of_the_log_is_a_mean_though_the_interval_changed(tmp_path, whole, monkeypatch):
     """Resuming at step 53 with another interval once divided the sum of the wrong number of losses."""
     folder = tmp_path / "run"
@@ -29,6 +31,7 @@ def test_a_line_of_the_log_is_a_mean_though_the_interval_changed(tmp_path, whole
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.slow
 def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(tmp_path, whole, monkeypatch, capsys, stop):
     monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 52, stop))
     folder = tmp_path / "run"
@@ -44,7 +47,48 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(tmp_path, who
     assert_same_run(folder, whole[0])
 
 
+def test_sigusr1_saves_and_training_goes_on(tmp_path, whole, monkeypatch):
+    """A scheduler sends it some minutes before it ends a job."""
+    monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 52, signal.SIGUSR1))
+    folder = tmp_path / "run"
+    before = signal.getsignal(signal.SIGUSR1)
+    assert command(folder, "--steps", 120) == 0
+    assert [p.name for p in checkpoints.checkpoints(folder / "checkpoints")] == ["00000053", "00000120"]
+    assert same(*(state(a / "checkpoints" / "00000120") for a in (folder, whole[0])))
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_sigusr1_to_all_of_a_torchrun_saves_and_ends_nothing(tmp_path):
+    """As Slurm sends it to every process of a job step: torchrun itself must ignore it, by the README's trap."""
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--steps", "100000", "--save-every", "100000", "--workers", "1", "--out", str(folder)]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(ROOT / "imagenet" / "train.py")]
+    process = subprocess.Popen(
+        ["bash", "-c", f"trap '' USR1; {shlex.join([*line, *arguments])}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_for(process, lambda: (folder / "train.jsonl").exists() and (folder / "train.jsonl").stat().st_size > 0)
+        os.killpg(process.pid, signal.SIGUSR1)
+        wait_for(process, lambda: checkpoints.checkpoints(folder / "checkpoints"))
+        lines = len(losses(folder))
+        wait_for(process, lambda: len(losses(folder)) > lines)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(process, condition):
+    """Wait until a running process has brought about a condition."""
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_spares_the_processes_that_read_ahead(tmp_path, stop):
     """A terminal's Ctrl-C and torchrun's SIGTERM go to them too; they once died of it, and the trainer with them."""
     folder = tmp_path / "run"
@@ -65,6 +109,7 @@ def test_a_signal_to_the_whole_group_spares_the_processes_that_read_ahead(tmp_pa
     assert find_checkpoint(folder / "checkpoints")[0] is not None
 
 
+@pytest.mark.slow
 def test_ten_sigkills_at_random_moments_change_nothing(tmp_path, whole, forks):
     """In and out of checkpoint writing: every third step writes one, which takes a good part of the time."""
     reference, seconds = whole
@@ -93,6 +138,7 @@ def test_ten_sigkills_at_random_moments_change_nothing(tmp_path, whole, forks):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "corrupted", "no summary", "no state"])
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, whole, capsys, damage):
     folder = tmp_path / "run"
     assert command(folder, "--steps", 120, "--save-every", 50, "--keep", 5) == 0
@@ -124,6 +170,7 @@ def test_no_whole_checkpoint_left(tmp_path, capsys):
     assert "no other checkpoint is left" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_a_clear_error_and_the_last_good_checkpoint(tmp_path, whole, forks, monkeypatch):
     folder = tmp_path / "run"
     arguments = [*TINY, "--steps", "120", "--save-every", "60", "--out", str(folder)]
@@ -151,6 +198,7 @@ def test_resume_begins_where_there_is_nothing(tmp_path, capsys):
     assert "holds no run to resume: beginning one" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_processes_equals_one_and_one_goes_on_where_two_stopped(tmp_path, whole):
     """Another number of processes goes on with the same global batches: losses agree to rounding."""
     folder = tmp_path / "run"
@@ -169,6 +217,7 @@ def test_torchrun_on_two_processes_equals_one_and_one_goes_on_where_two_stopped(
         assert a[:3] == pytest.approx(b[:3], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_fsdp_saves_samples_and_goes_on_as_one_plain_process(tmp_path, whole):
     folder = tmp_path / "run"
     options = ["--steps", 120, "--parallel", "fsdp", "--sample-every", 20]

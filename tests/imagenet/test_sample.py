@@ -15,6 +15,7 @@ from imagenet.image_files import ImageFiles
 from imagenet.latents import NORMALISATION, decode
 from imagenet.noise import PRIOR, normal
 from imagenet.parallel import World
+from imagenet.pictures import grid
 from imagenet.presets import Config, build_model
 from imagenet.sample import main
 from tests.imagenet.commands import status
@@ -96,6 +97,7 @@ def test_processes_share_the_work(model, tmp_path, out, count, monkeypatch):
     assert not list(tmp_path.glob("*.part*"))
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_processes(model, tmp_path):
     draw(model, tmp_path / "one.npz", "--count", "5")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -117,10 +119,17 @@ def test_a_grid_holds_the_images(model, tmp_path):
     draw(model, tmp_path / "a.png", "--count", "10")
     draw(model, tmp_path / "a.npz", "--count", "10")
     sheet = np.array(Image.open(tmp_path / "a.png"))
-    factor = sheet.shape[1] // (4 * 9 + 1)
-    small = sheet[::factor, ::factor]  # 3 rows of 4, each pixel enlarged
-    assert small.shape == (3 * 9 + 1, 4 * 9 + 1, 3)
-    np.testing.assert_array_equal(small[10:18, 1:9], pixels(tmp_path / "a.npz")[4])
+    factor = sheet.shape[1] // (5 * 9 + 1)
+    small = sheet[::factor, ::factor]  # 2 rows of 5, a class per column, each pixel enlarged
+    assert small.shape == (2 * 9 + 1, 5 * 9 + 1, 3)
+    np.testing.assert_array_equal(small[10:18, 1:9], pixels(tmp_path / "a.npz")[5])
+
+
+def test_a_grid_has_eight_images_of_each_class_below_one_another(model, tmp_path):
+    """It once held 64 images in 8 columns, whatever the number of classes."""
+    assert draw(model, tmp_path / "a.png", "--classes", "4", "1") == 0
+    draw(model, tmp_path / "a.npz", "--classes", "4", "1", "--count", "16")
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a.png")), grid(pixels(tmp_path / "a.npz"), 2))
 
 
 def test_another_guidance_weight_warns_and_is_used(model, tmp_path, capsys):

@@ -14,14 +14,24 @@ from tests.imagenet.commands import command, losses, same
 def test_a_run_leaves_every_file(tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--steps", "6", "--batch-size", "16", "--hidden-size", "16", "--depth", "1", "--log-every", "2"]
-    assert train.main([*options, "--sample-every", "3", "--save-every", "4", "--out", str(folder)]) == 0
+    assert (
+        train.main(
+            [*options, "--sample-every", "3", "--save-every", "4", "--snapshot-every", "3", "--out", str(folder)]
+        )
+        == 0
+    )
     names = {p.name for p in folder.iterdir()} - {"tensorboard"}
     assert names == {
-        "config.json", "train.jsonl", "samples", "checkpoints", "weights.safetensors", "samples-1.png",
+        "config.json", "train.jsonl", "samples", "snapshots", "checkpoints", "weights.safetensors", "samples-1.png",
         "samples-4.png", "metrics.json",
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "samples").iterdir())] == ["00000003.png", "00000006.png"]
     assert [p.name for p in checkpoints.checkpoints(folder / "checkpoints")] == ["00000004", "00000006"]
+    snapshots = [folder / "snapshots" / f"{step:08d}.safetensors" for step in (3, 6)]
+    assert sorted((folder / "snapshots").iterdir()) == snapshots
+    first, last = (checkpoints.load_weights(path)[0].state_dict() for path in snapshots)
+    assert same(last, checkpoints.load_weights(folder)[0].state_dict())
+    assert not same(first, last)
     for picture in folder.rglob("*.png"):
         assert picture.read_bytes()[:4] == b"\x89PNG"
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -31,7 +41,7 @@ def test_a_run_leaves_every_file(tmp_path, capsys):
     assert metrics["steps"] == {"done": 6, "planned": 6}
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
-    assert all(line["images_per_second"] > 0 and line["gib"] > 0 for line in lines)
+    assert all(line["images_per_second"] > 0 and line["gib"] > 0 and 0 < line["data_wait"] < 1 for line in lines)
     out = capsys.readouterr().out
     assert "1 NFE: accuracy" in out
     assert str(folder) in out
@@ -41,6 +51,7 @@ def test_a_run_leaves_every_file(tmp_path, capsys):
     assert same({f"network.{k}": v for k, v in model.network.state_dict().items()}, stored)
 
 
+@pytest.mark.slow
 def test_logged_losses_are_means_since_the_line_before(whole, tmp_path):
     assert command(tmp_path / "fine", "--steps", 120, "--log-every", 1, "--save-every", 120) == 0
     fine = losses(tmp_path / "fine")
@@ -70,7 +81,8 @@ def test_a_run_is_never_overwritten_and_keeps_its_options(tmp_path, capsys):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     for options, complaint in (
         (["--steps", "4"], "already holds a run: --resume, or another --out"),
-        (["--steps", "5", "--resume"], "--resume keeps a run's options"),
+        (["--steps", "5", "--resume"], "has --steps 4, as its --schedule cosine was shaped by them"),
+        (["--lr", "1", "--resume"], "--resume keeps a run's options"),
     ):
         with pytest.raises(SystemExit) as stop:
             command(folder, *options)
@@ -114,6 +126,8 @@ BAD = {
     "latents without a folder": ["imagenet256-w2", "--attention", "plain"],
     "latents that are not there": ["imagenet256-w2", "--attention", "plain", "--data-path", "nowhere"],
     "cifar10 that is not there": ["cifar10", "--attention", "plain", "--data-path", "nowhere"],
+    "weights to start from that are not there": ["--init", "nowhere.safetensors"],
+    "a negative interval": ["--snapshot-every", "-1"],
     "data of another shape": ["--input-size", "16"],
     "more classes than said": ["--classes", "9"],
     "device that is not there": ["--device", "cuda:99"],

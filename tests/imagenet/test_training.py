@@ -80,6 +80,7 @@ def test_two_micro_batches_are_one_batch():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "soap"])
+@pytest.mark.slow
 def test_a_loaded_state_goes_on_bit_for_bit(optimizer):
     config = replace(SMALL, optimizer=optimizer)
     data = batches(config)
@@ -143,6 +144,7 @@ def test_bfloat16_keeps_float32_weights_and_comes_close():
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="compiling needs C++")
+@pytest.mark.slow
 def test_the_compiled_loss_is_the_loss():
     config = replace(SMALL, depth=1, clip=0.0)
     eager, compiled = make(config), make(replace(config, compile=True))

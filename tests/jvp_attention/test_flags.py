@@ -185,6 +185,7 @@ def a_mask(kind: str, b: int, h: int, n: int, m: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["drawn", "blocks", "rows"])
 @pytest.mark.parametrize(("shared", "split"), [((True, False), False), ((False, True), True)], ids=str)
+@pytest.mark.slow
 def test_masks(guarded, device, small_tiles, kind, shared, split):
     """[B or 1, H or 1, N, M]: pairs that are hidden have no part; a query that sees nothing gives zero."""
     small_tiles(16, 16, split=split)
@@ -226,6 +227,7 @@ def test_tiles_that_see_nothing_are_passed_over(device, small_tiles, monkeypatch
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("group", [2, 3])
+@pytest.mark.slow
 def test_groups_of_heads_share_keys(guarded, device, small_tiles, group, causal):
     """Heads h of q meet head h // group of k and v, whose gradients are sums over the group."""
     small_tiles(16, 16, split=causal)

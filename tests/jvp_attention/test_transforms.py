@@ -174,6 +174,7 @@ def test_plain_pytorch_is_right_or_refuses(name, options):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.slow
 def test_the_kernels_are_right_or_refuse(device, small_tiles, name):
     small_tiles(16, 16)
     x = problem(torch.float32, device, 1, 1, 2)
@@ -187,6 +188,7 @@ def test_the_kernels_are_right_or_refuse(device, small_tiles, name):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.slow
 def test_compiled_code_is_right_or_refuses(name):
     """Through the same dispatcher as the kernels, so what runs in the end does not matter."""
     x = problem(torch.float64, "cpu")

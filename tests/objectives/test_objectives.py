@@ -129,6 +129,7 @@ def test_two_micro_batches_make_one_batch():
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.slow
 def test_compiles_whole_and_equals_the_eager_objective(name):
     """Loss and gradients through torch.compile without a graph break: the JVP inside included."""
     torch.compiler.reset()  # what earlier tests compiled counts as recompilation of the same forward

@@ -36,11 +36,13 @@ def run(folder: Path, *options: str) -> int:
         ["--objective", "fm"],
         ["--objective", "meanflow", "--equal-share", "0.5"],
         ["--objective", "pid"],
+        ["--objective", "lsd", "--settings", "stops='none',learned_weight=True"],
         ["--conditional", "--dist", "eight_gaussians"],
         ["--conditional", "--w", "2", "--time-sampler", "trunc"],
     ],
     ids=lambda options: " ".join(options),
 )
+@pytest.mark.slow
 def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, options):
     assert run(tmp_path / "run", *options) == 0
     folder = tmp_path / "run"
@@ -82,6 +84,7 @@ def test_default_folder_is_named_after_the_options():
     assert ToyConfig(data="some/where/points.csv").name == "points"
 
 
+@pytest.mark.slow
 def test_a_run_is_never_overwritten_unasked(tmp_path, capsys):
     assert run(tmp_path) == 0
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -96,6 +99,7 @@ def test_a_run_is_never_overwritten_unasked(tmp_path, capsys):
     assert (tmp_path / "notes.txt").read_text() == "mine"  # only a run's own files are replaced
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_says_so_and_is_measured_again_only_for_other_points(tmp_path, capsys):
     assert run(tmp_path) == 0
     said = capsys.readouterr().out
@@ -123,6 +127,7 @@ def test_the_log_is_written_as_it_goes(tmp_path, monkeypatch):
     assert seen == [0] * 50 + [1] * 10
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_a_picture_is_drawn_again_on_resume(tmp_path):
     assert run(tmp_path) == 0
     weights = (tmp_path / "weights.safetensors").read_bytes()
@@ -192,6 +197,7 @@ def test_overwrite_spares_a_folder_that_merely_has_a_config(tmp_path, capsys):
     assert (tmp_path / "weights.safetensors").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_overwrite_looks_before_it_deletes_and_clears_what_was_measured_of_the_old_run(tmp_path, capsys):
     assert run(tmp_path) == 0
     (tmp_path / "bound.json").write_text("{}")
@@ -294,6 +300,7 @@ def test_divergence_ends_with_one_line_that_says_how_to_go_on(tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals; run it on Linux or macOS")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_path, sent):
     options = ["--steps", "800", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -334,6 +341,7 @@ def test_help_teaches(capsys, module):
     assert "default" in text
 
 
+@pytest.mark.slow
 def test_compare_writes_results_table_and_figure(tmp_path, capsys):
     options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
     options += ["--seconds", "0.1", "--seeds", "2", "--rates", "1e-3", "1e-2", "--out", str(tmp_path)]
@@ -343,8 +351,12 @@ def test_compare_writes_results_table_and_figure(tmp_path, capsys):
     for name, method in report["methods"].items():
         assert method["lr"] in (1e-3, 1e-2)
         assert [r["seed"] for r in method["runs"]] == [0, 1]
-        assert [r["lr"] for r in report["sweeps"][name]] == [1e-3, 1e-2]
-        assert set(method["runs"][0]["figures"]) == {str(n) for n in compare.NFES}
+        settings = compare.SETTINGS.get(name, ({},))
+        assert [r["lr"] for r in report["sweeps"][name]] == len(settings) * [1e-3, 1e-2]
+        assert method["setting"] in settings
+        assert method["at_edge"]
+        nfes = compare.NFES[:1] if name == "sCT" else compare.NFES
+        assert set(method["runs"][0]["figures"]) == {str(n) for n in nfes}
         budget = 100 / report["step_milliseconds"][name]
         assert method["steps"] == pytest.approx(budget, abs=1)
     assert (tmp_path / "error.png").read_bytes()[:4] == b"\x89PNG"
@@ -361,9 +373,22 @@ def test_best_rate_judges_each_method_at_the_nfe_that_it_is_for():
     for objective, best in (("tvm", 0.2), ("fm", 0.1)):
         diverged = {"objective": objective, "lr": 0.3, "figures": {}}
         results = [result(objective, 0.1, 2.0, 0.5), result(objective, 0.2, 1.0, 0.6), diverged]
-        assert compare.best_rate(results) == best
+        assert results[compare.best(results)]["lr"] == best
 
 
+def test_compare_takes_chosen_methods_and_marks_rates_at_the_edge(tmp_path, capsys):
+    options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60", "--jobs", "1"]
+    options += ["--seconds", "0.1", "--seeds", "1", "--rates", "1e-2", "--out", str(tmp_path)]
+    assert compare.main([*options, "--methods", "sCT", "flow matching"]) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert list(report["methods"]) == ["sCT", "flow matching"]
+    assert not report["methods"]["sCT"]["at_edge"]  # of one rate there is no edge
+    rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert rows["sCT"].count("(") == 1  # its model is for one step
+    assert rows["flow matching"].count("(") == 5
+
+
+@pytest.mark.slow
 def test_seeds_reports_median_and_worst(tmp_path, capsys):
     options = [*SMALL, "--dist", "moons", "circles", "--seeds", "3", "--out", str(tmp_path / "seeds.json")]
     assert seeds.main(options) == 0
@@ -443,12 +468,14 @@ COMMANDS = {
     "tvm_ref.toy": ["--lr", "-1"],
     "tvm_ref.toy.compare": ["--seconds", "0"],
     "tvm_ref.toy.seeds": ["--points", "1"],
+    "tvm_ref.toy.family": ["--samples", "1"],
     "tvm_ref.toy.benchmark": ["--width", "0"],
     "tvm_ref.bound": ["nowhere"],
 }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.slow
 def test_help_and_bad_options_answer_without_slow_imports(name):
     """Together they took three of five seconds."""
     code = f"""

@@ -36,6 +36,7 @@ def test_the_exact_network_is_the_exact_flow():
     torch.testing.assert_close(model.velocity(x, t), oracle.velocity(x, t), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_lagrangian_and_semigroup_losses_are_silent_at_the_solution_and_the_random_velocity_is_heard(monkeypatch):
     silent = ("TVM", "LSD", "ESD, stops convex", "PSD, midpoint")
     shown = [member for member in MEMBERS if member[0] in (*silent, "improved MeanFlow", "MeanFlow")]
@@ -117,6 +118,7 @@ def test_shares_of_jumps_are_those_of_the_law():
     assert length_shares(TimeSampler(), bins=10)[9] < 3e-3  # gap* rarely draws long jumps
 
 
+@pytest.mark.slow
 def test_the_noise_scale_is_that_of_gradients_sample_by_sample():
     """Mean and covariance of single samples' gradients, for one method; the estimates agree within their errors."""
     oracle = make_distribution("moons")
@@ -141,6 +143,7 @@ def test_the_noise_scale_is_that_of_gradients_sample_by_sample():
     assert scale == pytest.approx(float(expected), rel=0.5)
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_parts(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(family_measures, "MEMBERS", MEMBERS[:2])
     monkeypatch.setattr(family, "GAPS", (0.2, 0.8))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tvm_ref.objectives import OBJECTIVES
+from tvm_ref.time_samplers import TimeSampler
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.metrics import exact_samples, make_reference, paired_errors
@@ -16,6 +17,7 @@ VARIANTS = {
     "detached": {"detach_jvp": True},
     **{name: {"objective": name} for name in OBJECTIVES if name != "tvm"},
     "conditional": {"conditional": True},
+    "meanflow, unweighted": {"objective": "meanflow", "settings": "power=0"},  # on the plane its weight is biased
     "guided": {"conditional": True, "w": 2.0, "noise_share": 0.2},
 }
 
@@ -45,6 +47,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_a_stopped_run_continues_bit_for_bit(tmp_path, variant):
     """Through the files of the run folder, stopped in the middle of a block and between two lines of the log."""
     config = ToyConfig(**SMALL, **VARIANTS[variant])
@@ -96,7 +99,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_checkpoint(
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("variant", ["tvm", "pid", "meanflow", "fm", "detached"])
+@pytest.mark.parametrize("variant", ["tvm", "pid", "meanflow, unweighted", "fm", "detached"])
+@pytest.mark.slow
 def test_training_approaches_the_exact_flow(variant):
     """600 steps bring the distance to the exact map under two thirds of an untrained network's."""
     config = ToyConfig(**VARIANTS[variant], steps=600, batch_size=128, width=32, depth=3, ema=0.99, dist="circles")
@@ -110,6 +114,7 @@ def test_training_approaches_the_exact_flow(variant):
     assert float(after) < 2 / 3 * float(before)
 
 
+@pytest.mark.slow
 def test_a_guided_model_approaches_the_exact_guided_flow():
     config = ToyConfig(**VARIANTS["guided"], steps=800, batch_size=128, width=32, depth=3, ema=0.99)
     oracle = make_distribution("moons")
@@ -157,3 +162,38 @@ def test_folders_that_hold_no_finished_run_raise(tmp_path, prepare, message):
     prepare(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "meanflow", "settings": "power"}, "NAME=VALUE"),
+        ({"objective": "meanflow", "settings": "power=print(1)"}, "NAME=VALUE"),
+        ({"objective": "meanflow", "settings": "powr=1"}, "no setting 'powr'; it has power, eps"),
+        ({"objective": "meanflow", "settings": "power=-1"}, "power must not be negative"),
+        ({"objective": "meanflow", "settings": "power='a'"}, "--settings"),
+        ({"objective": "fm", "settings": "power=1"}, "it has none"),
+        ({"objective": "lsd", "settings": "null_label=3"}, "no setting"),
+        ({"objective": "lsd", "conditional": True, "w": 2.0}, "defines no guidance"),
+    ],
+)
+def test_bad_settings_of_an_objective_raise(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ToyConfig(**settings)
+
+
+def test_times_are_those_of_the_objectives_own_paper_unless_told():
+    for name, kind in OBJECTIVES.items():
+        assert ToyConfig(objective=name).sampler() == kind.default_times
+    config = ToyConfig(objective="meanflow", time_sampler="gap*", equal_share=0.5, noise_share=0.1)
+    assert config.sampler() == TimeSampler("gap*", share_equal=0.5, share_noise=0.1)
+    assert ToyConfig(objective="meanflow", time_sampler="clamp").sampler() == TimeSampler("clamp", share_equal=0.75)
+    assert ToyConfig(objective="meanflow", settings="power=0").name == "moons-meanflow-power=0"
+
+
+def test_a_learned_weight_is_trained_beside_the_model():
+    config = ToyConfig(**SMALL, objective="lsd", settings="learned_weight=True", lr=0.1)
+    training = Training(config, make_distribution("moons"))
+    for _ in range(20):
+        training.train_step()
+    assert float(training.objective.weight.output.bias.detach().abs()) > 1e-3

@@ -64,6 +64,7 @@ def test_there_are_seven():
 
 @each
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the Jupyter client; the kernel has filters of its own
+@pytest.mark.slow
 def test_it_runs_and_a_reader_sees_no_warning(path):
     notebook = with_solutions(read(path))
     client = NotebookClient(notebook, timeout=10 * SECONDS, resources={"metadata": {"path": path.parent}})

@@ -100,6 +100,7 @@ class Objective(nn.Module):
 
     Attributes:
         learns_jumps: whether f(x, t, s) is trained for s < t; without, a model takes Euler steps (see stepper).
+        learns_all_jumps: whether that holds for every s; without, only for s = 0, and a model is for one step.
         has_guidance: whether the method's paper defines guidance (classifier-free, inside the target).
         default_times: the law of times that the method's paper trains with.
 
@@ -108,6 +109,7 @@ class Objective(nn.Module):
     """
 
     learns_jumps: ClassVar[bool] = True
+    learns_all_jumps: ClassVar[bool] = True
     has_guidance: ClassVar[bool] = True
     default_times: ClassVar[TimeSampler] = TimeSampler()
 

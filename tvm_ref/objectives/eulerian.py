@@ -118,6 +118,7 @@ class ContinuousConsistency(ResidualObjective):
     """
 
     has_guidance = False
+    learns_all_jumps = False
     default_times = TimeSampler("trunc", first=(-0.3, 1.4))
     one_term = True
 

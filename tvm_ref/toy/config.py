@@ -1,12 +1,16 @@
 """The toy's settings: one frozen dataclass, each field with its reason, which is also its --help."""
 
-from dataclasses import dataclass
+import ast
+import inspect
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tvm_ref.command_line import check_types, flag, option, require_at_least
-from tvm_ref.objectives import OBJECTIVES
+from tvm_ref.objectives import OBJECTIVES, Objective
 from tvm_ref.time_samplers import TIME_SAMPLERS, TimeSampler
 from tvm_ref.toy.distributions import DISTRIBUTIONS
 
@@ -27,6 +31,7 @@ class ToyConfig:
     objective: str = option(
         "tvm", "what to minimise: TVM, or a relative (tvm_ref/objectives/README.md)", choices=tuple(OBJECTIVES)
     )
+    settings: str = option("", "the objective's own settings, NAME=VALUE,... as power=0 or stops='none'")
     detach_jvp: bool = option(False, "TVM without gradients through the JVP: cheaper, biased (paper, sec. 7.4)")
     conditional: bool = option(False, "condition on the class (moons, circles and eight_gaussians have classes)")
     w: float = option(1.0, "classifier-free guidance weight, with --conditional (paper, eq. 15)")
@@ -35,7 +40,10 @@ class ToyConfig:
     width: int = option(64, "units per hidden layer of the network")
     depth: int = option(4, "hidden layers of the network")
     lr: float = option(7e-3, "peak learning rate of SOAP: linear warm-up, then cosine to zero")
-    time_sampler: str = option("gap*", "how times are drawn (paper, sec. 7.3)", choices=tuple(TIME_SAMPLERS))
+    time_sampler: str = option(
+        "own", "how times are drawn (paper, sec. 7.3); own: as the objective's paper does, gap* in TVM",
+        choices=("own", *TIME_SAMPLERS),
+    )  # fmt: skip
     noise_share: float = option(
         0.0, "share of samples whose jump starts at t = 1, where one-step sampling does (not in the paper)"
     )
@@ -60,6 +68,7 @@ class ToyConfig:
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{flag(name)} must lie in [0, 1], got {value}")
         self.sampler()  # refuses shares that exceed 1 together
+        self.make_objective(torch.nn.Identity(), null_label=0 if self.guided else None)  # refuses bad settings
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must lie in [0, 2^63), got {self.seed}")
         if self.guided and not self.conditional:
@@ -82,16 +91,43 @@ class ToyConfig:
 
     def sampler(self) -> TimeSampler:
         """Make the sampler of training's times."""
-        share_equal = self.equal_share
-        if share_equal is None:
-            share_equal = OBJECTIVES[self.objective].default_times.share_equal
-        return TimeSampler(self.time_sampler, share_equal=share_equal, share_noise=self.noise_share)
+        own = OBJECTIVES[self.objective].default_times
+        share = own.share_equal if self.equal_share is None else self.equal_share
+        law = own if self.time_sampler == "own" else TimeSampler(self.time_sampler)
+        return replace(law, share_equal=share, share_noise=self.noise_share)
+
+    def make_objective(self, model: Any, null_label: int | None) -> Objective:
+        """Make the objective with its settings.
+
+        Raises:
+            ValueError: settings that cannot be read, or that the objective does not have.
+        """
+        kind = OBJECTIVES[self.objective]
+        options: dict[str, Any] = {"detach_jvp": True} if self.detach_jvp else {}
+        try:
+            call = ast.parse(f"dict({self.settings})", mode="eval").body
+            if not isinstance(call, ast.Call) or call.args:
+                raise ValueError(self.settings)
+            options |= {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        except (SyntaxError, ValueError):
+            raise ValueError(f"--settings must read NAME=VALUE,...; got {self.settings!r}") from None
+        known = [name for name in inspect.signature(kind).parameters if name not in ("flow_map", "null_label")]
+        for name in options:
+            if name not in known:
+                raise ValueError(
+                    f"--objective {self.objective} has no setting {name!r}; it has {', '.join(known) or 'none'}"
+                )
+        try:
+            return kind(model, null_label=null_label, **options)
+        except TypeError as error:
+            raise ValueError(f"--settings: {error}") from None
 
     @property
     def name(self) -> str:
         """The default name of the run's folder: that of the data, and what differs from plain TVM."""
         parts = [Path(self.data).stem if self.data is not None else self.dist]
         parts += [self.objective] if self.objective != "tvm" else []
+        parts += [re.sub(r"[^\w.=]+", "-", self.settings).strip("-")] if self.settings else []
         parts += ["detached"] if self.detach_jvp else []
         parts += ["conditional"] if self.conditional else []
         parts += [f"w{self.w:g}"] if self.guided else []

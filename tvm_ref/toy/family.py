@@ -29,9 +29,8 @@ from tvm_ref.command_line import (
 )
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.time_samplers import TimeSampler
-from tvm_ref.toy import family_measures, plots
+from tvm_ref.toy import family_measures
 from tvm_ref.toy.config import ToyConfig, use_one_thread
-from tvm_ref.toy.family_plots import DIMS, plot_family, plot_measured
 from tvm_ref.toy.mixture import GaussianMixture
 from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.training import Training
@@ -39,6 +38,7 @@ from tvm_ref.toy.training import Training
 PARTS = ("picture", "noise", "cost", "bias", "jumps", "scale")
 COORDINATES = {"masses 0.8 and 0.2": 0.8, "masses 0.5 and 0.5": 0.5}  # of a coordinate's two values
 LAWS = {"gap*": TimeSampler(), "two uniform times": TimeSampler("triangle"), "MeanFlow's": TimeSampler("sorted")}
+DIMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GAPS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
 
 
@@ -108,6 +108,16 @@ def scale_table(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def draw(report: dict[str, Any], out: Path, *, picture: bool) -> None:
+    """Draw what was measured, and the family's picture if it is asked for."""
+    from tvm_ref.toy import family_plots, plots  # matplotlib, which --help need not wait for
+
+    if picture:
+        plots.save_figure(family_plots.plot_family(), out / "family.png")
+    if set(report) - {"cost"}:
+        plots.save_figure(family_plots.plot_measured(report), out / "measured.png")
+
+
 def parser() -> OneLineParser:
     """Make the command line."""
     p = OneLineParser("python -m tvm_ref.toy.family", __doc__)
@@ -136,10 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     with command.failures():
         report = measure(list(arguments.parts), config, distribution, arguments.samples, tuple(arguments.dims))
         write_atomically(out / "results.json", json.dumps({"dist": config.name, **report}, indent=2) + "\n")
-        if "picture" in arguments.parts:
-            plots.save_figure(plot_family(), out / "family.png")
-        if set(report) - {"cost"}:
-            plots.save_figure(plot_measured(report), out / "measured.png")
+        draw(report, out, picture="picture" in arguments.parts)
     print(out)
     return 0
 

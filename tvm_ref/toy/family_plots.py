@@ -10,8 +10,6 @@ from matplotlib.figure import Figure
 
 from tvm_ref.toy import plots
 
-DIMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-
 
 def _triangle(ax: Axes, title: str, members: str) -> None:
     """Draw the triangle 0 <= s <= t <= 1, its diagonal, and names."""

@@ -190,9 +190,9 @@ def plot_errors(errors: Mapping[str, Sequence[Sequence[float]]], nfes: Sequence[
     `errors` holds, by method and NFE, a paired RMSE per seed.
     """
     figure, (ax,) = make_figure(1, plane=False)
-    figure.set_size_inches(8, 5)
-    styles = zip("os^Dv", (BLUE, SKY, PINK, GREEN, ORANGE), strict=True)
-    for (name, values), (marker, colour) in zip(errors.items(), styles, strict=True):
+    figure.set_size_inches(9, 6)
+    styles = zip("os^DvPX*<>hdp", 2 * (BLUE, SKY, PINK, GREEN, ORANGE, GREY, RED), strict=False)
+    for (name, values), (marker, colour) in zip(errors.items(), styles, strict=False):
         ax.plot(nfes, [statistics.median(v) for v in values], marker=marker, color=colour, label=name)
         ax.fill_between(nfes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
     ax.set(xscale="log", yscale="log", xlabel="function evaluations (NFE)", ylabel="paired RMSE to the exact flow map")
@@ -202,5 +202,5 @@ def plot_errors(errors: Mapping[str, Sequence[Sequence[float]]], nfes: Sequence[
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.grid(alpha=0.3)
     ax.set_title(title)
-    ax.legend(fontsize=11)
+    ax.legend(fontsize=10, ncols=2)
     return figure

@@ -11,7 +11,7 @@ from torch import Tensor
 from tvm_ref.ema import EMA
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition, drop_labels
-from tvm_ref.objectives import OBJECTIVES, TERMS, LossTerms, Objective
+from tvm_ref.objectives import TERMS, LossTerms
 from tvm_ref.sampling import Jump, stepper
 from tvm_ref.seeding import generator as generator_of
 from tvm_ref.time_samplers import Times
@@ -79,7 +79,9 @@ class Training:
         self.distribution = distribution
         torch.manual_seed(config.seed)
         self.model = FlowMap(self._make_network(), scaled=config.guided).to(config.device)
-        self.objective = self._make_objective()
+        self.objective = config.make_objective(self.model, distribution.num_classes if config.guided else None).to(
+            config.device
+        )
         self.target = EMA(self.model, config.target_ema)
         self.ema = EMA(self.model, config.ema)
         self.optimizer = SOAP(
@@ -93,11 +95,6 @@ class Training:
     def _make_network(self) -> ToyNetwork:
         classes = self.distribution.num_classes if self.config.conditional else 0
         return ToyNetwork(self.distribution.dim, classes, self.config.width, self.config.depth)
-
-    def _make_objective(self) -> Objective:
-        null_label = self.distribution.num_classes if self.config.guided else None
-        options: dict[str, Any] = {"detach_jvp": True} if self.config.detach_jvp else {}
-        return OBJECTIVES[self.config.objective](self.model, null_label=null_label, **options)
 
     def batch(self, step: int) -> Batch:
         """Return the data of a step."""
