@@ -17,6 +17,7 @@ only against the same reference.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from imagenet.inception import Extractor, Features, Inception
 from imagenet.metrics import frechet_distance, gaussian_statistics
 from imagenet.model_options import add_model_options, load_model
 from imagenet.parallel import World
-from imagenet.references import Reference, read_reference
+from imagenet.references import Reference, check_reference, read_reference
 from tvm_ref.command_line import OneLineParser, require_at_least, require_new, run, write_atomically
 
 LEAST = 10  # images: the inception score is a mean over as many parts
@@ -59,12 +60,18 @@ def parser() -> OneLineParser:
 # Measuring ----------------------------------------------------------------------------------------------------------
 
 
-def extract(images: Iterable[Tensor], count: int, extractor: Extractor, what: str) -> Features:
-    """Extract features of `count` images that come in batches uint8 [B, 3, H, W], with a progress bar."""
-    found = []
+def extract(images: Iterable[Tensor], count: int, extractor: Extractor, what: str, reference: Reference) -> Features:
+    """Extract features of `count` images that come in batches uint8 [B, 3, H, W], with a progress bar.
+
+    Raises:
+        ValueError: those of the first batch cannot be measured against the reference.
+    """
+    found: list[Features] = []
     with tqdm(total=count, unit="image", desc=what) as bar:
         for batch in images:
             found.append(extractor(batch))
+            if len(found) == 1:
+                check_reference(reference, found[0])
             bar.update(len(batch))
     return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
@@ -120,6 +127,8 @@ def stored_images(source: Path, count: int | None, size: int) -> Candidates:
         ValueError, OSError: no images there, or too few.
     """
     images = ImageFiles(source)
+    if images.warning is not None:
+        print(images.warning, file=sys.stderr)
     count = count or len(images)
     if count > len(images):
         raise ValueError(f"{source} holds {len(images)} images, fewer than --count {count}")
@@ -142,10 +151,10 @@ def measure(candidates: Candidates, reference: Reference, extractor: Extractor, 
     """
     real = None
     if reference.images is not None:
-        real = extract(reference.images.batches(size), len(reference.images), extractor, "reference")
+        real = extract(reference.images.batches(size), len(reference.images), extractor, "reference", reference)
         reference = reference.completed(real)
     measured = {
-        name: {"samples": count, **figures(extract(images, count, extractor, name), reference, real)}
+        name: {"samples": count, **figures(extract(images, count, extractor, name, reference), reference, real)}
         for name, (images, count) in candidates.items()
     }
     about = {"name": reference.name, "images": len(reference.images) if reference.images else None}
@@ -195,6 +204,8 @@ def measure_asked(
     if world.size > 1:
         raise ValueError("this runs as one process; sample.py under torchrun draws images faster")
     require_new(options.out)
+    if options.out is not None:  # a folder that cannot be made is noticed before the work
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     about, size = {"source": options.source.name}, options.batch_size
     generator = load_model(options, world, vae) if is_model(options.source) else None
     if options.reference is None:

@@ -3,8 +3,11 @@
 import math
 import os
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -14,15 +17,37 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from imagenet.pickle_scan import shown
 from imagenet.pictures import Pixels
+from tvm_ref.command_line import first_line
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}  # of a GIF the first image
+NOTES = {".json", ".txt", ".csv", ".md"}  # that may lie beside images without a word
+DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+)  # what a reader raises
+BOMBS = Image.DecompressionBombError, Image.DecompressionBombWarning  # images of too many pixels
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"  # as in the .npz files of ADM
 
 
 def is_image(path: Path) -> bool:
     """Tell whether a file's name is that of a picture."""
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+
+
+def left_out(paths: Iterable[Path]) -> str | None:
+    """Say which files are neither images nor notes beside them; None if there are no such files."""
+    kinds = Counter(p.suffix.lower() for p in paths if not is_image(p) and not p.name.startswith("."))
+    kinds = Counter({kind: n for kind, n in kinds.items() if kind not in NOTES})
+    if not kinds:
+        return None
+    named = ", ".join(shown(kind or "none") for kind, _ in kinds.most_common(5))
+    return f"warning: {kinds.total()} files are left out, as they are no images by their endings ({named})"
 
 
 # Out ----------------------------------------------------------------------------------------------------------------
@@ -72,8 +97,10 @@ class ImageFiles:
     def __init__(self, source: Path):
         self.source = source
         self._paths: list[Path] = []
+        self.warning: str | None = None  # of files that are left out
         if source.is_dir():
-            self._paths = sorted(path for path in source.rglob("*") if is_image(path))
+            files = [path for path in source.rglob("*") if path.is_file()]
+            self._paths, self.warning = sorted(path for path in files if is_image(path)), left_out(files)
             self.count = len(self._paths)
         elif source.suffix == ".npz" and source.is_file():
             self.count = _npz_shape(source)[0]
@@ -98,16 +125,11 @@ class ImageFiles:
 
     def _from_folder(self, size: int, count: int) -> Iterator[Pixels]:
         """Read the first `count` images of the folder."""
-        shape = None
+        h, w, _ = read_image(self._paths[0]).shape
         with ThreadPoolExecutor() as pool:
             for start in range(0, count, size):
                 paths = self._paths[start : min(start + size, count)]
-                images = list(pool.map(read_image, paths))
-                shape = shape or images[0].shape
-                for path, (h, w, _) in zip(paths, (image.shape for image in images), strict=True):
-                    if (h, w) != shape[:2]:
-                        raise ValueError(f"{path} is {w} x {h}, and others are {shape[1]} x {shape[0]}")
-                yield np.stack(images)
+                yield np.stack(list(pool.map(partial(read_image, size=(w, h)), paths)))
 
     def _from_npz(self, size: int, count: int) -> Iterator[Pixels]:
         """Read the first `count` images of the .npz file."""
@@ -118,22 +140,29 @@ class ImageFiles:
                 try:
                     data = bytearray(stream.read(n * math.prod(shape[1:])))
                     batch = np.frombuffer(data, np.uint8).reshape(n, *shape[1:])
-                except (zipfile.BadZipFile, EOFError, ValueError) as error:
-                    raise ValueError(f"{self.source} is damaged: {error}") from None
+                except (*DAMAGED, ValueError) as error:
+                    raise ValueError(f"{self.source} is damaged: {shown(first_line(error))}") from None
                 yield batch
 
 
-def read_image(path: Path) -> Pixels:
+def read_image(path: Path, size: tuple[int, int] | None = None) -> Pixels:
     """Read one image [H, W, 3].
 
+    Args:
+        path: the file.
+        size: width and height that it must have; others are refused before they are decoded.
+
     Raises:
-        ValueError: it cannot be decoded.
+        ValueError: it cannot be decoded, or is of another size.
     """
     try:
         with Image.open(path) as image:
+            if size is not None and image.size != size:
+                w, h = image.size
+                raise ValueError(f"it is {w} x {h}, and others are {size[0]} x {size[1]}")
             return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, MemoryError, *BOMBS) as error:
+        raise ValueError(f"{path} cannot be read: {shown(first_line(error), 200)}") from None
 
 
 def _npz_shape(path: Path) -> tuple[int, ...]:
@@ -141,10 +170,10 @@ def _npz_shape(path: Path) -> tuple[int, ...]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
             return _read_header(path, stream)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
     except KeyError:
         raise ValueError(f"{path} holds no images (an array {NPZ_IMAGES}, uint8 [N, H, W, 3])") from None
+    except DAMAGED as error:
+        raise ValueError(f"{path} is damaged: {shown(first_line(error))}") from None
 
 
 def _read_header(path: Path, stream: IO[bytes]) -> tuple[int, ...]:

@@ -26,10 +26,10 @@ class Refused(ValueError):
     """A pickle asks for something that its readers do not give."""
 
 
-def shown(text: str) -> str:
+def shown(text: str, letters: int = SHOWN) -> str:
     """Shorten a text out of a file, and escape what would steer the terminal that it is printed on."""
-    text = repr(text[: SHOWN + 1])[1:-1]
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    text = repr(text[: letters + 1])[1:-1]
+    return text if len(text) <= letters else f"{text[:letters]}..."
 
 
 class Bounded:

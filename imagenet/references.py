@@ -63,11 +63,11 @@ def read_reference(path: Path) -> Reference:
 
 
 def check_reference(reference: Reference, features: Features) -> None:
-    """Check that the features of some images can be measured against a reference, before many are made.
+    """Check that features can be measured against a reference: those of the first images, before many are made.
 
     Args:
         reference: what to measure against.
-        features: of any image, for their sizes.
+        features: of some images, for their sizes.
 
     Raises:
         ValueError: statistics of another size than the features', or a matrix that is no covariance.

@@ -15,6 +15,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from imagenet import sample
 from imagenet.evaluate import figures, main
+from imagenet.generator import Generator
 from imagenet.inception import Features
 from imagenet.metrics import frechet_distance, gaussian_statistics, precision_recall
 from imagenet.references import Reference
@@ -166,7 +167,8 @@ def test_inception_is_never_replaced(images, real, capsys, monkeypatch, tmp_path
         (("--reference", "real", "--count", "9"), "--count must be at least 10"),
         (("--reference", "real", "--steps", "0"), "--steps must be at least 1"),
         (("--reference", "real", "--out", "real"), "exists already; choose another --out"),
-        (("--reference", "small.npz"), "of one size"),
+        (("--reference", "small.npz"), "small.npz holds statistics of 2 numbers, where pool features have 11"),
+        (("--reference", "real", "--out", "/proc/none/report.json"), "No such file or directory"),
     ],
 )
 def test_bad_input_ends_with_one_line(images, real, tmp_path, capsys, monkeypatch, more, message):
@@ -176,6 +178,36 @@ def test_bad_input_ends_with_one_line(images, real, tmp_path, capsys, monkeypatc
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("evaluate.py: error: ")
     assert message in err
+
+
+def test_a_reference_that_does_not_fit_is_noticed_after_the_first_images(model, tmp_path, capsys, monkeypatch):
+    drawn = []
+    images = Generator.images
+    monkeypatch.setattr(Generator, "images", lambda self, n, steps: drawn.append(len(n)) or images(self, n, steps))
+    np.savez(tmp_path / "small.npz", mu=np.zeros(2), sigma=np.eye(2))
+    np.savez(tmp_path / "skew.npz", mu=np.zeros(11), sigma=np.triu(np.ones((11, 11))))
+    for name, message in (("small", "statistics of 2 numbers"), ("skew", "must be symmetric")):
+        arguments = [str(model), "--reference", str(tmp_path / f"{name}.npz"), "--device", "cpu"]
+        assert status(main, [*arguments, "--batch-size", "16"], extractor=linear) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert drawn == [16, 16]
+
+
+def test_a_folder_for_the_report_is_made(images, real, tmp_path):
+    out = tmp_path / "not" / "there" / "report.json"
+    assert main([str(images), "--reference", str(real), "--out", str(out)], extractor=linear) == 0
+    assert out.is_file()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate"), MemoryError()])
+def test_memory_that_runs_out_ends_with_one_line(model, real, capsys, monkeypatch, error):
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Generator, "samples", full)
+    capsys.readouterr()
+    assert status(main, [str(model), "--reference", str(real), "--device", "cpu"], extractor=linear) in (1, 2)
+    assert "evaluate.py: error: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_hostile_references_are_refused(images, tmp_path, capsys):

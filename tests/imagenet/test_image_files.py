@@ -1,8 +1,10 @@
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from imagenet.image_files import ImageFiles, save_png, write_npz
 
@@ -82,8 +84,52 @@ def test_what_holds_no_images_is_named(tmp_path, make, message):
 
 def test_images_that_cannot_be_read_or_differ_in_size_are_named(folder):
     save_png(folder / "003.png", PIXELS[3, :4])
-    with pytest.raises(ValueError, match=r"003.png is 6 x 4, and others are 6 x 5"):
+    with pytest.raises(ValueError, match=r"003.png cannot be read: it is 6 x 4, and others are 6 x 5"):
         list(ImageFiles(folder).batches(2))
     cut(folder / "002.png")
     with pytest.raises(ValueError, match=r"002.png cannot be read"):
         list(ImageFiles(folder).batches(2))
+
+
+def bomb(path: Path) -> None:
+    """A PNG of 100 bytes that says that it has 10^10 pixels."""
+    save_png(path, np.zeros((1, 1, 3), np.uint8))
+    data = bytearray(path.read_bytes())
+    data[16:24] = (100_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+def test_an_image_of_too_many_pixels_is_named(folder):
+    bomb(folder / "000.png")
+    with pytest.raises(ValueError, match=r"000.png cannot be read: Image size .* exceeds limit"):
+        list(ImageFiles(folder).batches(2))
+
+
+def test_an_image_of_another_size_is_refused_before_it_is_decoded(folder, monkeypatch):
+    """64 photographs of 100 megapixels among samples would fill the memory before their sizes were compared."""
+    save_png(folder / "004.png", np.zeros((50, 50, 3), np.uint8))
+    decoded = []
+    monkeypatch.setattr(Image.Image, "convert", lambda self, mode: decoded.append(self.size) or self)
+    with pytest.raises(ValueError, match="it is 50 x 50"):
+        list(ImageFiles(folder).batches(2))
+    assert (50, 50) not in decoded
+
+
+@pytest.mark.parametrize("ending", ["tif", "tiff", "gif"])
+def test_tiff_and_gif_are_images(tmp_path, ending):
+    """They once were skipped without a word."""
+    Image.fromarray(PIXELS[0]).save(tmp_path / f"a.{ending}")
+    with Image.open(tmp_path / f"a.{ending}") as stored:
+        expected = np.array(stored.convert("RGB"))
+    found = next(ImageFiles(tmp_path).batches(1))[0].permute(1, 2, 0)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_files_that_are_no_images_are_counted(folder):
+    assert ImageFiles(folder).warning is None  # notes.txt is a note
+    for name in ("a.heic", "b.HEIC", "c.jp2", "noend", ".hidden"):
+        (folder / name).write_text("")
+    assert ImageFiles(folder).warning == (
+        "warning: 4 files are left out, as they are no images by their endings (.heic, .jp2, none)"
+    )
