@@ -214,14 +214,8 @@ def test_resume_begins_where_there_is_nothing(tmp_path, capsys):
 def test_torchrun_on_two_processes_equals_one_and_one_goes_on_where_two_stopped(tmp_path, whole):
     """Another number of processes goes on with the same global batches: losses agree to rounding."""
     folder = tmp_path / "run"
-    poison = tmp_path / "interrupted.py"
-    poison.write_text(
-        "import sys\nfrom imagenet import train\nfrom imagenet.training import Training\n"
-        "from tests.imagenet.commands import stopping_at\n"
-        "Training.train_step = stopping_at(Training.train_step, 60)\nsys.exit(train.main())\n"
-    )
     options = [*TINY, "--steps", "120", "--save-every", "1000", "--out", str(folder)]
-    done = torchrun(poison, *options)
+    done = torchrun("-m", "tests.imagenet.interrupted", *options, cwd=ROOT)
     assert "stopped at step 61, and saved" in done.stdout, done.stderr[-3000:]
     assert done.stdout.count("stopped at step") == 1  # one process speaks
     assert train.main([*options, "--resume"]) == 0

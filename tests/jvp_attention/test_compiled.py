@@ -19,7 +19,7 @@ LARGEST_SHARED = 227  # KiB per block, sm_90
 def compiled(file: Path, *options: str) -> list[dict]:
     """The figures of the default kernels in bfloat16, by a process of its own, where nothing is interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(file.parent / "cache")}
+    environment |= {"TRITON_CACHE_DIR": str(file.parent / "cache")}
     command = [sys.executable, "-m", "jvp_attention.compile_report", "--json", str(file), *options]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr

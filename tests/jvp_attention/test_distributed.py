@@ -24,7 +24,6 @@ def test_two_processes_have_the_gradients_of_one(kind, tmp_path):
         "TRITON_INTERPRET": "1",  # on the CPU, with gloo, also where there is a GPU
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
     }
     # as a module: beside the script lies a folder that is called jvp_attention as well
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed_attention", kind, str(tmp_path / "store")]
