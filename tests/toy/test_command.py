@@ -1,11 +1,14 @@
 import contextlib
 import io
 import json
+import math
+import multiprocessing
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tvm_ref.toy import __main__ as command
-from tvm_ref.toy import benchmark, compare, plots, seeds
+from tvm_ref.toy import benchmark, compare, plots, seeds, sweep
 from tvm_ref.toy import training as training_module
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
@@ -354,25 +357,86 @@ def test_help_teaches(capsys, module):
 def test_compare_writes_results_table_and_figure(tmp_path, capsys):
     options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
     options += ["--seconds", "0.1", "--seeds", "2", "--rates", "1e-3", "1e-2", "--out", str(tmp_path)]
-    assert compare.main(options) == 0
+    chosen = ["TVM", "LSD", "sCT", "flow matching"]
+    assert compare.main([*options, "--methods", *chosen]) == 0
     report = json.loads((tmp_path / "results.json").read_text())
-    assert set(report["methods"]) == set(compare.METHODS)
+    assert list(report["methods"]) == chosen
     for name, method in report["methods"].items():
-        assert method["lr"] in (1e-3, 1e-2)
         assert [r["seed"] for r in method["runs"]] == [0, 1]
-        settings = compare.SETTINGS.get(name, ({},))
-        assert [r["lr"] for r in report["sweeps"][name]] == len(settings) * [1e-3, 1e-2]
-        assert method["setting"] in settings
-        assert method["at_edge"]
+        assert all(r["lr"] == method["lr"] and r["setting"] == method["setting"] for r in method["runs"])
+        settings, sweep = compare.SETTINGS.get(name, ({},)), report["sweeps"][name]
+        planned = [(s, lr) for s in settings for lr in (1e-3, 1e-2)]
+        assert [(r["setting"], r["lr"]) for r in sweep[: len(planned)]] == planned
+        assert len(sweep) <= len(planned) + compare.EXTRA
+        winner = sweep[compare.best(sweep)]
+        assert (winner["setting"], winner["lr"]) == (method["setting"], method["lr"])
+        rates = [r["lr"] for r in sweep if r["setting"] == method["setting"]]
+        inside = min(rates) < method["lr"] < max(rates)
+        assert inside != method["at_edge"]
         nfes = compare.NFES[:1] if name == "sCT" else compare.NFES
         assert set(method["runs"][0]["figures"]) == {str(n) for n in nfes}
-        budget = 100 / report["step_milliseconds"][name]
+        budget = 100 / report["step_milliseconds"][compare.named(name, method["setting"])]
         assert method["steps"] == pytest.approx(budget, abs=1)
     assert (tmp_path / "error.png").read_bytes()[:4] == b"\x89PNG"
-    assert "flow matching" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "flow matching" in output.out
+    assert "sweeping: 14 trainings of 0.1 s, some 0 minutes" in output.out
     with pytest.raises(SystemExit) as stop:
         compare.main(options)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("table", [compare.METHODS, compare.ABLATION])
+def test_what_is_compared_can_be_configured(table):
+    """Each method and each setting is a configuration; the ablation begins with MeanFlow's law and ends as TVM."""
+    for name, changes in table.items():
+        for setting in compare.SETTINGS.get(name, ({},)) if table is compare.METHODS else ({},):
+            replace(ToyConfig(), **changes | setting)
+    first, *_, last = (replace(ToyConfig(), **changes) for changes in compare.ABLATION.values())
+    quarter = replace(ToyConfig(), **compare.ABLATION["v to u"])
+    assert first.sampler() == quarter.sampler()
+    assert last == ToyConfig()
+
+
+@pytest.mark.parametrize(
+    ("errors", "rate"),
+    [
+        ({0.003: 0.3, 0.01: 0.1, 0.03: 0.2}, None),
+        ({0.003: 0.1, 0.01: 0.2, 0.03: 0.3}, 0.001),
+        ({0.003: 0.3, 0.01: 0.2, 0.03: 0.1}, 0.1),
+        ({0.003: float("inf"), 0.01: float("inf")}, 0.001),
+        ({0.002: float("nan"), 0.005: 0.1}, 0.01),
+        ({0.01: 0.1}, None),
+    ],
+)
+def test_a_sweep_goes_on_beyond_a_best_rate_at_its_edge(errors, rate):
+    def result(lr, error, setting):
+        return {"objective": "tvm", "lr": lr, "setting": setting, "figures": {} if error == math.inf else {"1": error}}
+
+    results = [result(lr, error, {}) for lr, error in errors.items()]
+    assert compare.beyond(results) == rate
+    other = [
+        result(lr, math.inf, {"time_sampler": "trunc"}) for lr in (1e-4, 1.0)
+    ]  # another setting has edges of its own
+    assert compare.beyond([*results, *other]) == rate
+
+
+def test_progress_is_counted_within_trainings_and_ends_at_their_number(monkeypatch):
+    configs = [ToyConfig(batch_size=4, width=4, depth=1, steps=steps) for steps in (120, 50, 7)]
+    done = multiprocessing.Value("d", 0.0)
+    monkeypatch.setattr(sweep, "_done", done)
+    for i, config in enumerate(configs):
+        sweep._train(config, lambda training, reference: {}, 10)
+        assert done.value == pytest.approx(i + 1)
+    monkeypatch.setattr(sweep.Training, "train_step", diverge)
+    sweep._train(configs[0], lambda training, reference: {}, 10)
+    assert done.value == pytest.approx(4)
+
+
+def diverge(training):
+    training.step += 1
+    if training.step == 60:
+        raise FloatingPointError("diverged")
 
 
 def test_best_rate_judges_each_method_at_the_nfe_that_it_is_for():
