@@ -78,7 +78,10 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what a crash in the middle of writing left."""
     for pattern in ("*.partial", "*.old"):
         for path in folder.glob(pattern):
-            shutil.rmtree(path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:  # of someone else's making, and in the way
+                path.unlink()
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:

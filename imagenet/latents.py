@@ -12,6 +12,7 @@ The shards are memory-mapped. An image's latent is drawn from its posterior anew
 import bisect
 import itertools
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from imagenet.noise import POSTERIOR, normal
+from imagenet.pickle_scan import shown
+from tvm_ref.command_line import first_line
 
 INDEX = "latents.json"
 FORMAT = "tvm-ref latents, version 1"
@@ -42,8 +45,9 @@ class Normalisation:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std) or not np.isfinite(self.mean).all():
-            raise ValueError(f"a normalisation needs a finite mean and a positive std per channel, got {self}")
+        finite = all(math.isfinite(a) for a in (*self.mean, *self.std))
+        if len(self.mean) != len(self.std) or not finite or not all(s > 0 for s in self.std):
+            raise ValueError(f"a normalisation needs a finite mean and a finite, positive std per channel, got {self}")
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Scale raw latents [..., C, H, W] to those that the model sees."""
@@ -162,12 +166,19 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text())
         missing = {"format", "image_size", "classes", "normalisation", "shards"} - set(index)
         index["shards"] = [{"name": str(a["name"]), "count": int(a["count"])} for a in index.get("shards", [])]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged: {shown(first_line(error))}") from None
     if missing or index["format"] != FORMAT:
         raise ValueError(
             f"{path} is not in the format {FORMAT!r}" + (f": {min(missing)} is missing" if missing else "")
         )
+    classes, size = index["classes"], index["image_size"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{path} is damaged: its classes are no list of names")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{path} is damaged: its image_size is no size")
+    if any(set(shard["name"]) & set("/\\") or shard["count"] < 0 for shard in index["shards"]):
+        raise ValueError(f"{path} is damaged: a shard without a name or count")
     return index
 
 
@@ -181,7 +192,7 @@ def read_normalisation(folder: Path) -> Normalisation:
     try:
         return Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{folder / INDEX} is damaged: its normalisation is {stored}") from None
+        raise ValueError(f"{folder / INDEX} is damaged: its normalisation is {shown(str(stored), 300)}") from None
 
 
 def write_shard(folder: Path, name: str, posteriors: NDArray[np.float16], labels: NDArray[np.int64]) -> None:
