@@ -14,6 +14,7 @@ Everything is written by the first process.
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,12 @@ def _check_steps(folder: Path, stored: Config, steps: int) -> None:
         raise ValueError(f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
 
 
+def saved_nothing(folder: Path) -> bool:
+    """Tell whether a run's folder holds nothing to go on from, as after a failure in its first step."""
+    kept = (*checkpoints.checkpoints(folder / "checkpoints"), *(folder / "snapshots").glob("*.safetensors"))
+    return not kept and not (folder / checkpoints.WEIGHTS).exists()
+
+
 class Run:
     """A training and its folder.
 
@@ -81,6 +88,8 @@ class Run:
         if weights.is_file() and (steps := checkpoints.read_config(self.folder).steps) < self.training.config.steps:
             self.snapshot(steps).parent.mkdir(exist_ok=True)
             os.replace(weights, self.snapshot(steps))
+        if self.training.step == 0:  # of a run that failed before it saved
+            shutil.rmtree(self.folder / "samples", ignore_errors=True)
         write_atomically(self.folder / checkpoints.CONFIG, self.training.config.to_json() + "\n")
 
     def start(self) -> None:

@@ -28,7 +28,7 @@ from imagenet.memory import check_memory, free_bytes
 from imagenet.parallel import World
 from imagenet.presets import PRESETS, RESUMABLE, Config
 from imagenet.report import draw_grid, write_report, write_weights
-from imagenet.run import Run, stored_config
+from imagenet.run import Run, saved_nothing, stored_config
 from imagenet.training import Training
 from tvm_ref import command_line
 from tvm_ref.command_line import OneLineParser, add_options, given, option, require_at_least, require_free
@@ -97,7 +97,7 @@ def prepare(
         kept = (*RESUMABLE, "steps", "init")  # as stored, where nothing else is said
         config = stored_config(out, {k: v for k, v in of_preset.items() if k not in kept} | changes)
     else:
-        require_free(out, (checkpoints.CONFIG,), ways="--resume")
+        require_free(out, (checkpoints.CONFIG,), ways="--resume", overwrite=saved_nothing(out))
     if config.batch_size % (world_size * config.accumulate):
         raise ValueError(
             f"--batch-size {config.batch_size} is no multiple of {world_size} processes times "
@@ -147,7 +147,7 @@ def train(run: Run, data: Data, options: Options) -> bool:
         disable=not world.first,
     )  # fmt: skip
     run.log.open()
-    with Interruption() as interruption, SaveRequests() as requests, bar:
+    with contextlib.closing(run.log), Interruption() as interruption, SaveRequests() as requests, bar:
         for batch in run.log.timed(loader(batches, first, options.workers, pin=world.device.type == "cuda")):
             metrics = training.train_step(batch, stop=interruption.requested, save=requests.take())
             step = training.step
@@ -167,7 +167,6 @@ def train(run: Run, data: Data, options: Options) -> bool:
             if metrics.asked_to_stop:
                 stopped = True
                 break
-    run.log.close()
     if saved != training.step:
         run.save()
     return not stopped or training.step == config.steps
