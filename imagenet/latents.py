@@ -24,10 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from imagenet.fingerprints import fingerprint
 from imagenet.noise import POSTERIOR, normal
 from imagenet.pickle_scan import shown
 from tvm_ref.command_line import first_line
 
+LATENT_SIDE = 8  # pixels of the image per number of the latent
 INDEX = "latents.json"
 FORMAT = "tvm-ref latents, version 1"
 
@@ -93,6 +95,8 @@ class Latents:
         self.image_size: int = index["image_size"]
         self.classes: list[str] = index["classes"]
         self.normalisation = read_normalisation(self.folder)
+        self.autoencoder: str | None = _text(index.get("vae"))
+        self.autoencoder_fingerprint: str | None = _text(index.get("vae_fingerprint"))
         opened = [self._open(shard["name"], shard["count"]) for shard in index["shards"] if shard["count"]]
         if not opened:
             raise ValueError(f"{self.folder} holds no latents: every image was skipped")
@@ -125,6 +129,15 @@ class Latents:
         pairs = [self[int(index), draw] for index in indices]
         return torch.stack([x for x, _ in pairs]), torch.tensor([label for _, label in pairs])
 
+    def fingerprint(self) -> str:
+        """Return the fingerprint of all labels, and of the first and last posterior of each shard."""
+        ends = {
+            f"{i} {place}": torch.from_numpy(posteriors[place].copy())
+            for i, posteriors in enumerate(self._posteriors)
+            for place in (0, -1)
+        }
+        return fingerprint({"labels": self.labels, **ends})
+
     def posterior(self, index: int) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of an image's raw latent, float32 [C, H, W] each."""
         if not 0 <= index < len(self):
@@ -146,6 +159,11 @@ class Latents:
         if not fits or classes.shape != (count,) or classes.dtype != np.int64:
             raise ValueError(f"{latents} and its labels do not hold {count} posteriors as {INDEX} says")
         return posteriors, classes
+
+
+def _text(value: Any) -> str | None:
+    """Return a value of latents.json that is a text, or None."""
+    return value if isinstance(value, str) else None
 
 
 def shard_files(name: str) -> tuple[str, str]:

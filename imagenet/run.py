@@ -1,6 +1,7 @@
 """A run: a training and the folder that keeps it.
 
     config.json            the configuration
+    data.json              what it is trained on (provenance.py)
     train.jsonl            a line per --log-every steps (training_log.py)
     samples/               grids while training
     snapshots/             evaluation weights of every --snapshot-every steps, all kept (report.py)
@@ -22,6 +23,7 @@ from typing import Any
 
 from imagenet import checkpoints
 from imagenet.presets import RESUMABLE, Config
+from imagenet.provenance import Provenance
 from imagenet.training import Training
 from imagenet.training_log import Log
 from tvm_ref.command_line import flag, write_atomically
@@ -65,10 +67,11 @@ class Run:
         folder: where everything goes.
         training: the training.
         keep: how many checkpoints.
+        provenance: what it is trained on.
     """
 
-    def __init__(self, folder: Path, training: Training, keep: int):
-        self.folder, self.training, self.keep = folder, training, keep
+    def __init__(self, folder: Path, training: Training, keep: int, provenance: Provenance):
+        self.folder, self.training, self.keep, self.provenance = folder, training, keep, provenance
         self.world = training.world
         self.log = Log(folder, training)
 
@@ -90,6 +93,7 @@ class Run:
             os.replace(weights, self.snapshot(steps))
         if self.training.step == 0:  # of a run that failed before it saved
             shutil.rmtree(self.folder / "samples", ignore_errors=True)
+        write_atomically(self.folder / checkpoints.DATA, self.provenance.to_json() + "\n")
         write_atomically(self.folder / checkpoints.CONFIG, self.training.config.to_json() + "\n")
 
     def start(self) -> None:

@@ -27,6 +27,7 @@ from imagenet.image_datasets import Data, load_data
 from imagenet.memory import check_memory, free_bytes
 from imagenet.parallel import World
 from imagenet.presets import PRESETS, RESUMABLE, Config
+from imagenet.provenance import Provenance, provenance_of
 from imagenet.report import draw_grid, write_report, write_weights
 from imagenet.run import Run, saved_nothing, stored_config
 from imagenet.training import Training
@@ -108,6 +109,22 @@ def prepare(
     return config, resumed
 
 
+def described(config: Config, data: Data, folder: Path | None) -> Provenance:
+    """Describe the data, and check that they are those of the run in a folder, and of the weights that it starts from.
+
+    Raises:
+        ValueError: they are others.
+    """
+    here = provenance_of(config, data)
+    before = None if folder is None else checkpoints.read_provenance(folder)
+    if before is not None:
+        before.check_same(here, f"--resume: {folder} was trained on other data than --data-path holds")
+    source = None if config.init is None else checkpoints.read_provenance(config.init)
+    if source is not None:
+        source.check_same_latents(here, f"--init: {config.init} was trained on other latents than --data-path holds")
+    return here
+
+
 def begin(preset: str, changes: dict[str, Any], options: Options, world: World) -> tuple[Run, Data]:
     """Make a run, or restore the one that goes on, and load its data.
 
@@ -123,7 +140,8 @@ def begin(preset: str, changes: dict[str, Any], options: Options, world: World) 
     data = world.on_first(lambda: load_data(config, options.data_path, download=options.download))
     if data is None:  # the first process has fetched it
         data = load_data(config, options.data_path)
-    run = Run(out, Training(config, world), options.keep)
+    here = world.broadcast(world.on_first(lambda: described(config, data, out if resumed else None)))
+    run = Run(out, Training(config, world), options.keep, here)
     run.start()
     world.on_first(run.create)
     if not resumed and options.resume and world.first:
