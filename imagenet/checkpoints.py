@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,7 +53,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int
         partial.mkdir(parents=True)
         with (partial / STATE).open("wb") as file:
             hashing = _HashingWriter(file)
-            torch.save(dict(state), hashing)  # type: ignore[arg-type]  # it needs `write` alone
+            torch.save(dict(state), cast("IO[bytes]", hashing))  # it asks for no more than write and flush
             _flush(file)
         summary = {"step": step, "bytes": hashing.size, "sha256": hashing.sha256.hexdigest()}
         with (partial / SUMMARY).open("w") as text:
@@ -180,6 +180,22 @@ def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[Flo
     return model.eval().requires_grad_(False), config
 
 
+def load_initial(config: Config) -> dict[str, Tensor]:
+    """Load the weights that a configuration starts from (--init), as the state dict of its FlowMap.
+
+    Raises:
+        ValueError: no weights there, or those of another network or parameterisation, which is named.
+    """
+    assert config.init is not None
+    model, stored = load_weights(config.init, attention="plain")
+    shape = {f.name for f in fields(config.network())} - {"time_init"}  # how new weights start does not matter here
+    for name in (*sorted(shape), "scaled"):
+        there, here = getattr(stored, name), getattr(config, name)
+        if there != here:
+            raise ValueError(f"--init {config.init} has {flag(name)} {there}, this run {here}")
+    return model.state_dict()
+
+
 def check_weights(weights: Mapping[str, Tensor], config: Config) -> None:
     """Check that tensors are all that the network of a configuration has, and numbers; nothing is built.
 
@@ -200,22 +216,6 @@ def check_weights(weights: Mapping[str, Tensor], config: Config) -> None:
             raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds numbers that are not finite")
-
-
-def load_initial(config: Config) -> dict[str, Tensor]:
-    """Load the weights that a configuration starts from (--init), as the state dict of its FlowMap.
-
-    Raises:
-        ValueError: no weights there, or those of another network or parameterisation, which is named.
-    """
-    assert config.init is not None
-    model, stored = load_weights(config.init, attention="plain")
-    shape = {f.name for f in fields(config.network())} - {"time_init"}  # how new weights start does not matter here
-    for name in (*sorted(shape), "scaled"):
-        there, here = getattr(stored, name), getattr(config, name)
-        if there != here:
-            raise ValueError(f"--init {config.init} has {flag(name)} {there}, this run {here}")
-    return model.state_dict()
 
 
 def read_provenance(source: str | Path) -> Provenance | None:

@@ -33,7 +33,7 @@ def parser() -> OneLineParser:
     return p
 
 
-def train(folder: Path, options: list[str]) -> dict[str, Scores]:
+def train_and_judge(folder: Path, options: list[str]) -> dict[str, Scores]:
     """Run train.py on the preset; returns the scores by number of steps.
 
     Raises:
@@ -52,12 +52,12 @@ def train_all(out: Path, seeds: int, jobs: int, steps: int | None = None) -> dic
     """Train seed0, seed1, ... and flow matching (fm), `jobs` at a time; returns scores by run and number of steps.
 
     Raises:
-        RuntimeError: see train.
+        RuntimeError: see train_and_judge.
     """
     more = [] if steps is None else ["--steps", str(steps)]
     runs = {f"seed{k}": ["--seed", str(k), *more] for k in range(seeds)} | {"fm": ["--objective", "fm", *more]}
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(train, out / name, options): name for name, options in runs.items()}
+        futures = {pool.submit(train_and_judge, out / name, options): name for name, options in runs.items()}
         try:
             return {futures[f]: f.result() for f in tqdm(as_completed(futures), "trainings", len(futures), unit="run")}
         except BaseException:

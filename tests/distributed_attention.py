@@ -1,6 +1,6 @@
 """Two processes train on halves of a batch through a JVP; rank 0 compares their gradients with one process's.
 
-    python distributed_attention.py ddp|fsdp STORE
+    python -m tests.distributed_attention ddp|fsdp STORE
 
 The JVP is inside the module's forward, the wrapper outside.
 """

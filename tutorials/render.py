@@ -4,13 +4,14 @@
     python tutorials/render.py runs/tutorials --only 02 04  some
     python tutorials/render.py runs/tutorials --pictures    also renew tutorials/pictures/, a figure of each
 
-Pages hold all that they show but the script that sets formulas, MathJax, which a browser fetches.
+Pages hold all that they show and load nothing: formulas are MathML, which browsers set themselves.
 """
 
 import argparse
 import base64
 import io
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,8 @@ from tvm_ref.command_line import OneLineParser
 HERE = Path(__file__).resolve().parent
 GALLERY = "gallery"  # the tag of the cell whose figure goes into pictures/
 WIDTH, BYTES = 1000, 100_000  # of those pictures, at most
+CODE_OR_FORMULA = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL)
+STYLE = "<style>math[display=block] { overflow-x: auto; margin: 1em 0 }</style>"  # long ones scroll on a phone
 
 
 def environment() -> dict[str, str]:
@@ -47,6 +50,56 @@ def execute(path: Path) -> Any:
     )
     client.execute(env=environment())
     return notebook
+
+
+def set_formulas(text: str, formulas: dict[str, str]) -> str:
+    """Put a mark in the place of each $formula$ and $$formula$$ of Markdown text, and its MathML into `formulas`.
+
+    Code keeps its dollars. Marks, and not MathML, go through Markdown, which would take its signs for its own.
+
+    Raises:
+        ValueError: a formula that MathML is not known for, in whole or in part.
+    """
+    from latex2mathml.converter import convert
+
+    def mark(match: re.Match[str]) -> str:
+        if match["code"]:
+            return match["code"]
+        latex = match["block"] or match["inline"]
+        try:
+            mathml = convert(latex, display="block" if match["block"] else "inline")
+        except Exception as error:  # latex2mathml has a dozen classes of its own
+            raise ValueError(f"no MathML for the formula {latex!r}: {error!r}") from None
+        mathml = mathml.replace(r">\|<", ">&#x02016;<")  # of \big\|, where it forgets to
+        if "\\" in mathml:  # what it does not know it leaves as it is
+            raise ValueError(f"no MathML for a command in the formula {latex!r}")
+        name = f"FORMULA{len(formulas)}X"
+        formulas[name] = mathml
+        return name
+
+    return CODE_OR_FORMULA.sub(mark, text)
+
+
+def write_page(notebook: Any, name: str) -> str:
+    """Return a notebook, with its outputs, as HTML that loads nothing and whose links lead to pages.
+
+    Raises:
+        ValueError: a formula that cannot be set.
+    """
+    from nbconvert import HTMLExporter
+
+    formulas: dict[str, str] = {}
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = set_formulas(cell.source, formulas)
+    page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": name}})
+    page = re.sub(
+        r"<script\b.*?</script>", "", page, flags=re.DOTALL
+    )  # MathJax, require.js and mermaid, from elsewhere
+    for mark, mathml in formulas.items():
+        page = page.replace(mark, mathml)
+    page = page.replace('.ipynb"', '.html"').replace('href="README.md"', 'href="index.html"')
+    return page.replace("</head>", f"{STYLE}</head>", 1)
 
 
 def figure(notebook: Any) -> bytes:
@@ -85,8 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     if not paths:
         parser.error(f"no such notebook: {' '.join(options.only)}")
     try:
+        import latex2mathml  # noqa: F401
+        import nbconvert  # noqa: F401  both are for write_page
         from nbclient.exceptions import CellExecutionError
-        from nbconvert import HTMLExporter
     except ImportError:
         parser.error("this needs the package's extra 'tutorials': pip install -e '.[tutorials]'")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -97,11 +151,14 @@ def main(argv: list[str] | None = None) -> int:
         except CellExecutionError as error:
             print(f"{path.name} failed:\n{error}", file=sys.stderr)
             return 1
-        page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-        page = page.replace('.ipynb"', '.html"')
-        (options.out / f"{path.stem}.html").write_text(page)
         if options.pictures:
             (HERE / "pictures" / f"{path.stem}.png").write_bytes(figure(notebook))
+        try:
+            page = write_page(notebook, path.stem)
+        except ValueError as error:
+            print(f"{path.name} failed: {error}", file=sys.stderr)
+            return 1
+        (options.out / f"{path.stem}.html").write_text(page)
         after = os.times()
         cpu = after.children_user + after.children_system - before.children_user - before.children_system
         print(f"{path.stem}: {time.perf_counter() - begun:.0f} s, {cpu:.0f} s of one core", flush=True)

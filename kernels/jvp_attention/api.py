@@ -2,16 +2,15 @@
 
 The route from here to a kernel and back:
 
-    attention               api.py        check; take value and tangent of q, k, v apart
-    FORWARD                 operators.py  through PyTorch's dispatcher, once per transform that is under way:
-      _vmap                                 folds a mapped axis into the batch
-      _Attention.forward                    saves for the backward, if there shall be one
-      forward                             kernels, or plain PyTorch (fallback.py) where they cannot run
-        launch.forward_calls  launch.py   allocate the results, choose tiles
-        forward_kernel        forward.py
-    _Attention.backward     operators.py  when gradients come: which of the six are wanted
-      BACKWARD, backward                  as above
-        launch.backward_calls launch.py
+    attention                   api.py        check the inputs
+    FORWARD                     operators.py  PyTorch's dispatcher, once per transform that is under way:
+      _vmap                                     folds a mapped axis into the batch
+      _forward_derivatives                      makes tangents arguments; _Attention saves for a backward
+      forward                                 the kernels, or fallback.py where they cannot run
+        launch.forward_calls    launch.py     allocate the results, choose tiles
+        forward_kernel          forward.py
+    _Attention.backward         operators.py  when gradients come: which of the six are wanted
+      BACKWARD, backward                      as above
         query_kernel, key_kernel  backward.py
 """
 

@@ -183,7 +183,7 @@ def query_kernel(
             s = tl.where((keys < seen)[None, :], s, float("-inf"))
         if mask is not None:
             s = tl.where(load_mask(mask, b, h, start, N, at, M, QUERIES, KEYS), s, float("-inf"))
-        p = tl.exp2(s * factor - lse_rows)
+        p = tl.exp2(s * factor - lse_rows)  # P
         if gq is not None:
             a = tl.full([QUERIES, KEYS], 0.0, tl.float32)
             if go is not None:
@@ -191,7 +191,7 @@ def query_kernel(
             if dv is not None:
                 dv_tile = load_rows(dv, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
                 a = tl.dot(gdo_tile, tl.trans(dv_tile), a, input_precision=PRECISION)
-            gs = p * (a - r_rows[:, None])
+            gs = p * (a - r_rows[:, None])  # gS, but for gT * U
             if HAS_T:
                 t = tl.full([QUERIES, KEYS], 0.0, tl.float32)
                 if dq is not None:
@@ -200,15 +200,15 @@ def query_kernel(
                     dk_tile = load_rows(dk, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
                     t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
         if HAS_T:
-            gt = p * (tl.dot(gdo_tile, tl.trans(v_tile), input_precision=PRECISION) - c_rows[:, None])
+            gt = p * (tl.dot(gdo_tile, tl.trans(v_tile), input_precision=PRECISION) - c_rows[:, None])  # gT
             if gq is not None:
-                gs += gt * (t * size - mu_rows)
+                gs += gt * (t * size - mu_rows)  # gT * U
                 if dk is not None:
                     sum_q = tl.dot(gt.to(dtype), dk_tile, sum_q, input_precision=PRECISION)
             if gdq is not None:
-                sum_dq = tl.dot(gt.to(dtype), k_tile, sum_dq, input_precision=PRECISION)
+                sum_dq = tl.dot(gt.to(dtype), k_tile, sum_dq, input_precision=PRECISION)  # gdq / scale
         if gq is not None:
-            sum_q = tl.dot(gs.to(dtype), k_tile, sum_q, input_precision=PRECISION)
+            sum_q = tl.dot(gs.to(dtype), k_tile, sum_q, input_precision=PRECISION)  # gq / scale
     if gq is not None:
         store_rows(gq, sum_q * scale, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
     if gdq is not None:
@@ -321,17 +321,17 @@ def key_kernel(
                     t = tl.dot(k_tile, tl.trans(dq_tile), t, input_precision=PRECISION)
                 if dk is not None:
                     t = tl.dot(dk_tile, tl.trans(q_tile), t, input_precision=PRECISION)
-                u = t * size - load_numbers(mu, head, at, N, QUERIES)[None, :]
+                u = t * size - load_numbers(mu, head, at, N, QUERIES)[None, :]  # U = T - mu
             if gv is not None:
                 if go is not None:
                     sum_v = tl.dot(p.to(dtype), go_tile, sum_v, input_precision=PRECISION)
                 if HAS_T:
                     sum_v = tl.dot((p * u).to(dtype), gdo_tile, sum_v, input_precision=PRECISION)
             if gdv is not None:
-                sum_dv = tl.dot(p.to(dtype), gdo_tile, sum_dv, input_precision=PRECISION)
+                sum_dv = tl.dot(p.to(dtype), gdo_tile, sum_dv, input_precision=PRECISION)  # gdv
             if HAS_T and (gk is not None or gdk is not None):
                 gt = tl.dot(v_tile, tl.trans(gdo_tile), input_precision=PRECISION)
-                gt = p * (gt - load_numbers(c, head, at, N, QUERIES)[None, :])
+                gt = p * (gt - load_numbers(c, head, at, N, QUERIES)[None, :])  # gT
                 if gdk is not None:
                     sum_dk = tl.dot(gt.to(dtype), q_tile, sum_dk, input_precision=PRECISION)
                 if gk is not None and dq is not None:
@@ -344,7 +344,7 @@ def key_kernel(
                     a = tl.dot(dv_tile, tl.trans(gdo_tile), a, input_precision=PRECISION)
                 gs = p * (a - load_numbers(r, head, at, N, QUERIES)[None, :])
                 if HAS_T:
-                    gs += gt * u
+                    gs += gt * u  # gS
                 sum_k = tl.dot(gs.to(dtype), q_tile, sum_k, input_precision=PRECISION)
     if gk is not None:
         store_rows(gk, sum_k * size, b, h_k, start, M, D, UNIT, KEYS, CHANNELS)

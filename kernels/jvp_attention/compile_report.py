@@ -122,7 +122,7 @@ def report(call: Any, tiles: Tiles, sm: int = SM, *, clocks: bool = False) -> di
         "kernel": call.name,
         "D": call.arguments["D"],
         **tiles._asdict(),
-        "products": len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])),
+        "products": len(re.findall(r"\btt\.dot\b.*(?<!x8xf32>) loc", compiled.asm["ttir"])),
         "registers": registers,
         "stack": stack,
         "shared_kib": compiled.metadata.shared / 1024,

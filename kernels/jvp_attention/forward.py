@@ -81,8 +81,8 @@ def forward_kernel(
     if HAS_T:
         sum_pt = tl.full([QUERIES], 0.0, tl.float32)  # for mu
         if ROUNDED:
-            sum_rounded = tl.full([QUERIES, 16], 0.0, tl.float32)  # for do
-            ones = tl.full([KEYS, 16], 1.0, dtype)
+            sum_rounded = tl.full([QUERIES, 8], 0.0, tl.float32)  # for do
+            ones = tl.full([KEYS, 8], 1.0, dtype)
     if dq is not None:
         dq_tile = load_rows(dq, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
     seen = keys_seen(lengths, b, M)
@@ -90,12 +90,13 @@ def forward_kernel(
     if mask is not None:
         listed = seen_tiles(tiles, b, h, start, QUERIES)
         count = tl.load(listed)
+    # T is formed before the exponential: afterwards, matrix units that read registers (before sm_90) spill five KB
     for i in range(0, count):
         at = i * KEYS
         if mask is not None:
             at = tl.load(listed + 1 + i) * KEYS
         k_tile = load_rows(k, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # S / scale
         keys = at + tl.arange(0, KEYS)
         if CAUSAL:
             s = tl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
@@ -103,21 +104,20 @@ def forward_kernel(
             s = tl.where((keys < seen)[None, :], s, float("-inf"))
         if mask is not None:
             s = tl.where(load_mask(mask, b, h, start, N, at, M, QUERIES, KEYS), s, float("-inf"))
-        if dq is not None:
-            t = tl.dot(dq_tile, tl.trans(k_tile), input_precision=PRECISION)
-        if dk is not None:
-            dk_tile = load_rows(dk, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+        if HAS_T:
+            t = tl.full([QUERIES, KEYS], 0.0, tl.float32)  # T / scale
             if dq is not None:
+                t = tl.dot(dq_tile, tl.trans(k_tile), t, input_precision=PRECISION)
+            if dk is not None:
+                dk_tile = load_rows(dk, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
                 t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
-            else:
-                t = tl.dot(q_tile, tl.trans(dk_tile), input_precision=PRECISION)
         before = largest
         largest = tl.maximum(before, row_max(s))
         shift = largest * factor
         if mask is not None:
             shift = tl.where(largest == float("-inf"), 0.0, shift)  # nothing seen so far
-        p = tl.exp2(s * factor - shift[:, None])
-        shrink = tl.exp2(before * factor - shift)
+        p = tl.exp2(s * factor - shift[:, None])  # P, but for its sum over keys and a factor per row
+        shrink = tl.exp2(before * factor - shift)  # what a larger maximum makes of sums so far
         total = total * shrink + row_sum(p)
         v_tile = load_rows(v, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
         if DUAL:
@@ -127,6 +127,7 @@ def forward_kernel(
             pt = exact.to(dtype)
             sum_pt = sum_pt * shrink + row_sum(exact)  # so that T - mu cancels in the backward
             if ROUNDED:
+                # as rounded, so that (P * T) v - mu o cancels in do; on the matrix units, which take pt as it is
                 sum_rounded = tl.dot(pt, ones, sum_rounded * shrink[:, None])
             sum_do = tl.dot(pt, v_tile, sum_do, input_precision=PRECISION)
         if dv is not None:
@@ -143,7 +144,7 @@ def forward_kernel(
     if o_low is not None:
         store_rows(o_low, value - value.to(dtype).to(tl.float32), b, h, start, N, D, UNIT, QUERIES, CHANNELS)
     if DUAL:
-        tangent = sum_do / total[:, None]
+        tangent = sum_do / total[:, None]  # do = (P * T) v + P dv - mu o
         if HAS_T:
             mean = row_max(sum_rounded) if ROUNDED else sum_pt
             tangent -= (mean / total)[:, None] * value

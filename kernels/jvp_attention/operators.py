@@ -197,7 +197,7 @@ def _has_triton() -> bool:
 
 @functools.cache
 def _log_once(reason: str, level: int) -> None:
-    log.log(level, "plain PyTorch attention stands in, in chunks of queries: %s", reason)
+    log.log(level, "plain PyTorch attention stands in: %s", reason)
 
 
 # Shapes of results, for torch.compile ----------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_bad_options_of_the_comparison(tmp_path, capsys):
 
 def test_a_run_that_fails_is_named_with_its_last_words(tmp_path):
     with pytest.raises(RuntimeError, match=r"seed0 failed: train\.py: error: .*--colour"):
-        digit_seeds.train(tmp_path / "seed0", ["--colour", "red"])
+        digit_seeds.train_and_judge(tmp_path / "seed0", ["--colour", "red"])
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from imagenet import checkpoints, train
@@ -59,25 +60,36 @@ def test_sigusr1_saves_and_training_goes_on(tmp_path, whole, monkeypatch):
 
 
 def test_sigusr1_to_all_of_a_torchrun_saves_and_ends_nothing(tmp_path):
-    """As Slurm sends it to every process of a job step: torchrun itself must ignore it, by the README's trap."""
+    """As Slurm sends it to every process of a job step: torchrun itself must ignore it, by the README's trap.
+
+    torchrun gives each worker a session of its own, so that a process group would not reach them.
+    """
     folder = tmp_path / "run"
     arguments = [*TINY, "--steps", "100000", "--save-every", "100000", "--workers", "1", "--out", str(folder)]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(ROOT / "imagenet" / "train.py")]
     process = subprocess.Popen(
         ["bash", "-c", f"trap '' USR1; {shlex.join([*line, *arguments])}"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         wait_for(process, lambda: (folder / "train.jsonl").exists() and (folder / "train.jsonl").stat().st_size > 0)
-        os.killpg(process.pid, signal.SIGUSR1)
+        assert send_to_all(process, signal.SIGUSR1) >= 3  # torchrun, the trainer, the process that reads ahead
         wait_for(process, lambda: checkpoints.checkpoints(folder / "checkpoints"))
         lines = len(losses(folder))
         wait_for(process, lambda: len(losses(folder)) > lines)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            send_to_all(process, signal.SIGKILL)
         process.communicate()
+
+
+def send_to_all(process, number):
+    """Send a signal to a process and all that it started; returns how many they are."""
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in tree:
+        member.send_signal(number)
+    return len(tree)
 
 
 def wait_for(process, condition):
@@ -202,14 +214,8 @@ def test_resume_begins_where_there_is_nothing(tmp_path, capsys):
 def test_torchrun_on_two_processes_equals_one_and_one_goes_on_where_two_stopped(tmp_path, whole):
     """Another number of processes goes on with the same global batches: losses agree to rounding."""
     folder = tmp_path / "run"
-    poison = tmp_path / "interrupted.py"
-    poison.write_text(
-        "import sys\nfrom imagenet import train\nfrom imagenet.training import Training\n"
-        "from tests.imagenet.commands import stopping_at\n"
-        "Training.train_step = stopping_at(Training.train_step, 60)\nsys.exit(train.main())\n"
-    )
     options = [*TINY, "--steps", "120", "--save-every", "1000", "--out", str(folder)]
-    done = torchrun(poison, *options)
+    done = torchrun("-m", "tests.imagenet.interrupted", *options, cwd=ROOT)
     assert "stopped at step 61, and saved" in done.stdout, done.stderr[-3000:]
     assert done.stdout.count("stopped at step") == 1  # one process speaks
     assert train.main([*options, "--resume"]) == 0

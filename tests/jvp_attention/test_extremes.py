@@ -61,14 +61,19 @@ def test_extremes_in_float16(guarded, device, small_tiles, edit):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_logits_of_ten_thousand(guarded, device, small_tiles, sign):
-    """Rows are one-hot, so gradients of logits vanish; what float32 leaves of them meets keys of size 100."""
+    """Rows are one-hot, so gradients of logits vanish; what float32 leaves of them meets keys of size 100.
+
+    A logit z is rounded by up to |z| eps / 2, and its probability is off by as much, relatively; so are both in a
+    difference of two. (Held to 1e-3, this failed on some processors, whose matrix products sum in another order.)
+    """
     small_tiles(16, 16)
     case = Case((1, 2, 35, 37, 16), scale=sign / 4, device=device, edit=huge_logits)
-    assert float((case.tensors[Q] @ case.tensors[K].mT).abs().max()) / 4 > 1e4
+    largest = float((case.tensors[Q] @ case.tensors[K].mT).abs().max()) / 4
+    assert 1e4 < largest < 5e4
     errors = case.errors(case.results(jvp_attention.attention), cancelling=True)
     limit = TOLERANCE[torch.float32]
     assert max(errors[:2]) <= limit
-    assert max(errors[2:]) <= 100 * limit
+    assert max(errors[2:]) <= largest * torch.finfo(torch.float32).eps
 
 
 def test_one_query_and_one_key_have_no_gradient_in_the_logits(device):

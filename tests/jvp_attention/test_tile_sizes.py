@@ -35,7 +35,6 @@ def compiled(tmp_path, sm: int, dtype: str, dims: list[int], *options: str) -> l
     """The figures of the default kernels, by a process of its own, where nothing is interpreted."""
     file = tmp_path / "report.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "jvp_attention.compile_report", "--arch", str(sm), "--dtype", dtype]
     command += ["--json", str(file), "--dims", *map(str, dims), *options]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -19,6 +19,20 @@ from tests.attention_cases import TOLERANCE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # linearize's own
 
+
+class Scaled(nn.Module):
+    """Attention with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+
+    def forward(self, attention, q, k, v):
+        return attention(self.w * q, k, v)
+
+
+SCALED = Scaled()
+
 # Each takes an attention A, its dual D and tensors x; t is a second tangent.
 TRANSFORMS: dict[str, Callable] = {
     "jvp": lambda A, D, x: func.jvp(A, x.qkv, x.tangents),
@@ -70,7 +84,9 @@ TRANSFORMS: dict[str, Callable] = {
     "grad of vmap": lambda A, D, x: func.grad(lambda q: func.vmap(A)(q, x.k[None], x.v[None]).sin().sum())(x.q[None]),
     "linearize": lambda A, D, x: func.linearize(A, *x.qkv)[1](*x.tangents),
     "functional_call": lambda A, D, x: func.jvp(
-        partial(func.functional_call, module(A, x)), ({"w": x.q[0, 0, 0]}, x.qkv), ({"w": x.dq[0, 0, 0]}, x.tangents)
+        lambda w, *qkv: func.functional_call(SCALED, {"w": w}, (A, *qkv)),
+        (x.q[0, 0, 0], *x.qkv),
+        (x.dq[0, 0, 0], *x.tangents),
     ),
     "dual_level": lambda A, D, x: under_dual_level(lambda q: A(q, x.k, x.v), x.q, x.dq),
     "dual_level around dual": lambda A, D, x: under_dual_level(lambda dk: D(*x.qkv, x.dq, dk, x.dv)[1], x.dk, x.k),
@@ -90,18 +106,6 @@ COMPILES |= {"functional_call", "jvp of dual, a tangent"}  # the last was silent
 def pairs(x: SimpleNamespace) -> tuple[torch.Tensor, ...]:
     """Inputs and tangents stacked, for vmap to take apart."""
     return tuple(torch.stack([y, dy]) for y, dy in zip(x.qkv, x.tangents, strict=True))
-
-
-def module(attention: Callable, x: SimpleNamespace) -> nn.Module:
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.ones_like(x.q[0, 0, 0]))
-
-        def forward(self, q, k, v):
-            return attention(self.w * q, k, v)
-
-    return Scaled()
 
 
 def under_dual_level(function: Callable, x: torch.Tensor, dx: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,6 +1,7 @@
 """tutorials/render.py: pages with outputs, a picture of the tagged cell, an index; errors in one line."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import nbformat
@@ -76,3 +77,60 @@ def test_every_tutorial_has_a_picture_of_modest_size():
 def test_its_switch_is_off_whatever_the_caller_has(render, monkeypatch):
     monkeypatch.setenv("TVM_FAST", "1")
     assert "TVM_FAST" not in render.environment()
+
+
+# Formulas -------------------------------------------------------------------------------------------------------------
+
+FORMULAS = r"""Inline $\frac{d}{ds} f_\theta(x_t, t, s)$, and $a_1 * b_1 * c_1$, whose stars and bars _must_ stay.
+
+$$\big\|\int_0^t g\, ds\big\|^2 \le t \int_0^t \|g\|^2 ds \qquad (7)$$
+
+| symbol | |
+| --- | --- |
+| $\lambda(s)$ | a weight |
+
+<details><summary>Solution</summary>
+
+$m < 0$; the shell's `$HOME` stays.
+
+```python
+title = "$x$"
+```
+
+</details>
+"""
+
+
+def test_formulas_become_mathml_and_the_page_loads_nothing(render):
+    cells = [nbformat.v4.new_markdown_cell(FORMULAS), nbformat.v4.new_code_cell('"$y$"')]
+    page = render.write_page(nbformat.v4.new_notebook(cells=cells), "page")
+    prose = re.sub(r"<(pre|code|style)\b.*?</\1>", "", page, flags=re.DOTALL)
+    assert "$" not in prose
+    assert "FORMULA" not in page
+    assert prose.count("<math ") == 5
+    assert prose.count('display="block"') == 1
+    assert "<mfrac>" in prose
+    assert "$HOME" in page
+    assert "<script" not in page
+    assert not re.search(r"""<(?!a\b)[^>]*\b(?:src|href)=["']?https?:""", page)  # a link to click is no load
+    assert not re.search(r"@import|url\(['\"]?https?:", page)
+
+
+@pytest.mark.parametrize("path", sorted(TUTORIALS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_formula_of_the_tutorials_can_be_set(render, path):
+    formulas = {}
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"]
+    left = " ".join(render.set_formulas(cell.source, formulas) for cell in cells)
+    assert len(formulas) >= 10
+    assert "$" not in re.sub(r"```.*?```|`[^`\n]+`", "", left, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("latex", [r"\nosuchcommand{x}", r"\left( x"])
+def test_a_formula_that_cannot_be_set_is_named(render, tmp_path, monkeypatch, capsys, latex):
+    monkeypatch.setattr(
+        render, "execute", lambda path: nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"${latex}$")])
+    )
+    assert render.main([str(tmp_path / "pages"), "--only", "01"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("01_one.ipynb failed: no MathML for")
+    assert error.count("\n") == 1

@@ -118,6 +118,21 @@ def test_links_lead_somewhere(path):
     assert str(ROOT) not in path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("number", "cell", "module"),
+    [("03", "recipe", "tvm_ref/toy/training.py"), ("07", "guidance-learned", "imagenet/training.py")],
+)
+def test_a_quoted_loop_is_that_of_the_code(number, cell, module):
+    """Each quoted line stands in the module's train_step, in this order."""
+    (path,) = (path for path in NOTEBOOKS if path.stem.startswith(number))
+    (source,) = (c.source for c in read(path).cells if c.id == cell)
+    (quoted,) = CODE.findall(source)
+    step = (ROOT / module).read_text().split("def train_step")[1].split("\n    def ")[0]
+    places = [step.find(line) for line in quoted.splitlines()]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
 def test_commands_are_understood():
     """Every command on imagenet/ that a notebook shows has options that exist."""
     text = "\n".join(cell.source for path in NOTEBOOKS for cell in read(path).cells if cell.cell_type == "markdown")

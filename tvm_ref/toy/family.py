@@ -4,7 +4,7 @@
     python -m tvm_ref.toy.family --parts picture noise cost  chosen parts
 
     picture   who matches what where in the triangle of (t, s): family.png
-    noise     E||dL/dF||^2 of every objective at the exact flow map, over that of flow matching
+    noise     ||dL/dF||^2 of every objective at the exact flow map, over that of flow matching
     cost      products of a training step, in plain forwards
     bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
     jumps     which jumps TVM draws, beside the errors of the jumps of the default run
@@ -57,7 +57,7 @@ def measure(
     report: dict[str, Any] = {}
     if "noise" in parts:
         report["noise"] = family_measures.noise_at_the_solution(distribution, samples)
-        print(column("noise at the solution, over flow matching's", report["noise"], ".3g"))
+        print(noise_table(report["noise"]))
     if "cost" in parts:
         report["cost"] = family_measures.cost(config.width, config.depth)
         print(column("products of a step, in plain forwards", report["cost"], ".1f"))
@@ -88,6 +88,13 @@ def measure(
 def column(title: str, values: dict[str, float], form: str) -> str:
     """Format one number per name."""
     return "\n".join([title, *(f"  {name:<32} {value:>10{form}}" for name, value in values.items())])
+
+
+def noise_table(noise: dict[str, dict[str, float]]) -> str:
+    """Format the noise at the solution."""
+    lines = [f"{'noise at the solution, over flow matching':<44} {'mean':>9} {'error':>9} {'median':>9}"]
+    lines += [f"  {name:<42} " + " ".join(f"{value:>9.2g}" for value in row.values()) for name, row in noise.items()]
+    return "\n".join(lines)
 
 
 def jump_table(jumps: dict[str, Any]) -> str:

@@ -102,11 +102,16 @@ def plot_measured(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def _plot_noise(ax: Axes, noise: dict[str, float]) -> None:
+def _plot_noise(ax: Axes, noise: dict[str, dict[str, float]]) -> None:
     names = list(noise)[::-1]
-    values = np.array([noise[name] for name in names])
-    ax.barh(names, np.maximum(values, 1e-10), color=[plots.BLUE if v < 1e-4 else plots.ORANGE for v in values])
-    ax.set(xscale="log", xlim=(1e-10, 1e2), xlabel="E ||dL/dF||² over flow matching's")
+    mean, error, median = (np.array([noise[name][key] for name in names]) for key in ("mean", "error", "median"))
+    ax.barh(
+        names, np.maximum(mean, 1e-10), color=[plots.BLUE if v < 1e-4 else plots.ORANGE for v in mean],
+        xerr=np.where(mean < 1e-4, 0, error), label="mean",
+    )  # fmt: skip
+    ax.plot(np.maximum(median, 1e-10), names, "|", color="black", ms=12, mew=2, label="median")
+    ax.set(xscale="log", xlim=(1e-10, 1e2), xlabel="||dL/dF||² over flow matching's mean")
+    ax.legend(fontsize=9)
     ax.tick_params(axis="y", labelsize=9)
     ax.set_title("noise at the exact flow map")
 
