@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -39,10 +39,11 @@ from imagenet.latents import (
     INDEX,
     NORMALISATION,
     VAE,
-    Normalisation,
     encode,
     index_of,
     load_vae,
+    measured_normalisation,
+    moments,
     write_shard,
 )
 from imagenet.parallel import World
@@ -216,21 +217,6 @@ def encode_shard(
         write_shard(out, name, stored, np.array(labels, np.int64))
     report = {"name": name, "count": len(labels), "skipped": skipped, "moments": moments(stored) if labels else None}
     write_atomically(out / f"{name}.json", json.dumps(report) + "\n")
-
-
-def moments(posteriors: np.ndarray) -> list[list[float]]:
-    """Compute first and second moment of the raw latents drawn from posteriors [n, 2, C, H, W], per channel."""
-    mean, std = posteriors.astype(np.float64).swapaxes(0, 1)
-    return [mean.mean((0, 2, 3)).tolist(), (mean**2 + std**2).mean((0, 2, 3)).tolist()]
-
-
-def measured_normalisation(reports: Iterable[dict[str, Any]]) -> Normalisation:
-    """Compute mean and standard deviation of all raw latents, per channel, from the moments of the shards."""
-    known = [report for report in reports if report["count"]]
-    first, second = np.average(
-        [report["moments"] for report in known], axis=0, weights=[report["count"] for report in known]
-    )
-    return Normalisation(tuple(first.tolist()), tuple(np.sqrt(second - first**2).tolist()))
 
 
 # The command --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,21 @@ NORMALISATION = {  # of sd-vae-ft-ema on ImageNet, by image size
 def _over_channels(values: Sequence[float], x: Tensor) -> Tensor:
     """Shape a number per channel to be broadcast over x [..., C, H, W]."""
     return x.new_tensor(values).view(-1, 1, 1)
+
+
+def moments(posteriors: NDArray[np.float16]) -> list[list[float]]:
+    """Compute first and second moment of the raw latents drawn from posteriors [n, 2, C, H, W], per channel."""
+    mean, std = posteriors.astype(np.float64).swapaxes(0, 1)
+    return [mean.mean((0, 2, 3)).tolist(), (mean**2 + std**2).mean((0, 2, 3)).tolist()]
+
+
+def measured_normalisation(reports: Iterable[dict[str, Any]]) -> Normalisation:
+    """Compute mean and standard deviation of all raw latents, per channel, from the moments of the shards."""
+    known = [report for report in reports if report["count"]]
+    first, second = np.average(
+        [report["moments"] for report in known], axis=0, weights=[report["count"] for report in known]
+    )
+    return Normalisation(tuple(first.tolist()), tuple(np.sqrt(second - first**2).tolist()))
 
 
 # On disk ------------------------------------------------------------------------------------------------------------

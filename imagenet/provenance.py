@@ -74,7 +74,7 @@ class Provenance:
         for name in names:
             mine, others = getattr(self, name), getattr(other, name)
             if mine is not None and others is not None and mine != others:
-                label = name.replace("_", "'s ")
+                label = {"images": "number of images"}.get(name, name.replace("_", "'s "))
                 raise ValueError(
                     f"{what}: another {label}, {shown(str(others), 200)} in place of {shown(str(mine), 200)}"
                 )
