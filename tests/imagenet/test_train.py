@@ -23,8 +23,8 @@ def test_a_run_leaves_every_file(tmp_path, capsys):
     )
     names = {p.name for p in folder.iterdir()} - {"tensorboard"}
     assert names == {
-        "config.json", "data.json", "train.jsonl", "samples", "snapshots", "checkpoints", "weights.safetensors", "samples-1.png",
-        "samples-4.png", "metrics.json",
+        "config.json", "data.json", "train.jsonl", "samples", "snapshots", "checkpoints", "weights.safetensors",
+        "samples-1.png", "samples-4.png", "metrics.json",
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "samples").iterdir())] == ["00000003.png", "00000006.png"]
     assert [p.name for p in checkpoints.checkpoints(folder / "checkpoints")] == ["00000004", "00000006"]
