@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = command.parse_args(argv)
     use_one_thread()
     with command.bad_input():
-        base = ToyConfig(**given(arguments, ToyConfig))
+        base = ToyConfig(**given(arguments, ToyConfig), noise_share=0.0)  # the paper's; one row has more
         require_at_least(0.1, seconds=arguments.seconds)
         if arguments.seconds == float("inf"):
             raise ValueError("--seconds must be finite")
