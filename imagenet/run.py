@@ -71,7 +71,7 @@ class Run:
         return self.folder / "checkpoints"
 
     def snapshot(self, step: int) -> Path:
-        """The file of the evaluation weights of a step."""
+        """Name the file of the evaluation weights of a step."""
         return self.folder / "snapshots" / f"{step:08d}.safetensors"
 
     def create(self) -> None:

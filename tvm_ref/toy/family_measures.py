@@ -205,7 +205,7 @@ def length_shares(times: TimeSampler, bins: int = 10, n: int = 1_000_000) -> lis
 
 
 def signal_to_noise(
-    model: FlowMap, distribution: GaussianMixture, gaps: Sequence[float], chunks: int = 32, size: int = 32
+    model: FlowMap, distribution: GaussianMixture, gaps: Sequence[float], chunks: int = 32, size: int = 256
 ) -> dict[str, list[float | None]]:
     """Return, by t - s, the batch at which a gradient's noise is as large as its signal.
 
