@@ -37,7 +37,10 @@ from tvm_ref.toy.training import Training
 
 PARTS = ("picture", "noise", "cost", "bias", "jumps", "scale")
 COORDINATES = {"masses 0.8 and 0.2": 0.8, "masses 0.5 and 0.5": 0.5}  # of a coordinate's two values
-LAWS = {"gap*": TimeSampler(), "two uniform times": TimeSampler("triangle"), "MeanFlow's": TimeSampler("sorted")}
+LAWS = {
+    "gap*": TimeSampler(), "gap*, 1/4 at t = 1": TimeSampler(share_noise=0.25),
+    "two uniform times": TimeSampler("triangle"), "MeanFlow's": TimeSampler("sorted"),
+}  # fmt: skip
 DIMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GAPS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
 

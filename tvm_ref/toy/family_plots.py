@@ -150,7 +150,9 @@ def _plot_bias(ax: Axes, bias: dict[str, dict[str, float]]) -> None:
 def _plot_jumps(ax: Axes, jumps: dict[str, Any]) -> None:
     bins = len(jumps["error"])
     middles = (np.arange(bins) + 0.5) / bins
-    for (name, shares), colour in zip(jumps["shares"].items(), (plots.BLUE, plots.SKY, plots.GREEN), strict=False):
+    for (name, shares), colour in zip(
+        jumps["shares"].items(), (plots.BLUE, plots.PINK, plots.SKY, plots.GREEN), strict=False
+    ):
         ax.step(middles, np.maximum(shares, 1e-6), where="mid", color=colour, label=f"draws, {name}")
     ax.set(yscale="log", xlabel="t - s", ylabel="share of jumps drawn", ylim=(1e-5, 1))
     other = ax.twinx()
