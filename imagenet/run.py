@@ -71,9 +71,10 @@ class Run:
     """
 
     def __init__(self, folder: Path, training: Training, keep: int, provenance: Provenance):
-        self.folder, self.training, self.keep, self.provenance = folder, training, keep, provenance
+        self.folder, self.training, self.provenance = folder, training, provenance
         self.world = training.world
         self.log = Log(folder, training)
+        self.saver = checkpoints.Saver(self.checkpoints, keep, self.world)
 
     @property
     def checkpoints(self) -> Path:
@@ -120,7 +121,7 @@ class Run:
             print(f"{complaint}: going on from {path}", file=sys.stderr, flush=True)
         if path is None:
             return False
-        state = checkpoints.read_checkpoint(path)
+        state = checkpoints.read_checkpoint(path, self.training.place)
         try:
             self.training.load_state_dict(state)
             self.log.load_state_dict(state)
@@ -129,13 +130,9 @@ class Run:
         return True
 
     def save(self) -> None:
-        """Write a checkpoint.
+        """Start to write a checkpoint, once the one before is written.
 
         Raises:
-            OSError: in every process, if it could not be written; older checkpoints are untouched.
+            OSError: in every process, if the one before could not be written; older checkpoints are untouched.
         """
-        state: dict[str, Any] = {}
-        if self.training.config.parallel == "fsdp" or self.world.first:  # sharded weights are gathered from all
-            state = self.training.state_dict() | self.log.state_dict()
-        step = self.training.step
-        self.world.on_first(lambda: checkpoints.save_checkpoint(self.checkpoints, state, step, self.keep))
+        self.saver.save(self.training.state_dict() | self.log.state_dict(), self.training.step)

@@ -119,9 +119,10 @@ def described(config: Config, data: Data, folder: Path | None) -> Provenance:
     before = None if folder is None else checkpoints.read_provenance(folder)
     if before is not None:
         before.check_same(here, f"--resume: {folder} was trained on other data than --data-path holds")
-    source = None if config.init is None else checkpoints.read_provenance(config.init)
+    start = config.init if folder is None else None  # of a run that goes on, its checkpoint holds all that is needed
+    source = None if start is None else checkpoints.read_provenance(start)
     if source is not None:
-        source.check_same_latents(here, f"--init: {config.init} was trained on other latents than --data-path holds")
+        source.check_same_latents(here, f"--init: {start} was trained on other latents than --data-path holds")
     return here
 
 
@@ -165,9 +166,10 @@ def train(run: Run, data: Data, options: Options) -> bool:
         disable=not world.first,
     )  # fmt: skip
     run.log.open()
-    with contextlib.closing(run.log), Interruption() as interruption, SaveRequests() as requests, bar:
+    with contextlib.closing(run.log), Interruption() as interruption, SaveRequests() as requests, run.saver, bar:
         for batch in run.log.timed(loader(batches, first, options.workers, pin=world.device.type == "cuda")):
-            metrics = training.train_step(batch, stop=interruption.requested, save=requests.take())
+            stop = interruption.requested or run.saver.failed
+            metrics = training.train_step(batch, stop=stop, save=requests.take())
             step = training.step
             run.log.note(metrics)
             bar.update()
@@ -185,8 +187,8 @@ def train(run: Run, data: Data, options: Options) -> bool:
             if metrics.asked_to_stop:
                 stopped = True
                 break
-    if saved != training.step:
-        run.save()
+        if saved != training.step:
+            run.save()
     return not stopped or training.step == config.steps
 
 

@@ -136,17 +136,33 @@ class Training:
             model.load_state_dict(parallel.reshard(weights, model.state_dict()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Gather everything that continues this training, unsharded and on the CPU. All processes take part."""
+        """Return everything that continues this training: its own tensors, not copies, sharded where they are."""
         return {
-            "model": parallel.full_state(self.model.state_dict()),
-            "target": parallel.full_state(self.target.state_dict()),
-            "ema": parallel.full_state(self.ema.state_dict()),
-            "optimizer": parallel.full_state(self.optimizer.state_dict()),
+            "model": self.model.state_dict(),
+            "target": self.target.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
 
+    def place(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return a tensor to read one of a stored state into, by its path: of weights themselves, of moments new ones.
+
+        Raises:
+            ValueError: there is no such tensor in this training.
+        """
+        kind, *path = name.split("/")
+        if kind != "optimizer":
+            module = {"model": self.model, "target": self.target.module, "ema": self.ema.module}.get(kind)
+            weights = {} if module is None else module.state_dict()
+            if path[-1] not in weights:
+                raise ValueError(f"it holds {name}, which this run has not")
+            return weights[path[-1]]
+        like = self._parameters[int(path[1])]
+        return torch.empty_like(like, dtype=dtype) if like.shape == size else torch.empty(size, dtype=dtype)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what state_dict gave, on any number of processes."""
+        """Restore what state_dict gave, whatever the number of processes and however its tensors are sharded."""
         self.model.load_state_dict(parallel.reshard(state["model"], self.model.state_dict()))
         self.target.load_state_dict(parallel.reshard(state["target"], self.target.state_dict()))
         self.ema.load_state_dict(parallel.reshard(state["ema"], self.ema.state_dict()))

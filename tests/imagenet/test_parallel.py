@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import distributed
 
+from imagenet import checkpoints
 from imagenet.parallel import World, check_version, process_group
+from tests.imagenet.commands import same
 from tests.imagenet.workers import steps
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +84,27 @@ def test_a_state_from_two_fsdp_processes_loads_into_one(together):
     assert training.step == 3
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_each_process_writes_its_part_and_any_number_reads_it(together, kind):
+    """Weights, averages and moments, bit for bit: by two processes that train the other way, and by one alone."""
+    folder, results = together
+    path, complaints = checkpoints.find_checkpoint(folder / kind)
+    assert complaints == []
+    sizes = [(path / f"__{rank}_0.distcp").stat().st_size for rank in (0, 1)]
+    assert max(sizes) < 1.2 * min(sizes)
+    saved, read = (results[f"saved by {kind}"][a] for a in ("saved", "read"))
+    assert same(read, saved)
+    assert same(checkpoints.read_checkpoint(path), saved)
+
+
+def test_a_disk_that_is_full_for_one_process_is_so_for_all_and_loses_nothing(together):
+    folder, _ = together
+    texts = {(folder / f"full-{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(texts) == 1
+    assert "the checkpoint of step 2 could not be written: No space left on device" in texts.pop()
+    assert [path.name for path in (folder / "ddp").iterdir()] == ["00000001"]
+
+
 def test_fsdp_alone_is_plain_training(alone):
     with process_group("cpu") as world:
         result = steps(world, parallel="fsdp")
@@ -108,6 +131,6 @@ def test_gradients_wait_minutes_and_all_else_hours(monkeypatch):
     monkeypatch.setattr(distributed, "init_process_group", lambda _, timeout: waits.update(gradients=timeout))
     monkeypatch.setattr(distributed, "new_group", lambda backend, timeout: waits.update({backend: timeout}) or "group")
     with process_group("cpu") as world:
-        assert world == World(1, 2, torch.device("cpu"), "group")
+        assert world == World(1, 2, torch.device("cpu"), "group", "group")
     assert timedelta(minutes=5) <= waits["gradients"] <= timedelta(minutes=30)
     assert waits["gloo"] >= timedelta(hours=1)
