@@ -7,7 +7,6 @@ A damaged checkpoint is detected and named, and the one before it serves.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from imagenet.disk import SUMMARY, flush_folder, sha256_of
 from imagenet.parallel import World
 from imagenet.pickle_scan import shown
 from imagenet.presets import Config, build_model
@@ -28,8 +28,7 @@ from imagenet.provenance import Provenance
 from tvm_ref import FlowMap
 from tvm_ref.command_line import flag
 
-SUMMARY = "checkpoint.json"  # of a checkpoint: its step, and size and SHA-256 of every other file
-WEIGHTS = "weights.safetensors"
+WEIGHTS, ALL_WEIGHTS = "weights.safetensors", "weights*.safetensors"  # of the first decay (--ema), and of all
 CONFIG = "config.json"
 DATA = "data.json"
 
@@ -153,7 +152,7 @@ def _fault(path: Path) -> str | None:
             if size != about["bytes"]:
                 return f"{name}: {size} bytes in place of {about['bytes']}"
         return next(
-            (f"{n}: its checksum does not match" for n in files if _sha256(path / n) != files[n]["sha256"]), None
+            (f"{n}: its checksum does not match" for n in files if sha256_of(path / n) != files[n]["sha256"]), None
         )
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
@@ -302,7 +301,7 @@ def _weights_of_run(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     checkpoint, _ = find_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         raise ValueError(f"{folder} holds no weights yet; go on with it by --resume")
-    weights = read_checkpoint(checkpoint, prefix="ema/")["ema"]["module"]
+    weights = read_checkpoint(checkpoint, prefix="ema/0/")["ema"][0]["module"]
     return config, {name.removeprefix("network."): a for name, a in weights.items()}
 
 
@@ -320,27 +319,9 @@ def read_config(folder: Path) -> Config:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
 
 
-# Files --------------------------------------------------------------------------------------------------------------
-
-
 def _reason(error: Exception, line: int = 0) -> str:
     """Say in one line what went wrong."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[min(line, len(lines) - 1)].strip()
-
-
-def flush_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -50,6 +50,12 @@ class World:
         distributed.all_gather(rows, row, group=self.group)
         return torch.stack(rows)
 
+    def sum(self, a: Tensor) -> Tensor:
+        """Sum a tensor on the CPU over all processes, in place."""
+        if self.size > 1:
+            distributed.all_reduce(a, group=self.group)
+        return a
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.all_gather([0.0])
@@ -108,10 +114,10 @@ def process_group(device: str | None = None) -> Iterator[World]:
     if here.type == "cuda":
         torch.cuda.set_device(here)
     group = saving = None
-    if size > 1:
-        distributed.init_process_group(BACKENDS.get(here.type, "gloo"), timeout=TIMEOUT)
-        group, saving = (distributed.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
     try:
+        if size > 1:
+            distributed.init_process_group(BACKENDS.get(here.type, "gloo"), timeout=TIMEOUT)
+            group, saving = (distributed.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
         yield World(rank, size, here, group, saving)
     finally:
         if distributed.is_initialized():  # also by FSDP, alone

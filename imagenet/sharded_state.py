@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.futures import Future
 
-from imagenet.checkpoints import SUMMARY, flush_folder
+from imagenet.disk import SUMMARY, flush_folder
 
 ALONE = "torch.distributed is disabled"  # how a warning begins that says what is so: no other process takes part
 STATE = "state.json"

@@ -86,7 +86,7 @@ def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, 
 def test_the_summary_is_that_of_the_file_though_it_is_not_read_again(tmp_path, monkeypatch):
     """The hash is computed while writing: a state of 13.6 GB was once read again for it."""
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_sha256", lambda path: pytest.fail("read again"))
+        patch.setattr(checkpoints, "sha256_of", lambda path: pytest.fail("read again"))
         path = save(tmp_path, 1)
     files = json.loads((path / "checkpoint.json").read_text())["files"]
     assert files.keys() == {p.name for p in path.iterdir()} - {"checkpoint.json"}

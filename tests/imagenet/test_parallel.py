@@ -52,7 +52,8 @@ def test_two_processes_are_one(together, alone, kind):
     for name, gradient in alone["gradients"].items():
         torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-3, atol=1e-5)
     for part in ("model", "target", "ema"):
-        mine, theirs = (r["state"][part].get("module", r["state"][part]) for r in (result, alone))
+        states = (r["state"][part] for r in (result, alone))
+        mine, theirs = (s[0]["module"] if part == "ema" else s.get("module", s) for s in states)
         assert list(mine) == list(theirs)
         for name, value in theirs.items():
             torch.testing.assert_close(mine[name], value, rtol=0, atol=3e-5)
@@ -134,3 +135,25 @@ def test_gradients_wait_minutes_and_all_else_hours(monkeypatch):
         assert world == World(1, 2, torch.device("cpu"), "group", "group")
     assert timedelta(minutes=5) <= waits["gradients"] <= timedelta(minutes=30)
     assert waits["gloo"] >= timedelta(hours=1)
+
+
+def test_processes_are_left_however_it_ends(monkeypatch):
+    """Also where joining fails half-way; what was once not left kept others waiting."""
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "init_process_group", lambda *_, **__: calls.append("joined"))
+    monkeypatch.setattr(distributed, "is_initialized", lambda: bool(calls))
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: calls.append("left"))
+    monkeypatch.setattr(distributed, "new_group", lambda **_: "group")
+    with pytest.raises(KeyError), process_group("cpu"):
+        raise KeyError
+    monkeypatch.setattr(distributed, "new_group", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), process_group("cpu"):
+        pass
+    assert calls == ["joined", "left"] * 2
+
+
+def test_every_command_joins_processes_in_one_way():
+    """By process_group, which leaves them: evaluate.py and benchmark.py once joined on their own and never left."""
+    joining = {p.name for p in (ROOT / "imagenet").glob("*.py") if "init_process_group" in p.read_text()}
+    assert joining == {"parallel.py"}

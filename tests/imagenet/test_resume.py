@@ -215,7 +215,7 @@ def test_torchrun_on_two_processes_equals_one_and_one_goes_on_where_two_stopped(
     """Another number of processes goes on with the same global batches: losses agree to rounding."""
     folder = tmp_path / "run"
     options = [*TINY, "--steps", "120", "--save-every", "1000", "--out", str(folder)]
-    done = torchrun("-m", "tests.imagenet.interrupted", *options, cwd=ROOT)
+    done = torchrun("-m", "tests.imagenet.interrupted", "SIGTERM", 60, *options, cwd=ROOT)
     assert "stopped at step 61, and saved" in done.stdout, done.stderr[-3000:]
     assert done.stdout.count("stopped at step") == 1  # one process speaks
     assert train.main([*options, "--resume"]) == 0
