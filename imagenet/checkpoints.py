@@ -58,7 +58,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():  # that error counts more
+        with contextlib.suppress(Exception) if kind is not None else contextlib.nullcontext():  # the first one counts
             self.wait()
 
     def save(self, state: Any, step: int) -> None:

@@ -123,10 +123,10 @@ def test_a_signal_to_the_whole_group_spares_the_processes_that_read_ahead(tmp_pa
 
 @pytest.mark.slow
 def test_ten_sigkills_at_random_moments_change_nothing(tmp_path, whole, forks):
-    """In and out of checkpoint writing: every third step writes one, which takes a good part of the time."""
+    """In and out of checkpoint writing: every tenth step writes one, which takes a good part of the time."""
     reference, seconds = whole
     folder = tmp_path / "run"
-    arguments = [*TINY, "--steps", "120", "--save-every", "3", "--keep", "2", "--out", str(folder), "--resume"]
+    arguments = [*TINY, "--steps", "120", "--save-every", "10", "--keep", "2", "--out", str(folder), "--resume"]
     chance = random.Random(0)
     reached = []
     for kill in range(10):
