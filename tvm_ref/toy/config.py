@@ -24,9 +24,11 @@ class ToyConfig:
     """
 
     dist: str = option("moons", "distribution to learn", choices=tuple(DISTRIBUTIONS))
-    data: str | None = option(None, "learn your own points instead: a .csv or .npy file of N x 2 numbers")
+    data: str | None = option(None, "learn your own points instead: a table of two columns (.csv, .tsv, .txt, .npy)")
     bandwidth: float | None = option(
-        None, "width of the Gaussian around each point of --data (default: by leave-one-out likelihood)"
+        None,
+        "width of the Gaussian around each point of --data, from 0.03 to below 1 standard deviation of the data "
+        "(default: by leave-one-out likelihood)",
     )
     objective: str = option(
         "tvm", "what to minimise: TVM, or a relative (tvm_ref/objectives/README.md)", choices=tuple(OBJECTIVES)
