@@ -121,6 +121,9 @@ def plot_samples(
             _use_units(ax, distribution)
             x = distribution.units.restore(x)
         scatter(ax, x, s=4, c=colours_of(condition, len(x)), alpha=0.5, linewidths=0, rasterized=True)
+    if isinstance(jump, EulerStep) and 1 in nfes:
+        note = "one straight step\ntakes all noise to\nthe mean of the data"
+        axes[2 + list(nfes).index(1)].annotate(note, (0.5, 0.62), xycoords="axes fraction", ha="center", fontsize=11)
     if condition is not None:
         for c in range(distribution.num_classes):
             axes[1].scatter([], [], s=25, color=CLASSES[c % len(CLASSES)], label=f"class {c}")
@@ -163,7 +166,7 @@ def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Refe
     set_window(axes, reference.data)
     colours = colours_of(first, n)
     for ax, (title, states) in zip(axes, panels.items(), strict=True):
-        scatter(ax, reference.data, s=3, c=GREY, alpha=0.25, linewidths=0)
+        scatter(ax, reference.data, s=3, c=GREY, alpha=0.4, linewidths=0)
         for path, colour in zip(states.transpose(0, 1), colours, strict=True):
             ax.plot(*path.T.numpy(), color=colour, lw=1, alpha=0.7)
         scatter(ax, states[0], s=18, c="white", edgecolors=colours, zorder=3, label="noise (t = 1)")
@@ -206,7 +209,7 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference) ->
     set_window(axes[1:], exact, reference.data)
     for ax, (title, x) in zip(axes, panels.items(), strict=True):
         if ax is not axes[0]:
-            scatter(ax, reference.data, s=3, c=GREY, alpha=0.25, linewidths=0)
+            scatter(ax, reference.data, s=3, c=GREY, alpha=0.4, linewidths=0)
         pieces = x.split([len(c) for c in curves])
         for piece, hue in zip(pieces[:lines], hues, strict=True):
             ax.plot(*piece.T.numpy(), color=hue, lw=1.2)
