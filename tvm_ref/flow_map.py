@@ -177,7 +177,7 @@ class FlowMap(nn.Module):
             warnings.warn("beta = 1/w is above 1, a guidance weight w below 1; was w meant?", stacklevel=4)
 
     def _warn_if_blind(self, F: Tensor, dF_ds: Tensor, t: Tensor, s: Tensor) -> None:
-        if self._reads_s or not torch.is_grad_enabled() or not values_are_cheap(F):
+        if self._reads_s or not F.requires_grad or not values_are_cheap(F):
             return
         self._reads_s = bool(dF_ds.any())
         if not self._reads_s and bool(F.any()) and bool((s < t).any()):
