@@ -24,12 +24,14 @@ from torch import Tensor
 
 from imagenet.pickle_scan import shown
 from imagenet.presets import Config, build_model
+from imagenet.provenance import Provenance
 from tvm_ref import FlowMap
 from tvm_ref.command_line import flag
 
 STATE, SUMMARY = "state.pt", "checkpoint.json"
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
+DATA = "data.json"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -78,7 +80,10 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what a crash in the middle of writing left."""
     for pattern in ("*.partial", "*.old"):
         for path in folder.glob(pattern):
-            shutil.rmtree(path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:  # of someone else's making, and in the way
+                path.unlink()
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -211,6 +216,25 @@ def check_weights(weights: Mapping[str, Tensor], config: Config) -> None:
             raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds numbers that are not finite")
+
+
+def read_provenance(source: str | Path) -> Provenance | None:
+    """Read what the model of a .safetensors file or of a run's folder was trained on; None if it does not say.
+
+    Raises:
+        ValueError: damaged files.
+    """
+    source = Path(source)
+    path = source / DATA if source.is_dir() else source
+    try:
+        if source.is_dir():
+            stored = path.read_text() if path.exists() else None
+        else:
+            with safe_open(path, "pt") as file:
+                stored = (file.metadata() or {}).get("data")
+        return None if stored is None else Provenance.from_json(stored)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {_reason(error)}") from None
 
 
 def _read_weights(path: Path) -> tuple[Config, dict[str, Tensor]]:

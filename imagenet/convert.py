@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from imagenet.checkpoints import check_weights, save_weights
+from imagenet.latents import LATENT_SIDE, NORMALISATION, VAE
 from imagenet.pickle_scan import shown
 from imagenet.pickled_tensors import module_state, read_module, tensors_of
 from imagenet.presets import PRESETS, Config
+from imagenet.provenance import Provenance
 from tvm_ref.command_line import OneLineParser, require_new, run
 
 RELEASED = {  # by name of the file
@@ -78,6 +80,12 @@ def without_wrappers(name: str) -> str:
     return name
 
 
+def data_of(config: Config) -> Provenance:
+    """Describe what released weights were trained on: latents of ImageNet, of the sizes that are known."""
+    known = NORMALISATION.get(LATENT_SIDE * config.input_size) if config.data == "latents" else None
+    return Provenance(config.data, autoencoder=VAE if known else None, normalisation=known)
+
+
 def convert(source: Path, out: Path, preset: str | None = None) -> Config:
     """Convert a file; returns the configuration that its weights need.
 
@@ -102,6 +110,7 @@ def convert(source: Path, out: Path, preset: str | None = None) -> Config:
     with source.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     about = {"preset": preset, "source": source.name, "source_sha256": digest}
+    about["data"] = data_of(config).to_json()
     tensors = {name: a.float().clone(memory_format=torch.contiguous_format) for name, a in tensors.items()}
     save_weights(out, tensors, config, w=f"{config.w:g}", scaled=str(config.scaled).lower(), **about)
     return config

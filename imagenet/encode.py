@@ -18,12 +18,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,16 +32,18 @@ from torch import nn
 from tqdm import tqdm
 
 from imagenet import parallel
+from imagenet.fingerprints import fingerprint
 from imagenet.image_files import is_image
 from imagenet.latents import (
     FORMAT,
     INDEX,
     NORMALISATION,
     VAE,
-    Normalisation,
     encode,
     index_of,
     load_vae,
+    measured_normalisation,
+    moments,
     write_shard,
 )
 from imagenet.parallel import World
@@ -78,6 +80,9 @@ class Settings:
 
     image_size: int = option(256, "side of the square that is cut out")
     vae: str = option(VAE, "an AutoencoderKL, by folder or by name on the hub")
+    normalisation: Literal["auto", "paper", "measured"] = option(
+        "auto", "of latents: the paper's constants, or as measured; auto: the paper's for its autoencoder, by name"
+    )
     batch_size: int = option(64, "images per call of the autoencoder")
     shard_size: int = option(8192, "images per file")
     workers: int = option(8, "threads that read images, per process")
@@ -85,6 +90,15 @@ class Settings:
     def __post_init__(self) -> None:
         names = ("image_size", "batch_size", "shard_size", "workers")
         require_at_least(1, **{name: getattr(self, name) for name in names})
+        if self.normalisation == "paper" and self.image_size not in NORMALISATION:
+            sizes = " and ".join(map(str, NORMALISATION))
+            raise ValueError(f"--normalisation paper is known for --image-size {sizes}, not {self.image_size}")
+
+    @property
+    def is_paper_s(self) -> bool:
+        """Whether latents are normalised by the paper's constants, which are those of one autoencoder."""
+        known = self.image_size in NORMALISATION and self.vae == VAE
+        return self.normalisation == "paper" or (self.normalisation == "auto" and known)
 
 
 def parser() -> OneLineParser:
@@ -205,29 +219,15 @@ def encode_shard(
     write_atomically(out / f"{name}.json", json.dumps(report) + "\n")
 
 
-def moments(posteriors: np.ndarray) -> list[list[float]]:
-    """Compute first and second moment of the raw latents drawn from posteriors [n, 2, C, H, W], per channel."""
-    mean, std = posteriors.astype(np.float64).swapaxes(0, 1)
-    return [mean.mean((0, 2, 3)).tolist(), (mean**2 + std**2).mean((0, 2, 3)).tolist()]
-
-
-def measured_normalisation(reports: Iterable[dict[str, Any]]) -> Normalisation:
-    """Compute mean and standard deviation of all raw latents, per channel, from the moments of the shards."""
-    known = [report for report in reports if report["count"]]
-    first, second = np.average(
-        [report["moments"] for report in known], axis=0, weights=[report["count"] for report in known]
-    )
-    return Normalisation(tuple(first.tolist()), tuple(np.sqrt(second - first**2).tolist()))
-
-
 # The command --------------------------------------------------------------------------------------------------------
 
 
-def plan_of(settings: Settings, classes: list[str], entries: list[Entry]) -> dict[str, Any]:
+def plan_of(settings: Settings, classes: list[str], entries: list[Entry], vae: nn.Module) -> dict[str, Any]:
     """Describe everything that decides the outcome of an encoding."""
     listing = hashlib.sha256("\n".join(f"{e.label} {e.path}" for e in entries).encode()).hexdigest()
     decisive = {name: value for name, value in asdict(settings).items() if name != "workers"}
-    return {"format": FORMAT, "images": len(entries), "classes": len(classes), "listing": listing, **decisive}
+    about = {"format": FORMAT, "images": len(entries), "classes": len(classes), "listing": listing}
+    return about | decisive | {"vae_fingerprint": fingerprint(vae.state_dict())}
 
 
 def prepare(out: Path, plan: dict[str, Any]) -> None:
@@ -254,7 +254,7 @@ def prepare(out: Path, plan: dict[str, Any]) -> None:
     write_atomically(out / PLAN, json.dumps(plan, indent=2) + "\n")
 
 
-def finish(out: Path, names: list[str], classes: list[str], plan: dict[str, Any]) -> dict[str, Any]:
+def finish(out: Path, names: list[str], classes: list[str], plan: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Write skipped.txt and latents.json, the sign that all is done; returns what latents.json holds.
 
     Raises:
@@ -270,11 +270,12 @@ def finish(out: Path, names: list[str], classes: list[str], plan: dict[str, Any]
     index = index_of(
         plan["image_size"],
         classes,
-        NORMALISATION.get(plan["image_size"], measured),
+        NORMALISATION[settings.image_size] if settings.is_paper_s else measured,
         [{"name": report["name"], "count": report["count"]} for report in reports],
         count=count,
         skipped=len(skipped),
         vae=plan["vae"],
+        vae_fingerprint=plan["vae_fingerprint"],
         measured={"mean": measured.mean, "std": measured.std},
     )
     for leftover in out.glob("*.partial"):  # of a process that was killed while it wrote
@@ -306,8 +307,8 @@ def encode_folder(
     if out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"--out {out} lies inside {source}, where it would count as a class")
     classes, entries = find_images(source)
-    plan = plan_of(settings, classes, entries)
     vae = (load_vae(settings.vae) if vae is None else vae).to(world.device)  # first: a failure leaves no folder behind
+    plan = plan_of(settings, classes, entries, vae)
     world.on_first(lambda: prepare(out, plan))
     starts = range(0, len(entries), settings.shard_size)
     shards = {f"{i:05d}": entries[start : start + settings.shard_size] for i, start in enumerate(starts)}
@@ -318,7 +319,7 @@ def encode_folder(
         for name in mine:
             encode_shard(source, out, name, shards[name], vae, settings, bar)
     world.barrier()
-    return finish(out, list(shards), classes, plan) if world.first else None
+    return finish(out, list(shards), classes, plan, settings) if world.first else None
 
 
 def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
@@ -331,6 +332,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
             index = encode_folder(options.source, options.out, settings, world=world, vae=vae)
     if index is not None:
         print(f"{index['count']} latents of {len(index['classes'])} classes: {options.out}")
+        print(f"normalised by {'the constants of the paper' if settings.is_paper_s else 'what was measured'}")
         if index["skipped"]:
             print(f"{index['skipped']} images could not be decoded and were skipped: {options.out / SKIPPED}")
     return 0

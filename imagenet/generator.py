@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from imagenet import pictures
-from imagenet.checkpoints import load_weights
+from imagenet.checkpoints import load_weights, read_provenance
 from imagenet.class_names import class_number
-from imagenet.latents import NORMALISATION, VAE, Normalisation, decode, load_vae, read_normalisation
+from imagenet.fingerprints import fingerprint
+from imagenet.latents import LATENT_SIDE, NORMALISATION, VAE, Normalisation, decode, load_vae, read_normalisation
 from imagenet.noise import PRIOR, normal
 from imagenet.pictures import Pixels, to_pixels
 from imagenet.presets import Config
+from imagenet.provenance import Provenance
 from tvm_ref import Condition, FlowMap, sample
 from tvm_ref.sampling import stepper
 
 CPU = torch.device("cpu")
 BATCH = 64  # samples at a time, where nothing else is said
-LATENT_SIDE = 8  # pixels of the image per number of the latent
 COLUMNS, ROWS = 10, 8  # of a grid, where nothing else is said: a class per column
 WIDEST = 20  # classes that get a column each
 
@@ -118,7 +119,7 @@ def load_generator(
     classes: Sequence[int | str] | None = None,
     w: float | None = None,
     seed: int = 0,
-    vae: str | nn.Module = VAE,
+    vae: str | nn.Module | None = None,
     latents: Path | None = None,
 ) -> Generator:
     """Load the model of a run's folder or of a .safetensors file.
@@ -129,8 +130,8 @@ def load_generator(
         classes: see Generator; by number, or by name (class_names.py) as "golden retriever"; of digits "0" to "9".
         w: see Generator; untrained_guidance says whether the model knows it.
         seed: see Generator.
-        vae: the autoencoder of latents, by folder or name, or itself.
-        latents: folder of the latents trained on, for their normalisation; None is ImageNet's.
+        vae: the autoencoder of latents, by folder or name, or itself; None is the one that the weights name.
+        latents: folder of the latents trained on, for their normalisation; None is the one that the weights state.
 
     Raises:
         ValueError: no weights there, or arguments that do not go with them.
@@ -145,9 +146,15 @@ def load_generator(
     generator = Generator(flow_map.to(device), config, device, labels, w, seed)
     if config.data not in ("latents", "synthetic"):
         return generator
-    normalisation = normalisation_of(config, latents)
-    decoder = (load_vae(vae) if isinstance(vae, str) else vae).to(device)
-    return replace(generator, vae=decoder, normalisation=normalisation)
+    known = read_provenance(source) or Provenance(config.data)
+    normalisation = normalisation_of(config, known, latents)
+    name = vae or known.autoencoder or VAE
+    decoder = load_vae(name) if isinstance(name, str) else name
+    here = Provenance(config.data, normalisation=normalisation)
+    if known.autoencoder_fingerprint is not None:
+        here = replace(here, autoencoder_fingerprint=fingerprint(decoder.state_dict()))
+    known.check_same_latents(here, f"{source} was trained on other latents")
+    return replace(generator, vae=decoder.to(device), normalisation=normalisation)
 
 
 def untrained_guidance(config: Config, w: float) -> str | None:
@@ -158,14 +165,16 @@ def untrained_guidance(config: Config, w: float) -> str | None:
     return f"warning: this model was trained with w = {trained}; with w = {w:g} it does not work well"
 
 
-def normalisation_of(config: Config, latents: Path | None) -> Normalisation:
-    """Return how a model's latents were normalised.
+def normalisation_of(config: Config, known: Provenance, latents: Path | None = None) -> Normalisation:
+    """Return how a model's latents are normalised, by the folder of latents if one is given, else by the weights.
 
     Raises:
-        ValueError: it is not known for latents of this size, and no folder of latents says it.
+        ValueError: neither says it, and it is not known for latents of this size.
     """
     if latents is not None:
         return read_normalisation(latents)
+    if known.normalisation is not None:
+        return known.normalisation
     size = LATENT_SIDE * config.input_size
     if size not in NORMALISATION:
         raise ValueError(f"the normalisation of latents of {size} x {size} images is not known: say --latents FOLDER")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imagenet.fingerprints import fingerprint
 from imagenet.noise import FLIP
 from imagenet.presets import Config
 
@@ -36,6 +37,10 @@ class Data(Protocol):
 
     def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
         """Return samples x [B, C, H, W] and labels [B]."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return digits that tell whether these are the same data (fingerprints.py)."""
         ...
 
 
@@ -70,6 +75,10 @@ class Images:
             x = torch.where(torch.from_numpy(flips)[chosen].view(-1, 1, 1, 1), x.flip(-1), x)
         return x, labels
 
+    def fingerprint(self) -> str:
+        """Return the fingerprint of images and labels."""
+        return fingerprint({"x": self.x, "labels": self.labels})
+
 
 class Synthetic:
     """Normal noise with labels, for throughput: as many samples as ImageNet, drawn from a small store."""
@@ -90,6 +99,10 @@ class Synthetic:
         """Return samples x [B, C, H, W] and labels [B], the same at every draw."""
         chosen = torch.as_tensor(indices)
         return self._x[chosen % self.STORE], chosen % self.classes
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the store."""
+        return fingerprint({"x": self._x, "classes": torch.tensor(self.classes)})
 
 
 def load_data(config: Config, folder: str | Path | None = None, *, download: bool = False) -> Data:

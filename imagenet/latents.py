@@ -12,8 +12,9 @@ The shards are memory-mapped. An image's latent is drawn from its posterior anew
 import bisect
 import itertools
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from imagenet.fingerprints import fingerprint
 from imagenet.noise import POSTERIOR, normal
+from imagenet.pickle_scan import shown
+from tvm_ref.command_line import first_line
 
+LATENT_SIDE = 8  # pixels of the image per number of the latent
 INDEX = "latents.json"
 FORMAT = "tvm-ref latents, version 1"
 
@@ -42,8 +47,9 @@ class Normalisation:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std) or not np.isfinite(self.mean).all():
-            raise ValueError(f"a normalisation needs a finite mean and a positive std per channel, got {self}")
+        finite = all(math.isfinite(a) for a in (*self.mean, *self.std))
+        if len(self.mean) != len(self.std) or not finite or not all(s > 0 for s in self.std):
+            raise ValueError(f"a normalisation needs a finite mean and a finite, positive std per channel, got {self}")
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Scale raw latents [..., C, H, W] to those that the model sees."""
@@ -63,6 +69,21 @@ NORMALISATION = {  # of sd-vae-ft-ema on ImageNet, by image size
 def _over_channels(values: Sequence[float], x: Tensor) -> Tensor:
     """Shape a number per channel to be broadcast over x [..., C, H, W]."""
     return x.new_tensor(values).view(-1, 1, 1)
+
+
+def moments(posteriors: NDArray[np.float16]) -> list[list[float]]:
+    """Compute first and second moment of the raw latents drawn from posteriors [n, 2, C, H, W], per channel."""
+    mean, std = posteriors.astype(np.float64).swapaxes(0, 1)
+    return [mean.mean((0, 2, 3)).tolist(), (mean**2 + std**2).mean((0, 2, 3)).tolist()]
+
+
+def measured_normalisation(reports: Iterable[dict[str, Any]]) -> Normalisation:
+    """Compute mean and standard deviation of all raw latents, per channel, from the moments of the shards."""
+    known = [report for report in reports if report["count"]]
+    first, second = np.average(
+        [report["moments"] for report in known], axis=0, weights=[report["count"] for report in known]
+    )
+    return Normalisation(tuple(first.tolist()), tuple(np.sqrt(second - first**2).tolist()))
 
 
 # On disk ------------------------------------------------------------------------------------------------------------
@@ -89,6 +110,8 @@ class Latents:
         self.image_size: int = index["image_size"]
         self.classes: list[str] = index["classes"]
         self.normalisation = read_normalisation(self.folder)
+        self.autoencoder: str | None = _text(index.get("vae"))
+        self.autoencoder_fingerprint: str | None = _text(index.get("vae_fingerprint"))
         opened = [self._open(shard["name"], shard["count"]) for shard in index["shards"] if shard["count"]]
         if not opened:
             raise ValueError(f"{self.folder} holds no latents: every image was skipped")
@@ -121,6 +144,15 @@ class Latents:
         pairs = [self[int(index), draw] for index in indices]
         return torch.stack([x for x, _ in pairs]), torch.tensor([label for _, label in pairs])
 
+    def fingerprint(self) -> str:
+        """Return the fingerprint of all labels, and of the first and last posterior of each shard."""
+        ends = {
+            f"{i} {place}": torch.from_numpy(posteriors[place].copy())
+            for i, posteriors in enumerate(self._posteriors)
+            for place in (0, -1)
+        }
+        return fingerprint({"labels": self.labels, **ends})
+
     def posterior(self, index: int) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of an image's raw latent, float32 [C, H, W] each."""
         if not 0 <= index < len(self):
@@ -144,6 +176,11 @@ class Latents:
         return posteriors, classes
 
 
+def _text(value: Any) -> str | None:
+    """Return a value of latents.json that is a text, or None."""
+    return value if isinstance(value, str) else None
+
+
 def shard_files(name: str) -> tuple[str, str]:
     """Return the names of the files of posteriors and of labels of a shard."""
     return f"{name}.latents.npy", f"{name}.labels.npy"
@@ -162,12 +199,19 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text())
         missing = {"format", "image_size", "classes", "normalisation", "shards"} - set(index)
         index["shards"] = [{"name": str(a["name"]), "count": int(a["count"])} for a in index.get("shards", [])]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged: {shown(first_line(error))}") from None
     if missing or index["format"] != FORMAT:
         raise ValueError(
             f"{path} is not in the format {FORMAT!r}" + (f": {min(missing)} is missing" if missing else "")
         )
+    classes, size = index["classes"], index["image_size"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{path} is damaged: its classes are no list of names")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{path} is damaged: its image_size is no size")
+    if any(set(shard["name"]) & set("/\\") or shard["count"] < 0 for shard in index["shards"]):
+        raise ValueError(f"{path} is damaged: a shard without a name or count")
     return index
 
 
@@ -181,7 +225,7 @@ def read_normalisation(folder: Path) -> Normalisation:
     try:
         return Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{folder / INDEX} is damaged: its normalisation is {stored}") from None
+        raise ValueError(f"{folder / INDEX} is damaged: its normalisation is {shown(str(stored), 300)}") from None
 
 
 def write_shard(folder: Path, name: str, posteriors: NDArray[np.float16], labels: NDArray[np.int64]) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import nn
 
 from imagenet.generator import BATCH, Generator, load_generator, untrained_guidance
-from imagenet.latents import VAE
 from imagenet.parallel import World
 
 
@@ -17,10 +16,8 @@ def add_model_options(p: argparse._ActionsContainer) -> None:
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--w", type=float, help="guidance weight in place of the one that the model was trained with")
     p.add_argument("--batch-size", type=int, default=BATCH, help="images at a time, per process")
-    p.add_argument("--vae", default=VAE, help="the autoencoder of latents, by folder or name")
-    p.add_argument(
-        "--latents", type=Path, help="folder of latents trained on, for its normalisation (default: ImageNet's)"
-    )
+    p.add_argument("--vae", help="the autoencoder of latents, by folder or name (default: the one that made them)")
+    p.add_argument("--latents", type=Path, help="folder of latents trained on, where weights state no normalisation")
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU per process where there is one)")
 
 

@@ -21,7 +21,8 @@ from tvm_ref.objectives import Objective
 
 CPU = torch.device("cpu")
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl"}  # numbers on the CPU travel by gloo, gradients by NCCL
-TIMEOUT = timedelta(hours=2)  # how long a process waits for the others, as while one writes a checkpoint
+TIMEOUT = timedelta(minutes=10)  # how long gradients wait for those of another process, by NCCL
+PATIENCE = timedelta(hours=2)  # how long all else waits, as while one process downloads or writes a checkpoint
 T = TypeVar("T")
 
 
@@ -32,6 +33,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
+    group: Any = None  # of gloo, with PATIENCE; None is the default group
 
     @property
     def first(self) -> bool:
@@ -44,7 +46,7 @@ class World:
         if self.size == 1:
             return row[None]
         rows = [torch.empty_like(row) for _ in range(self.size)]
-        distributed.all_gather(rows, row)
+        distributed.all_gather(rows, row, group=self.group)
         return torch.stack(rows)
 
     def barrier(self) -> None:
@@ -60,7 +62,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        distributed.broadcast_object_list(box, src=0)
+        distributed.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def raise_on_all_ranks(self, error: Exception | None) -> None:
@@ -104,10 +106,12 @@ def process_group(device: str | None = None) -> Iterator[World]:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
     if here.type == "cuda":
         torch.cuda.set_device(here)
+    group = None
     if size > 1:
         distributed.init_process_group(BACKENDS.get(here.type, "gloo"), timeout=TIMEOUT)
+        group = distributed.new_group(backend="gloo", timeout=PATIENCE)
     try:
-        yield World(rank, size, here)
+        yield World(rank, size, here, group)
     finally:
         if distributed.is_initialized():  # also by FSDP, alone
             distributed.destroy_process_group()

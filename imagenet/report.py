@@ -39,7 +39,7 @@ def write_weights(run: Run, path: Path) -> None:
 
     def save() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.save_weights(path, names, training.config, step=str(training.step))
+        checkpoints.save_weights(path, names, training.config, step=str(training.step), data=run.provenance.to_json())
 
     run.world.on_first(save)
 

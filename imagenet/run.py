@@ -1,6 +1,7 @@
 """A run: a training and the folder that keeps it.
 
     config.json            the configuration
+    data.json              what it is trained on (provenance.py)
     train.jsonl            a line per --log-every steps (training_log.py)
     samples/               grids while training
     snapshots/             evaluation weights of every --snapshot-every steps, all kept (report.py)
@@ -14,6 +15,7 @@ Everything is written by the first process.
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 
 from imagenet import checkpoints
 from imagenet.presets import RESUMABLE, Config
+from imagenet.provenance import Provenance
 from imagenet.training import Training
 from imagenet.training_log import Log
 from tvm_ref.command_line import flag, write_atomically
@@ -51,6 +54,12 @@ def _check_steps(folder: Path, stored: Config, steps: int) -> None:
         raise ValueError(f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
 
 
+def saved_nothing(folder: Path) -> bool:
+    """Tell whether a run's folder holds nothing to go on from, as after a failure in its first step."""
+    kept = (*checkpoints.checkpoints(folder / "checkpoints"), *(folder / "snapshots").glob("*.safetensors"))
+    return not kept and not (folder / checkpoints.WEIGHTS).exists()
+
+
 class Run:
     """A training and its folder.
 
@@ -58,10 +67,11 @@ class Run:
         folder: where everything goes.
         training: the training.
         keep: how many checkpoints.
+        provenance: what it is trained on.
     """
 
-    def __init__(self, folder: Path, training: Training, keep: int):
-        self.folder, self.training, self.keep = folder, training, keep
+    def __init__(self, folder: Path, training: Training, keep: int, provenance: Provenance):
+        self.folder, self.training, self.keep, self.provenance = folder, training, keep, provenance
         self.world = training.world
         self.log = Log(folder, training)
 
@@ -71,7 +81,7 @@ class Run:
         return self.folder / "checkpoints"
 
     def snapshot(self, step: int) -> Path:
-        """The file of the evaluation weights of a step."""
+        """Name the file of the evaluation weights of a step."""
         return self.folder / "snapshots" / f"{step:08d}.safetensors"
 
     def create(self) -> None:
@@ -81,6 +91,9 @@ class Run:
         if weights.is_file() and (steps := checkpoints.read_config(self.folder).steps) < self.training.config.steps:
             self.snapshot(steps).parent.mkdir(exist_ok=True)
             os.replace(weights, self.snapshot(steps))
+        if self.training.step == 0:  # of a run that failed before it saved
+            shutil.rmtree(self.folder / "samples", ignore_errors=True)
+        write_atomically(self.folder / checkpoints.DATA, self.provenance.to_json() + "\n")
         write_atomically(self.folder / checkpoints.CONFIG, self.training.config.to_json() + "\n")
 
     def start(self) -> None:

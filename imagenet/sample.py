@@ -28,8 +28,9 @@ from torch import nn
 from tqdm import tqdm
 
 from imagenet import parallel
+from imagenet.fingerprints import fingerprint
 from imagenet.generator import BATCH, ROWS, Generator
-from imagenet.image_files import save_png, write_npz
+from imagenet.image_files import EXTENSIONS, save_png, write_npz
 from imagenet.model_options import add_model_options, load_model
 from imagenet.parallel import World
 from imagenet.pictures import Pixels, grid
@@ -44,7 +45,9 @@ from tvm_ref.command_line import (
 
 COUNT = 64  # images, where nothing else is said
 CHUNK = 256  # images put together at a time
-ABOUT = "samples.json"  # says of a folder that it holds samples
+PLAN = "sampling.json"  # what a folder will hold: sampling goes on only if it is the same
+ABOUT = "samples.json"  # says of a folder that it holds samples, all of them
+OTHERS = EXTENSIONS - {".png"} | {".npy", ".pt", ".pdf", ".zip", ".tar", ".safetensors", ".mp4"}  # no names of folders
 
 
 def parser() -> OneLineParser:
@@ -62,14 +65,23 @@ def parser() -> OneLineParser:
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-def prepare(out: Path, *, overwrite: bool = False) -> None:
-    """Refuse to write over what is there, or make way for it.
+def prepare(out: Path, plan: dict[str, Any], *, overwrite: bool = False) -> None:
+    """Refuse to write over what is there, or make way for it; a folder of the same plan, unfinished, is kept.
+
+    Args:
+        out: --out.
+        plan: what decides the images.
+        overwrite: replace other images.
 
     Raises:
-        ValueError: something is there.
+        ValueError: something is there, or `out` ends as files do that are not written here.
     """
     if is_folder(out):
-        require_free(out, (ABOUT,), "samples", "--overwrite", overwrite)
+        unfinished = (out / PLAN).is_file() and not (out / ABOUT).is_file()
+        if unfinished and not overwrite:
+            _check_plan(out, plan)
+            return
+        require_free(out, (PLAN if unfinished else ABOUT,), "samples", "--overwrite", overwrite)
         if out.exists():
             shutil.rmtree(out)
     elif out.is_dir() or (out.exists() and not overwrite):
@@ -77,11 +89,53 @@ def prepare(out: Path, *, overwrite: bool = False) -> None:
     elif not out.exists():
         require_new(out)  # sees whether it can be written
     (out if is_folder(out) else out.parent).mkdir(parents=True, exist_ok=True)
+    if is_folder(out):
+        write_atomically(out / PLAN, json.dumps(plan, indent=2) + "\n")
+
+
+def _check_plan(out: Path, plan: dict[str, Any]) -> None:
+    """Raise ValueError unless the unfinished samples in a folder are those of a plan."""
+    try:
+        before = json.loads((out / PLAN).read_text())
+        changed = [key for key in plan if before[key] != plan[key]]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{out / PLAN} is damaged: --overwrite, or another --out") from None
+    if changed:
+        raise ValueError(f"{out} holds unfinished samples of other {', '.join(changed)}: --overwrite, or another --out")
+
+
+def plan_of(generator: Generator, count: int, steps: int) -> dict[str, Any]:
+    """Describe everything that decides the images of a folder."""
+    networks = {"weights": generator.flow_map, "autoencoder": generator.vae}
+    return {
+        "count": count,
+        "steps": steps,
+        "w": generator.guidance,
+        "seed": generator.seed,
+        "classes": generator.labels(range(min(count, generator.config.classes))),
+        **{name: None if net is None else fingerprint(net.state_dict()) for name, net in networks.items()},
+    }
 
 
 def is_folder(out: Path) -> bool:
-    """Tell whether --out names a folder of images."""
+    """Tell whether --out names a folder of images.
+
+    Raises:
+        ValueError: it ends as files do that are not written here.
+    """
+    if out.suffix.lower() in OTHERS and not out.is_dir():
+        raise ValueError(f"--out must end in .png or .npz, or be a folder; {out.suffix} is not written")
     return out.suffix not in (".png", ".npz")
+
+
+def missing(out: Path, numbers: range) -> list[int]:
+    """Return the numbers of images that a folder does not hold yet."""
+    return [i for i in numbers if not image_of(out, i).exists()]
+
+
+def image_of(out: Path, number: int) -> Path:
+    """Return the file of an image in a folder."""
+    return out / f"{number:06d}.png"
 
 
 def part_of(out: Path, rank: int) -> Path:
@@ -89,19 +143,25 @@ def part_of(out: Path, rank: int) -> Path:
     return out.with_name(f"{out.name}.part{rank:04d}.npy")
 
 
+def write_images(out: Path, batches: Iterator[Pixels], numbers: list[int], bar: Any) -> None:
+    """Write the images of some numbers into a folder, each complete or not at all."""
+    done = 0
+    with ThreadPoolExecutor() as pool:
+        for pixels in batches:
+            names = (image_of(out, i) for i in numbers[done : done + len(pixels)])
+            list(pool.map(save_png, names, pixels))
+            done += len(pixels)
+            bar.update(len(pixels))
+
+
 def write_part(out: Path, batches: Iterator[Pixels], world: World, numbers: range, bar: Any) -> None:
-    """Write this process's images: as PNG if --out is a folder, else as its part of the file."""
+    """Write this process's images as its part of the file."""
     part, done = None, 0
     for pixels in batches:
-        if is_folder(out):
-            names = (out / f"{i:06d}.png" for i in range(numbers.start + done, numbers.stop))
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(save_png, names, pixels))
-        else:
-            if part is None:
-                shape = (len(numbers), *pixels.shape[1:])
-                part = np.lib.format.open_memmap(part_of(out, world.rank), "w+", np.uint8, shape)
-            part[done : done + len(pixels)] = pixels
+        if part is None:
+            shape = (len(numbers), *pixels.shape[1:])
+            part = np.lib.format.open_memmap(part_of(out, world.rank), "w+", np.uint8, shape)
+        part[done : done + len(pixels)] = pixels
         done += len(pixels)
         bar.update(len(pixels))
     if part is not None:
@@ -141,11 +201,19 @@ def draw(
         OSError: a file could not be written.
     """
     numbers, started = world.partition(count), time.perf_counter()
-    with tqdm(total=len(numbers), unit="image", desc="sampling", disable=not world.first) as bar:
-        write_part(out, generator.batches(numbers, steps, batch_size), world, numbers, bar)
+    todo = missing(out, numbers) if is_folder(out) else numbers
+    done = len(numbers) - len(todo)
+    with tqdm(total=len(numbers), initial=done, unit="image", desc="sampling", disable=not world.first) as bar:
+        batches = generator.batches(todo, steps, batch_size)
+        if is_folder(out):
+            write_images(out, batches, list(todo), bar)
+        else:
+            write_part(out, batches, world, numbers, bar)
     world.barrier()
     seconds, labels = time.perf_counter() - started, generator.labels(range(count))
     if world.first and is_folder(out):
+        for leftover in out.glob("*.partial"):  # of a process that was killed while it wrote
+            leftover.unlink()
         about = {"steps": steps, "w": generator.guidance, "seed": generator.seed, "labels": labels}
         write_atomically(out / ABOUT, json.dumps(about) + "\n")
     elif world.first:
@@ -157,14 +225,17 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
     """Run the command; `vae` replaces the autoencoder that the options name. Returns the exit status, 0."""
     command = parser()
     options = command.parse_args(argv)
-    with command.failures(), command.bad_input(), parallel.process_group(options.device) as world:
+    with command.bad_input():
+        hint = "the same command goes on" if is_folder(options.out) else ""
+    with command.failures(hint), command.bad_input(), parallel.process_group(options.device) as world:
         count: int = COUNT if options.count is None else options.count
         require_at_least(1, count=count, steps=options.steps, batch_size=options.batch_size)
         generator = load_model(options, world, vae)
         if options.out.suffix == ".png":
             generator = generator.with_columns()
             count = ROWS * len(generator.classes or ()) if options.count is None else count
-        world.on_first(lambda: prepare(options.out, overwrite=options.overwrite))
+        plan = plan_of(generator, count, options.steps) if is_folder(options.out) else {}
+        world.on_first(lambda: prepare(options.out, plan, overwrite=options.overwrite))
         seconds = draw(generator, options.out, world, count=count, steps=options.steps, batch_size=options.batch_size)
         if world.first:
             w, rate = f"w = {generator.guidance:g}", f"{count / seconds:.3g} images per second"

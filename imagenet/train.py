@@ -27,8 +27,9 @@ from imagenet.image_datasets import Data, load_data
 from imagenet.memory import check_memory, free_bytes
 from imagenet.parallel import World
 from imagenet.presets import PRESETS, RESUMABLE, Config
+from imagenet.provenance import Provenance, provenance_of
 from imagenet.report import draw_grid, write_report, write_weights
-from imagenet.run import Run, stored_config
+from imagenet.run import Run, saved_nothing, stored_config
 from imagenet.training import Training
 from tvm_ref import command_line
 from tvm_ref.command_line import OneLineParser, add_options, given, option, require_at_least, require_free
@@ -97,7 +98,7 @@ def prepare(
         kept = (*RESUMABLE, "steps", "init")  # as stored, where nothing else is said
         config = stored_config(out, {k: v for k, v in of_preset.items() if k not in kept} | changes)
     else:
-        require_free(out, (checkpoints.CONFIG,), ways="--resume")
+        require_free(out, (checkpoints.CONFIG,), ways="--resume", overwrite=saved_nothing(out))
     if config.batch_size % (world_size * config.accumulate):
         raise ValueError(
             f"--batch-size {config.batch_size} is no multiple of {world_size} processes times "
@@ -106,6 +107,22 @@ def prepare(
     if config.parallel == "fsdp":
         parallel.check_version()
     return config, resumed
+
+
+def described(config: Config, data: Data, folder: Path | None) -> Provenance:
+    """Describe the data, and check that they are those of the run in a folder, and of the weights that it starts from.
+
+    Raises:
+        ValueError: they are others.
+    """
+    here = provenance_of(config, data)
+    before = None if folder is None else checkpoints.read_provenance(folder)
+    if before is not None:
+        before.check_same(here, f"--resume: {folder} was trained on other data than --data-path holds")
+    source = None if config.init is None else checkpoints.read_provenance(config.init)
+    if source is not None:
+        source.check_same_latents(here, f"--init: {config.init} was trained on other latents than --data-path holds")
+    return here
 
 
 def begin(preset: str, changes: dict[str, Any], options: Options, world: World) -> tuple[Run, Data]:
@@ -123,7 +140,8 @@ def begin(preset: str, changes: dict[str, Any], options: Options, world: World) 
     data = world.on_first(lambda: load_data(config, options.data_path, download=options.download))
     if data is None:  # the first process has fetched it
         data = load_data(config, options.data_path)
-    run = Run(out, Training(config, world), options.keep)
+    here = world.broadcast(world.on_first(lambda: described(config, data, out if resumed else None)))
+    run = Run(out, Training(config, world), options.keep, here)
     run.start()
     world.on_first(run.create)
     if not resumed and options.resume and world.first:
@@ -147,7 +165,7 @@ def train(run: Run, data: Data, options: Options) -> bool:
         disable=not world.first,
     )  # fmt: skip
     run.log.open()
-    with Interruption() as interruption, SaveRequests() as requests, bar:
+    with contextlib.closing(run.log), Interruption() as interruption, SaveRequests() as requests, bar:
         for batch in run.log.timed(loader(batches, first, options.workers, pin=world.device.type == "cuda")):
             metrics = training.train_step(batch, stop=interruption.requested, save=requests.take())
             step = training.step
@@ -167,7 +185,6 @@ def train(run: Run, data: Data, options: Options) -> bool:
             if metrics.asked_to_stop:
                 stopped = True
                 break
-    run.log.close()
     if saved != training.step:
         run.save()
     return not stopped or training.step == config.steps

@@ -1,6 +1,8 @@
 """The log of a run: train.jsonl, and TensorBoard's log if it is installed."""
 
 import json
+import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,9 +41,11 @@ class Log:
         if not self.training.world.first:
             return
         path = self.folder / "train.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._first]
-        write_atomically(path, "".join(kept))
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        steps = [_step_of(line) for line in lines]
+        write_atomically(path, "".join(line for line, step in zip(lines, steps, strict=True) if step <= self._first))
+        if damaged := sum(step == math.inf for step in steps[:-1]):  # the last may have been cut by a crash
+            print(f"{path}: {damaged} damaged lines are removed", file=sys.stderr, flush=True)
         self._lines = path.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -109,3 +113,12 @@ class Log:
         """Restore what state_dict gave."""
         self.seconds = self.before = state["seconds"]
         self._sums, self._summed = state["sums"], state["summed"]
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line of train.jsonl; infinity if it is damaged, or cut."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf

@@ -20,7 +20,7 @@ def test_on_the_line_it_pairs_sorted_points():
 
 
 def test_a_pairing_costs_what_a_plan_of_transport_does():
-    """Clouds of one size are paired; with each point doubled they are the same measures, of other sizes."""
+    """Clouds of one size are paired; with each point doubled, they are the same measures, and so is the cost."""
     x, y = torch.randn(2, 60, 2, dtype=torch.float64)
     w2 = wasserstein2(x, y)
     assert w2 == pytest.approx(wasserstein2(x, y.repeat(2, 1)), rel=1e-9)  # of different size: a plan

@@ -45,7 +45,7 @@ def row_sums(
     QUERIES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The sums c and r [QUERIES] of a tile of queries, o and do taken with what rounding took."""
+    """Compute the sums c and r [QUERIES] of a tile of queries, o and do taken with what rounding took."""
     value = load_rows(o, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
     if o_low is not None:
         value += load_rows(o_low, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False).to(tl.float32)
@@ -79,7 +79,7 @@ def row_sum_kernel(
     QUERIES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The sums c and r [B H, N] where no query_kernel runs. Grid: tiles of queries x heads x batch."""
+    """Compute the sums c and r [B H, N] where no query_kernel runs. Grid: tiles of queries x heads x batch."""
     start, b, h, head = place(N, heads, QUERIES, False)
     go_tile = None
     gdo_tile = None

@@ -57,7 +57,7 @@ def forward_kernel(
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,  # D, or the next size that a tile may have
 ):
-    """One tile of queries against all keys. Grid: tiles of queries x heads x batch.
+    """Attend from one tile of queries to all keys. Grid: tiles of queries x heads x batch.
 
     Tangents that are None are zero; do is None without any, mu without dq and dk. o_low and do_low, if not None, take
     what o and do lose in rounding; lse is the logarithm to base 2 of the sum of exp(S). lengths, if not None, hide keys

@@ -27,7 +27,7 @@ def row_max(x):
 
 @triton.jit
 def place(length, heads, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """The first row of this program's tile, its batch element and head, and the index of the two together.
+    """Return the first row of this program's tile, its batch element and head, and the index of the two together.
 
     LAST_FIRST: programs that start first take the last tiles, which have the most to do if queries see keys up to
     their own index.
@@ -44,7 +44,7 @@ def place(length, heads, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def keys_seen(lengths, b, M):
-    """How many keys the queries of batch element b see: lengths[b], at least 0 and at most M; all M without lengths."""
+    """Return how many keys the queries of batch element b see: lengths[b], held to [0, M]; all M without lengths."""
     seen = M
     if lengths is not None:
         seen = tl.minimum(tl.maximum(tl.load(lengths + b), 0), M).to(tl.int32)
@@ -108,7 +108,7 @@ def store_rows(
 
 @triton.jit
 def load_numbers(x, head, start, length, SIZE: tl.constexpr):
-    """One float32 per row from x [B H, length]: [SIZE], zero beyond the end."""
+    """Load one float32 per row from x [B H, length]: [SIZE], zero beyond the end."""
     rows = start + tl.arange(0, SIZE)
     return tl.load(x + head * length + rows, mask=rows < length, other=0.0)
 
@@ -122,7 +122,7 @@ def store_numbers(x, value, head, start, length, SIZE: tl.constexpr):
 
 @triton.jit
 def load_mask(mask, b, h, start, length, at, others, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which of a tile [ROWS, COLUMNS] is seen, by mask (pointer, strides of B, H, rows, columns); none outside."""
+    """Load which of a tile [ROWS, COLUMNS] is seen, by mask (pointer, strides of B, H, rows, columns); none outside."""
     rows, columns = start + tl.arange(0, ROWS), at + tl.arange(0, COLUMNS)
     inside = (rows < length)[:, None] & (columns < others)[None, :]
     offsets = rows.to(tl.int64)[:, None] * mask[3] + columns.to(tl.int64)[None, :] * mask[4]
@@ -131,7 +131,7 @@ def load_mask(mask, b, h, start, length, at, others, ROWS: tl.constexpr, COLUMNS
 
 @triton.jit
 def seen_tiles(tiles, b, h, start, SIZE: tl.constexpr):
-    """Where the row of `tiles` for this program's tile lies: how many tiles of the other side it sees, then which."""
+    """Find the row of `tiles` for this tile: the number of tiles of the other side that it sees, and which."""
     return tiles[0] + b * tiles[1] + h * tiles[2] + (start // SIZE).to(tl.int64) * tiles[3]
 
 

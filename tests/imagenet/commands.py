@@ -13,6 +13,7 @@ TINY = [
     "--batch-size", "8", "--optimizer", "adamw", "--lr", "1e-3", "--warmup", "0",
     "--log-every", "5", "--sample-every", "1000",
 ]  # fmt: skip
+ON_LATENTS = ["--data", "latents", "--in-channels", "4", "--classes", "2"]
 
 
 def command(folder, *options):

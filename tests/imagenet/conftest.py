@@ -1,12 +1,15 @@
-"""A run that nothing disturbs, and processes that start in a moment."""
+"""A run that nothing disturbs, one on latents, and processes that start in a moment."""
 
 import multiprocessing
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from imagenet import encode
 from tests.imagenet import workers
-from tests.imagenet.commands import command
+from tests.imagenet.commands import ON_LATENTS, command
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +30,42 @@ def whole(tmp_path_factory):
     started = time.perf_counter()
     assert command(folder, "--steps", 120, "--save-every", 3, "--keep", 100) == 0
     return folder, time.perf_counter() - started
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Twelve small pictures of noise, of two classes."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir()
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 256, (20, 18, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """The folder of a tiny autoencoder."""
+    pytest.importorskip("diffusers")
+    from tests.autoencoders import tiny_vae
+
+    folder = tmp_path_factory.mktemp("vae") / "tiny"
+    tiny_vae().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory, pictures, vae):
+    """Latents 4 x 8 x 8 of the pictures."""
+    out = tmp_path_factory.mktemp("encoded") / "latents"
+    options = ["--image-size", "16", "--vae", vae, "--workers", 1, "--device", "cpu"]
+    assert encode.main([str(a) for a in (pictures, "--out", out, *options)]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def latent_run(tmp_path_factory, latents):
+    """A run of two steps on those latents."""
+    folder = tmp_path_factory.mktemp("on_latents") / "run"
+    assert command(folder, *ON_LATENTS, "--data-path", latents, "--steps", 2) == 0
+    return folder

@@ -85,6 +85,18 @@ def test_the_summary_is_that_of_the_file_though_it_is_not_read_again(tmp_path, m
     assert summary["bytes"] == len(content)
 
 
+@pytest.mark.parametrize("name", ["00000002", "00000002.partial", "x.partial", "00000001.old"])
+def test_a_file_in_the_way_stops_no_saving(tmp_path, name):
+    """A file, or a link, where a folder belongs once made every later save fail."""
+    save(tmp_path / "a", 1)
+    (tmp_path / "a" / name).write_text("not ours")
+    (tmp_path / "a" / "link.partial").symlink_to(tmp_path)
+    assert find_checkpoint(tmp_path / "a")[0].name == "00000001"
+    save(tmp_path / "a", 2)
+    assert [p.name for p in sorted((tmp_path / "a").iterdir())] == ["00000001", "00000002"]
+    assert read_checkpoint(find_checkpoint(tmp_path / "a")[0])["step"] == 2
+
+
 def test_the_newest_are_kept(tmp_path):
     for step in range(1, 8):
         save(tmp_path, step, keep=3)

@@ -11,9 +11,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from imagenet.checkpoints import load_weights
-from imagenet.convert import main
+from imagenet.checkpoints import load_weights, read_provenance
+from imagenet.convert import data_of, main
+from imagenet.latents import NORMALISATION, VAE
 from imagenet.presets import PRESETS, Config, build_model
+from imagenet.provenance import Provenance
 from tests.imagenet.commands import status
 
 CONFIG = Config(data="latents", input_size=8, in_channels=4, classes=10, hidden_size=32, depth=2, heads=2, w=2.0)
@@ -94,6 +96,13 @@ def test_converted_weights_are_the_released_ones_bit_by_bit(tmp_path, monkeypatc
         about = file.metadata()
     assert (about["w"], about["scaled"], about["preset"]) == ("2", "true", "imagenet256-w2")
     assert about["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert read_provenance(out) == Provenance("latents")
+
+
+def test_released_weights_say_what_makes_pictures_of_their_latents():
+    for side, size in ((32, 256), (64, 512)):
+        known = Provenance("latents", autoencoder=VAE, normalisation=NORMALISATION[size])
+        assert data_of(replace(CONFIG, input_size=side)) == known
 
 
 def test_the_averaged_network_is_taken_where_there_are_two(tmp_path, monkeypatch):

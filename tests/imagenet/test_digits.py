@@ -94,6 +94,53 @@ def test_a_run_that_fails_is_named_with_its_last_words(tmp_path):
         digit_seeds.train_and_judge(tmp_path / "seed0", ["--colour", "red"])
 
 
+def test_objectives_beside_tvm_have_their_own_times_and_no_guidance_that_is_not_theirs():
+    runs = digit_seeds.plan(["tvm", "fm", "meanflow", "lsd"], {"lsd": 0.003}, 2, ["--steps", "5"])
+    assert list(runs) == ["seed0", "seed1", "fm", "meanflow-seed0", "meanflow-seed1", "lsd-seed0", "lsd-seed1"]
+    for name, options in runs.items():
+        config = train.parser().parse_args(["digits", *options])
+        own, tvm_or_fm = getattr(config, "time_sampler", None) == "own", name in ("seed0", "seed1", "fm")
+        assert own != tvm_or_fm
+        assert (getattr(config, "w", None) == 1) == name.startswith("lsd")
+        assert (getattr(config, "lr", None) == 0.003) == name.startswith("lsd")
+        assert config.seed == int(name[-1]) if name != "fm" else config.seed == 0
+
+
+def test_the_rate_of_the_least_distance_is_chosen_and_a_diverged_one_never(tmp_path, monkeypatch):
+    distances = {"tvm-lr0.01": 0.3, "tvm-lr0.1": 0.2, "lsd-lr0.01": 0.5}
+
+    def judged(folder, options):
+        assert options[options.index("--seed") + 1] == str(digit_seeds.SWEEP_SEED)
+        if folder.name not in distances:
+            return digit_seeds.DIVERGED
+        return {"1": {"accuracy": 1.0, "frechet": distances[folder.name], "recall": 0.5}}
+
+    monkeypatch.setattr(digit_seeds, "train_and_judge", judged)
+    assert digit_seeds.sweep(tmp_path, ["tvm", "lsd"], [0.01, 0.1], [], 2) == {"tvm": 0.1, "lsd": 0.01}
+    assert set(json.loads((tmp_path / "sweep.json").read_text())) == {*distances, "lsd-lr0.1"}
+    assert digit_seeds.sweep(tmp_path, ["tvm", "lsd"], [], [], 2) == {}
+
+
+def test_a_training_that_diverged_is_scored_as_the_worst(tmp_path):
+    options = ["--steps", "3", "--lr", "1e30", "--warmup", "0", "--clip", "0"]
+    assert digit_seeds.train_and_judge(tmp_path / "seed0", options) == digit_seeds.DIVERGED
+
+
+def test_the_table_has_medians_with_their_range():
+    def scored(frechet):
+        return {nfe: {"accuracy": 1.0, "frechet": frechet, "recall": 0.5} for nfe in ("1", "4")}
+
+    runs = {f"seed{k}": scored(0.1 * k) for k in (1, 2, 3)} | {"fm": scored(2.0)}
+    runs |= {f"imf-seed{k}": scored(0.7 + 0.1 * k) for k in range(3)}
+    text, fine = digit_seeds.table(runs, scored(0.1)["1"], scored(3.0)["1"])
+    assert fine
+    rows = {line[:30].strip(): line for line in text.splitlines()}
+    assert "0.200 (0.100-0.300)" in rows["TVM, NFE 1"]
+    assert rows["TVM, NFE 4"].endswith("passes")
+    assert "0.800 (0.700-0.900)" in rows["imf, NFE 1"]
+    assert rows["imf, NFE 1"].endswith("fails")
+
+
 @pytest.mark.slow
 def test_the_comparison_trains_every_run_and_no_short_one_passes(tmp_path, capsys):
     out = tmp_path / "runs"

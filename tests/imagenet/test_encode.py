@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from imagenet import parallel
-from imagenet.encode import centre_crop, main
+from imagenet.encode import Settings, centre_crop, main
 from imagenet.latents import NORMALISATION, Latents
 from imagenet.parallel import World
 
@@ -81,31 +81,55 @@ def test_other_sizes_are_normalised_by_what_was_measured(source, tmp_path):
     assert (x.std(1) - 1).abs().max() < 0.03
 
 
+@pytest.mark.parametrize(
+    ("options", "paper"),
+    [
+        ({"image_size": 256}, True),
+        ({"image_size": 512}, True),
+        ({"image_size": 256, "vae": "another"}, False),
+        ({"image_size": 256, "vae": "a/copy", "normalisation": "paper"}, True),
+        ({"image_size": 256, "normalisation": "measured"}, False),
+        ({"image_size": 128}, False),
+    ],
+)
+def test_the_paper_s_constants_are_those_of_its_autoencoder(options, paper):
+    """Another autoencoder once got them in silence, at 256 and 512."""
+    assert Settings(**options).is_paper_s == paper
+
+
 @pytest.mark.slow
-def test_the_paper_s_sizes_have_the_paper_s_constants(source, tmp_path):
-    assert encode(source, tmp_path / "out", "--image-size", "256") == 0
+def test_the_paper_s_sizes_have_the_paper_s_constants(source, tmp_path, capsys):
+    assert encode(source, tmp_path / "out", "--image-size", "256", "--normalisation", "paper") == 0
     assert Latents(tmp_path / "out").normalisation == NORMALISATION[256]
+    assert "normalised by the constants of the paper" in capsys.readouterr().out
 
 
-class Interrupted(torch.nn.Module):
-    """An autoencoder that stops the program at its nth call, as Ctrl-C does."""
+def test_an_encoding_goes_on_with_its_own_autoencoder_alone(source, tmp_path, capsys):
+    """Its name can be the same, as after training it further."""
+    assert encode(source, tmp_path / "out", vae=interrupted(1)) == 130
+    assert encode(source, tmp_path / "out", vae=tiny_vae(1)) == 2
+    assert "other vae_fingerprint" in capsys.readouterr().err
 
-    def __init__(self, calls: int) -> None:
-        super().__init__()
-        self.vae, self.calls = tiny_vae(), calls
 
-    def encode(self, x: torch.Tensor):
-        self.calls -= 1
-        if self.calls < 0:
+def interrupted(calls: int) -> torch.nn.Module:
+    """An autoencoder that stops the program after some calls, as Ctrl-C does."""
+    vae, left = tiny_vae(), iter(range(calls))
+    encode = vae.encode
+
+    def encoding(x: torch.Tensor):
+        if next(left, None) is None:
             raise KeyboardInterrupt
-        return self.vae.encode(x)
+        return encode(x)
+
+    vae.encode = encoding
+    return vae
 
 
 def test_a_stopped_encoding_goes_on_to_the_same_files(source, tmp_path, capsys):
     encode(source, tmp_path / "whole")
     for calls in range(5):  # 3 shards of 2, 2 and 1 batches
         out = tmp_path / f"stopped{calls}"
-        assert encode(source, out, vae=Interrupted(calls)) == 130
+        assert encode(source, out, vae=interrupted(calls)) == 130
         assert "goes on" in capsys.readouterr().err
         with pytest.raises(ValueError, match="no latents"):
             Latents(out)
@@ -179,6 +203,7 @@ def test_nothing_is_overwritten(source, tmp_path, capsys):
         ("images", ("--device", "abacus"), "cannot be used here"),
         (".", ("--image-size", "16"), "lies inside"),
         ("images", ("--image-size", "x"), "invalid int"),
+        ("images", ("--image-size", "128", "--normalisation", "paper"), "paper is known for --image-size 256 and 512"),
     ],
 )
 def test_bad_input_ends_with_one_line(source, tmp_path, capsys, source_name, more, message):

@@ -42,9 +42,10 @@ def test_normalisation_is_undone(size):
     torch.testing.assert_close(norm.normalise(mean + 2 * std), torch.full((4, 1, 1), 2.0, dtype=torch.float64))
 
 
-def test_normalisation_refuses_a_std_of_zero():
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (0.0, float("inf")), (float("nan"), 1.0), (0.0, -1.0)])
+def test_normalisation_refuses_what_divides_by_nothing_or_everything(mean, std):
     with pytest.raises(ValueError, match="positive std"):
-        Normalisation((0.0,), (0.0,))
+        Normalisation((mean,), (std,))
 
 
 def test_latents_are_read_across_shards(folder):
@@ -97,6 +98,10 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def change(folder: Path, **entries: object) -> None:
+    (folder / INDEX).write_text(json.dumps(json.loads((folder / INDEX).read_text()) | entries))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -106,6 +111,16 @@ def truncate(folder: Path) -> None:
         (lambda f: (f / INDEX).write_text("[]"), "is damaged"),
         (lambda f: (f / INDEX).write_text((f / INDEX).read_text().replace('"count"', '"c"')), "is damaged"),
         (lambda f: (f / INDEX).write_text((f / INDEX).read_text().replace('"std"', '"s"')), "is damaged"),
+        (lambda f: change(f, classes=5), "its classes are no list of names"),
+        (lambda f: change(f, classes=[1, 2, 3]), "its classes are no list of names"),
+        (lambda f: change(f, image_size="256"), "its image_size is no size"),
+        (lambda f: change(f, shards=[{"name": "../../x", "count": 1}]), "a shard without a name"),
+        (lambda f: change(f, shards=[{"name": "x", "count": -1}]), "a shard without a name or count"),
+        (lambda f: change(f, shards=5), "is damaged"),
+        (lambda f: change(f, normalisation={"mean": [0.0] * 4, "std": [float("inf")] * 4}), "its normalisation is"),
+        (lambda f: change(f, normalisation={"mean": ["a"] * 4, "std": [1.0] * 4}), "its normalisation is"),
+        (lambda f: change(f, normalisation=5), "its normalisation is 5"),
+        (lambda f: (f / INDEX).write_text("[" * 100_000), "is damaged"),
         (lambda f: (f / "00002.labels.npy").unlink(), "shard 00002 cannot be read"),
         (truncate, "shard 00000 cannot be read"),
         (lambda f: np.save(f / "00000.labels.npy", np.array([0, 1, 3])), "beyond its 3 classes"),

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
 from imagenet.parallel import World, check_version, process_group
 from tests.imagenet.workers import steps
@@ -96,3 +98,16 @@ def test_fsdp_is_refused_where_its_jvp_would_be_wrong(monkeypatch):
     for version in ("2.13.0", "2.15.0.dev20261001+cu130", "3.0.0a0"):
         monkeypatch.setattr(torch, "__version__", version)
         check_version()
+
+
+def test_gradients_wait_minutes_and_all_else_hours(monkeypatch):
+    """A process that hangs once held the others for two hours, while GPUs were paid for."""
+    waits = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed, "init_process_group", lambda _, timeout: waits.update(gradients=timeout))
+    monkeypatch.setattr(distributed, "new_group", lambda backend, timeout: waits.update({backend: timeout}) or "group")
+    with process_group("cpu") as world:
+        assert world == World(1, 2, torch.device("cpu"), "group")
+    assert timedelta(minutes=5) <= waits["gradients"] <= timedelta(minutes=30)
+    assert waits["gloo"] >= timedelta(hours=1)

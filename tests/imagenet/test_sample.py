@@ -1,4 +1,5 @@
 import contextlib
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from imagenet import parallel
 from imagenet.checkpoints import save_weights
+from imagenet.generator import Generator
 from imagenet.image_files import ImageFiles
 from imagenet.latents import NORMALISATION, decode
 from imagenet.noise import PRIOR, normal
@@ -186,6 +189,103 @@ def test_nothing_is_overwritten_unasked(model, tmp_path, capsys):
     (tmp_path / "mine" / "thesis.txt").write_text("")
     assert draw(model, tmp_path / "mine", "--overwrite") == 2
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+class Stopped(Exception):
+    """The power goes."""
+
+
+def stopping_after(calls: int):
+    """Images of a generator that stops at its call number `calls`."""
+    images, made = Generator.images, []
+
+    def stopping(self, numbers, steps):
+        if len(made) == calls:
+            raise Stopped
+        made.append(numbers)
+        return images(self, numbers, steps)
+
+    return stopping
+
+
+def test_a_stopped_folder_goes_on_to_the_same_images(model, tmp_path, monkeypatch):
+    draw(model, tmp_path / "whole", "--count", "13", "--batch-size", "4")
+    for calls in range(4):
+        out = tmp_path / f"stopped{calls}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Generator, "images", stopping_after(calls))
+            with pytest.raises(Stopped):
+                draw(model, out, "--count", "13", "--batch-size", "4")
+        (out / "000003.png.99.partial").write_bytes(b"of a process that was killed")
+        done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+        assert len(done) == 4 * calls
+        assert draw(model, out, "--count", "13", "--batch-size", "5") == 0
+        assert np.abs(pixels(out).astype(int) - pixels(tmp_path / "whole")).max() <= 1
+        assert all((out / name).stat().st_mtime_ns == written for name, written in done.items())  # nothing twice
+        assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+def test_a_stopped_folder_of_other_images_is_not_mixed_with_these(model, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "images", stopping_after(1))
+        with pytest.raises(Stopped):
+            draw(model, tmp_path / "a", "--count", "6", "--batch-size", "2")
+    other = weights(tmp_path / "other.safetensors", replace(CONFIG, depth=2))
+    for source, more, changed in (
+        (model, ("--seed", "1"), "seed"),
+        (model, ("--steps", "2", "--classes", "1"), "steps, classes"),
+        (other, (), "weights"),
+    ):
+        assert draw(source, tmp_path / "a", "--count", "6", *more) == 2
+        assert f"unfinished samples of other {changed}: --overwrite" in capsys.readouterr().err
+    (tmp_path / "a" / "sampling.json").write_text("{")
+    assert draw(model, tmp_path / "a", "--count", "6") == 2
+    assert "is damaged: --overwrite" in capsys.readouterr().err
+    assert draw(model, tmp_path / "a", "--count", "3", "--overwrite") == 0
+    assert len(ImageFiles(tmp_path / "a")) == 3
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".JPEG", ".tiff", ".npy", ".pdf"])
+def test_an_ending_that_is_not_written_names_no_folder(model, tmp_path, capsys, ending):
+    """`--out cats.jpg` once made a folder of that name."""
+    assert draw(model, tmp_path / f"a{ending}") == 2
+    assert f"--out must end in .png or .npz, or be a folder; {ending} is not written" in capsys.readouterr().err
+    assert not (tmp_path / f"a{ending}").exists()
+    assert draw(model, tmp_path / "samples-w1.5", "--count", "1") == 0
+
+
+def test_a_place_that_cannot_be_written_ends_with_one_line(model, capsys):
+    for out in ("/proc/none/a.png", "/proc/none"):
+        assert draw(model, Path(out)) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate"), MemoryError()])
+def test_memory_that_runs_out_ends_with_one_line(model, tmp_path, capsys, monkeypatch, error):
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Generator, "samples", full)
+    assert draw(model, tmp_path / "a.png") in (1, 2)
+    assert "sample.py: error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"w": ' + "[" * 100_000,
+        json.dumps(json.loads(CONFIG.to_json()) | {"w": 10**400}),
+        json.dumps(json.loads(CONFIG.to_json()) | {"hidden_size": 2**40}),
+        json.dumps(json.loads(CONFIG.to_json()) | {"hidden_size": 2**16, "depth": 20}),
+    ],
+    ids=["deep", "10^400", "huge", "large"],
+)
+def test_a_hostile_configuration_ends_with_one_line(tmp_path, capsys, config):
+    save_file(network(CONFIG).state_dict(), tmp_path / "a.safetensors", {"config": config})
+    assert draw(tmp_path / "a.safetensors", tmp_path / "a.png") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert len(err) < 500
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 
 from imagenet import checkpoints, train
 from imagenet.presets import PRESETS, Config
-from tests.imagenet.commands import command, losses, same
+from imagenet.training import Training
+from tests.imagenet.commands import command, losses, same, status
 
 
 def test_a_run_leaves_every_file(tmp_path, capsys):
@@ -22,8 +23,8 @@ def test_a_run_leaves_every_file(tmp_path, capsys):
     )
     names = {p.name for p in folder.iterdir()} - {"tensorboard"}
     assert names == {
-        "config.json", "train.jsonl", "samples", "snapshots", "checkpoints", "weights.safetensors", "samples-1.png",
-        "samples-4.png", "metrics.json",
+        "config.json", "data.json", "train.jsonl", "samples", "snapshots", "checkpoints", "weights.safetensors",
+        "samples-1.png", "samples-4.png", "metrics.json",
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "samples").iterdir())] == ["00000003.png", "00000006.png"]
     assert [p.name for p in checkpoints.checkpoints(folder / "checkpoints")] == ["00000004", "00000006"]
@@ -58,6 +59,42 @@ def test_logged_losses_are_means_since_the_line_before(whole, tmp_path):
     for i, line in enumerate(losses(whole[0])):
         for term in (1, 2):
             assert line[term] == pytest.approx(sum(row[term] for row in fine[5 * i : 5 * i + 5]) / 5, rel=1e-9)
+
+
+def test_a_run_that_failed_before_it_saved_makes_way_for_another(tmp_path, monkeypatch):
+    """Its folder could once be entered by --resume alone, which keeps the learning rate that was its fault."""
+
+    def failing(self, batch, **_):
+        raise FloatingPointError("step 0: the gradient is NaN or infinite on rank 0")
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "train_step", failing)
+        assert status(command, folder, "--steps", 2) == 1
+    (folder / "samples").mkdir(exist_ok=True)
+    (folder / "samples" / "00000009.png").write_bytes(b"of the run that failed")
+    assert command(folder, "--steps", 2, "--lr", "1e-4") == 0
+    assert checkpoints.read_config(folder).lr == 1e-4
+    assert not (folder / "samples").exists()
+    assert status(command, folder, "--steps", 2) == 2  # now there is something to lose
+
+
+@pytest.mark.parametrize("damage", ["no json\n", '{"step": "two"}\n', "[]\n", "\udcff\n", "[" * 10_000 + "\n"])
+def test_a_damaged_line_of_the_log_does_not_block_resuming(tmp_path, capsys, damage):
+    folder = tmp_path / "run"
+    assert command(folder, "--steps", 4, "--log-every", 1, "--schedule", "constant") == 0
+    lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    content = "".join([*lines[:2], damage, *lines[2:]]).encode(errors="surrogateescape")
+    (folder / "train.jsonl").write_bytes(content)
+    assert command(folder, "--steps", 5, "--log-every", 1, "--schedule", "constant", "--resume") == 0
+    assert "1 damaged lines are removed" in capsys.readouterr().err
+    assert [line[0] for line in losses(folder)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("out", ["/proc/none", "/dev/null"])
+def test_a_place_that_cannot_be_written_ends_with_one_line(capsys, out):
+    assert status(train.main, ["--steps", "1", "--out", out]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_step_that_does_not_fit_is_refused_before_there_is_one(tmp_path, capsys, monkeypatch):

@@ -204,3 +204,16 @@ def test_metrics_say_who_was_asked_to_stop():
     training = make()
     assert not training.train_step(batches()[0]).asked_to_stop
     assert training.train_step(batches()[1], stop=True).asked_to_stop
+
+
+def test_a_curriculum_moves_with_training_and_goes_on_where_it_was():
+    """alpha-Flow's alpha once stayed at 1, flow matching along chords, as nobody told the objective of the steps."""
+    config = replace(SMALL, objective="alphaflow", time_sampler="own", w=1.0, steps=3)
+    training, data = make(config), batches(config)
+    alphas = []
+    for step in range(3):
+        training.train_step(data[step])
+        alphas.append(float(training.objective.alpha_now))
+    method = training.objective
+    assert alphas == pytest.approx([method.alpha(0), method.alpha(1 / 3), method.alpha(2 / 3)])
+    assert alphas[0] > 0.99 > alphas[1] > alphas[2]

@@ -1,10 +1,15 @@
+import contextlib
+import io
 import json
-import os
+import math
+import multiprocessing
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +21,7 @@ from safetensors.torch import load_file
 from tvm_ref.sampling import sample
 from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy import __main__ as command
-from tvm_ref.toy import benchmark, compare, plots, seeds
+from tvm_ref.toy import benchmark, compare, plots, seeds, sweep
 from tvm_ref.toy import training as training_module
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
@@ -30,6 +35,21 @@ PICTURES = ("samples.png", "trajectories.png", "map.png", "losses.png")
 
 def run(folder: Path, *options: str) -> int:
     return command.main([*SMALL, "--out", str(folder), *options])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert run(folder) == 0
+    return folder, said.getvalue()
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of a finished run."""
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -133,34 +153,30 @@ def test_default_folder_is_named_after_the_options():
     assert ToyConfig(data="some/where/points.csv").name == "points"
 
 
-@pytest.mark.slow
-def test_a_run_is_never_overwritten_unasked(tmp_path, capsys):
-    assert run(tmp_path) == 0
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+def test_a_run_is_never_overwritten_unasked(folder, capsys):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path)
+        run(folder)
     assert stop.value.code == 2
     assert "already holds a run: --resume, --overwrite, or another --out" in capsys.readouterr().err
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-    (tmp_path / "notes.txt").write_text("mine")
-    assert run(tmp_path, "--overwrite", "--seed", "1") == 0
-    assert read_config(tmp_path).seed == 1
-    assert (tmp_path / "notes.txt").read_text() == "mine"  # only a run's own files are replaced
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    (folder / "notes.txt").write_text("mine")
+    assert run(folder, "--overwrite", "--seed", "1") == 0
+    assert read_config(folder).seed == 1
+    assert (folder / "notes.txt").read_text() == "mine"  # only a run's own files are replaced
 
 
-@pytest.mark.slow
-def test_a_finished_run_that_is_resumed_says_so_and_is_measured_again_only_for_other_points(tmp_path, capsys):
-    assert run(tmp_path) == 0
-    said = capsys.readouterr().out
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != "train.jsonl"}
-    resume = ["--out", str(tmp_path), "--resume", "--points"]
+def test_a_finished_run_that_is_resumed_says_so_and_is_measured_again_only_for_other_points(finished, folder, capsys):
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "train.jsonl"}
+    resume = ["--out", str(folder), "--resume", "--points"]
     assert command.main([*resume, "60"]) == 0
     again = capsys.readouterr().out
     assert "was finished at step 60" in again
+    said = finished[1].replace(str(finished[0]), str(folder))
     assert said.splitlines()[-6:] == again.splitlines()[-6:]  # the table, and where things are
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert command.main([*resume, "50"]) == 0
-    assert json.loads((tmp_path / "metrics.json").read_text())["points"] == 50
+    assert json.loads((folder / "metrics.json").read_text())["points"] == 50
 
 
 def test_the_log_is_written_as_it_goes(tmp_path, monkeypatch):
@@ -176,14 +192,12 @@ def test_the_log_is_written_as_it_goes(tmp_path, monkeypatch):
     assert seen == [0] * 50 + [1] * 10
 
 
-@pytest.mark.slow
-def test_a_finished_run_without_a_picture_is_drawn_again_on_resume(tmp_path):
-    assert run(tmp_path) == 0
-    weights = (tmp_path / "weights.safetensors").read_bytes()
-    (tmp_path / "samples.png").unlink()
-    assert command.main(["--out", str(tmp_path), "--resume", "--points", "60"]) == 0
-    assert (tmp_path / "weights.safetensors").read_bytes() == weights
-    assert (tmp_path / "samples.png").exists()
+def test_a_finished_run_without_a_picture_is_drawn_again_on_resume(folder):
+    weights = (folder / "weights.safetensors").read_bytes()
+    (folder / "samples.png").unlink()
+    assert command.main(["--out", str(folder), "--resume", "--points", "60"]) == 0
+    assert (folder / "weights.safetensors").read_bytes() == weights
+    assert (folder / "samples.png").exists()
 
 
 BAD = {
@@ -249,20 +263,18 @@ def test_overwrite_spares_a_folder_that_merely_has_a_config(tmp_path, capsys):
     assert (tmp_path / "weights.safetensors").read_text() == "mine"
 
 
-@pytest.mark.slow
-def test_overwrite_looks_before_it_deletes_and_clears_what_was_measured_of_the_old_run(tmp_path, capsys):
-    assert run(tmp_path) == 0
-    (tmp_path / "bound.json").write_text("{}")
-    weights = (tmp_path / "weights.safetensors").read_bytes()
-    (tmp_path / "losses.png").unlink()
-    (tmp_path / "losses.png").mkdir()
+def test_overwrite_looks_before_it_deletes_and_clears_what_was_measured_of_the_old_run(folder, capsys):
+    (folder / "bound.json").write_text("{}")
+    weights = (folder / "weights.safetensors").read_bytes()
+    (folder / "losses.png").unlink()
+    (folder / "losses.png").mkdir()
     with pytest.raises(SystemExit):
-        run(tmp_path, "--overwrite")
+        run(folder, "--overwrite")
     assert "losses.png is a folder" in capsys.readouterr().err
-    assert (tmp_path / "weights.safetensors").read_bytes() == weights
-    (tmp_path / "losses.png").rmdir()
-    assert run(tmp_path, "--overwrite") == 0
-    assert not (tmp_path / "bound.json").exists()
+    assert (folder / "weights.safetensors").read_bytes() == weights
+    (folder / "losses.png").rmdir()
+    assert run(folder, "--overwrite") == 0
+    assert not (folder / "bound.json").exists()
 
 
 def test_resume_refuses_points_that_have_changed(tmp_path, capsys):
@@ -280,35 +292,30 @@ def test_few_points_are_enough_to_draw(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "train.jsonl"])
-def test_files_with_unexpected_content_end_with_one_line_that_names_them(tmp_path, capsys, name):
-    assert run(tmp_path) == 0
+def test_files_with_unexpected_content_end_with_one_line_that_names_them(folder, capsys, name):
     if name == "checkpoint.pt":
-        torch.save([1, 2], tmp_path / name)
+        torch.save([1, 2], folder / name)
     else:
-        (tmp_path / name).write_text('{"a": 1}\n')
-    capsys.readouterr()
+        (folder / name).write_text('{"a": 1}\n')
     with pytest.raises(SystemExit):
-        command.main(["--out", str(tmp_path), "--resume"])
+        command.main(["--out", str(folder), "--resume"])
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert name in error
 
 
-def test_resume_refuses_other_options(tmp_path, capsys):
-    assert run(tmp_path) == 0
+def test_resume_refuses_other_options(folder, capsys):
     with pytest.raises(SystemExit):
-        command.main(["--out", str(tmp_path), "--resume", "--steps", "61"])
+        command.main(["--out", str(folder), "--resume", "--steps", "61"])
     assert "--resume keeps a run's options" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None], ids=["empty", "text", "cut short"])
-def test_a_damaged_checkpoint_ends_with_one_line(tmp_path, capsys, damage):
-    assert run(tmp_path) == 0
-    checkpoint = tmp_path / "checkpoint.pt"
+def test_a_damaged_checkpoint_ends_with_one_line(folder, capsys, damage):
+    checkpoint = folder / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000] if damage is None else damage)
-    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        command.main(["--out", str(tmp_path), "--resume"])
+        command.main(["--out", str(folder), "--resume"])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -350,15 +357,24 @@ def test_divergence_ends_with_one_line_that_says_how_to_go_on(tmp_path, capsys):
     assert run(tmp_path, "--overwrite") == 0
 
 
+LONGER = ["--steps", "600", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Weights of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert command.main([*LONGER, "--out", str(folder)]) == 0
+    return load_file(folder / "weights.safetensors")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals; run it on Linux or macOS")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.slow
-def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_path, sent):
-    options = ["--steps", "800", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-m", "tvm_ref.toy", *options, "--out"]
-    process = subprocess.Popen([*start, str(tmp_path / "parts")], env=environment, stdout=subprocess.PIPE, text=True)
-    log = tmp_path / "parts" / "train.jsonl"
+def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_path, whole, sent):
+    start = [sys.executable, "-m", "tvm_ref.toy", *LONGER, "--out", str(tmp_path)]
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "train.jsonl"
     deadline = time.time() + 120
     while not (log.exists() and log.read_text().count("\n") >= 2):
         assert process.poll() is None, "ended before it could be interrupted"
@@ -368,15 +384,11 @@ def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_pa
     out = process.communicate(timeout=120)[0]
     assert process.returncode == 130
     assert "stopped at step" in out
-    done = json.loads((tmp_path / "parts" / "metrics.json").read_text())["steps"]["done"]
-    assert 100 <= done < 800
-    assert all((tmp_path / "parts" / p).exists() for p in PICTURES)
-    subprocess.run(
-        [sys.executable, "-m", "tvm_ref.toy", "--resume", "--points", "60", "--out", str(tmp_path / "parts")],
-        env=environment, check=True, capture_output=True,
-    )  # fmt: skip
-    subprocess.run([*start, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
-    parts, whole = (load_file(tmp_path / name / "weights.safetensors") for name in ("parts", "whole"))
+    done = json.loads((tmp_path / "metrics.json").read_text())["steps"]["done"]
+    assert 100 <= done < 600
+    assert all((tmp_path / p).exists() for p in PICTURES)
+    assert command.main(["--resume", "--points", "60", "--out", str(tmp_path)]) == 0
+    parts = load_file(tmp_path / "weights.safetensors")
     assert all(torch.equal(parts[k], whole[k]) for k in whole)
 
 
@@ -397,25 +409,86 @@ def test_help_teaches(capsys, module):
 def test_compare_writes_results_table_and_figure(tmp_path, capsys):
     options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
     options += ["--seconds", "0.1", "--seeds", "2", "--rates", "1e-3", "1e-2", "--out", str(tmp_path)]
-    assert compare.main(options) == 0
+    chosen = ["TVM", "LSD", "sCT", "flow matching"]
+    assert compare.main([*options, "--methods", *chosen]) == 0
     report = json.loads((tmp_path / "results.json").read_text())
-    assert set(report["methods"]) == set(compare.METHODS)
+    assert list(report["methods"]) == chosen
     for name, method in report["methods"].items():
-        assert method["lr"] in (1e-3, 1e-2)
         assert [r["seed"] for r in method["runs"]] == [0, 1]
-        settings = compare.SETTINGS.get(name, ({},))
-        assert [r["lr"] for r in report["sweeps"][name]] == len(settings) * [1e-3, 1e-2]
-        assert method["setting"] in settings
-        assert method["at_edge"]
+        assert all(r["lr"] == method["lr"] and r["setting"] == method["setting"] for r in method["runs"])
+        settings, sweep = compare.SETTINGS.get(name, ({},)), report["sweeps"][name]
+        planned = [(s, lr) for s in settings for lr in (1e-3, 1e-2)]
+        assert [(r["setting"], r["lr"]) for r in sweep[: len(planned)]] == planned
+        assert len(sweep) <= len(planned) + compare.EXTRA
+        winner = sweep[compare.best(sweep)]
+        assert (winner["setting"], winner["lr"]) == (method["setting"], method["lr"])
+        rates = [r["lr"] for r in sweep if r["setting"] == method["setting"]]
+        inside = min(rates) < method["lr"] < max(rates)
+        assert inside != method["at_edge"]
         nfes = compare.NFES[:1] if name == "sCT" else compare.NFES
         assert set(method["runs"][0]["figures"]) == {str(n) for n in nfes}
-        budget = 100 / report["step_milliseconds"][name]
+        budget = 100 / report["step_milliseconds"][compare.named(name, method["setting"])]
         assert method["steps"] == pytest.approx(budget, abs=1)
     assert (tmp_path / "error.png").read_bytes()[:4] == b"\x89PNG"
-    assert "flow matching" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "flow matching" in output.out
+    assert "sweeping: 14 trainings of 0.1 s, some 0 minutes" in output.out
     with pytest.raises(SystemExit) as stop:
         compare.main(options)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("table", [compare.METHODS, compare.ABLATION])
+def test_what_is_compared_can_be_configured(table):
+    """Each method and each setting is a configuration; the ablation begins with MeanFlow's law and ends as TVM."""
+    for name, changes in table.items():
+        for setting in compare.SETTINGS.get(name, ({},)) if table is compare.METHODS else ({},):
+            replace(ToyConfig(), **changes | setting)
+    first, *_, last = (replace(ToyConfig(), **changes) for changes in compare.ABLATION.values())
+    quarter = replace(ToyConfig(), **compare.ABLATION["v to u"])
+    assert first.sampler() == quarter.sampler()
+    assert last == ToyConfig()
+
+
+@pytest.mark.parametrize(
+    ("errors", "rate"),
+    [
+        ({0.003: 0.3, 0.01: 0.1, 0.03: 0.2}, None),
+        ({0.003: 0.1, 0.01: 0.2, 0.03: 0.3}, 0.001),
+        ({0.003: 0.3, 0.01: 0.2, 0.03: 0.1}, 0.1),
+        ({0.003: float("inf"), 0.01: float("inf")}, 0.001),
+        ({0.002: float("nan"), 0.005: 0.1}, 0.01),
+        ({0.01: 0.1}, None),
+    ],
+)
+def test_a_sweep_goes_on_beyond_a_best_rate_at_its_edge(errors, rate):
+    def result(lr, error, setting):
+        return {"objective": "tvm", "lr": lr, "setting": setting, "figures": {} if error == math.inf else {"1": error}}
+
+    results = [result(lr, error, {}) for lr, error in errors.items()]
+    assert compare.beyond(results) == rate
+    other = [
+        result(lr, math.inf, {"time_sampler": "trunc"}) for lr in (1e-4, 1.0)
+    ]  # another setting has edges of its own
+    assert compare.beyond([*results, *other]) == rate
+
+
+def test_progress_is_counted_within_trainings_and_ends_at_their_number(monkeypatch):
+    configs = [ToyConfig(batch_size=4, width=4, depth=1, steps=steps) for steps in (120, 50, 7)]
+    done = multiprocessing.Value("d", 0.0)
+    monkeypatch.setattr(sweep, "_done", done)
+    for i, config in enumerate(configs):
+        sweep._train(config, lambda training, reference: {}, 10)
+        assert done.value == pytest.approx(i + 1)
+    monkeypatch.setattr(sweep.Training, "train_step", diverge)
+    sweep._train(configs[0], lambda training, reference: {}, 10)
+    assert done.value == pytest.approx(4)
+
+
+def diverge(training):
+    training.step += 1
+    if training.step == 60:
+        raise FloatingPointError("diverged")
 
 
 def test_best_rate_judges_each_method_at_the_nfe_that_it_is_for():
@@ -442,7 +515,8 @@ def test_compare_takes_chosen_methods_and_marks_rates_at_the_edge(tmp_path, caps
 
 @pytest.mark.slow
 def test_seeds_reports_median_and_worst(tmp_path, capsys):
-    options = [*SMALL, "--dist", "moons", "circles", "--seeds", "3", "--out", str(tmp_path / "seeds.json")]
+    options = [*SMALL, "--dist", "moons", "circles", "--seeds", "3", "--jobs", "1"]
+    options += ["--out", str(tmp_path / "seeds.json")]
     assert seeds.main(options) == 0
     results = json.loads((tmp_path / "seeds.json").read_text())
     assert [(r["dist"], r["seed"]) for r in results] == [(d, s) for d in ("moons", "circles") for s in range(3)]

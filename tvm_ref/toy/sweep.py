@@ -5,7 +5,6 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from multiprocessing.pool import Pool
 from typing import Any
 
 from tqdm import tqdm
@@ -16,11 +15,26 @@ from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.training import Training
 
 Measure = Callable[[Training, Reference], dict[str, float]]
+REPORT_EVERY = 50  # steps between a worker's reports of its progress
+POLL = 0.5  # seconds between updates of the progress bar
+
+_done: Any = None  # in a worker: the number of trainings done by all workers, with fractions, shared between them
 
 
 @lru_cache(maxsize=1)
 def _reference(dist: str, data: str | None, bandwidth: float | None, points: int) -> Reference:
     return make_reference(distribution_of(ToyConfig(dist=dist, data=data, bandwidth=bandwidth)), points=points)
+
+
+def _begin(done: Any) -> None:
+    global _done
+    _done = done
+    use_one_thread()
+
+
+def _report(steps: int, config: ToyConfig) -> None:
+    with _done.get_lock():
+        _done.value += steps / config.steps
 
 
 def _train(config: ToyConfig, measure: Measure, points: int) -> dict[str, Any]:
@@ -30,27 +44,38 @@ def _train(config: ToyConfig, measure: Measure, points: int) -> dict[str, Any]:
     try:
         while training.step < config.steps:
             training.train_step()
+            if training.step % REPORT_EVERY == 0:
+                _report(REPORT_EVERY, config)
+        _report(training.step % REPORT_EVERY, config)
     except FloatingPointError:
+        _report(config.steps - training.step // REPORT_EVERY * REPORT_EVERY, config)
         return result | {"diverged": True, "figures": {}}
     return result | {"diverged": False, "figures": measure(training, reference)}
 
 
 @contextlib.contextmanager
-def _workers(jobs: int) -> Iterator[Pool]:
-    """Start processes that ignore Ctrl-C from their first moment, as they inherit it: the parent ends them."""
+def _workers(jobs: int) -> Iterator[tuple[Any, Any]]:
+    """Start processes that ignore Ctrl-C from their first moment, as they inherit it: the parent ends them.
+
+    Yields the pool, and what the workers count their trainings in.
+    """
+    context = multiprocessing.get_context("spawn")
+    done = context.Value("d", 0.0)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        pool = multiprocessing.get_context("spawn").Pool(jobs, use_one_thread)
+        pool = context.Pool(jobs, _begin, (done,))
     finally:
         signal.signal(signal.SIGINT, before)
     with pool:
-        yield pool
+        yield pool, done
 
 
 def train_many(
     configs: Sequence[ToyConfig], measure: Measure, *, jobs: int, points: int, label: str
 ) -> Iterator[dict[str, Any]]:
     """Train each configuration and yield its result, in order: dist, objective, lr, seed, diverged and `figures`.
+
+    The progress bar moves within trainings, too.
 
     Args:
         configs: what to train, without classes.
@@ -59,7 +84,13 @@ def train_many(
         points: samples that figures are measured on.
         label: what the progress bar is called.
     """
-    with _workers(jobs) as pool, tqdm(total=len(configs), unit="run", desc=label) as bar:
-        for result in pool.imap(partial(_train, measure=measure, points=points), configs):
-            bar.update()
+    with _workers(jobs) as (pool, done), tqdm(total=len(configs), unit="run", desc=label) as bar:
+        results = pool.imap(partial(_train, measure=measure, points=points), configs)
+        for _ in configs:
+            result = None
+            while result is None:
+                with contextlib.suppress(multiprocessing.TimeoutError):
+                    result = results.next(POLL)
+                bar.n = round(done.value, 1)
+                bar.refresh()
             yield result
