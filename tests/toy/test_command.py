@@ -3,6 +3,7 @@ import io
 import json
 import math
 import multiprocessing
+import re
 import shutil
 import signal
 import subprocess
@@ -17,13 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tvm_ref.sampling import sample
+from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy import __main__ as command
 from tvm_ref.toy import benchmark, compare, plots, seeds, sweep
 from tvm_ref.toy import training as training_module
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.metrics import FIGURES, NFES
-from tvm_ref.toy.run import read_config
+from tvm_ref.toy.run import load_run, read_config
 from tvm_ref.toy.training import draw_block
 
 SMALL = ["--steps", "60", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
@@ -74,7 +77,7 @@ def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, option
         assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
         assert (folder / picture).stat().st_size > 10_000
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert set(metrics["nfe"]) == {str(n) for n in NFES}
+    assert set(metrics["nfe"]) == {str(n) for n in ((*NFES, 64) if "fm" in options else NFES)}
     for figures in metrics["nfe"].values():
         assert tuple(figures) == FIGURES
         assert figures["paired_median"] > 0
@@ -90,11 +93,57 @@ def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, option
     out = capsys.readouterr().out
     assert str(folder) in out
     assert "paired RMSE" in out
+    assert re.search(r"measuring and drawing: +100%.*pictures", out)
+    assert ("jump=" in out) == ("fm" not in options)  # only terms that there are
+    assert ("needs many" in out) == ("fm" in options)
 
 
-def test_own_points(tmp_path):
-    np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(50, 2)) * [1, 30])
-    assert run(tmp_path / "run", "--data", str(tmp_path / "points.npy")) == 0
+def test_own_points_come_back_as_samples_in_their_own_units(tmp_path, capsys):
+    data, folder = tmp_path / "points.csv", tmp_path / "run"
+    points = np.random.default_rng(0).normal(size=(50, 2)) * [1, 30] + [1000, 0]
+    points[3] = [1000, 1e5]
+    np.savetxt(data, points, delimiter=";", header="height;weight", comments="")
+    assert run(folder, "--data", str(data)) == 0
+    said = capsys.readouterr().out
+    assert "1 point lies far from the others, the farthest at (1000, 100000)" in said
+    assert f"mean {points[:, 0].mean():.4g}" in said
+    stored = json.loads((folder / "data.json").read_text())
+    assert stored["outliers"] == 1
+    assert stored["standard_deviation"] == pytest.approx(points.std(0))
+    assert "dist" not in json.loads((folder / "config.json").read_text())
+
+    config, distribution, model = load_run(folder)
+    assert config.data == str(data)
+    np.testing.assert_allclose(distribution.units.restore(distribution.centres), points, rtol=1e-12)
+    lines = (folder / "samples.csv").read_text().splitlines()
+    assert lines[0] == "height,weight"
+    assert len(lines) == 1 + 60  # as many as figures are measured on
+
+    data.unlink()  # samples need the model and its units alone
+    trained = (folder / "checkpoint.pt").stat().st_mtime_ns
+    assert command.main(["--data", str(data), "--out", str(folder), "--sample", "7"]) == 0
+    assert "7 samples, in the units of the data" in capsys.readouterr().out
+    written = np.loadtxt(folder / "samples.csv", delimiter=",", skiprows=1)
+    noise = torch.randn(7, 2, generator=torch.Generator().manual_seed(SAMPLING))
+    expected = distribution.units.restore(sample(model, noise))
+    np.testing.assert_allclose(written, expected, rtol=1e-6)
+    assert (folder / "checkpoint.pt").stat().st_mtime_ns == trained
+
+    points[0] += 1
+    np.savetxt(data, points, delimiter=";")
+    with pytest.raises(ValueError, match="was trained on other points"):
+        load_run(folder)
+
+
+def test_samples_of_a_conditional_run_carry_their_class(tmp_path):
+    assert run(tmp_path, "--dist", "circles", "--conditional") == 0
+    assert not (tmp_path / "samples.csv").exists()
+    assert command.main(["--out", str(tmp_path), "--sample", "9"]) == 0
+    header, *rows = (tmp_path / "samples.csv").read_text().splitlines()
+    assert header == "x,y,class"
+    assert {row.split(",")[2] for row in rows} == {"0", "1"}
+    with pytest.raises(SystemExit):
+        command.main(["--out", str(tmp_path), "--sample", "9", "--seed", "1"])
 
 
 def test_default_folder_is_named_after_the_options():
@@ -170,6 +219,9 @@ BAD = {
     "too few points to measure": ["--points", "3"],
     "nothing to resume": ["--resume"],
     "resume and overwrite": ["--resume", "--overwrite"],
+    "nothing to sample from": ["--sample", "10"],
+    "no samples": ["--sample", "0"],
+    "points and a distribution": ["--data", "x.csv", "--dist", "moons"],
     "negative seed": ["--seed", "-1"],
     "empty name of points": ["--data", ""],
     "abbreviated option": ["--step", "50"],

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tvm_ref.command_line import check_types, flag, option, require_at_least
+from tvm_ref.flow_map import FlowMap
 from tvm_ref.objectives import OBJECTIVES, Objective
 from tvm_ref.time_samplers import TIME_SAMPLERS, TimeSampler
 from tvm_ref.toy.distributions import DISTRIBUTIONS
@@ -26,9 +27,11 @@ class ToyConfig:
     """
 
     dist: str = option("moons", "distribution to learn", choices=tuple(DISTRIBUTIONS))
-    data: str | None = option(None, "learn your own points instead: a .csv or .npy file of N x 2 numbers")
+    data: str | None = option(None, "learn your own points instead: a table of two columns (.csv, .tsv, .txt, .npy)")
     bandwidth: float | None = option(
-        None, "width of the Gaussian around each point of --data (default: by leave-one-out likelihood)"
+        None,
+        "width of the Gaussian around each point of --data, from 0.03 to below 1 standard deviation of the data "
+        "(default: by leave-one-out likelihood)",
     )
     objective: str = option(
         "tvm", "what to minimise: TVM, or a relative (tvm_ref/objectives/README.md)", choices=tuple(OBJECTIVES)
@@ -72,7 +75,7 @@ class ToyConfig:
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{flag(name)} must lie in [0, 1], got {value}")
         self.sampler()  # refuses shares that exceed 1 together
-        self.make_objective(torch.nn.Identity(), null_label=0 if self.guided else None)  # refuses bad settings
+        self.make_objective(FlowMap(torch.nn.Identity()), null_label=0 if self.guided else None)  # refuses bad settings
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must lie in [0, 2^63), got {self.seed}")
         if self.guided and not self.conditional:
