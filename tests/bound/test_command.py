@@ -211,7 +211,8 @@ def test_help_teaches(capsys):
         (["--train", "--out", "RUN"], "holds something that is not results of --train"),
         (["--train", "--out", "FILE"], "is a file"),
         (["FILE"], "not a folder"),
-        (["/nowhere"], "not a folder"),
+        (["/nowhere"], "--dist NAME \\(or --data FILE\\) --out /nowhere"),
+        (["/nowhere/pinwheel"], "train first: python -m tvm_ref.toy --dist pinwheel --out /nowhere/pinwheel"),
         (["EMPTY"], "no config.json"),
     ],
 )

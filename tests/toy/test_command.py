@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tvm_ref.sampling import sample
 from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy import __main__ as command
-from tvm_ref.toy import benchmark, compare, plots, seeds, sweep
+from tvm_ref.toy import benchmark, compare, metrics, plots, seeds, sweep
 from tvm_ref.toy import training as training_module
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
@@ -390,6 +390,61 @@ def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_pa
     assert command.main(["--resume", "--points", "60", "--out", str(tmp_path)]) == 0
     parts = load_file(tmp_path / "weights.safetensors")
     assert all(torch.equal(parts[k], whole[k]) for k in whole)
+
+
+def press_at_step(monkeypatch, step, presses):
+    """Press Ctrl-C some times while a step of training is under way."""
+    take = training_module.Training.train_step
+
+    def pressed(self):
+        if self.step == step:
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
+        return take(self)
+
+    monkeypatch.setattr(training_module.Training, "train_step", pressed)
+
+
+def test_ctrl_c_in_training_says_what_it_does_and_measures(tmp_path, capsys, monkeypatch):
+    press_at_step(monkeypatch, 20, presses=1)
+    assert run(tmp_path) == 130
+    out, err = capsys.readouterr()
+    assert "stopped at step 21 and saved; measuring what there is (Ctrl-C leaves at once)" in out
+    assert "go on: the same command with --resume" in out
+    assert "Traceback" not in out + err
+    assert all((tmp_path / name).exists() for name in PICTURES)
+
+
+def ending(run_it, capsys):
+    """Status and last line of a run that is interrupted."""
+    with pytest.raises(SystemExit) as stop:
+        run_it()
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return stop.value.code, err.splitlines()[-1]
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, capsys, monkeypatch):
+    press_at_step(monkeypatch, 20, presses=2)
+    code, line = ending(lambda: run(tmp_path), capsys)
+    assert code == 130
+    assert line.startswith("python -m tvm_ref.toy: stopped; the same command with --resume goes on from the last")
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_ctrl_c_in_measuring_leaves_at_once_and_resume_measures(tmp_path, capsys, monkeypatch):
+    solve = metrics.exact_samples
+
+    def pressed(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return solve(*arguments)
+
+    monkeypatch.setattr(metrics, "exact_samples", pressed)
+    code, line = ending(lambda: run(tmp_path), capsys)
+    assert (code, line) == (130, "python -m tvm_ref.toy: stopped; the same command with --resume measures and draws")
+    monkeypatch.setattr(metrics, "exact_samples", solve)
+    assert command.main(["--out", str(tmp_path), "--resume", "--points", "60"]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["steps"]["done"] == 60
 
 
 # The other commands --------------------------------------------------------------------------------------------

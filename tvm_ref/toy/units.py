@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ class Units:
         return (points.double() - self._tensor(self.mean)) / self._tensor(self.scale)
 
     def metadata(self) -> dict[str, str]:
-        """Write it as the metadata of a safetensors file: text by name, exact to the last bit."""
-        return {"mean": json.dumps(self.mean), "scale": json.dumps(self.scale), "columns": json.dumps(self.columns)}
+        """Write it as the metadata of a safetensors file, to the last bit: one entry, as their order is chance."""
+        return {"units": json.dumps(asdict(self))}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> "Units":
@@ -43,7 +43,7 @@ class Units:
         Raises:
             ValueError: metadata that are damaged.
         """
-        return cls(**{name: tuple(json.loads(metadata[name])) for name in cls().metadata() if name in metadata})
+        return cls(**{name: tuple(values) for name, values in json.loads(metadata.get("units", "{}")).items()})
 
     def _tensor(self, numbers: tuple[float, ...]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64)
