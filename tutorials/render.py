@@ -27,6 +27,7 @@ from tvm_ref.command_line import OneLineParser
 
 HERE = Path(__file__).resolve().parent
 GALLERY = "gallery"  # the tag of the cell whose figure goes into pictures/
+PLOT = "plot"  # the tag of cells that only draw, whose code pages fold
 WIDTH, BYTES = 1000, 100_000  # of those pictures, at most
 CODE_OR_FORMULA = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL)
 QUESTION = re.compile(r"\*\*The question: (.*?)\*\*", re.DOTALL)
@@ -48,6 +49,15 @@ body.jp-Notebook { padding: 8px max(8px, calc(50vw - 520px)); min-width: 0 }
 nav.top { display: flex; flex-wrap: wrap; gap: 4px 20px; font: 16px/1.6 sans-serif; padding: 8px }
 nav.top a { color: #0072B2; text-decoration: underline }
 </style>"""
+FOLDED = f"""{{%- extends "lab/index.html.j2" -%}}
+{{%- block input -%}}
+{{%- if "{PLOT}" in cell.metadata.tags -%}}
+<details><summary>Code of the figure</summary>{{{{ super() }}}}</details>
+{{%- else -%}}
+{{{{ super() }}}}
+{{%- endif -%}}
+{{%- endblock input -%}}
+"""
 INDEX = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Terminal Velocity Matching: tutorials</title>
@@ -122,9 +132,10 @@ def set_formulas(text: str, formulas: dict[str, str]) -> str:
 @functools.cache
 def exporter() -> Any:
     """Make nbconvert's writer of HTML, once: its templates take a second to load."""
+    from jinja2 import DictLoader
     from nbconvert import HTMLExporter
 
-    return HTMLExporter()
+    return HTMLExporter(extra_loaders=[DictLoader({"folded.html.j2": FOLDED})], template_file="folded.html.j2")
 
 
 def write_page(notebook: Any, name: str, links: str = "") -> str:
