@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 import jvp_attention
 from jvp_attention import reference
 from tests.attention_cases import ORDERS, TOLERANCE, on_poison
+from tests.jvp_attention.conftest import prepare_once
 
 COUNT = 20 if torch.cuda.is_available() else 200  # on a GPU nearly every problem is compiled anew
 Function = Callable[..., Any]
@@ -192,6 +193,8 @@ def main() -> int:
     os.environ["TRITON_INTERPRET"] = "1"
     from jvp_attention import launch
     from jvp_attention.tile_sizes import Tiles
+
+    prepare_once(pytest.MonkeyPatch())
 
     def small_tiles(queries: int, keys: int, *, split: bool) -> None:
         launch.candidates = lambda *_: [Tiles(queries, keys, 4, 1)]
