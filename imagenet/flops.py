@@ -20,13 +20,13 @@ layers that s does not reach (patches, embeddings of t and of beta) those of tan
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from imagenet.dit import FREQUENCIES, DiTConfig
 from imagenet.presets import Config, build_model
-from tvm_ref import TVM, Condition, Times
+from tvm_ref import OBJECTIVES, Condition, Times
 
 # matrix products in bfloat16 per second by the makers' data sheets, dense, by what the device's name begins with
 PEAKS = {
@@ -113,15 +113,18 @@ def count_flops(step: Callable[[], object]) -> int:
 
 
 def counted_step_flops(config: Config) -> int:
-    """Count the floating-point operations that the TVM step of a configuration runs, per sample.
+    """Count the floating-point operations that the training step of a configuration runs, per sample.
 
-    Nothing is computed (it runs on the device "meta"), and attention is plain: a fused kernel hides its products.
+    Nothing is computed (it runs on the device "meta"), and attention is plain: a fused kernel hides its products. A
+    curriculum is at its end, where alpha-Flow is MeanFlow.
     """
     b, side = 2, config.input_size
     with torch.device("meta"):
         model, target = (build_model(config, attention="plain") for _ in range(2))
         null_label = config.classes if config.guided else None
-        objective = TVM(model, null_label=null_label, detach_jvp=config.detach_jvp)
+        options: dict[str, Any] = {"detach_jvp": True} if config.detach_jvp else {}
+        objective = OBJECTIVES[config.objective](model, null_label=null_label, **options)
+        objective.set_progress(1.0)
         x, t = torch.empty(b, config.in_channels, side, side), torch.empty(b)
         condition = Condition(torch.empty(b, dtype=torch.long), t)
 

@@ -33,7 +33,12 @@ WIDE = 4  # bytes of float32
 GELU = {False: 3, True: 17}  # arrays of the MLP's width that GELU's derivatives hold at once, without tangent and with
 SOFTMAX = {False: 1, True: 3}  # matrices of H N^2 in float32 that plain attention's derivatives hold at once
 USABLE = 0.92  # of a device's memory: the rest is NCCL's, cuBLAS's, and lost between arrays
-PASSES = {"tvm": (False, True), "pid": (False, True), "fm": (False,), "meanflow": (True,)}  # with a tangent or without
+# An objective's forwards that a backward follows, with a tangent or without, and those whose tangent it stops
+PASSES = {
+    "tvm": (False, True), "pid": (False, True), "fm": (False,), "lsd": (True,), "esd": (True,), "meanflow": (True,),
+    "imf": (True,), "sct": (True,), "alphaflow": (True,), "soflow": (False,), "psd": (False,), "shortcut": (False,),
+}  # fmt: skip
+STOPPED = ("meanflow", "imf", "sct", "alphaflow")
 
 
 class Weights(NamedTuple):
@@ -155,7 +160,7 @@ def working_bytes(config: Config, images: int, device: str = "cuda") -> int:
     for tangent in reversed(passes):  # the forward's order: the last is the first to go back
         kept += images * kept_bytes(config, tangent=tangent, device=device)
         copied = copied_bytes(config, tangent=tangent) + (0 if config.checkpointing else copied)
-        second = tangent and not (config.detach_jvp or config.objective == "meanflow")  # a derivative of a derivative
+        second = tangent and not (config.detach_jvp or config.objective in STOPPED)  # a derivative of a derivative
         temporaries = max(GELU[second] * 4 * n * d * low, SOFTMAX[second] * h * n * n * WIDE if plain else 0)
         waiting = WIDE * weights.all if tangent and len(passes) > 1 else 0
         moments.append(kept + copied + waiting + images * (recomputed[tangent] + temporaries))

@@ -1,6 +1,7 @@
 """Print what each preset costs, by arithmetic alone: nothing is run.
 
     python imagenet/preset_costs.py
+    python imagenet/preset_costs.py --objectives        a step of every objective, in plain forwards; minutes
 
 First floating-point operations of matrix products per image, once forward, in a TVM step, and in one whose gradient
 through the JVP is detached (flops.py); and of the whole training. Then memory (memory.py): of the state (weights, two
@@ -10,9 +11,10 @@ the smallest --accumulate that fits some machines, with --checkpointing where no
 
 from dataclasses import replace
 
-from imagenet.flops import forward_flops, least_step_flops
+from imagenet.flops import counted_step_flops, forward_flops, least_step_flops
 from imagenet.memory import smallest_that_fits, state_bytes, weights_of, working_bytes
 from imagenet.presets import PRESETS, Config
+from tvm_ref import OBJECTIVES
 from tvm_ref.command_line import OneLineParser, run
 
 MACHINES = {"8 x 80 GB": (80e9, 8), "8 x 40 GB": (40e9, 8), "1 x 24 GB": (24e9, 1)}  # bytes of a card, and cards
@@ -20,7 +22,9 @@ MACHINES = {"8 x 80 GB": (80e9, 8), "8 x 40 GB": (40e9, 8), "1 x 24 GB": (24e9, 
 
 def parser() -> OneLineParser:
     """Build the command line."""
-    return OneLineParser("preset_costs.py", __doc__)
+    p = OneLineParser("preset_costs.py", __doc__)
+    p.add_argument("--objectives", action="store_true", help="a step of every objective, without guidance, instead")
+    return p
 
 
 def operations() -> str:
@@ -33,6 +37,16 @@ def operations() -> str:
         numbers = f"{forward_flops(network) / 1e9:>10.4g} G{step / 1e9:>10.4g} G{detached / 1e9:>10.4g} G"
         training = f"{step * config.batch_size * config.steps:>11.2g}"
         lines.append(f"{name:<18}{weights_of(config).all / 1e6:>8.4g} M{numbers}{training}")
+    return "\n".join(lines)
+
+
+def objectives(presets: tuple[str, ...] = ("digits", "imagenet256-w2")) -> str:
+    """Format the products of a step of every objective in forwards of the same batch, without guidance."""
+    lines = [f"{'objective':<12}" + "".join(f"{name:>16}" for name in presets)]
+    for key in OBJECTIVES:
+        configs = [replace(PRESETS[name], objective=key, w=1.0) for name in presets]
+        ratios = [counted_step_flops(config) / forward_flops(config.network()) for config in configs]
+        lines.append(f"{key:<12}" + "".join(f"{ratio:>16.1f}" for ratio in ratios))
     return "\n".join(lines)
 
 
@@ -63,8 +77,11 @@ def settings(config: Config | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables; returns the exit status."""
-    parser().parse_args(argv)
-    print(operations(), memory(), sep="\n\n")
+    options = parser().parse_args(argv)
+    if options.objectives:
+        print(objectives())
+    else:
+        print(operations(), memory(), sep="\n\n")
     return 0
 
 

@@ -50,7 +50,10 @@ class Config:
     w_max: float | None = option(None, "draw beta = 1/w between 1/w_max and 1/w (F.1); default: w alone")
     label_dropout: float = option(0.1, "share of labels replaced by 'no class' (sec. 3)")
     detach_jvp: bool = option(False, "no gradient through the JVP: cheaper, biased (sec. 7.4)", **SWITCH)
-    time_sampler: str = option("gap*", "how times are drawn (sec. 7.3)", choices=TIME_SAMPLERS)
+    time_sampler: str = option(
+        "gap*", "how times are drawn (sec. 7.3); own: as the objective's paper does, its share t = s included",
+        choices=("own", *TIME_SAMPLERS),
+    )  # fmt: skip
     equal_share: float = option(0.0, "share of samples with t = s (table 4d)")
     noise_share: float = option(
         0.0, "share of samples whose jump starts at t = 1, where one step does (not in the paper)"
@@ -128,6 +131,10 @@ class Config:
 
     def sampler(self) -> TimeSampler:
         """Return the sampler of times."""
+        if self.time_sampler == "own":
+            if self.equal_share:
+                raise ValueError("--equal-share goes with a --time-sampler other than own, which has its share")
+            return replace(OBJECTIVES[self.objective].default_times, share_noise=self.noise_share)
         return TimeSampler(self.time_sampler, share_equal=self.equal_share, share_noise=self.noise_share)
 
     def to_json(self) -> str:

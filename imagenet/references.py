@@ -41,7 +41,7 @@ class Reference:
     images: ImageFiles | None = None
 
     def completed(self, features: Features) -> "Reference":
-        """The same, with the statistics that it lacks computed from the features of its images."""
+        """Return the same, with the statistics that it lacks computed from the features of its images."""
         pool = self.pool or gaussian_statistics(features.pool)
         return Reference(self.name, pool, self.spatial or gaussian_statistics(features.spatial), self.images)
 

@@ -32,6 +32,7 @@ from imagenet.presets import RESUMABLE, Config
 from imagenet.provenance import Provenance
 from imagenet.training import Training
 from imagenet.training_log import Log
+from tvm_ref import OBJECTIVES
 from tvm_ref.command_line import flag, write_atomically
 
 EVALUATIONS = "evaluations.jsonl"
@@ -54,9 +55,11 @@ def stored_config(folder: Path, given: dict[str, Any]) -> Config:
 
 
 def _check_steps(folder: Path, stored: Config, steps: int) -> None:
-    """Raise ValueError unless a run may go on to `steps`: to more under a constant learning rate, else to its own."""
-    if steps != stored.steps and stored.schedule != "constant":
-        reason = f"its --schedule {stored.schedule} was shaped by them"
+    """Raise ValueError unless a run may go on to `steps`: to its own, or to more where nothing was shaped by them."""
+    shaped = [f"--schedule {stored.schedule}"] * (stored.schedule != "constant")
+    shaped += [f"--objective {stored.objective}"] * OBJECTIVES[stored.objective].has_curriculum
+    if steps != stored.steps and shaped:
+        reason = f"its {shaped[0]} was shaped by them"
         raise ValueError(f"--resume keeps a run's options: {folder} has --steps {stored.steps}, as {reason}")
     if steps < stored.steps:
         raise ValueError(f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
@@ -123,7 +126,7 @@ class Run:
             self.log.show({f"{name}, {n} NFE": value for n, row in figures.items() for name, value in row.items()})
 
     def snapshot(self, step: int) -> Path:
-        """The file of the evaluation weights of a step."""
+        """Name the file of the evaluation weights of a step."""
         return self.folder / "snapshots" / f"{step:08d}.safetensors"
 
     def create(self) -> None:

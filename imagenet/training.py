@@ -69,6 +69,7 @@ class Training:
         null_label = config.classes if config.guided else None
         options: dict[str, Any] = {"detach_jvp": True} if config.detach_jvp else {}
         objective = OBJECTIVES[config.objective](self.model, null_label=null_label, **options)
+        self._set_progress = objective.set_progress  # of what is wrapped below
         if config.compile:
             objective.compile(dynamic=False)
         self.objective = parallel.wrap(objective, [self.target, *self.averages], world, config.parallel)
@@ -91,6 +92,7 @@ class Training:
         config, device = self.config, self.world.device
         n = len(batch.x0) // config.accumulate
         losses = torch.zeros(len(TERMS), device=device)
+        self._set_progress(self.step / config.steps)  # for objectives with a curriculum
         self.optimizer.zero_grad()
         for i in range(config.accumulate):  # micro-batches, whose gradients add up to that of the batch
             # data x0, noise x1, times t, s, s' and the condition (class, beta), drawn by Batches

@@ -19,6 +19,14 @@ def test_on_the_line_it_pairs_sorted_points():
     assert wasserstein2(x, y) == pytest.approx(expected, rel=1e-10)
 
 
+def test_a_pairing_costs_what_a_plan_of_transport_does():
+    """Clouds of one size are paired; with each point doubled, they are the same measures, and so is the cost."""
+    x, y = torch.randn(2, 60, 2, dtype=torch.float64)
+    w2 = wasserstein2(x, y)
+    assert w2 == pytest.approx(wasserstein2(x, y.repeat(2, 1)), rel=1e-9)  # of different size: a plan
+    assert w2 == pytest.approx(wasserstein2(x.repeat(2, 1), y.repeat(2, 1)), rel=1e-9)
+
+
 def test_clouds_of_different_size():
     assert wasserstein2(torch.zeros(3, 2), torch.tensor([[3.0, 4.0]])) == pytest.approx(5)
 

@@ -6,6 +6,7 @@ import re
 from functools import reduce
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,6 +125,16 @@ def test_a_run_is_loaded_and_sampled(tmp_path, monkeypatch):
     exec(snippet("Load that run and sample it:"), scope)
     assert scope["points"].shape == (1000, 2)
     assert scope["points"].isfinite().all()
+
+
+def test_own_points_are_sampled_in_their_units(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savetxt("points.csv", np.random.default_rng(0).normal([1e4, 0], 1, (50, 2)), delimiter=";")
+    assert toy.main(["--data", "points.csv", "--steps", "3", "--width", "16", "--points", "20"]) == 0
+    scope: dict[str, object] = {}
+    exec(ROOM.split("**Your own points**")[1].split("```python")[1].split("```")[0], scope)
+    assert scope["points"].shape == (1000, 2)
+    assert abs(float(scope["points"][:, 0].median()) - 1e4) < 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.parent.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""The 2-Wasserstein distance between clouds of points, by POT (Python Optimal Transport)."""
+"""The 2-Wasserstein distance between clouds of points: exact optimal transport, by SciPy and POT."""
 
 import statistics
 from collections.abc import Callable
@@ -11,20 +11,26 @@ from torch import Tensor
 def wasserstein2(x: Tensor, y: Tensor) -> float:
     """Measure W2 between the empirical measures of x [N, D] and y [M, D]: the exact optimal transport cost, its root.
 
-    O(N^3): some seconds at N = M = 2,000.
+    Of clouds of one size it is the best pairing of their points, which SciPy finds several times faster than POT finds
+    a plan where the clouds are close. O(N^3): up to a second at N = M = 2,000.
 
     Raises:
         ValueError: clouds that are empty, of different dimension, or not finite.
     """
-    import ot  # a second of CPU, which --help need not wait for
-
     a, b = (np.asarray(cloud.detach().cpu(), dtype=np.float64) for cloud in (x, y))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
         raise ValueError(f"W2 needs clouds of shape [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("W2 needs finite points")
-    cost = ot.emd2([], [], ot.dist(a, b), numItermax=2_000_000)
-    return float(np.sqrt(max(cost, 0.0)))
+    if len(a) == len(b):
+        from scipy.optimize import linear_sum_assignment  # half a second of CPU, which --help need not wait for
+        from scipy.spatial.distance import cdist
+
+        costs = cdist(a, b, "sqeuclidean")
+        return float(np.sqrt(costs[linear_sum_assignment(costs)].mean()))
+    import ot
+
+    return float(np.sqrt(max(ot.emd2([], [], ot.dist(a, b), numItermax=2_000_000), 0.0)))
 
 
 def sampling_floor(

@@ -30,6 +30,10 @@ class EMA(Generic[M]):
         self.decay = decay
         self.updates = 0
 
+    def __getattr__(self, name: str) -> Any:
+        """Refuse what a model has and its average has not, with where to find it."""
+        raise AttributeError(f"an EMA has no {name!r}; the averaged model is its .module: pass ema.module")
+
     @torch.no_grad()
     def update(self, module: M) -> None:
         """Move the average towards the weights of `module`; buffers are copied."""

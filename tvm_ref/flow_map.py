@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tvm_ref.ema import EMA
 from tvm_ref.guidance import Condition
-from tvm_ref.shapes import Sample, Time, check_batch, check_times, over
+from tvm_ref.shapes import Sample, Time, check_batch, check_times, over, values_are_cheap
 
 # PyTorch's first JVP of a process uses torch.jit.script itself, and warns its caller of it
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
@@ -30,8 +31,30 @@ DIFFERENCE = Factor(gamma=lambda t, s: s - t, gamma_ds=lambda t, s: torch.ones_l
 def jvp(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Return value and tangent of a function of tensors: torch.func.jvp, with the type of its result narrowed."""
-    result = torch.func.jvp(function, inputs, tangents)
+    """Return value and tangent of a function of tensors: torch.func.jvp, with the type of its result narrowed.
+
+    Raises:
+        NotImplementedError, RuntimeError: layers without a JVP, with what to take instead.
+    """
+    if torch.compiler.is_compiling():
+        result = torch.func.jvp(function, inputs, tangents)
+        return result[0], result[1]
+    try:
+        result = torch.func.jvp(function, inputs, tangents)
+    except NotImplementedError as error:
+        if "scaled_dot_product" not in str(error):
+            raise
+        raise NotImplementedError(
+            "PyTorch's scaled_dot_product_attention has no JVP; take jvp_attention.attention, which has "
+            "(kernels/jvp_attention/README.md)"
+        ) from error
+    except RuntimeError as error:
+        if "in-place operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "the network changes a buffer in its forward, as BatchNorm does in training, and no JVP runs through that; "
+            "take a norm without running statistics, as GroupNorm or LayerNorm"
+        ) from error
     return result[0], result[1]
 
 
@@ -48,15 +71,22 @@ class FlowMap(nn.Module):
             the guided velocity in w.
         factor: gamma(t, s) in place of s - t (appendix A.1).
 
-    Every method raises ValueError for shapes that do not fit and, on the CPU outside torch.compile, for times that
-    break 0 <= s <= t <= 1.
+    Every method raises TypeError for a condition that is no Condition and times that are no tensors, ValueError for
+    shapes that do not fit and, on the CPU outside torch.compile, for times that break 0 <= s <= t <= 1. There it also
+    warns of beta above 1 and, in training, of a network whose output does not depend on s.
+
+    Raises:
+        TypeError: a network that is a flow map already, or an EMA.
     """
 
     def __init__(self, network: nn.Module, *, scaled: bool = False, factor: Factor = DIFFERENCE):
         super().__init__()
+        if isinstance(network, FlowMap | EMA):
+            raise TypeError(f"a FlowMap is made around a network itself, got {type(network).__name__}")
         self.network = network
         self.scaled = scaled
         self.factor = factor
+        self._reads_s = False  # whether the network was seen to depend on s, or it was said that it does not
 
     def forward(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
         """Do the same as jump."""
@@ -86,6 +116,7 @@ class FlowMap(nn.Module):
         self._check(x, t, s, condition)
         s = s.contiguous()  # a JVP refuses memory that is shared, as by expand
         F, dF_ds = jvp(lambda s: self._average_velocity(x, t, s, condition), (s,), (torch.ones_like(s),))
+        self._warn_if_blind(F, dF_ds, t, s)
         if detach_jvp:
             dF_ds = dF_ds.detach()
         gamma = self._scale(self.factor.gamma(t, s), x, condition)
@@ -135,5 +166,21 @@ class FlowMap(nn.Module):
         return over(a / condition.beta if self.scaled and condition is not None else a, x)
 
     def _check(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> None:
+        if condition is not None and not isinstance(condition, Condition):
+            raise TypeError(
+                f"the condition must be Condition(label, beta) with beta = 1/w, ones without guidance; "
+                f"got {type(condition).__name__}"
+            )
         check_batch(x, t, s, *(condition or ()))
         check_times(t, s)
+        if condition is not None and values_are_cheap(x) and bool((condition.beta > 1).any()):
+            warnings.warn("beta = 1/w is above 1, a guidance weight w below 1; was w meant?", stacklevel=4)
+
+    def _warn_if_blind(self, F: Tensor, dF_ds: Tensor, t: Tensor, s: Tensor) -> None:
+        if self._reads_s or not F.requires_grad or not values_are_cheap(F):
+            return
+        self._reads_s = bool(dF_ds.any())
+        if not self._reads_s and bool(F.any()) and bool((s < t).any()):
+            self._reads_s = True  # said once
+            told = "the network's output does not depend on s: it can learn no jumps unless it embeds s or t - s"
+            warnings.warn(told, stacklevel=4)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from tvm_ref.ema import EMA
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.objectives import OBJECTIVES, Flow
@@ -39,8 +40,11 @@ def sample_path(
 
     Raises:
         ValueError: fewer than one step, or a grid that does not fall within [0, 1].
-        TypeError: a network that is not wrapped in a FlowMap: it gives average velocities F, not states.
+        TypeError: an EMA, whose .module is meant; a network that is not wrapped in a FlowMap: it gives average
+            velocities F, not states.
     """
+    if isinstance(jump, EMA):
+        raise TypeError("an EMA holds a model and is none: sample from its .module")
     if isinstance(jump, nn.Module) and not hasattr(jump, "displacement"):
         raise TypeError(f"{type(jump).__name__} is a network, not a flow map; wrap it: FlowMap(network)")
     grid = uniform_times(times) if isinstance(times, int) else [float(a) for a in times]

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-EVALUATION, BOUND = 2**40, 2**41  # seeds of what models are measured on, apart from the seeds of training
+EVALUATION, BOUND, SAMPLING = 2**40, 2**41, 2**42  # seeds of measuring and sampling, apart from those of training
 
 
 def generator(*key: int) -> torch.Generator:

@@ -18,21 +18,27 @@ def over(a: Tensor, x: Tensor) -> Tensor:
 
 
 def check_batch(x: Tensor, *per_sample: Tensor) -> None:
-    """Raise ValueError unless x is [B, ...] and every other tensor is [B]."""
+    """Raise ValueError unless x is [B, ...] and every other tensor is [B], TypeError where there is no tensor."""
     if x.ndim < 2:
         raise ValueError(f"x must be of shape [B, ...] with at least two axes, got {list(x.shape)}")
     for a in per_sample:
+        if not isinstance(a, Tensor):
+            raise TypeError(f"times, labels and beta must be tensors, one number per sample; got {type(a).__name__}")
         if a.shape != x.shape[:1]:
             raise ValueError(f"times, labels and beta must be of shape [{len(x)}] to go with x, got {list(a.shape)}")
+
+
+def values_are_cheap(a: Tensor) -> bool:
+    """Tell whether values may be looked at: an accelerator's queue would stall, torch.compile's graph would break."""
+    return not torch.compiler.is_compiling() and a.device.type == "cpu"
 
 
 def check_times(t: Tensor, s: Tensor | None = None) -> None:
     """Raise ValueError unless 0 <= s <= t <= 1 everywhere; NaN is refused too.
 
-    Values are looked at on the CPU only: on an accelerator the look would stall its queue, and inside torch.compile
-    it would break the graph.
+    Values are looked at where that is cheap.
     """
-    if torch.compiler.is_compiling() or t.device.type != "cpu":
+    if not values_are_cheap(t):
         return
     s = t if s is None else s
     if bool(((s >= 0) & (s <= t) & (t <= 1)).all()):

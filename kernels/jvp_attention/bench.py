@@ -64,7 +64,7 @@ SIZES = {"table5": TABLE_5, "dit": DIT, "all": TABLE_5 + DIT}
 
 
 def official_attention(checkout: Path) -> Attention:
-    """The kernels of a checkout of the paper's repository: correct under torch.func.jvp alone."""
+    """Import the kernels of a checkout of the paper's repository: correct under torch.func.jvp alone."""
     sys.path.insert(0, str(checkout))
     from jvp_utils.functional import sdpa_jvp  # type: ignore[import-not-found]
 
@@ -72,7 +72,7 @@ def official_attention(checkout: Path) -> Attention:
 
 
 def flash_attention() -> Attention | None:
-    """The function of the package jvp_flash_attention, if it is installed."""
+    """Import the function of the package jvp_flash_attention, if it is installed."""
     try:
         from jvp_flash_attention.jvp_attention import attention as theirs  # type: ignore[import-not-found]
     except ImportError:
@@ -81,7 +81,7 @@ def flash_attention() -> Attention | None:
 
 
 def forward(function: Attention, inputs: list[Tensor]) -> Tensors:
-    """The function's value and tangent: o, do."""
+    """Return the function's value and tangent: o, do."""
     result = torch.func.jvp(function, tuple(inputs[:3]), tuple(inputs[3:6]))
     return result[0], result[1]
 
@@ -92,7 +92,7 @@ def gradients(outputs: Tensors, inputs: list[Tensor], *, retain: bool = False) -
 
 
 def wrong(function: Attention, size: Size, device: str, dtype: torch.dtype) -> dict[str, str]:
-    """What is wrong with "forward" and "backward" of an implementation at this size, of one head; empty if nothing."""
+    """List what is wrong with "forward" and "backward" of an implementation, for one head of this size."""
     size = Size(1, min(size.heads, 2), min(size.length, LONGEST_CHECK), size.channels)
     inputs = [x.requires_grad_() for x in size.inputs(device, dtype)]
     exact = [x[:, :1].detach().double().requires_grad_() for x in inputs]
@@ -114,7 +114,7 @@ def wrong(function: Attention, size: Size, device: str, dtype: torch.dtype) -> d
 
 
 def _differences(names: tuple[str, ...], found: Tensors, right: Tensors, dtype: torch.dtype) -> str:
-    """Which results of the first head are off by more than the dtype's tolerance, NaN included, and by how much."""
+    """List which results of the first head are off by more than the dtype's tolerance, NaN included, and by how far."""
     off = {}
     for name, a, b in zip(names, found, right, strict=True):
         off[name] = float((a[:, :1].detach().double() - b.detach()).norm() / b.detach().norm())
@@ -153,7 +153,7 @@ def matmul_rate(dtype: torch.dtype, n: int = 8192) -> float:
 
 
 def row(name: str, size: Size, function: Attention, dtype: torch.dtype) -> dict[str, Any]:
-    """One line of the report: times of the passes that are right, and what is wrong with the others."""
+    """Format one line of the report: times of the passes that are right, and what is wrong with the others."""
     result: dict[str, Any] = {"name": name, **size._asdict()}
     try:
         problems = wrong(function, size, "cuda", dtype)
@@ -167,7 +167,7 @@ def row(name: str, size: Size, function: Attention, dtype: torch.dtype) -> dict[
 
 
 def table(rows: list[dict[str, Any]], rate: float) -> str:
-    """The report as text; shares of the rate of a matrix product in TFLOP/s."""
+    """Format the report as text; shares of the rate of a matrix product in TFLOP/s."""
     lines = [
         f"{'B':>3} {'H':>3} {'N':>6} {'D':>4}  {'':<20} {'forward':>10} {'share':>6} {'backward':>10} {'share':>6} "
         f"{'both':>10} {'peak':>10}"
@@ -184,7 +184,7 @@ def table(rows: list[dict[str, Any]], rate: float) -> str:
 
 
 def speedups(rows: list[dict[str, Any]]) -> str:
-    """How many times faster ours is than each other: geometric means over the sizes that both were timed at."""
+    """Compute how many times faster ours is than each other: geometric means over the sizes that both were timed at."""
     timed = {(r["name"], *(r[k] for k in Size._fields)): r for r in rows}
     lines = []
     for name in dict.fromkeys(r["name"] for r in rows if r["name"] != "ours"):
@@ -198,7 +198,7 @@ def speedups(rows: list[dict[str, Any]]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Make the command line."""
     p = argparse.ArgumentParser(
         "python -m jvp_attention.bench",
         description=__doc__,

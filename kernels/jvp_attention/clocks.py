@@ -47,7 +47,7 @@ class Clocks(NamedTuple):
     barriers: float
 
     def per_pairs(self, pairs: float) -> "Clocks":
-        """The clocks of so many turns."""
+        """Scale to the clocks of so many turns."""
         return Clocks(*(x * pairs for x in self))
 
     @property
@@ -63,7 +63,7 @@ class Clocks(NamedTuple):
 
 
 def machine_code(cubin: bytes) -> str:
-    """The text of a compiled kernel, by the nvdisasm that triton ships."""
+    """Return the text of a compiled kernel, by the nvdisasm that triton ships."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -74,7 +74,7 @@ def machine_code(cubin: bytes) -> str:
 
 
 def inner_loop(code: str) -> list[tuple[str, str]]:
-    """The instructions, as (name, operands), of the loop with the most matrix products among those without a loop."""
+    """Find the instructions, as (name, operands), of the innermost loop with the most matrix products."""
     instructions: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
@@ -92,7 +92,7 @@ def inner_loop(code: str) -> list[tuple[str, str]]:
 
 
 def count(code: str, warps: int, sm: int) -> Clocks:
-    """The clocks of a kernel's inner loop, for blocks of so many warps.
+    """Count the clocks of a kernel's inner loop, for blocks of so many warps.
 
     Raises:
         ValueError: the loop has no matrix instruction that is known (sm_100 has its own kind), or none at all.

@@ -39,7 +39,7 @@ MULTIPLE_OF_16 = [["tt.divisibility", 16]]
 
 
 def calls(d: int, dtype: torch.dtype, *, causal: bool = False, lengths: bool = False) -> list[Any]:
-    """Every launch that attention can make with heads of d channels, on tensors without memory."""
+    """List every launch that attention can make with heads of d channels, on tensors without memory."""
     from jvp_attention import launch
 
     def rows() -> Tensor:
@@ -60,7 +60,7 @@ def calls(d: int, dtype: torch.dtype, *, causal: bool = False, lengths: bool = F
 
 
 def compile_call(call: Any, tiles: Tiles, sm: int = SM) -> Any:
-    """The kernel of a call as triton compiles it for sm_90, arguments specialised as at its launch."""
+    """Compile the kernel of a call for sm_90, arguments specialised as at its launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -109,7 +109,7 @@ def usage(compiled: Any) -> tuple[int, int]:
 
 
 def report(call: Any, tiles: Tiles, sm: int = SM, *, clocks: bool = False) -> dict[str, Any]:
-    """The figures of one kernel with one choice of tiles; clocks of a multiprocessor are per 128 x 128 pairs."""
+    """Collect the figures of a kernel with a choice of tiles; clocks of a multiprocessor are per 128 x 128 pairs."""
     compiled = compile_call(call, tiles, sm)
     registers, stack = usage(compiled)
     counted = {}
@@ -135,7 +135,7 @@ COUNTED = ("tensor", "operands", "matrix", "loads", "exp2", "issue", "barriers",
 
 
 def line(r: dict[str, Any]) -> str:
-    """One row of the table."""
+    """Format one row of the table."""
     tiles = f"{r['queries']} x {r['keys']}, {r['warps']} warps, {r['stages']} stages"
     counted = "".join(f" {r[name]:>8.0f}" for name in COUNTED) + f" {r['limit']}" if "limit" in r else ""
     return (
@@ -145,7 +145,7 @@ def line(r: dict[str, Any]) -> str:
 
 
 def header(clocks: bool) -> str:
-    """The names of the columns."""
+    """Format the names of the columns."""
     counted = "".join(f" {name:>8}" for name in COUNTED) + " limit" if clocks else ""
     return (
         f"{'arch':<4} {'kernel':<13} {'D':>4} {'queries x keys':<28} {'products':>8} {'registers':>9} "
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _problem(args: argparse.Namespace) -> str:
-    """What is wrong with the options or the surroundings; empty if nothing is."""
+    """Say what is wrong with the options or the surroundings; empty if nothing is."""
     if not all(1 <= d <= LARGEST_HEAD for d in args.dims):
         return f"--dims must lie between 1 and {LARGEST_HEAD}"
     if args.json and args.json.exists():

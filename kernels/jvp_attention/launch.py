@@ -68,7 +68,7 @@ class Call(NamedTuple):
         return batch * heads // (self.arguments["GROUP"] if self.tiled == "KEYS" else 1)
 
     def candidates(self, kib: int | None = None) -> list[Tiles]:
-        """The tiles to choose from on the inputs' device, or with so much shared memory; the first is the default."""
+        """List the tiles to choose from on the inputs' device, or with so much shared memory; default first."""
         kib = shared_kib(self.like.device) if kib is None else kib
         short = max(self.arguments["N"], self.arguments.get("M", 0)) <= SHORT
         return candidates(self.name, self.arguments["CHANNELS"], self.like.element_size(), kib, short)
@@ -83,7 +83,7 @@ class Call(NamedTuple):
         self.kernel[(programs,)](**arguments, **sizes, **tiles.options())
 
     def seen_tiles(self, tiles: Tiles) -> Rows | None:
-        """Which tiles of the other side every tile sees, listed from the mask by a kernel."""
+        """List which tiles of the other side every tile sees, from the mask by a kernel."""
         mask, *strides = self.arguments["mask"]
         batch, heads = (n if stride else 1 for n, stride in zip(mask.shape, strides[:2], strict=False))
         lengths, sizes = [self.arguments["N"], self.arguments["M"]], [tiles.queries, tiles.keys]
@@ -96,7 +96,7 @@ class Call(NamedTuple):
 
 
 def in_units(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with strides in units of the power of two, at most 16 channels, that divides them all.
+    """Return the arguments with strides in units of the power of two, at most 16 channels, that divides them all.
 
     triton asks of an integer only whether 16 divides it, and rows of 72 channels are as well aligned for loads of 16
     bytes. The unit 1 tells the kernels that offsets inside a tile may need 64 bits, so it is also that of rows so far
@@ -137,7 +137,7 @@ def _launch_what_fits(call: Call) -> None:
 
 
 def _kind(call: Call) -> tuple[Any, ...]:
-    """What decides which code a call runs, but for the tiles."""
+    """Name what decides which code a call runs, but for the tiles."""
     a = call.arguments
     options = tuple(name for name in OPTIONAL if a.get(name) is not None)
     return call.name, call.like.dtype, call.like.device, a["D"], a.get("CAUSAL"), options
@@ -173,7 +173,7 @@ def _why_not(device: torch.device, itemsize: int, d: int, dual: bool) -> str:
 
 
 def fastest_tiles(call: Call) -> Tiles:
-    """The fastest candidate, timed once per kernel, options and power of two of the lengths; kept in memory."""
+    """Find the fastest candidate, timed once per kernel, options and power of two of the lengths; kept in memory."""
     a = call.arguments
     sizes = [triton.next_power_of_2(a[name]) for name in ("N", "M") if name in a]
     key = (*_kind(call), *sizes, triton.next_power_of_2(call.heads))
@@ -193,7 +193,7 @@ def _milliseconds(call: Call, tiles: Tiles) -> float:
 
 
 def _rows(x: Tensor | None) -> Rows | None:
-    """A tensor as kernels take it; copied only if its channels do not lie side by side. Strides of one row are 0."""
+    """Lay out a tensor as kernels take it; copied if channels do not lie side by side. Strides of one row are 0."""
     if x is None or x.numel() == 0:
         return None
     x = rows_in_order(x)
@@ -202,7 +202,7 @@ def _rows(x: Tensor | None) -> Rows | None:
 
 
 def _mask(mask: Tensor | None) -> Mask | None:
-    """A mask [B or 1, H or 1, N, M] as kernels take it, as bytes."""
+    """Lay out a mask [B or 1, H or 1, N, M] as kernels take it, as bytes."""
     if mask is None:
         return None
     b, h, rows, columns = (0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
@@ -212,7 +212,7 @@ def _mask(mask: Tensor | None) -> Mask | None:
 def _attention_arguments(
     primals: Tensors, tangents: Tangents | None, scale: float, causal: bool, lengths: Tensor | None, mask: Tensor | None
 ) -> dict[str, Any]:
-    """The arguments that all kernels over tiles of queries and keys share; D and CHANNELS also the row sums."""
+    """Gather the arguments that all kernels over tiles of queries and keys share; D and CHANNELS also the row sums."""
     if scale < 0:  # the kernels take |scale| for logits, and the queries negated with it
         primals, tangents = _negated(primals), tangents and _negated(tangents)
     q, k, _ = primals
@@ -236,7 +236,7 @@ def _attention_arguments(
 
 
 def _negated(of_qkv: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-    """The three with the first, that of queries, negated."""
+    """Return the three with the first, that of queries, negated."""
     return (None if of_qkv[0] is None else -of_qkv[0], *of_qkv[1:])
 
 
@@ -270,7 +270,7 @@ def forward_calls(
 
 
 def _kinds(tangents: Tangents | None) -> tuple[bool, bool]:
-    """Whether there is a tangent at all, and whether logits have one (v's alone does not move them)."""
+    """Return whether there is a tangent at all, and whether logits have one (v's alone does not move them)."""
     dq, dk, dv = tangents or (None, None, None)
     moved = dq is not None or dk is not None
     return moved or dv is not None, moved
@@ -327,5 +327,5 @@ def backward_calls(
 
 
 def _transposed(mask: Mask | None) -> Mask | None:
-    """A mask of keys and queries."""
+    """Return the mask of keys and queries."""
     return mask and (*mask[:3], mask[4], mask[3])

@@ -20,6 +20,12 @@ def row_sum(x):
 
 
 @triton.jit
+def partial_sums(x):
+    """Eight sums per row of x [rows, columns], each over every eighth column: what one thread holds of a product."""
+    return tl.reduce(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1, tl.standard._sum_combine)
+
+
+@triton.jit
 def row_max(x):
     """Maxima over the last axis of x [rows, columns]."""
     return tl.reduce(x, 1, tl.standard._elementwise_max)
@@ -27,7 +33,7 @@ def row_max(x):
 
 @triton.jit
 def place(length, heads, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """The first row of this program's tile, its batch element and head, and the index of the two together.
+    """Return the first row of this program's tile, its batch element and head, and the index of the two together.
 
     LAST_FIRST: programs that start first take the last tiles, which have the most to do if queries see keys up to
     their own index.
@@ -44,7 +50,7 @@ def place(length, heads, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def keys_seen(lengths, b, M):
-    """How many keys the queries of batch element b see: lengths[b], at least 0 and at most M; all M without lengths."""
+    """Return how many keys the queries of batch element b see: lengths[b], held to [0, M]; all M without lengths."""
     seen = M
     if lengths is not None:
         seen = tl.minimum(tl.maximum(tl.load(lengths + b), 0), M).to(tl.int32)
@@ -58,7 +64,10 @@ def row_pointers(x, b, h, start, UNIT: tl.constexpr, SIZE: tl.constexpr, CHANNEL
     rows = tl.arange(0, SIZE)
     if UNIT == 1:  # odd strides, or so large ones that a tile is too long for 32 bits
         rows = rows.to(tl.int64)
-    return first + (rows[:, None] * (x[3] * UNIT) + tl.arange(0, CHANNELS)[None, :])
+    offsets = rows[:, None] * (x[3] * UNIT) + tl.arange(0, CHANNELS)[None, :]
+    if UNIT != 1:
+        offsets = offsets.to(tl.uint32).to(tl.uint64)  # never negative: saves the registers of a sign's extension
+    return first + offsets
 
 
 @triton.jit
@@ -108,7 +117,7 @@ def store_rows(
 
 @triton.jit
 def load_numbers(x, head, start, length, SIZE: tl.constexpr):
-    """One float32 per row from x [B H, length]: [SIZE], zero beyond the end."""
+    """Load one float32 per row from x [B H, length]: [SIZE], zero beyond the end."""
     rows = start + tl.arange(0, SIZE)
     return tl.load(x + head * length + rows, mask=rows < length, other=0.0)
 
@@ -122,7 +131,7 @@ def store_numbers(x, value, head, start, length, SIZE: tl.constexpr):
 
 @triton.jit
 def load_mask(mask, b, h, start, length, at, others, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which of a tile [ROWS, COLUMNS] is seen, by mask (pointer, strides of B, H, rows, columns); none outside."""
+    """Load which of a tile [ROWS, COLUMNS] is seen, by mask (pointer, strides of B, H, rows, columns); none outside."""
     rows, columns = start + tl.arange(0, ROWS), at + tl.arange(0, COLUMNS)
     inside = (rows < length)[:, None] & (columns < others)[None, :]
     offsets = rows.to(tl.int64)[:, None] * mask[3] + columns.to(tl.int64)[None, :] * mask[4]
@@ -130,8 +139,16 @@ def load_mask(mask, b, h, start, length, at, others, ROWS: tl.constexpr, COLUMNS
 
 
 @triton.jit
+def keep_up_to(s, keys, last, needed):
+    """Logits s, -inf where a key's index exceeds the last that is seen; untouched, and fast, unless that is needed."""
+    if needed:
+        s = tl.where(keys <= last, s, float("-inf"))
+    return s
+
+
+@triton.jit
 def seen_tiles(tiles, b, h, start, SIZE: tl.constexpr):
-    """Where the row of `tiles` for this program's tile lies: how many tiles of the other side it sees, then which."""
+    """Find the row of `tiles` for this tile: the number of tiles of the other side that it sees, and which."""
     return tiles[0] + b * tiles[1] + h * tiles[2] + (start // SIZE).to(tl.int64) * tiles[3]
 
 

@@ -20,11 +20,11 @@ class Tiles(NamedTuple):
     stages: int  # of loads under way
 
     def sizes(self) -> dict[str, int]:
-        """As arguments of a kernel."""
+        """Give them as arguments of a kernel."""
         return {"QUERIES": self.queries, "KEYS": self.keys}
 
     def options(self) -> dict[str, Any]:
-        """As options of a launch."""
+        """Give them as options of a launch."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
@@ -38,7 +38,7 @@ LARGE: Table = {
         256: [Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)],
     },
     "forward_dual": {
-        64: [Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)],
+        64: [Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)],
         128: [Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)],
         256: [Tiles(64, 16, 8, 2), Tiles(64, 32, 8, 1)],
     },
@@ -114,13 +114,13 @@ SHORT = 1024  # rows: up to here the room for a second block on a multiprocessor
 
 
 def channels_of_tile(d: int) -> int:
-    """The size of a tile that holds D channels: the next power of two, at least SMALLEST_CHANNELS."""
+    """Return the size of a tile that holds D channels: the next power of two, at least SMALLEST_CHANNELS."""
     return max(SMALLEST_CHANNELS, 1 << (d - 1).bit_length())
 
 
 @functools.cache
 def candidates(name: str, channels: int, itemsize: int, kib: int = LARGE_KIB, short: bool = False) -> list[Tiles]:
-    """The tiles to choose from for a kernel; default first, then what to fall back to. Empty if none fits.
+    """List the tiles to choose from for a kernel; default first, then what to fall back to. Empty if none fits.
 
     Args:
         name: of the kernel, in the tables.
@@ -139,15 +139,15 @@ def candidates(name: str, channels: int, itemsize: int, kib: int = LARGE_KIB, sh
 
 
 def _of_channels(table: dict[int, list[Tiles]], channels: int) -> list[Tiles]:
-    """The entry of the fewest channels that hold these; row sums, and only they, may take more than the table has."""
+    """Return the entry of the fewest channels that hold these; row sums alone may take more than the table has."""
     return table[min(c for c in table if c >= channels)] if channels <= max(table) else []
 
 
 def splits_keys(channels: int, itemsize: int) -> bool:
-    """Whether the dual backward's key side takes two launches: four sums of 128 channels do not fit the registers."""
+    """Return if the dual backward's key side takes two launches: registers do not hold four sums of 128 channels."""
     return channels * itemsize > 2 * max(LARGE["key_dual"])
 
 
 def is_tuning() -> bool:
-    """Whether launches choose the fastest of their candidates: JVP_ATTENTION_TUNE=1 in the environment."""
+    """Return whether launches choose the fastest of their candidates: JVP_ATTENTION_TUNE=1 in the environment."""
     return os.environ.get("JVP_ATTENTION_TUNE") == "1"

@@ -74,8 +74,9 @@ def test_a_moons_run_is_bounded_within_a_factor_of_4(tmp_path):
     single point near a separatrix can double it.
     """
     folder = tmp_path / "moons"
-    assert toy(["--dist", "moons", "--steps", "1500", "--out", str(folder)]) == 0
-    assert command.main([str(folder)]) == 0
+    options = ["--steps", "1000", "--batch-size", "256", "--points", "100"]
+    assert toy(["--dist", "moons", *options, "--out", str(folder)]) == 0
+    assert command.main([str(folder), "--points", "1000"]) == 0
     result = json.loads((folder / "bound.json").read_text())
     assert result["displacement"] < result["mean_square"] <= 4 * result["displacement"]
     assert result["displacement"] < result["pathwise_one_sided"]
@@ -112,8 +113,8 @@ def test_a_violated_link_is_named_and_fails(run, capsys, monkeypatch):
 @pytest.mark.slow
 def test_training_is_measured_and_drawn(tmp_path, capsys):
     out = tmp_path / "out"
-    options = ["--dist", "moons", "--train", "--steps", "120", "--points", "60", "--grid", "32", "--out", str(out)]
-    assert command.main([*options, *SMALL]) == 0
+    options = ["--dist", "moons", "--train", "--points", "60", "--grid", "16", "--out", str(out), *SMALL]
+    assert command.main([*options, "--steps", "120"]) == 0
     result = json.loads((out / "training.json").read_text())
     steps = [record["step"] for record in result["records"]]
     assert steps == over_training.measured_steps(120)
@@ -123,8 +124,8 @@ def test_training_is_measured_and_drawn(tmp_path, capsys):
     assert all(-1 <= value <= 1 for value in result["rank_correlation_with_w2"].values())
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
     assert "Spearman" in capsys.readouterr().out
-    assert "--overwrite" in refusal([*options, *SMALL], capsys)
-    assert command.main([*options, *SMALL, "--overwrite"]) == 0
+    assert "--overwrite" in refusal([*options, "--steps", "10"], capsys)
+    assert command.main([*options, "--steps", "10", "--overwrite"]) == 0
 
 
 def test_training_that_diverges_is_reported(tmp_path, capsys, monkeypatch):
@@ -210,7 +211,8 @@ def test_help_teaches(capsys):
         (["--train", "--out", "RUN"], "holds something that is not results of --train"),
         (["--train", "--out", "FILE"], "is a file"),
         (["FILE"], "not a folder"),
-        (["/nowhere"], "not a folder"),
+        (["/nowhere"], "--dist NAME \\(or --data FILE\\) --out /nowhere"),
+        (["/nowhere/pinwheel"], "train first: python -m tvm_ref.toy --dist pinwheel --out /nowhere/pinwheel"),
         (["EMPTY"], "no config.json"),
     ],
 )

@@ -58,11 +58,35 @@ def test_a_forward_is_counted_as_it_runs(size):
     assert count_flops(lambda: model.network(x, t, t, condition)) == forward_flops(config.network())
 
 
+def test_steps_of_other_objectives_cost_what_their_forwards_and_backwards_do():
+    """In forwards: a backward is two, a tangent doubles both; alpha-Flow ends as MeanFlow, PSD adds two forwards."""
+    forward = forward_flops(CONFIG.network())
+    cost = {
+        key: counted_step_flops(replace(CONFIG, objective=key, w=1.0)) / forward
+        for key in ("tvm", "fm", "lsd", "meanflow", "alphaflow", "psd")
+    }
+    assert cost["fm"] == pytest.approx(3, abs=0.15)
+    assert cost["meanflow"] == pytest.approx(cost["fm"] + 1, abs=0.1)
+    assert cost["alphaflow"] == cost["meanflow"]
+    assert cost["psd"] == pytest.approx(cost["fm"] + 2, abs=0.1)
+    assert cost["tvm"] == pytest.approx(cost["lsd"] + cost["fm"], abs=0.1)
+
+
 def test_known_sizes():
     """DiT-XL/2 at 256: 118.6 G multiplications with addition, as its paper says."""
     network = PRESETS["imagenet256-w2"].network()
     assert forward_flops(network) / 2e9 == pytest.approx(118.6, abs=0.1)
     assert least_step_flops(network) / forward_flops(network) == pytest.approx(11.1, abs=0.05)
+
+
+def test_the_table_of_objectives_has_a_row_for_each(monkeypatch, capsys):
+    monkeypatch.setattr(preset_costs, "OBJECTIVES", ("fm", "soflow"))
+    monkeypatch.setattr(preset_costs, "PRESETS", {"digits": CONFIG, "imagenet256-w2": replace(CONFIG, depth=1)})
+    assert preset_costs.main(["--objectives"]) == 0
+    head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head == ["objective", "digits", "imagenet256-w2"]
+    assert [row[0] for row in rows] == ["fm", "soflow"]
+    assert float(rows[1][1]) == pytest.approx(float(rows[0][1]) + 1, abs=0.15)
 
 
 def test_the_tables_have_the_numbers(monkeypatch, capsys):

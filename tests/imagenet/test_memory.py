@@ -24,6 +24,7 @@ from imagenet.parallel import World
 from imagenet.presets import PRESETS, Config, build_model
 from imagenet.training import Training
 from tests.imagenet.live_memory import kept, peak, target_peak
+from tvm_ref import OBJECTIVES
 
 CONFIG = Config(
     data="latents", input_size=16, in_channels=4, classes=10, hidden_size=128, depth=2, heads=2, w=2.0, patch_size=2
@@ -81,7 +82,12 @@ def test_a_step_holds_what_arithmetic_says(size, precision, checkpointing):
     assert working_bytes(config, 4, "cpu") == pytest.approx(peak(config, 4), rel=0.15)
 
 
-@pytest.mark.parametrize("change", [{"objective": "fm"}, {"objective": "meanflow"}])
+def test_every_objective_has_its_passes():
+    """On a GPU, where a batch is compared with the memory, lsd once ended in a KeyError."""
+    assert set(memory.PASSES) == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("change", [{"objective": key, "w": 1.0} for key in ("fm", "meanflow", "lsd", "soflow")])
 def test_the_other_objectives_hold_what_arithmetic_says(change):
     config = replace(CONFIG, **change)
     assert working_bytes(config, 4, "cpu") == pytest.approx(peak(config, 4), rel=0.15)

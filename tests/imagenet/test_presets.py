@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from imagenet.presets import PRESETS, RESUMABLE, Config, build_model
+from tvm_ref import OBJECTIVES
 
 IMAGENET = ("imagenet256-w2", "imagenet256-w1.75", "imagenet512-w2.5", "imagenet512-w2.25")
 
@@ -41,6 +42,14 @@ def test_the_largest_is_the_papers_size():
 @pytest.mark.parametrize("name", PRESETS)
 def test_configurations_survive_json(name):
     assert Config.from_json(PRESETS[name].to_json()) == PRESETS[name]
+
+
+def test_times_of_its_own_are_those_of_an_objectives_paper():
+    for key, kind in OBJECTIVES.items():
+        assert Config(objective=key, time_sampler="own", w=1.0).sampler() == kind.default_times
+    assert Config(time_sampler="own").sampler() == Config().sampler()
+    with pytest.raises(ValueError, match="--equal-share goes with a --time-sampler other than own"):
+        Config(time_sampler="own", equal_share=0.5)
 
 
 def test_the_default_is_digits():

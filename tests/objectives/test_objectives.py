@@ -9,7 +9,7 @@ from tvm_ref.ema import EMA
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition, guided_velocity
 from tvm_ref.interpolant import conditional_velocity, interpolate
-from tvm_ref.objectives import OBJECTIVES, PID, TVM, FlowMatching, LossTerms, MeanFlow, mean_square
+from tvm_ref.objectives import OBJECTIVES, PID, TVM, FlowMatching, LossTerms, MeanFlow, Objective, mean_square
 from tvm_ref.shapes import over
 from tvm_ref.time_samplers import Times
 from tvm_ref.toy.distributions import make_distribution
@@ -167,6 +167,7 @@ def test_tvm_is_flow_matching_at_equal_times(shape):
     assert 0 < float(TVM(model)(x0, x1, close).jump.detach().max()) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:the network's output does not depend on s")  # that flow is straight
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_vanishes_for_the_exact_flow_of_one_point(name):
     """If all data are one point, v is known from x_t, so nothing is left: F = (x - m) / t solves all of them."""
@@ -324,3 +325,8 @@ def test_a_network_of_the_wrong_output_shape_raises():
     x0, x1, times = draw()
     with pytest.raises(ValueError, match="must return the shape of x"):
         TVM(FlowMap(OneColumn()))(x0, x1, times)
+
+
+def test_an_objective_has_a_curriculum_if_it_listens_to_progress():
+    for kind in OBJECTIVES.values():
+        assert kind.has_curriculum == (kind.set_progress is not Objective.set_progress)

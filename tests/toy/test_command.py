@@ -1,9 +1,15 @@
+import contextlib
+import io
 import json
-import os
+import math
+import multiprocessing
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tvm_ref.sampling import sample
+from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy import __main__ as command
-from tvm_ref.toy import benchmark, compare, plots, seeds
+from tvm_ref.toy import benchmark, compare, metrics, plots, seeds, sweep
 from tvm_ref.toy import training as training_module
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.metrics import FIGURES, NFES
-from tvm_ref.toy.run import read_config
+from tvm_ref.toy.run import load_run, read_config
 from tvm_ref.toy.training import draw_block
 
 SMALL = ["--steps", "60", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
@@ -27,6 +35,21 @@ PICTURES = ("samples.png", "trajectories.png", "map.png", "losses.png")
 
 def run(folder: Path, *options: str) -> int:
     return command.main([*SMALL, "--out", str(folder), *options])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert run(folder) == 0
+    return folder, said.getvalue()
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of a finished run."""
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +77,7 @@ def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, option
         assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
         assert (folder / picture).stat().st_size > 10_000
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert set(metrics["nfe"]) == {str(n) for n in NFES}
+    assert set(metrics["nfe"]) == {str(n) for n in ((*NFES, 64) if "fm" in options else NFES)}
     for figures in metrics["nfe"].values():
         assert tuple(figures) == FIGURES
         assert figures["paired_median"] > 0
@@ -70,11 +93,57 @@ def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, option
     out = capsys.readouterr().out
     assert str(folder) in out
     assert "paired RMSE" in out
+    assert re.search(r"measuring and drawing: +100%.*pictures", out)
+    assert ("jump=" in out) == ("fm" not in options)  # only terms that there are
+    assert ("needs many" in out) == ("fm" in options)
 
 
-def test_own_points(tmp_path):
-    np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(50, 2)) * [1, 30])
-    assert run(tmp_path / "run", "--data", str(tmp_path / "points.npy")) == 0
+def test_own_points_come_back_as_samples_in_their_own_units(tmp_path, capsys):
+    data, folder = tmp_path / "points.csv", tmp_path / "run"
+    points = np.random.default_rng(0).normal(size=(50, 2)) * [1, 30] + [1000, 0]
+    points[3] = [1000, 1e5]
+    np.savetxt(data, points, delimiter=";", header="height;weight", comments="")
+    assert run(folder, "--data", str(data)) == 0
+    said = capsys.readouterr().out
+    assert "1 point lies far from the others, the farthest at (1000, 100000)" in said
+    assert f"mean {points[:, 0].mean():.4g}" in said
+    stored = json.loads((folder / "data.json").read_text())
+    assert stored["outliers"] == 1
+    assert stored["standard_deviation"] == pytest.approx(points.std(0))
+    assert "dist" not in json.loads((folder / "config.json").read_text())
+
+    config, distribution, model = load_run(folder)
+    assert config.data == str(data)
+    np.testing.assert_allclose(distribution.units.restore(distribution.centres), points, rtol=1e-12)
+    lines = (folder / "samples.csv").read_text().splitlines()
+    assert lines[0] == "height,weight"
+    assert len(lines) == 1 + 60  # as many as figures are measured on
+
+    data.unlink()  # samples need the model and its units alone
+    trained = (folder / "checkpoint.pt").stat().st_mtime_ns
+    assert command.main(["--data", str(data), "--out", str(folder), "--sample", "7"]) == 0
+    assert "7 samples, in the units of the data" in capsys.readouterr().out
+    written = np.loadtxt(folder / "samples.csv", delimiter=",", skiprows=1)
+    noise = torch.randn(7, 2, generator=torch.Generator().manual_seed(SAMPLING))
+    expected = distribution.units.restore(sample(model, noise))
+    np.testing.assert_allclose(written, expected, rtol=1e-6)
+    assert (folder / "checkpoint.pt").stat().st_mtime_ns == trained
+
+    points[0] += 1
+    np.savetxt(data, points, delimiter=";")
+    with pytest.raises(ValueError, match="was trained on other points"):
+        load_run(folder)
+
+
+def test_samples_of_a_conditional_run_carry_their_class(tmp_path):
+    assert run(tmp_path, "--dist", "circles", "--conditional") == 0
+    assert not (tmp_path / "samples.csv").exists()
+    assert command.main(["--out", str(tmp_path), "--sample", "9"]) == 0
+    header, *rows = (tmp_path / "samples.csv").read_text().splitlines()
+    assert header == "x,y,class"
+    assert {row.split(",")[2] for row in rows} == {"0", "1"}
+    with pytest.raises(SystemExit):
+        command.main(["--out", str(tmp_path), "--sample", "9", "--seed", "1"])
 
 
 def test_default_folder_is_named_after_the_options():
@@ -84,34 +153,30 @@ def test_default_folder_is_named_after_the_options():
     assert ToyConfig(data="some/where/points.csv").name == "points"
 
 
-@pytest.mark.slow
-def test_a_run_is_never_overwritten_unasked(tmp_path, capsys):
-    assert run(tmp_path) == 0
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+def test_a_run_is_never_overwritten_unasked(folder, capsys):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path)
+        run(folder)
     assert stop.value.code == 2
     assert "already holds a run: --resume, --overwrite, or another --out" in capsys.readouterr().err
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-    (tmp_path / "notes.txt").write_text("mine")
-    assert run(tmp_path, "--overwrite", "--seed", "1") == 0
-    assert read_config(tmp_path).seed == 1
-    assert (tmp_path / "notes.txt").read_text() == "mine"  # only a run's own files are replaced
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    (folder / "notes.txt").write_text("mine")
+    assert run(folder, "--overwrite", "--seed", "1") == 0
+    assert read_config(folder).seed == 1
+    assert (folder / "notes.txt").read_text() == "mine"  # only a run's own files are replaced
 
 
-@pytest.mark.slow
-def test_a_finished_run_that_is_resumed_says_so_and_is_measured_again_only_for_other_points(tmp_path, capsys):
-    assert run(tmp_path) == 0
-    said = capsys.readouterr().out
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != "train.jsonl"}
-    resume = ["--out", str(tmp_path), "--resume", "--points"]
+def test_a_finished_run_that_is_resumed_says_so_and_is_measured_again_only_for_other_points(finished, folder, capsys):
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "train.jsonl"}
+    resume = ["--out", str(folder), "--resume", "--points"]
     assert command.main([*resume, "60"]) == 0
     again = capsys.readouterr().out
     assert "was finished at step 60" in again
+    said = finished[1].replace(str(finished[0]), str(folder))
     assert said.splitlines()[-6:] == again.splitlines()[-6:]  # the table, and where things are
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert command.main([*resume, "50"]) == 0
-    assert json.loads((tmp_path / "metrics.json").read_text())["points"] == 50
+    assert json.loads((folder / "metrics.json").read_text())["points"] == 50
 
 
 def test_the_log_is_written_as_it_goes(tmp_path, monkeypatch):
@@ -127,14 +192,12 @@ def test_the_log_is_written_as_it_goes(tmp_path, monkeypatch):
     assert seen == [0] * 50 + [1] * 10
 
 
-@pytest.mark.slow
-def test_a_finished_run_without_a_picture_is_drawn_again_on_resume(tmp_path):
-    assert run(tmp_path) == 0
-    weights = (tmp_path / "weights.safetensors").read_bytes()
-    (tmp_path / "samples.png").unlink()
-    assert command.main(["--out", str(tmp_path), "--resume", "--points", "60"]) == 0
-    assert (tmp_path / "weights.safetensors").read_bytes() == weights
-    assert (tmp_path / "samples.png").exists()
+def test_a_finished_run_without_a_picture_is_drawn_again_on_resume(folder):
+    weights = (folder / "weights.safetensors").read_bytes()
+    (folder / "samples.png").unlink()
+    assert command.main(["--out", str(folder), "--resume", "--points", "60"]) == 0
+    assert (folder / "weights.safetensors").read_bytes() == weights
+    assert (folder / "samples.png").exists()
 
 
 BAD = {
@@ -156,6 +219,9 @@ BAD = {
     "too few points to measure": ["--points", "3"],
     "nothing to resume": ["--resume"],
     "resume and overwrite": ["--resume", "--overwrite"],
+    "nothing to sample from": ["--sample", "10"],
+    "no samples": ["--sample", "0"],
+    "points and a distribution": ["--data", "x.csv", "--dist", "moons"],
     "negative seed": ["--seed", "-1"],
     "empty name of points": ["--data", ""],
     "abbreviated option": ["--step", "50"],
@@ -197,20 +263,18 @@ def test_overwrite_spares_a_folder_that_merely_has_a_config(tmp_path, capsys):
     assert (tmp_path / "weights.safetensors").read_text() == "mine"
 
 
-@pytest.mark.slow
-def test_overwrite_looks_before_it_deletes_and_clears_what_was_measured_of_the_old_run(tmp_path, capsys):
-    assert run(tmp_path) == 0
-    (tmp_path / "bound.json").write_text("{}")
-    weights = (tmp_path / "weights.safetensors").read_bytes()
-    (tmp_path / "losses.png").unlink()
-    (tmp_path / "losses.png").mkdir()
+def test_overwrite_looks_before_it_deletes_and_clears_what_was_measured_of_the_old_run(folder, capsys):
+    (folder / "bound.json").write_text("{}")
+    weights = (folder / "weights.safetensors").read_bytes()
+    (folder / "losses.png").unlink()
+    (folder / "losses.png").mkdir()
     with pytest.raises(SystemExit):
-        run(tmp_path, "--overwrite")
+        run(folder, "--overwrite")
     assert "losses.png is a folder" in capsys.readouterr().err
-    assert (tmp_path / "weights.safetensors").read_bytes() == weights
-    (tmp_path / "losses.png").rmdir()
-    assert run(tmp_path, "--overwrite") == 0
-    assert not (tmp_path / "bound.json").exists()
+    assert (folder / "weights.safetensors").read_bytes() == weights
+    (folder / "losses.png").rmdir()
+    assert run(folder, "--overwrite") == 0
+    assert not (folder / "bound.json").exists()
 
 
 def test_resume_refuses_points_that_have_changed(tmp_path, capsys):
@@ -228,35 +292,30 @@ def test_few_points_are_enough_to_draw(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "train.jsonl"])
-def test_files_with_unexpected_content_end_with_one_line_that_names_them(tmp_path, capsys, name):
-    assert run(tmp_path) == 0
+def test_files_with_unexpected_content_end_with_one_line_that_names_them(folder, capsys, name):
     if name == "checkpoint.pt":
-        torch.save([1, 2], tmp_path / name)
+        torch.save([1, 2], folder / name)
     else:
-        (tmp_path / name).write_text('{"a": 1}\n')
-    capsys.readouterr()
+        (folder / name).write_text('{"a": 1}\n')
     with pytest.raises(SystemExit):
-        command.main(["--out", str(tmp_path), "--resume"])
+        command.main(["--out", str(folder), "--resume"])
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert name in error
 
 
-def test_resume_refuses_other_options(tmp_path, capsys):
-    assert run(tmp_path) == 0
+def test_resume_refuses_other_options(folder, capsys):
     with pytest.raises(SystemExit):
-        command.main(["--out", str(tmp_path), "--resume", "--steps", "61"])
+        command.main(["--out", str(folder), "--resume", "--steps", "61"])
     assert "--resume keeps a run's options" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None], ids=["empty", "text", "cut short"])
-def test_a_damaged_checkpoint_ends_with_one_line(tmp_path, capsys, damage):
-    assert run(tmp_path) == 0
-    checkpoint = tmp_path / "checkpoint.pt"
+def test_a_damaged_checkpoint_ends_with_one_line(folder, capsys, damage):
+    checkpoint = folder / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000] if damage is None else damage)
-    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        command.main(["--out", str(tmp_path), "--resume"])
+        command.main(["--out", str(folder), "--resume"])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -298,15 +357,24 @@ def test_divergence_ends_with_one_line_that_says_how_to_go_on(tmp_path, capsys):
     assert run(tmp_path, "--overwrite") == 0
 
 
+LONGER = ["--steps", "600", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Weights of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert command.main([*LONGER, "--out", str(folder)]) == 0
+    return load_file(folder / "weights.safetensors")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals; run it on Linux or macOS")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.slow
-def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_path, sent):
-    options = ["--steps", "800", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-m", "tvm_ref.toy", *options, "--out"]
-    process = subprocess.Popen([*start, str(tmp_path / "parts")], env=environment, stdout=subprocess.PIPE, text=True)
-    log = tmp_path / "parts" / "train.jsonl"
+def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_path, whole, sent):
+    start = [sys.executable, "-m", "tvm_ref.toy", *LONGER, "--out", str(tmp_path)]
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "train.jsonl"
     deadline = time.time() + 120
     while not (log.exists() and log.read_text().count("\n") >= 2):
         assert process.poll() is None, "ended before it could be interrupted"
@@ -316,16 +384,67 @@ def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_pa
     out = process.communicate(timeout=120)[0]
     assert process.returncode == 130
     assert "stopped at step" in out
-    done = json.loads((tmp_path / "parts" / "metrics.json").read_text())["steps"]["done"]
-    assert 100 <= done < 800
-    assert all((tmp_path / "parts" / p).exists() for p in PICTURES)
-    subprocess.run(
-        [sys.executable, "-m", "tvm_ref.toy", "--resume", "--points", "60", "--out", str(tmp_path / "parts")],
-        env=environment, check=True, capture_output=True,
-    )  # fmt: skip
-    subprocess.run([*start, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
-    parts, whole = (load_file(tmp_path / name / "weights.safetensors") for name in ("parts", "whole"))
+    done = json.loads((tmp_path / "metrics.json").read_text())["steps"]["done"]
+    assert 100 <= done < 600
+    assert all((tmp_path / p).exists() for p in PICTURES)
+    assert command.main(["--resume", "--points", "60", "--out", str(tmp_path)]) == 0
+    parts = load_file(tmp_path / "weights.safetensors")
     assert all(torch.equal(parts[k], whole[k]) for k in whole)
+
+
+def press_at_step(monkeypatch, step, presses):
+    """Press Ctrl-C some times while a step of training is under way."""
+    take = training_module.Training.train_step
+
+    def pressed(self):
+        if self.step == step:
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
+        return take(self)
+
+    monkeypatch.setattr(training_module.Training, "train_step", pressed)
+
+
+def test_ctrl_c_in_training_says_what_it_does_and_measures(tmp_path, capsys, monkeypatch):
+    press_at_step(monkeypatch, 20, presses=1)
+    assert run(tmp_path) == 130
+    out, err = capsys.readouterr()
+    assert "stopped at step 21 and saved; measuring what there is (Ctrl-C leaves at once)" in out
+    assert "go on: the same command with --resume" in out
+    assert "Traceback" not in out + err
+    assert all((tmp_path / name).exists() for name in PICTURES)
+
+
+def ending(run_it, capsys):
+    """Status and last line of a run that is interrupted."""
+    with pytest.raises(SystemExit) as stop:
+        run_it()
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return stop.value.code, err.splitlines()[-1]
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, capsys, monkeypatch):
+    press_at_step(monkeypatch, 20, presses=2)
+    code, line = ending(lambda: run(tmp_path), capsys)
+    assert code == 130
+    assert line.startswith("python -m tvm_ref.toy: stopped; the same command with --resume goes on from the last")
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_ctrl_c_in_measuring_leaves_at_once_and_resume_measures(tmp_path, capsys, monkeypatch):
+    solve = metrics.exact_samples
+
+    def pressed(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return solve(*arguments)
+
+    monkeypatch.setattr(metrics, "exact_samples", pressed)
+    code, line = ending(lambda: run(tmp_path), capsys)
+    assert (code, line) == (130, "python -m tvm_ref.toy: stopped; the same command with --resume measures and draws")
+    monkeypatch.setattr(metrics, "exact_samples", solve)
+    assert command.main(["--out", str(tmp_path), "--resume", "--points", "60"]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["steps"]["done"] == 60
 
 
 # The other commands --------------------------------------------------------------------------------------------
@@ -341,29 +460,97 @@ def test_help_teaches(capsys, module):
     assert "default" in text
 
 
+TINY = ["--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60", "--jobs", "1", "--steps", "10"]
+
+
 @pytest.mark.slow
-def test_compare_writes_results_table_and_figure(tmp_path, capsys):
-    options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
-    options += ["--seconds", "0.1", "--seeds", "2", "--rates", "1e-3", "1e-2", "--out", str(tmp_path)]
+def test_compare_writes_results_table_and_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "EXTRA", 1)
+    monkeypatch.setattr(compare, "ROUNDS", 3)
+    monkeypatch.setattr(compare, "REPEATS", 5)
+    chosen = ["TVM", "sCT", "flow matching"]
+    options = [*TINY, "--seeds", "2", "--rates", "1e-3", "1e-2", "--out", str(tmp_path), "--methods", *chosen]
     assert compare.main(options) == 0
     report = json.loads((tmp_path / "results.json").read_text())
-    assert set(report["methods"]) == set(compare.METHODS)
+    assert list(report["methods"]) == chosen
     for name, method in report["methods"].items():
-        assert method["lr"] in (1e-3, 1e-2)
         assert [r["seed"] for r in method["runs"]] == [0, 1]
-        settings = compare.SETTINGS.get(name, ({},))
-        assert [r["lr"] for r in report["sweeps"][name]] == len(settings) * [1e-3, 1e-2]
-        assert method["setting"] in settings
-        assert method["at_edge"]
+        assert all(r["lr"] == method["lr"] and r["setting"] == method["setting"] for r in method["runs"])
+        settings, swept = compare.SETTINGS.get(name, ({},)), report["sweeps"][name]
+        planned = [(s, lr) for s in settings for lr in (1e-3, 1e-2)]
+        assert [(r["setting"], r["lr"]) for r in swept[: len(planned)]] == planned
+        assert len(swept) == len(planned) + 1  # of two rates one is the best, and at the edge
+        winner = swept[compare.best(swept)]
+        assert (winner["setting"], winner["lr"]) == (method["setting"], method["lr"])
+        rates = [r["lr"] for r in swept if r["setting"] == method["setting"]]
+        assert method["at_edge"] == (method["lr"] in (min(rates), max(rates)))
         nfes = compare.NFES[:1] if name == "sCT" else compare.NFES
         assert set(method["runs"][0]["figures"]) == {str(n) for n in nfes}
-        budget = 100 / report["step_milliseconds"][name]
-        assert method["steps"] == pytest.approx(budget, abs=1)
+        per_step = report["step_milliseconds"]
+        budget = 10 * per_step[compare.UNIT] / per_step[compare.named(name, method["setting"])]
+        assert method["steps"] == pytest.approx(budget, abs=0.6)
     assert (tmp_path / "error.png").read_bytes()[:4] == b"\x89PNG"
-    assert "flow matching" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "flow matching" in output
+    assert "sweeping: 10 trainings of" in output
+    assert "1 at a time: 0 minutes" in output
     with pytest.raises(SystemExit) as stop:
         compare.main(options)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("table", [compare.METHODS, compare.ABLATION])
+def test_what_is_compared_can_be_configured(table):
+    """Each method and each setting is a configuration; the ablation keeps MeanFlow's law of times, and ends as TVM."""
+    base = replace(ToyConfig(), noise_share=0.0)
+    for name, changes in table.items():
+        for setting in compare.SETTINGS.get(name, ({},)) if table is compare.METHODS else ({},):
+            replace(base, **changes | setting)
+    first, *_, last = (replace(base, **changes) for changes in compare.ABLATION.values())
+    assert replace(base, **compare.ABLATION["v to u"]).sampler() == first.sampler()
+    assert last == base
+
+
+@pytest.mark.parametrize(
+    ("errors", "rate"),
+    [
+        ({0.003: 0.3, 0.01: 0.1, 0.03: 0.2}, None),
+        ({0.003: 0.1, 0.01: 0.2, 0.03: 0.3}, 0.001),
+        ({0.003: 0.3, 0.01: 0.2, 0.03: 0.1}, 0.1),
+        ({0.003: float("inf"), 0.01: float("inf")}, 0.001),
+        ({0.002: float("nan"), 0.005: 0.1}, 0.01),
+        ({0.01: 0.1}, None),
+    ],
+)
+def test_a_sweep_goes_on_beyond_a_best_rate_at_its_edge(errors, rate):
+    def result(lr, error, setting):
+        return {"objective": "tvm", "lr": lr, "setting": setting, "figures": {} if error == math.inf else {"1": error}}
+
+    results = [result(lr, error, {}) for lr, error in errors.items()]
+    assert compare.beyond(results) == rate
+    other = [
+        result(lr, math.inf, {"time_sampler": "trunc"}) for lr in (1e-4, 1.0)
+    ]  # another setting has edges of its own
+    assert compare.beyond([*results, *other]) == rate
+
+
+def test_progress_is_counted_within_trainings_and_ends_at_their_number(monkeypatch):
+    told = []
+    for steps in (120, 50, 7):
+        config = ToyConfig(batch_size=4, width=4, depth=1, steps=steps)
+        sweep._train(config, measure=lambda training, reference: {}, points=10, report=told.append)
+    assert told == pytest.approx([50 / 120, 50 / 120, 20 / 120, 1, 0, 1])
+
+    def diverge(training):
+        training.step += 1
+        if training.step == 60:
+            raise FloatingPointError("diverged")
+
+    monkeypatch.setattr(sweep.Training, "train_step", diverge)
+    done = multiprocessing.Value("d", 0.0)
+    monkeypatch.setattr(sweep, "_done", done)  # what workers count in
+    assert sweep._train(replace(config, steps=120), measure=lambda training, reference: {}, points=10)["diverged"]
+    assert done.value == pytest.approx(1)
 
 
 def test_best_rate_judges_each_method_at_the_nfe_that_it_is_for():
@@ -376,12 +563,13 @@ def test_best_rate_judges_each_method_at_the_nfe_that_it_is_for():
         assert results[compare.best(results)]["lr"] == best
 
 
-def test_compare_takes_chosen_methods_and_marks_rates_at_the_edge(tmp_path, capsys):
-    options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60", "--jobs", "1"]
-    options += ["--seconds", "0.1", "--seeds", "1", "--rates", "1e-2", "--out", str(tmp_path)]
+def test_a_single_rate_is_not_swept_and_a_method_for_one_step_has_one_error(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compare, "ROUNDS", 2)
+    monkeypatch.setattr(compare, "REPEATS", 5)
+    options = [*TINY, "--seeds", "1", "--rates", "1e-2", "--out", str(tmp_path)]
     assert compare.main([*options, "--methods", "sCT", "flow matching"]) == 0
     report = json.loads((tmp_path / "results.json").read_text())
-    assert list(report["methods"]) == ["sCT", "flow matching"]
+    assert [len(swept) for swept in report["sweeps"].values()] == [2, 1]
     assert not report["methods"]["sCT"]["at_edge"]  # of one rate there is no edge
     rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert rows["sCT"].count("(") == 1  # its model is for one step
@@ -390,7 +578,8 @@ def test_compare_takes_chosen_methods_and_marks_rates_at_the_edge(tmp_path, caps
 
 @pytest.mark.slow
 def test_seeds_reports_median_and_worst(tmp_path, capsys):
-    options = [*SMALL, "--dist", "moons", "circles", "--seeds", "3", "--out", str(tmp_path / "seeds.json")]
+    options = [*SMALL, "--dist", "moons", "circles", "--seeds", "3", "--jobs", "1"]
+    options += ["--out", str(tmp_path / "seeds.json")]
     assert seeds.main(options) == 0
     results = json.loads((tmp_path / "seeds.json").read_text())
     assert [(r["dist"], r["seed"]) for r in results] == [(d, s) for d in ("moons", "circles") for s in range(3)]
@@ -447,7 +636,7 @@ def test_benchmark_prints_ratios(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("module", "options"),
     [
-        (compare, ["--seconds", "0"]),
+        (compare, ["--steps", "0"]),
         (compare, ["--rates", "0"]),
         (compare, ["--seeds", "0"]),
         (seeds, ["--seeds", "0"]),
@@ -466,7 +655,7 @@ def test_bad_input_to_the_other_commands(capsys, module, options):
 SLOW = ("ot", "pytorch_optimizer", "matplotlib", "scipy", "sklearn")
 COMMANDS = {
     "tvm_ref.toy": ["--lr", "-1"],
-    "tvm_ref.toy.compare": ["--seconds", "0"],
+    "tvm_ref.toy.compare": ["--steps", "0"],
     "tvm_ref.toy.seeds": ["--points", "1"],
     "tvm_ref.toy.family": ["--samples", "1"],
     "tvm_ref.toy.benchmark": ["--width", "0"],

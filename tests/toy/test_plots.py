@@ -6,9 +6,11 @@ import torch
 
 from tvm_ref.bound.chain import TERMS, measure
 from tvm_ref.bound.plots import plot_bound
+from tvm_ref.sampling import EulerStep
 from tvm_ref.toy import plots
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.metrics import make_reference
+from tvm_ref.toy.own_points import OwnPoints
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +23,64 @@ def reference(oracle):
     return make_reference(oracle, points=60)
 
 
-def test_samples_have_a_panel_for_data_and_each_nfe(oracle, reference):
+def offsets(ax):
+    return ax.collections[0].get_offsets()
+
+
+def test_samples_have_a_panel_for_noise_data_and_each_nfe(oracle, reference):
     figure = plots.plot_samples(oracle, oracle.jump, reference, nfes=(1, 2), points=20)
-    assert [ax.get_title() for ax in figure.axes] == ["data", "model, 1 step", "model, 2 steps"]
-    one, two = (ax.collections[0].get_offsets() for ax in figure.axes[1:])
+    assert [ax.get_title() for ax in figure.axes] == ["noise", "data", "model, 1 step", "model, 2 steps"]
+    one, two = (offsets(ax) for ax in figure.axes[2:])
     np.testing.assert_allclose(one, two, atol=1e-3)  # the exact map does not care in how many steps
+    exact = oracle.jump(torch.tensor(offsets(figure.axes[0])), torch.ones(20), torch.zeros(20))
+    np.testing.assert_allclose(one, exact, atol=1e-5)
+
+
+def test_classes_have_colours_and_a_legend(oracle):
+    guided = make_reference(oracle, w=2.0, points=20)
+    figure = plots.plot_samples(oracle, oracle.jump, guided, nfes=(1,), points=20)
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["class 0", "class 1"]
+    exact, model = figure.axes[1:]
+    np.testing.assert_allclose(offsets(exact), offsets(model), atol=1e-4)
+    assert len({tuple(colour) for colour in model.collections[0].get_facecolors()}) == 2
+
+
+def test_own_points_are_drawn_as_they_are_in_their_own_units():
+    points = torch.randn(30, 2, dtype=torch.float64) * torch.tensor([1.0, 500.0]) + 70
+    oracle = OwnPoints(points, 0.1, ("height", "weight"))
+    reference = make_reference(oracle, points=20)
+    noise, own, model = plots.plot_samples(oracle, oracle.jump, reference, nfes=(1,), points=40).axes
+    assert own.get_title() == "your 30 points"
+    np.testing.assert_allclose(offsets(own), points, rtol=1e-9)
+    exact = oracle.jump(torch.tensor(offsets(noise)), torch.ones(40), torch.zeros(40))
+    np.testing.assert_allclose(offsets(model), oracle.units.restore(exact), rtol=1e-4)
+    assert (own.get_xlabel(), own.get_ylabel()) == ("height", "weight")
+    assert own.get_ylim()[1] > 500
+
+
+def test_the_window_holds_guided_data_and_leaves_outliers_out():
+    near, wide = torch.zeros(1000, 2), 4 * torch.ones(1000, 2)
+    near[0] = 1e4
+    for cloud, extent in ((near, plots.EXTENT), (wide, 4.2)):
+        axes = plots.make_figure(1)[1]
+        plots.set_window(axes, cloud)
+        assert axes[0].get_xlim() == pytest.approx((-extent, extent))
+
+
+def test_flow_matching_is_shown_in_the_steps_that_it_needs(oracle, reference):
+    """One Euler step carries all noise to one point, and its pictures once were blank."""
+    euler = EulerStep(oracle)
+    samples = plots.plot_samples(oracle, euler, reference, points=20)
+    assert [ax.get_title() for ax in samples.axes[2:]] == [
+        "model, 1 Euler step", "model, 8 Euler steps", "model, 64 Euler steps"
+    ]  # fmt: skip
+    assert offsets(samples.axes[2]).std(0).max() < 1e-3
+    _, exact, model = plots.plot_map(oracle, euler, reference).axes
+    assert model.get_title() == "carried by the model, 64 Euler steps"
+    spread = [np.concatenate([line.get_xydata() for line in ax.lines]).std(0) for ax in (exact, model)]
+    np.testing.assert_allclose(*spread, rtol=0.1)
+    _, path = plots.plot_trajectories(oracle, euler, reference).axes
+    assert path.get_title() == "model: 64 Euler steps"
 
 
 def test_trajectories_of_the_exact_flow_drawn_as_a_model_are_those_of_the_exact_flow(oracle, reference):
@@ -33,6 +88,8 @@ def test_trajectories_of_the_exact_flow_drawn_as_a_model_are_those_of_the_exact_
     assert len(exact.lines) == len(model.lines) > 0
     for a, b in zip(exact.lines, model.lines, strict=True):
         np.testing.assert_allclose(a.get_xydata(), b.get_xydata(), atol=1e-3)  # pictures take larger steps
+    ends, exact_ends = (c.get_offsets() for c in model.collections[-2:])
+    np.testing.assert_allclose(ends, exact_ends, atol=1e-3)
 
 
 def test_the_map_of_the_exact_flow_drawn_as_a_model_is_the_exact_map(oracle, reference):
@@ -53,7 +110,8 @@ def test_the_bound_is_drawn_term_by_term(oracle, tmp_path):
     x0, x1 = torch.randn(2, 20, 2, dtype=torch.float64)
     bound = measure(oracle, oracle, x0, x1, scale=0.07, steps=8)
     figure = plot_bound(bound, "moons")
-    bars = [bar.get_width() for bar in figure.axes[2].patches]
-    assert bars[::-1] == [bound.values[name] for name in TERMS]
+    dots = offsets(figure.axes[2])[:, 0].tolist()
+    assert dots == sorted((bound.values[name] for name in TERMS), reverse=True)  # upwards: the smallest is on top
+    assert all(ax.get_xlim() == (1, 0) for ax in figure.axes[:2])  # from noise to data
     plots.save_figure(figure, tmp_path / "bound.png")
     assert (tmp_path / "bound.png").stat().st_size > 0

@@ -31,6 +31,7 @@ from tvm_ref.guidance import Condition
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.seeding import BOUND
 from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.distributions import DISTRIBUTIONS
 from tvm_ref.toy.mixture import GaussianMixture
 from tvm_ref.toy.run import distribution_of, load_run, read_config
 
@@ -74,7 +75,8 @@ def load_finished(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
         ValueError, OSError: no run, an unfinished or damaged one, one with guidance, or one that learned no jumps.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; train first: python -m tvm_ref.toy --out {folder}")
+        what = f"--dist {folder.name}" if folder.name in DISTRIBUTIONS else "--dist NAME (or --data FILE)"
+        raise ValueError(f"{folder} is not a folder; train first: python -m tvm_ref.toy {what} --out {folder}")
     check_objective(read_config(folder))
     try:
         config, distribution, model = load_run(folder)

@@ -1,4 +1,4 @@
-"""Draw the bound: its terms over time, the chain as bars, and the chain over training."""
+"""Draw the bound: its terms over time, the chain, and the chain over training."""
 
 from typing import Any
 
@@ -14,20 +14,27 @@ COLOURS = dict(zip(TERMS, ("#000000", BLUE, SKY, RED, GREEN, ORANGE, PINK, GREY)
 
 
 def plot_bound(bound: Bound, title: str) -> Figure:
-    """Draw residuals and errors over s, growth rates over s, and the chain as bars on a logarithmic axis."""
+    """Draw residuals and errors over s, growth rates over s, and the chain from its smallest term up.
+
+    Time runs as the bound is integrated, from noise on the left to data.
+    """
     figure, (left, middle, right) = make_figure(3, 5.2, plane=False)
     figure.suptitle(f"{title}: the 2-Wasserstein bound, t = {bound.t:g}", fontsize=16)
     _residuals(left, bound)
     _rates(middle, bound)
-    names = list(TERMS)[::-1]
+    for ax in (left, middle):
+        ax.set_xlim(bound.t, 0)
+        ax.set_xlabel("time s, from noise to data")
+    names = sorted(TERMS, key=bound.values.__getitem__, reverse=True)
     values = [bound.values[name] for name in names]
-    right.barh(range(len(names)), values, color=[COLOURS[name] for name in names])
+    right.hlines(range(len(names)), 0, 1, transform=right.get_yaxis_transform(), color=GREY, lw=0.5, alpha=0.5)
+    right.scatter(values, range(len(names)), s=60, color=[COLOURS[name] for name in names], zorder=3)
     for i, value in enumerate(values):
-        right.annotate(f" {value:.3g}", (value, i), va="center", fontsize=11)
+        right.annotate(f"{value:.3g}", (value, i), (8, 4), textcoords="offset points", fontsize=11)
     positive = [value for value in values if value > 0] or [1.0]
     right.set(xscale="log", xlim=(min(positive) / 3, max(positive) * (max(positive) / min(positive)) ** 0.25 * 3))
     right.set_yticks(range(len(names)), [LABELS[name] for name in names], fontsize=11)
-    right.set_title("the chain, as distances")
+    right.set_title("the chain, as distances (logarithmic)")
     return figure
 
 
@@ -39,7 +46,7 @@ def _residuals(ax: Axes, bound: Bound) -> None:
         ("e: displacement error", displacement_error(bound.paths), GREEN),
     ):
         ax.plot(s, values.square().mean(1).sqrt().numpy(), color=colour, label=label)
-    ax.set(xlabel="time s (0 is data)", ylabel="RMS over points", ylim=(0, None))
+    ax.set(ylabel="RMS over points", ylim=(0, None))
     ax.set_title("residuals and error")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=11)
@@ -54,12 +61,12 @@ def _rates(ax: Axes, bound: Bound) -> None:
     ):
         ax.plot(s, values.numpy(), color=colour, label=label)
     ax.axhline(0, color="black", lw=0.8)
-    ax.set(xlabel="time s (0 is data)", ylabel="growth rate of the error")
+    ax.set(ylabel="growth rate of the error")
     ax.set_yscale("symlog", linthresh=1)
     ax.set_ylim(top=30 * max(1.0, float(bound.lipschitz.max())))  # room for the legend
     ax.set_title("rates")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=11, loc="upper right")
+    ax.legend(fontsize=11, loc="upper left")
 
 
 def plot_training(records: list[dict[str, Any]], correlations: dict[str, float], title: str) -> Figure:

@@ -14,7 +14,7 @@ from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition, guided_velocity, without_label
 from tvm_ref.interpolant import conditional_velocity, interpolate
 from tvm_ref.objectives.weights import Weight, unweighted
-from tvm_ref.shapes import PerSample, Sample, Time, over
+from tvm_ref.shapes import PerSample, Sample, Time, over, values_are_cheap
 from tvm_ref.time_samplers import Times, TimeSampler
 
 
@@ -81,7 +81,7 @@ def guided_target(
     if condition is None:
         return v
     if null_label is None:
-        if not torch.compiler.is_compiling() and v.device.type == "cpu" and bool((condition.beta != 1).any()):
+        if values_are_cheap(v) and bool((condition.beta != 1).any()):
             raise ValueError("guidance (beta other than 1) needs the objective's null_label")
         return v
     with torch.no_grad():
@@ -102,21 +102,26 @@ class Objective(nn.Module):
         learns_jumps: whether f(x, t, s) is trained for s < t; without, a model takes Euler steps (see stepper).
         learns_all_jumps: whether that holds for every s; without, only for s = 0, and a model is for one step.
         has_guidance: whether the method's paper defines guidance (classifier-free, inside the target).
+        has_curriculum: whether set_progress changes it, so that it is shaped by the number of training steps.
         default_times: the law of times that the method's paper trains with.
 
     Raises:
         ValueError: a null label for a method whose paper defines no guidance.
+        TypeError: a network that is not wrapped in a FlowMap.
     """
 
     learns_jumps: ClassVar[bool] = True
     learns_all_jumps: ClassVar[bool] = True
     has_guidance: ClassVar[bool] = True
+    has_curriculum: ClassVar[bool] = False
     default_times: ClassVar[TimeSampler] = TimeSampler()
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None):
         super().__init__()
         if null_label is not None and not self.has_guidance:
             raise ValueError(f"{type(self).__name__} takes no null_label: its paper defines no guidance")
+        if not hasattr(flow_map, "velocity"):
+            raise TypeError(f"{type(self).__name__} trains a flow map; wrap the network: FlowMap(network)")
         self.flow_map = flow_map
         self.null_label = null_label
 

@@ -1,7 +1,8 @@
 """Train a one-step generator on a 2D distribution, measure it against the exact flow, and draw it.
 
     python -m tvm_ref.toy --dist moons                    two moons: under a minute on a laptop
-    python -m tvm_ref.toy --data points.csv               your own points
+    python -m tvm_ref.toy --data points.csv               your own points: two columns, and samples in their units
+    python -m tvm_ref.toy --data points.csv --sample 1000 more samples of that run, without training again
     python -m tvm_ref.toy --dist moons --objective fm     flow matching, for comparison
     python -m tvm_ref.toy --dist circles --conditional --w 2
     python -m tvm_ref.toy --dist moons --resume           go on after Ctrl-C, bit for bit
@@ -15,11 +16,24 @@ from pathlib import Path
 
 import torch
 
-from tvm_ref.command_line import OneLineParser, add_options, flag, given, require_at_least, require_free, run
+from tvm_ref.command_line import (
+    OneLineParser,
+    add_options,
+    flag,
+    given,
+    require_at_least,
+    require_free,
+    run,
+    write_atomically,
+)
 from tvm_ref.interruption import INTERRUPTED
+from tvm_ref.objectives import OBJECTIVES
+from tvm_ref.sampling import stepper
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.metrics import POINTS, table
-from tvm_ref.toy.run import MARKS, Run, read_config
+from tvm_ref.toy.own_points import OwnPoints
+from tvm_ref.toy.run import MARKS, SAMPLES, Run, distribution_of, load_model, read_config
+from tvm_ref.toy.samples import samples_table
 
 
 def parser() -> OneLineParser:
@@ -33,7 +47,51 @@ def parser() -> OneLineParser:
     existing.add_argument(
         "--resume", action="store_true", help="go on with the run that is there, with its own options"
     )
+    existing.add_argument(
+        "--sample", type=int, metavar="N", help="only write N samples of the run that is there to its samples.csv"
+    )
     return p
+
+
+def folder_of(arguments: argparse.Namespace) -> Path:
+    """Return the folder of the run that the command line names.
+
+    Raises:
+        ValueError: bad options.
+    """
+    options = given(arguments, ToyConfig)
+    if "dist" in options and "data" in options:
+        raise ValueError("--dist and --data: a run learns one of them")
+    return arguments.out or Path("runs/toy") / ToyConfig(**options).name
+
+
+def require_same(arguments: argparse.Namespace, folder: Path, way: str) -> ToyConfig:
+    """Read the configuration of the run that is there.
+
+    Raises:
+        ValueError: no run there, or options on the command line that are not the run's.
+    """
+    stored = read_config(folder)
+    for name, value in given(arguments, ToyConfig).items():
+        if getattr(stored, name) != value:
+            raise ValueError(f"{way} keeps a run's options: {folder} has {flag(name)} {getattr(stored, name)}")
+    return stored
+
+
+def write_samples(arguments: argparse.Namespace) -> Path:
+    """Write samples of a finished run as samples.csv, and return its path.
+
+    Raises:
+        ValueError, OSError: no finished run there, options that are not its own, fewer than one sample.
+    """
+    require_at_least(1, sample=arguments.sample)
+    folder = folder_of(arguments)
+    require_same(arguments, folder, "--sample")
+    config, model, units = load_model(folder)
+    classes = distribution_of(config) if config.conditional else None
+    table = samples_table(config, stepper(model, config.objective), units, arguments.sample, classes)
+    write_atomically(folder / SAMPLES, table)
+    return folder / SAMPLES
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Run, torch.Tensor | None]:
@@ -42,19 +100,14 @@ def prepare(arguments: argparse.Namespace) -> tuple[Run, torch.Tensor | None]:
     Raises:
         ValueError, OSError: bad options, a folder that is in the way or has nothing to resume, unusable points.
     """
-    options = given(arguments, ToyConfig)
     require_at_least(10, points=arguments.points)
-    config = ToyConfig(**options)
-    folder = arguments.out or Path("runs/toy") / config.name
+    folder = folder_of(arguments)
     if not arguments.resume:
         require_free(folder, MARKS, ways="--resume, --overwrite", overwrite=arguments.overwrite)
-        new = Run(folder, config)
+        new = Run(folder, ToyConfig(**given(arguments, ToyConfig)))
         new.create()
         return new, None
-    stored = read_config(folder)
-    for name, value in options.items():
-        if getattr(stored, name) != value:
-            raise ValueError(f"--resume keeps a run's options: {folder} has {flag(name)} {getattr(stored, name)}")
+    stored = require_same(arguments, folder, "--resume")
     if not (folder / "checkpoint.pt").is_file():
         raise ValueError(f"{folder} holds no checkpoint to resume from; start again with --overwrite")
     old = Run(folder, stored)
@@ -67,7 +120,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = command.parse_args(argv)
     use_one_thread()
     with command.bad_input():
+        if arguments.sample is not None:
+            print(f"{arguments.sample:,} samples, in the units of the data: {write_samples(arguments)}")
+            return 0
         this, sums = prepare(arguments)
+    if isinstance(this.distribution, OwnPoints):
+        print("\n".join(this.distribution.describe()))
     metrics = this.results(arguments.points) if this.training.step == this.config.steps else None
     if metrics is not None:
         print(f"{this.folder} was finished at step {this.training.step}, and measured:")
@@ -75,11 +133,12 @@ def main(argv: list[str] | None = None) -> int:
         with command.failures("the same command with --resume goes on from the last checkpoint, if there is one"):
             finished = this.train(sums)
         if not finished:
-            print(f"stopped at step {this.training.step}; what there is so far:")
-        print("measuring and drawing")
+            print(f"stopped at step {this.training.step} and saved; measuring what there is (Ctrl-C leaves at once)")
         with command.failures("the same command with --resume measures and draws"):
             metrics = this.report(arguments.points)
     print(table(metrics["nfe"]))
+    if not OBJECTIVES[this.config.objective].learns_jumps:
+        print("flow matching learns no jumps: its steps are Euler's, of which it needs many")
     seconds = metrics["seconds"]
     spent = f"{seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all"
     print(f"{spent}; pictures and figures: {this.folder}")

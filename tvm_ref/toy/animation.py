@@ -53,7 +53,7 @@ def paths(run: Path) -> tuple[list[float], Tensor, Tensor]:
 
 @matplotlib.rc_context(STYLE)
 def draw_frame(times: list[float], exact: Tensor, jumps: Tensor, step: int) -> Image.Image:
-    """One frame: both clouds at times[step]."""
+    """Draw one frame: both clouds at times[step]."""
     figure, axes = make_figure(2, 4.0)
     figure.set_dpi(85)
     titles = f"exact flow: step {step} of {STEPS}", f"model: one jump to time {times[step]:.2f}"

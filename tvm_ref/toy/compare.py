@@ -1,16 +1,19 @@
 """TVM beside its relatives on equal terms: one network, one optimizer, equal training time.
 
-    python -m tvm_ref.toy.compare --dist moons                                          all, hours of one core
+    python -m tvm_ref.toy.compare --dist moons                                          all, an hour of one core
     python -m tvm_ref.toy.compare --dist moons --methods TVM MeanFlow "flow matching"   some
+    python -m tvm_ref.toy.compare --dist moons --ablation                               from MeanFlow to TVM
 
-Step times are measured side by side first; each method then gets the number of steps that fits in --seconds. Each has
-its own law of times and its own sweep, of learning rates and of the one setting that its paper stresses, on a seed of
-its own, judged at the NFE that it is for (1; 64 for flow matching). With the best of both it is then trained on --seeds
-seeds. A rate at the sweep's edge is marked by an asterisk: the best may lie beyond.
+Each method trains as long as TVM takes for --steps steps: step times are measured side by side first, and a load on the
+machine changes their ratios little. Each has its own law of times and its own sweep, of learning rates and of the one
+setting that its paper stresses, on a seed of its own, judged at the NFE that it is for (1; 64 for flow matching). While
+a method's best rate is the lowest or highest tried, one beyond it is tried as well; if it still is after four, an
+asterisk marks it. With the best rate and setting the method is then trained on --seeds seeds.
 Writes results.json, a table and error.png: error against the number of function evaluations (NFE).
 """
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -35,10 +38,15 @@ from tvm_ref.toy.sweep import train_many
 from tvm_ref.toy.training import Training
 
 NFES = (1, 2, 4, 8, 16, 32, 64)
-SHARED = ("dist", "data", "bandwidth", "batch_size", "width", "depth", "time_sampler", "noise_share")
+SHARED = ("dist", "data", "bandwidth", "batch_size", "width", "depth", "time_sampler")
+UNIT = "a TVM step"  # in which the budget is counted
 SWEEP_SEED = 1000  # apart from the seeds that are reported
+ROUNDS, REPEATS = 8, 20  # of step times: turns of each method, and steps in a turn
+EXTRA = 4  # rates that a sweep is extended by at most
+LADDER = [float(f"{digit}e{exponent}") for exponent in range(-9, 3) for digit in (1, 3)]  # the rates beyond
 METHODS: dict[str, dict[str, Any]] = {
     "TVM": {},
+    "TVM, noise 1/4": {"noise_share": 0.25},
     "TVM, JVP detached": {"detach_jvp": True},
     "LSD": {"objective": "lsd"},
     "PID": {"objective": "pid"},
@@ -65,18 +73,30 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {  # what is swept beside the 
     "PSD": ({}, {"settings": "split='uniform'"}),
     "shortcut": ({}, {"equal_share": 0.5}),
 }
+# From MeanFlow to TVM, one change at a time. With target_ema 0 the target is the model itself, stopped.
+_QUARTER = {"time_sampler": "sorted", "equal_share": 0.75}  # MeanFlow's law of times
+ABLATION: dict[str, dict[str, Any]] = {
+    "MeanFlow as published": {"objective": "meanflow"},
+    "- its weight": {"objective": "meanflow", "settings": "power=0"},
+    "v to u": {"objective": "esd", "settings": "stops='all'", "target_ema": 0.0, **_QUARTER},
+    "fewer stops": {"objective": "esd", "target_ema": 0.0, **_QUARTER},
+    "Lagrangian": {"objective": "lsd", "target_ema": 0.0, **_QUARTER},
+    "target EMA": {"objective": "lsd", **_QUARTER},
+    "gap*": {"objective": "lsd", "time_sampler": "gap*", "equal_share": 0.75},
+    "TVM: both terms": {},
+}
 
 
-def step_seconds(configs: dict[str, ToyConfig], rounds: int = 8, steps: int = 20) -> dict[str, float]:
-    """Measure median seconds per training step of each configuration, in turns: a noisy machine is then fair to all."""
+def step_seconds(configs: dict[str, ToyConfig]) -> dict[str, float]:
+    """Measure median CPU seconds per training step of each configuration, in turns: a load is then the same for all."""
     trainings = {name: Training(config, distribution_of(config)) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for name, training in trainings.items():
-            begun = time.perf_counter()
-            for _ in range(steps):
+            begun = time.process_time()
+            for _ in range(REPEATS):
                 training.train_step()
-            seconds[name].append((time.perf_counter() - begun) / steps)
+            seconds[name].append((time.process_time() - begun) / REPEATS)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first round warms up
 
 
@@ -95,13 +115,30 @@ def error(result: dict[str, Any], nfe: int) -> float:
 def best(results: Sequence[dict[str, Any]]) -> int:
     """Choose the training with the lowest error at the NFE that the method is for: 1, or 64 for flow matching."""
     nfes = [1 if OBJECTIVES[result["objective"]].learns_jumps else 64 for result in results]
-    return min(range(len(results)), key=lambda i: error(results[i], nfes[i]))
+    found = [error(result, nfe) for result, nfe in zip(results, nfes, strict=True)]
+    return min(range(len(results)), key=lambda i: float("inf") if math.isnan(found[i]) else found[i])
+
+
+def beyond(results: Sequence[dict[str, Any]]) -> float | None:
+    """Return the rate to try next with the best training's setting, if its rate is the lowest or highest tried.
+
+    None if the best lies inside, or if only one rate was to be tried.
+    """
+    winner = results[best(results)]
+    rates = [result["lr"] for result in results if result["setting"] == winner["setting"]]
+    if len(rates) == 1:
+        return None
+    if winner["lr"] == min(rates):
+        return max((rate for rate in LADDER if rate < winner["lr"] / 1.5), default=None)
+    if winner["lr"] == max(rates):
+        return min((rate for rate in LADDER if rate > winner["lr"] * 1.5), default=None)
+    return None
 
 
 def table(report: dict[str, Any]) -> str:
     """Format the median paired RMSE over seeds, and the range, per method and NFE."""
     columns = (1, 2, 4, 16, 64)
-    lines = [f"{'method':<18} {'lr':>7} {'steps':>6}  " + " ".join(f"{f'NFE {n}':^21}" for n in columns) + "  setting"]
+    lines = [f"{'method':<21} {'lr':>7} {'steps':>6}  " + " ".join(f"{f'NFE {n}':^21}" for n in columns) + "  setting"]
     for name, method in report["methods"].items():
         cells = []
         for n in columns:
@@ -109,71 +146,91 @@ def table(report: dict[str, Any]) -> str:
             cell = f"{statistics.median(values):.3f} ({values[0]:.3f}-{values[-1]:.3f})"
             cells.append("" if any(a != a for a in values) else cell)
         rate = f"{method['lr']:g}" + "*" * method["at_edge"]
-        setting = ", ".join(f"{key}={value}" for key, value in method["setting"].items())
         lines.append(
-            f"{name:<18} {rate:>7} {method['steps']:>6}  " + " ".join(f"{c:^21}" for c in cells) + f"  {setting}"
+            f"{name:<21} {rate:>7} {method['steps']:>6}  "
+            + " ".join(f"{c:^21}" for c in cells)
+            + f"  {named('', method['setting'])}"
         )
     return "\n".join(lines)
 
 
-def compare(
-    base: ToyConfig,
-    *,
-    methods: Sequence[str],
-    rates: Sequence[float],
-    seeds: int,
-    seconds: float,
-    jobs: int,
-    points: int,
-    out: Path,
-) -> dict[str, Any]:
-    """Sweep, train and measure methods; results.json is rewritten after every training."""
-    print("measuring step times")
-    per_step = step_seconds({name: replace(base, **METHODS[name]) for name in methods})
-    configs = {name: replace(base, steps=max(1, round(seconds / per_step[name])), **METHODS[name]) for name in methods}
-    plans = {name: [s | {"lr": lr} for s in SETTINGS.get(name, ({},)) for lr in rates] for name in methods}
-    trainings = sum(len(plan) + seeds for plan in plans.values())
-    print(f"{trainings} trainings of {seconds:g} s, {jobs} at a time: {trainings * seconds / jobs / 60:.0f} minutes")
-    report: dict[str, Any] = {
-        "dist": base.name,
-        "seconds": seconds,
-        "seeds": seeds,
-        "step_milliseconds": {name: round(1e3 * value, 3) for name, value in per_step.items()},
-        "sweeps": {name: [] for name in configs},
-        "methods": {},
-    }
+def named(name: str, setting: dict[str, Any]) -> str:
+    """Name a method, if it is given, with its setting."""
+    words = [str(value) if key == "settings" else f"{key}={value}" for key, value in setting.items()]
+    return ", ".join([name, *words] if name else words)
 
-    def train(plan: list[tuple[list[dict[str, Any]], ToyConfig]], label: str) -> None:
-        results = train_many([config for _, config in plan], errors, jobs=jobs, points=points, label=label)
-        for (runs, _), result in zip(plan, results, strict=True):
-            runs.append(result)
-            write_atomically(out / "results.json", json.dumps(report, indent=2) + "\n")
 
-    sweeps = report["sweeps"]
-    train(
-        [(sweeps[name], replace(c, **plan, seed=SWEEP_SEED)) for name, c in configs.items() for plan in plans[name]],
-        "sweeping",
-    )
-    chosen = {}
-    for name, config in configs.items():
-        plan = plans[name][best(sweeps[name])]
-        chosen[name] = replace(config, **plan)
-        report["methods"][name] = {
-            "lr": plan["lr"],
-            "at_edge": len(rates) > 1 and plan["lr"] in (min(rates), max(rates)),
-            "setting": {key: value for key, value in plan.items() if key != "lr"},
-            "steps": config.steps,
-            "runs": [],
+class Comparison:
+    """Trainings of equal time, and the report that holds their results; results.json is rewritten after each.
+
+    Args:
+        base: what all have in common.
+        methods: what each changes.
+        steps: TVM steps that take as long as each training.
+        jobs: trainings at a time, one thread each.
+        points: samples that errors are measured on.
+        out: folder of results.json.
+    """
+
+    def __init__(
+        self, base: ToyConfig, methods: dict[str, dict[str, Any]], *, steps: int, jobs: int, points: int, out: Path
+    ):
+        self.settings = {name: SETTINGS.get(name, ({},)) for name in methods}
+        self.jobs, self.points, self.out = jobs, points, out
+        configs = {
+            named(name, setting): replace(base, **methods[name] | setting)
+            for name, settings in self.settings.items()
+            for setting in settings
         }
-    train(
-        [
-            (report["methods"][name]["runs"], replace(config, seed=seed))
-            for name, config in chosen.items()
-            for seed in range(seeds)
-        ],
-        "training",
-    )
-    return report
+        print("measuring step times")
+        per_step = step_seconds({UNIT: base, **configs})
+        self.seconds = steps * per_step[UNIT]
+        self.configs = {n: replace(c, steps=max(1, round(self.seconds / per_step[n]))) for n, c in configs.items()}
+        self.report: dict[str, Any] = {
+            "dist": base.name,
+            "tvm_steps": steps,
+            "step_milliseconds": {name: round(1e3 * value, 3) for name, value in per_step.items()},
+            "sweeps": {name: [] for name in methods},
+            "methods": {},
+        }
+
+    def train(self, plan: Sequence[tuple[str, dict[str, Any], float, int]], into: Any, label: str) -> None:
+        """Train each (method, setting, rate, seed) of a plan and append its result to into[method]."""
+        minutes = len(plan) * self.seconds / self.jobs / 60
+        print(f"{label}: {len(plan)} trainings of {self.seconds:.2g} s, {self.jobs} at a time: {minutes:.0f} minutes")
+        runs = [replace(self.configs[named(name, setting)], lr=rate, seed=seed) for name, setting, rate, seed in plan]
+        results = train_many(runs, errors, jobs=self.jobs, points=self.points, label=label)
+        for (name, setting, _, _), result in zip(plan, results, strict=True):
+            into[name].append(result | {"setting": setting})
+            write_atomically(self.out / "results.json", json.dumps(self.report, indent=2) + "\n")
+
+    def sweep(self, rates: Sequence[float]) -> None:
+        """Choose each method's setting and rate, from `rates` and those beyond."""
+        sweeps = self.report["sweeps"]
+        plan = [
+            (name, s, rate, SWEEP_SEED) for name, settings in self.settings.items() for s in settings for rate in rates
+        ]
+        for extra in range(EXTRA + 1):
+            self.train(plan, sweeps, "sweeping" if extra == 0 else "sweeping further")
+            winners = {name: results[best(results)] for name, results in sweeps.items()}
+            further = {name: rate for name, results in sweeps.items() if (rate := beyond(results)) is not None}
+            if not further:
+                break
+            plan = [(name, winners[name]["setting"], rate, SWEEP_SEED) for name, rate in further.items()]
+        for name, winner in winners.items():
+            self.report["methods"][name] = {
+                "lr": winner["lr"],
+                "at_edge": name in further,
+                "setting": winner["setting"],
+                "steps": self.configs[named(name, winner["setting"])].steps,
+                "runs": [],
+            }
+
+    def run(self, seeds: int) -> None:
+        """Train each method on seeds 0, 1, ... with what the sweep chose."""
+        methods = self.report["methods"]
+        plan = [(name, m["setting"], m["lr"], seed) for name, m in methods.items() for seed in range(seeds)]
+        self.train(plan, {name: m["runs"] for name, m in methods.items()}, "training")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -184,7 +241,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         name: [[error(result, n) for result in method["runs"]] for n in NFES]
         for name, method in report["methods"].items()
     }
-    title = f"{report['dist']}: {report['seconds']:g} s of training each, seeds: {report['seeds']}"
+    seeds = len(next(iter(report["methods"].values()))["runs"])
+    title = f"{report['dist']}: each trained as long as {report['tvm_steps']} steps of TVM, seeds: {seeds}"
     plots.save_figure(plots.plot_errors(values, NFES, title), path)
 
 
@@ -196,12 +254,15 @@ def parser() -> OneLineParser:
         "--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), metavar="METHOD",
         help=f"of {', '.join(METHODS)} (default: all)",
     )  # fmt: skip
-    p.add_argument("--seconds", type=float, default=30.0, help="training time of each run, in seconds of one thread")
+    p.add_argument(
+        "--ablation", action="store_true", help=f"in their place, from MeanFlow to TVM: {', '.join(ABLATION)}"
+    )
+    p.add_argument("--steps", type=int, default=2500, help="training time of each run, in steps of TVM")
     p.add_argument("--seeds", type=int, default=3, help="seeds per method")
-    p.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.01, 0.03, 0.1], help="learning rates to sweep")
+    p.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.01, 0.03], help="learning rates to sweep first")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     p.add_argument("--points", type=int, default=POINTS, help="samples that errors are measured on")
-    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-compare)")
+    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-compare, or -ablation)")
     p.add_argument("--overwrite", action="store_true", help="replace results that are already there")
     return p
 
@@ -212,24 +273,26 @@ def main(argv: list[str] | None = None) -> int:
     arguments = command.parse_args(argv)
     use_one_thread()
     with command.bad_input():
-        base = ToyConfig(**given(arguments, ToyConfig))
-        require_at_least(0.1, seconds=arguments.seconds)
-        if arguments.seconds == float("inf"):
-            raise ValueError("--seconds must be finite")
-        require_at_least(1, seeds=arguments.seeds, jobs=arguments.jobs)
+        shared = {name: value for name, value in given(arguments, ToyConfig).items() if name in SHARED}
+        base = ToyConfig(**shared, noise_share=0.0)  # the paper's; one row has more
+        require_at_least(1, steps=arguments.steps, seeds=arguments.seeds, jobs=arguments.jobs)
         require_at_least(10, points=arguments.points)
         if not all(0 < rate < float("inf") for rate in arguments.rates):
             raise ValueError("--rates must be positive and finite")
-        out = arguments.out or Path("runs/toy") / f"{base.name}-compare"
+        kind = "ablation" if arguments.ablation else "compare"
+        out = arguments.out or Path("runs/toy") / f"{base.name}-{kind}"
         require_free(out, ("results.json",), "a comparison", "--overwrite", overwrite=arguments.overwrite)
         distribution_of(base)
         out.mkdir(parents=True, exist_ok=True)
     with command.failures(f"trainings that were finished are in {out}"):
-        size = {name: getattr(arguments, name) for name in ("methods", "rates", "seeds", "seconds", "jobs", "points")}
-        report = compare(base, out=out, **size)
-        draw(report, out / "error.png")
+        methods = ABLATION if arguments.ablation else {name: METHODS[name] for name in arguments.methods}
+        size = {name: getattr(arguments, name) for name in ("steps", "jobs", "points")}
+        comparison = Comparison(base, methods, out=out, **size)
+        comparison.sweep(arguments.rates)
+        comparison.run(arguments.seeds)
+        draw(comparison.report, out / "error.png")
     print(f"paired RMSE to the exact flow map, median over seeds (range), seeds: {arguments.seeds}")
-    print(f"{table(report)}\n{out}")
+    print(f"{table(comparison.report)}\n{out}")
     return 0
 
 

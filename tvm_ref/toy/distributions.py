@@ -2,9 +2,7 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,91 +100,3 @@ def make_distribution(name: str) -> GaussianMixture:
     draw, sigma = DISTRIBUTIONS[name]
     centres, labels = draw()
     return GaussianMixture(standardise(centres, sigma), sigma, labels=labels)
-
-
-MAX_CENTRES = 4096  # of the user's own points; the exact flow costs points x centres
-MIN_BANDWIDTH = 0.03  # below it the exact flow is too stiff for the solver's grid
-
-
-def read_points(path: Path) -> Tensor:
-    """Read points [N, 2] (float64) from a .npy file, or a .csv file of two columns with or without a header line.
-
-    Raises:
-        ValueError: another kind of file, other than two columns, text, NaN or infinite values, fewer than 10 points.
-        OSError: a file that is missing or cannot be read.
-    """
-    kind = path.suffix.lower()
-    if kind not in (".csv", ".npy"):
-        raise ValueError(f"{path}: points come as .csv or .npy, not '{path.suffix or 'a file without extension'}'")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    try:
-        if kind == ".npy":
-            points = np.load(path, allow_pickle=False)
-            if points.dtype.kind not in "fiu":
-                raise ValueError(f"its type is {points.dtype}")
-            points = points.astype(np.float64)
-        else:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-            if lines and not _is_number(lines[0].split(",")[0]):
-                lines = lines[1:]  # a header
-            if not lines:
-                raise ValueError("the file is empty")
-            points = np.loadtxt(lines, delimiter=",", ndmin=2)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a table of numbers ({error})") from None
-    if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError(f"{path}: points must be N x 2, got {' x '.join(map(str, points.shape))}")
-    if len(points) < 10:
-        raise ValueError(f"{path}: at least 10 points are needed, got {len(points)}")
-    if not np.isfinite(points).all():
-        raise ValueError(f"{path}: points that are NaN or infinite: {int((~np.isfinite(points)).any(1).sum())}")
-    if np.abs(points).max() > 1e100:
-        raise ValueError(f"{path}: numbers beyond 1e100 cannot be standardised")
-    for axis in range(2):
-        if np.ptp(points[:, axis]) == 0:
-            raise ValueError(f"{path}: column {axis + 1} is constant")
-    return torch.from_numpy(points)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def likely_bandwidth(points: Tensor) -> float:
-    """Choose the bandwidth, of 40 from 0.03 to 0.5, under which each point of [N, D] is likeliest given the others.
-
-    (Leave-one-out likelihood of a kernel density estimate.)
-    """
-    _n, dim = points.shape
-    square = torch.cdist(points, points).square().fill_diagonal_(math.inf)
-    candidates = np.geomspace(MIN_BANDWIDTH, 0.5, 40)
-    scores = [
-        float(torch.logsumexp(-square / (2 * h**2), dim=1).mean()) - dim * math.log(h)  # up to a constant
-        for h in candidates
-    ]
-    return float(candidates[int(np.argmax(scores))])
-
-
-def load_points(path: Path, bandwidth: float | None = None) -> GaussianMixture:
-    """Load the user's own points, standardised: each a centre with the given bandwidth, or the likeliest one.
-
-    Of more than 4,096 points a fixed random subset is kept, as the exact flow costs points x centres.
-
-    Raises:
-        ValueError, OSError: see read_points; a bandwidth outside [0.03, 1).
-    """
-    points = read_points(path)
-    if len(points) > MAX_CENTRES:
-        keep = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:MAX_CENTRES]
-        print(f"{path}: a random {MAX_CENTRES:,} of {len(points):,} points are used")
-        points = points[keep]
-    if bandwidth is None:
-        bandwidth = likely_bandwidth(standardise(points, 0.0))
-    if not MIN_BANDWIDTH <= bandwidth < 1:
-        raise ValueError(f"the bandwidth must lie in [{MIN_BANDWIDTH}, 1) (data have variance 1), got {bandwidth}")
-    return GaussianMixture(standardise(points, bandwidth), bandwidth)

@@ -44,14 +44,14 @@ def encode(numbers: Tensor) -> str:
 
 
 def flatten(weights: dict[str, Tensor], depth: int) -> Tensor:
-    """A ToyNetwork's numbers as model.js takes them: the projection, then each layer's weight and bias."""
+    """List a ToyNetwork's numbers as model.js takes them: the projection, then each layer's weight and bias."""
     layers = [*(f"hidden.{i}" for i in range(depth)), "output"]
     names = ["projection", *(f"{layer}.{part}" for layer in layers for part in ("weight", "bias"))]
     return torch.cat([weights[name].flatten() for name in names])
 
 
 def describe_run(folder: Path, blobs: list[str]) -> tuple[GaussianMixture, dict[str, Any]]:
-    """A run's data, and what the page holds of the run; weights that `blobs` does not have yet are added to it.
+    """Describe a run's data, and what the page holds of the run; weights that `blobs` lacks are added to it.
 
     Raises:
         ValueError, OSError: a folder without a finished run, or one that is conditioned on classes.
@@ -95,7 +95,7 @@ def steps_done(folder: Path, config: ToyConfig) -> int:
 
 
 def choices(runs: Sequence[dict[str, Any]]) -> str:
-    """The switch between runs, as HTML."""
+    """Write the switch between runs as HTML."""
     return "".join(
         f'<label><input type="radio" name="run" value="{i}">{html.escape(run["name"])}</label>'
         for i, run in enumerate(runs)
@@ -124,7 +124,7 @@ def suggestions(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def make_page(folders: list[Path]) -> str:
-    """The page of one or more runs on the same data, as HTML.
+    """Write the page of one or more runs on the same data, as HTML.
 
     Raises:
         ValueError, OSError: see describe_run; runs on different data.

@@ -1,4 +1,7 @@
-"""The pictures of a run, as figures: samples, trajectories, the one-step map as a deformed grid, losses."""
+"""The pictures of a run, as figures: samples, trajectories, the one-step map as a deformed grid, losses.
+
+A model that learned no jumps comes as an EulerStep, and is shown with as many Euler steps as it needs.
+"""
 
 import math
 import statistics
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -14,13 +18,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tvm_ref.guidance import Condition
-from tvm_ref.sampling import Jump, sample, sample_path
+from tvm_ref.sampling import EulerStep, Jump, sample, sample_path
 from tvm_ref.toy.metrics import Reference
 from tvm_ref.toy.mixture import GaussianMixture, exact_path
+from tvm_ref.toy.own_points import OwnPoints
+from tvm_ref.toy.samples import EULER_STEPS
 
 # Okabe and Ito's palette, told apart with every common colour blindness
 BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#D55E00"
-MAP_STEPS = 32  # of the exact flow in pictures: an error below a line's width
+CLASSES = (BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED, "#000000")
+MAP_STEPS = 24  # of the exact flow in pictures: an error below a line's width
 EXTENT = 2.6  # half width of the window on the plane; data have unit variance
 STYLE: dict[Any, Any] = {
     "font.size": 13,
@@ -60,42 +67,86 @@ def _ones(x: Tensor, value: float = 1.0) -> Tensor:
     return x.new_full((len(x),), value)
 
 
+def name_steps(jump: Jump, steps: int) -> str:
+    """Name a number of steps of a model."""
+    return f"{steps} {'Euler ' if isinstance(jump, EulerStep) else ''}step{'s' if steps > 1 else ''}"
+
+
+def colours_of(condition: Condition | None, n: int) -> list[str]:
+    """Choose the colours of n points: by class, if there are any."""
+    return [BLUE] * n if condition is None else [CLASSES[c % len(CLASSES)] for c in condition.label.tolist()]
+
+
+def set_window(axes: Sequence[Axes], *clouds: Tensor) -> None:
+    """Widen the window of some panels to show all but the outermost 0.5 % of the points of each cloud [N, 2]."""
+    far = max(float(x.double().abs().amax(1).quantile(0.995)) for x in clouds)
+    extent = max(EXTENT, 1.05 * far)
+    for ax in axes:
+        ax.set(xlim=(-extent, extent), ylim=(-extent, extent))
+
+
 @matplotlib.rc_context(STYLE)
 def plot_samples(
     distribution: GaussianMixture,
     jump: Jump,
     reference: Reference,
-    nfes: Sequence[int] = (1, 2, 4),
+    nfes: Sequence[int] | None = None,
     points: int = 4000,
 ) -> Figure:
-    """Draw data beside samples of the model, classes in colour; with guidance, the exact guided flow for data."""
+    """Draw noise, data and samples of the model, classes in colour; with guidance, the exact guided flow for data.
+
+    Own points are drawn as they are, and all in their own units. By default in 1, 2 and 4 steps, or in 1, 8 and 64
+    Euler steps.
+    """
+    if nfes is None:
+        nfes = (1, 8, EULER_STEPS) if isinstance(jump, EulerStep) else (1, 2, 4)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(points, distribution.dim, generator=generator)
     data, label = distribution.sample(points, generator)
-    condition = None
+    name, condition, own = "data", None, isinstance(distribution, OwnPoints)
     if reference.condition is not None:
         condition = Condition(label, reference.condition.beta[:1].expand(points))
-    panels = {"data": data}
     if condition is not None and reference.guided:
-        exact = distribution.jump(noise, _ones(noise), _ones(noise, 0.0), condition)
-        panels = {f"exact flow, w = {1 / float(condition.beta[0]):g}": exact}
-    panels |= {f"model, {n} step{'s' if n > 1 else ''}": sample(jump, noise, n, condition) for n in nfes}
-    figure, axes = make_figure(len(panels))
+        data = distribution.jump(noise, _ones(noise), _ones(noise, 0.0), condition)
+        name = f"exact flow, w = {1 / float(condition.beta[0]):g}"
+    if own:
+        name, data = f"your {len(distribution.centres):,} points", distribution.centres
+    panels = {"noise": noise, name: data}
+    panels |= {f"model, {name_steps(jump, n)}": sample(jump, noise, n, condition) for n in nfes}
+    figure, axes = make_figure(len(panels), 3.6)
+    set_window(axes[1:], data)
     for ax, (title, x) in zip(axes, panels.items(), strict=True):
-        colours = [BLUE, ORANGE, GREEN, PINK, SKY, GREY, "#D55E00", "#000000"]
-        c = BLUE if condition is None else np.array(colours)[condition.label % len(colours)]
-        scatter(ax, x, s=4, c=c, alpha=0.5, linewidths=0, rasterized=True)
         ax.set_title(title)
+        if own and ax is not axes[0]:
+            _use_units(ax, distribution)
+            x = distribution.units.restore(x)
+        scatter(ax, x, s=4, c=colours_of(condition, len(x)), alpha=0.5, linewidths=0, rasterized=True)
+    if isinstance(jump, EulerStep) and 1 in nfes:
+        note = "one straight step\ntakes all noise to\nthe mean of the data"
+        axes[2 + list(nfes).index(1)].annotate(note, (0.5, 0.62), xycoords="axes fraction", ha="center", fontsize=11)
+    if condition is not None:
+        for c in range(distribution.num_classes):
+            axes[1].scatter([], [], s=25, color=CLASSES[c % len(CLASSES)], label=f"class {c}")
+        axes[1].legend(loc="lower left", fontsize=9, ncols=2, handletextpad=0, columnspacing=0.5)
     return figure
 
 
-@matplotlib.rc_context(STYLE)
-def plot_trajectories(
-    distribution: GaussianMixture, jump: Jump, reference: Reference, *, one_jump: bool = True
-) -> Figure:
-    """Draw paths from noise to data: the exact flow, and the model's jumps from t = 1 to every s.
+def _use_units(ax: Axes, distribution: GaussianMixture) -> None:
+    """Turn a panel of standardised data into one in the data's own units, with its axes."""
+    corners = distribution.units.restore(torch.tensor([*zip(ax.get_xlim(), ax.get_ylim(), strict=True)]))
+    ax.set(aspect="auto", box_aspect=1, xlim=corners[:, 0].tolist(), ylim=corners[:, 1].tolist())
+    ax.set_axis_on()
+    ax.tick_params(labelsize=8)
+    for axis, column in zip((ax.xaxis, ax.yaxis), distribution.units.columns, strict=True):
+        axis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+        axis.set_label_text(column, fontsize=9)
 
-    Without `one_jump` (a model that knows only its velocity) the model's path is a chain of 64 small steps.
+
+@matplotlib.rc_context(STYLE)
+def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Reference) -> Figure:
+    """Draw paths from noise to data: the exact flow, and the model's jumps from t = 1 to every s, with the exact ends.
+
+    An EulerStep's path is a chain of 64 small steps.
     """
     grid, condition = torch.linspace(1, 0, 65), reference.condition
     inside = (reference.noise.abs() < 0.95 * EXTENT).all(1).nonzero().flatten()[:40]
@@ -104,37 +155,43 @@ def plot_trajectories(
     x1, s = noise.repeat(len(grid), 1), grid.repeat_interleave(n)
     many = None if condition is None else Condition(*(a[inside].repeat(len(grid)) for a in condition))
     first = None if condition is None else Condition(*(a[inside] for a in condition))
-    exact = exact_path(distribution, noise.double(), grid.double().flip(0), distribution.time_scale, first)
-    panels = {"exact flow": exact.flip(0)}
-    if one_jump:
+    exact = exact_path(distribution, noise.double(), grid.double().flip(0), distribution.time_scale, first).flip(0)
+    panels = {"exact flow": exact}
+    if isinstance(jump, EulerStep):
+        panels[f"model: {EULER_STEPS} Euler steps"] = torch.stack(sample_path(jump, noise, grid.tolist(), first))
+    else:
         with torch.no_grad():
             panels["model: one jump from t = 1 to each s"] = jump(x1, _ones(x1), s, many).view(-1, n, 2)
-    else:
-        panels["model: 64 Euler steps"] = torch.stack(sample_path(jump, noise, grid.tolist(), first))
-    data = reference.data
     figure, axes = make_figure(2, 5.0)
+    set_window(axes, reference.data)
+    colours = colours_of(first, n)
     for ax, (title, states) in zip(axes, panels.items(), strict=True):
-        scatter(ax, data, s=3, c=GREY, alpha=0.25, linewidths=0)
-        ax.plot(states[:, :, 0].numpy(), states[:, :, 1].numpy(), color=BLUE, lw=1, alpha=0.7)
-        scatter(ax, states[0], s=18, c="white", edgecolors=BLUE, zorder=3, label="noise (t = 1)")
-        scatter(ax, states[-1], s=18, c=ORANGE, zorder=3, label="end (t = 0)")
+        scatter(ax, reference.data, s=3, c=GREY, alpha=0.4, linewidths=0)
+        for path, colour in zip(states.transpose(0, 1), colours, strict=True):
+            ax.plot(*path.T.numpy(), color=colour, lw=1, alpha=0.7)
+        scatter(ax, states[0], s=18, c="white", edgecolors=colours, zorder=3, label="noise (t = 1)")
+        scatter(ax, states[-1], s=18, c=colours, zorder=3, label="end (t = 0)")
         ax.set_title(title)
-    axes[0].legend(loc="upper left", fontsize=11)
+    scatter(
+        axes[1], exact[-1], s=60, c="none", edgecolors="black", linewidths=0.8, zorder=4, label="end of the exact flow"
+    )
+    for ax in axes:
+        ax.legend(loc="upper left", fontsize=10)
     return figure
 
 
 @matplotlib.rc_context(STYLE)
-def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference, nfe: int = 1) -> Figure:
-    """Draw a polar grid on the noise, and where the exact flow map and the model carry it."""
+def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference) -> Figure:
+    """Draw a polar grid on the noise, and where the exact flow map and the model carry it in one step."""
     radii, lines = [0.5, 1.0, 1.5, 2.0, 2.5], 24
-    angle = torch.linspace(0, 2 * torch.pi, 241)
+    angle = torch.linspace(0, 2 * torch.pi, 181)
     rings = [r * torch.stack([angle.cos(), angle.sin()], -1) for r in radii]
-    spokes = [
-        torch.linspace(0.02, radii[-1], 61)[:, None] * torch.tensor([np.cos(a), np.sin(a)], dtype=torch.float32)
+    rays = [
+        torch.linspace(0.02, radii[-1], 46)[:, None] * torch.tensor([np.cos(a), np.sin(a)], dtype=torch.float32)
         for a in 2 * np.pi * np.arange(lines) / lines
     ]
-    curves = spokes + rings
-    x1 = torch.cat(curves)
+    curves = rays + rings
+    x1, steps = torch.cat(curves), EULER_STEPS if isinstance(jump, EulerStep) else 1
     condition = None
     if reference.condition is not None:  # the map of the first class
         condition = Condition(torch.zeros(len(x1), dtype=torch.long), reference.condition.beta[:1].expand(len(x1)))
@@ -143,19 +200,27 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference, nf
     exact = exact_path(distribution, x1.double(), times, distribution.time_scale, condition)[0]
     of_class = "" if condition is None else ", class 0"
     panels = {
-        "noise": x1,
-        f"exact flow map{of_class}": exact,
-        f"model, {nfe} step{'s' if nfe > 1 else ''}{of_class}": sample(jump, x1, nfe, condition),
+        "noise: rays and rings": x1,
+        f"carried by the exact flow{of_class}": exact,
+        f"carried by the model, {name_steps(jump, steps)}{of_class}": sample(jump, x1, steps, condition),
     }
-    hues = matplotlib.colormaps["twilight"](np.linspace(0, 1, lines, endpoint=False))
+    hues = matplotlib.colors.hsv_to_rgb([(i / lines, 0.9, 0.75) for i in range(lines)])  # a cycle without pale colours
     figure, axes = make_figure(3, 4.5)
+    set_window(axes[1:], exact, reference.data)
     for ax, (title, x) in zip(axes, panels.items(), strict=True):
+        if ax is not axes[0]:
+            scatter(ax, reference.data, s=3, c=GREY, alpha=0.4, linewidths=0)
         pieces = x.split([len(c) for c in curves])
         for piece, hue in zip(pieces[:lines], hues, strict=True):
             ax.plot(*piece.T.numpy(), color=hue, lw=1.2)
         for piece in pieces[lines:]:
             ax.plot(*piece.T.numpy(), color="black", lw=0.8, alpha=0.7)
         ax.set_title(title)
+    figure.supxlabel(
+        "The same rays (coloured by direction) and rings (0.5 to 2.5 from the centre) everywhere; grey: data. "
+        "Where lines crowd, much noise becomes the same data.",
+        fontsize=11,
+    )
     return figure
 
 
@@ -163,20 +228,23 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference, nf
 def plot_losses(log: Sequence[dict[str, float]], minimum: float) -> Figure:
     """Draw the terms of the objective over the steps, as the lines of train.jsonl have them.
 
-    `minimum` is the flow-matching loss of the exact velocity, below which none falls in expectation.
+    `minimum` is the flow-matching loss of the exact velocity, below which none falls in expectation. A jump term may
+    rise before it falls: the untrained network is the exact flow map of Gaussian data, whose jumps fit its velocity.
     """
     panels = {"jump": "jump term", "flow_matching": "flow-matching term"}
     shown = [key for key in panels if any(line[key] for line in log)] or list(panels)
     figure, axes = make_figure(len(shown), 4.5, plane=False)
     figure.set_size_inches(6 * len(shown), 4)
     for ax, key in zip(axes, shown, strict=True):
-        ax.plot(
-            [line["step"] for line in log], [line[key] for line in log], color=BLUE, marker="o" if len(log) < 5 else ""
-        )
+        values = [line[key] for line in log]
+        ax.plot([line["step"] for line in log], values, color=BLUE, marker="o" if len(log) < 5 else "")
         ax.set(xlabel="step", ylabel="loss per dimension", title=panels[key])
         ax.grid(alpha=0.3)
         if key == "jump":
-            ax.set_yscale("log")
+            ax.set_ylim(bottom=0)
+            if values and values[0] < 0.2 * max(values):
+                note = "rises first: the untrained network's jumps fit its\nvelocity (that of Gaussian data) exactly"
+                ax.annotate(note, (0.97, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=10)
         else:
             ax.axhline(minimum, color=ORANGE, ls="--", label="loss of the exact velocity")
             ax.legend()

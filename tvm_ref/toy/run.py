@@ -2,10 +2,12 @@
 
 config.json                     the options
 train.jsonl                     a line per 50 steps, written as it goes
+data.json                       of own points: scale, bandwidth, outliers
 checkpoint.pt                   what --resume goes on from
-weights.safetensors             the evaluation weights
+weights.safetensors             the evaluation weights, and the units of the data
 snapshots.safetensors           what they were after 0, 1, 3, 10 and 30 % of the steps
 metrics.json                    figures by number of function evaluations (NFE), seconds, steps
+samples.csv                     of own points, or by --sample: samples in the units of the data
 samples, trajectories, map, losses.png
 """
 
@@ -20,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_of
 from tqdm import tqdm
 
@@ -30,19 +31,24 @@ from tvm_ref.flow_map import FlowMap
 from tvm_ref.interruption import Interruption
 from tvm_ref.objectives import OBJECTIVES, TERMS, FlowMatching
 from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.distributions import load_points, make_distribution
-from tvm_ref.toy.metrics import NFES, evaluate, make_reference
+from tvm_ref.toy.distributions import make_distribution
+from tvm_ref.toy.metrics import NFES, PARTS, evaluate, make_reference
 from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.own_points import OwnPoints, load_points
+from tvm_ref.toy.progress import Parts
+from tvm_ref.toy.samples import EULER_STEPS, samples_table
 from tvm_ref.toy.snapshots import SNAPSHOTS, add_snapshot, load_snapshots, snapshot_steps
-from tvm_ref.toy.training import Training, draw_block
+from tvm_ref.toy.training import Training, draw_block, make_network
+from tvm_ref.toy.units import Units
 
 LOG_EVERY = 50  # steps per line of train.jsonl, and between updates of the progress bar
 SAVE_EVERY = 2000  # steps per checkpoint
 MARKS = ("config.json", "train.jsonl")  # a folder that has both holds a run
 WEIGHTS, PICTURES = "weights.safetensors", ("samples.png", "trajectories.png", "map.png", "losses.png")
 RESULTS = (WEIGHTS, "metrics.json", *PICTURES)
+DATA, SAMPLES = "data.json", "samples.csv"
 OWN_FILES = (  # what --overwrite removes: also what other commands write into the folder
-    *MARKS, "checkpoint.pt", SNAPSHOTS, *RESULTS, "bound.json", "bound.png", "page.html", "animation.gif"
+    *MARKS, DATA, "checkpoint.pt", SNAPSHOTS, *RESULTS, SAMPLES, "bound.json", "bound.png", "page.html", "animation.gif"
 )  # fmt: skip
 
 
@@ -104,7 +110,11 @@ class Run:
         for name in OWN_FILES:
             self.path(name).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path("config.json"), json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        options = dataclasses.asdict(self.config)
+        if isinstance(self.distribution, OwnPoints):
+            del options["dist"]  # has no say
+            write_atomically(self.path(DATA), json.dumps(self.distribution.summary, indent=2) + "\n")
+        write_atomically(self.path("config.json"), json.dumps(options, indent=2) + "\n")
         write_atomically(self.path("train.jsonl"), "")
 
     def save(self, sums: torch.Tensor) -> None:
@@ -177,7 +187,8 @@ class Run:
                     self.log.append(line)
                     log.write(json.dumps(line) + "\n")
                     sums.zero_()
-                    bar.set_postfix({name: f"{value:.4f}" for name, value in terms.items()}, refresh=False)
+                    losses = {name: f"{value:.4f}" for name, value in terms.items() if value}  # some train one alone
+                    bar.set_postfix(losses, refresh=False)
                     bar.update(LOG_EVERY)
                 if training.step % SAVE_EVERY == 0:
                     self.save(sums)
@@ -198,23 +209,27 @@ class Run:
     # Results ----------------------------------------------------------------------------------------------------
 
     def report(self, points: int) -> dict[str, Any]:
-        """Measure and draw; write weights.safetensors, metrics.json and the pictures; return the metrics."""
+        """Measure and draw with progress; write all results and return the metrics."""
         from tvm_ref.toy import plots  # matplotlib, which --help need not wait for
 
-        config, jump = self.config, self.training.evaluated
+        config, jump, data = self.config, self.training.evaluated, self.distribution
         weights = {name: a.cpu().contiguous() for name, a in self.training.ema.module.network.state_dict().items()}
-        write_atomically(self.path(WEIGHTS), safetensors_of(weights))
-        reference = make_reference(self.distribution, w=config.w if config.conditional else None, points=points)
-        nfe = {n: evaluate(jump, reference, n) for n in NFES}
-        one_jump = OBJECTIVES[config.objective].learns_jumps
-        pictures = (
-            plots.plot_samples(self.distribution, jump, reference),
-            plots.plot_trajectories(self.distribution, jump, reference, one_jump=one_jump),
-            plots.plot_map(self.distribution, jump, reference),
-            plots.plot_losses(self.log, self.least_flow_matching_loss()),
-        )
-        for name, picture in zip(PICTURES, pictures, strict=True):
-            plots.save_figure(picture, self.path(name))
+        write_atomically(self.path(WEIGHTS), safetensors_of(weights, data.units.metadata()))
+        if isinstance(data, OwnPoints):
+            write_atomically(self.path(SAMPLES), samples_table(config, jump, data.units, points))
+        nfes = NFES if OBJECTIVES[config.objective].learns_jumps else (*NFES, EULER_STEPS)
+        with Parts((2 if config.guided else 1) * PARTS + len(nfes) + len(PICTURES)) as parts:
+            w = config.w if config.conditional else None
+            reference = make_reference(data, w=w, points=points, watch=parts.of)
+            nfe = {n: evaluate(jump, reference, n) for n in parts.of(nfes, "distances to it")}
+            draw = {
+                "samples.png": lambda: plots.plot_samples(data, jump, reference),
+                "trajectories.png": lambda: plots.plot_trajectories(data, jump, reference),
+                "map.png": lambda: plots.plot_map(data, jump, reference),
+                "losses.png": lambda: plots.plot_losses(self.log, self.least_flow_matching_loss()),
+            }
+            for name in parts.of(PICTURES, "pictures"):
+                plots.save_figure(draw[name](), self.path(name))
         metrics = {
             "nfe": {str(n): figures for n, figures in nfe.items()},
             "seconds": {
@@ -242,20 +257,38 @@ class Run:
 def load_run(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
     """Load configuration, distribution and evaluation model of a run's folder.
 
+    `distribution.units.restore` turns the model's samples into the units of own points.
+
     Raises:
-        ValueError: a folder that is no run, one that has written no model, or a damaged one.
+        ValueError: a folder that is no run, one that has written no model, or a damaged one; own points that are not
+            those it was trained on.
         OSError: files that cannot be read.
+    """
+    config, model, units = load_model(folder)
+    distribution = distribution_of(config)
+    if distribution.units != units:
+        raise ValueError(f"{folder} was trained on other points than {config.data} has")
+    return config, distribution, model
+
+
+def load_model(folder: Path) -> tuple[ToyConfig, FlowMap, Units]:
+    """Load configuration, evaluation model and units of a run's folder; own points themselves are not needed.
+
+    Raises:
+        ValueError, OSError: see load_run.
     """
     config = read_config(folder)
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} holds no model yet; finish it with --resume")
-    distribution = distribution_of(config)
-    model = Training(config, distribution).model
+    network = make_network(config, 2, distribution_of(config).num_classes if config.conditional else 0)
+    model = FlowMap(network, scaled=config.guided)
     try:
-        model.network.load_state_dict(load_file(folder / WEIGHTS))
-    except (SafetensorError, RuntimeError) as error:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            model.network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            units = Units.from_metadata(file.metadata() or {})
+    except (SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {str(error).splitlines()[0]}") from None
-    return config, distribution, model.requires_grad_(False)
+    return config, model.requires_grad_(False), units
 
 
 def read_config(folder: Path) -> ToyConfig:

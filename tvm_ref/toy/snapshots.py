@@ -11,7 +11,7 @@ SHARES = (0.0, 0.01, 0.03, 0.1, 0.3)  # of the steps; the end is weights.safeten
 
 
 def snapshot_steps(steps: int) -> set[int]:
-    """The steps after which a snapshot is kept, of a training of `steps` steps."""
+    """List the steps after which a snapshot is kept, of a training of `steps` steps."""
     return {round(share * steps) for share in SHARES}
 
 
@@ -31,7 +31,7 @@ def add_snapshot(folder: Path, step: int, network: nn.Module) -> None:
 
 
 def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
-    """The networks' weights by step, earliest first; empty if the folder has none.
+    """Load the networks' weights by step, earliest first; empty if the folder has none.
 
     Raises:
         ValueError: a damaged file.

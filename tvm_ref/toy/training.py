@@ -69,6 +69,11 @@ def learning_rate(config: ToyConfig, step: int) -> float:
     return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
+def make_network(config: ToyConfig, dim: int, num_classes: int) -> ToyNetwork:
+    """Make the untrained network of data [B, dim] with classes 0 to num_classes - 1, which only --conditional reads."""
+    return ToyNetwork(dim, num_classes if config.conditional else 0, config.width, config.depth)
+
+
 class Training:
     """A model being trained: network, target EMA, evaluation EMA, optimizer, and how far it has come."""
 
@@ -93,8 +98,7 @@ class Training:
         self._block: tuple[int, list[Batch]] = (-1, [])
 
     def _make_network(self) -> ToyNetwork:
-        classes = self.distribution.num_classes if self.config.conditional else 0
-        return ToyNetwork(self.distribution.dim, classes, self.config.width, self.config.depth)
+        return make_network(self.config, self.distribution.dim, self.distribution.num_classes)
 
     def batch(self, step: int) -> Batch:
         """Return the data of a step."""

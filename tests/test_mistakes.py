@@ -1,0 +1,94 @@
+"""Mistakes that people make with the library: each is refused, or warned of, with what to do instead."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.networks import PointData, Waves, some_times
+from tvm_ref import EMA, TVM, Condition, FlowMap, sample
+from tvm_ref.time_samplers import Times
+
+X0, X1 = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+T, S = some_times(5)
+TIMES = Times(T, S, S)
+LABEL = torch.arange(5)
+
+
+class Layer(nn.Module):
+    """F = layer(x s) for some layer."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Tensor:
+        y: Tensor = self.layer(x * s[:, None])
+        return y
+
+
+class Attention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x[:, None, :, None].float().repeat(1, 1, 1, 8)
+        return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)[:, 0, :, 0].double()
+
+
+def loss(model: FlowMap, **options) -> Tensor:
+    return TVM(model)(X0, X1, TIMES, **options).total
+
+
+MISTAKES = {  # what is done: how, which error, what it says
+    "the average as target": (lambda m: loss(m, target=EMA(m, 0.9)), AttributeError, "pass ema.module"),
+    "sampling from the average": (lambda m: sample(EMA(m, 0.9), X1), TypeError, "sample from its .module"),
+    "a flow map of an average": (lambda m: FlowMap(EMA(m, 0.9)), TypeError, "got EMA"),
+    "a flow map of a flow map": (lambda m: FlowMap(m), TypeError, "got FlowMap"),
+    "TVM of a network": (lambda m: TVM(m.network), TypeError, r"wrap the network: FlowMap\(network\)"),
+    "labels as condition": (
+        lambda m: loss(m, condition=LABEL),
+        TypeError,
+        r"must be Condition\(label, beta\).*got Tensor",
+    ),
+    "beta as a number": (lambda m: loss(m, condition=Condition(LABEL, 0.5)), TypeError, "must be tensors.*got float"),
+    "times as numbers": (lambda m: m.jump(X1, 1.0, 0.0), TypeError, "must be tensors.*got float"),
+    "plain attention": (lambda m: loss(FlowMap(Layer(Attention()))), NotImplementedError, "jvp_attention.attention"),
+    "batch norm": (lambda m: loss(FlowMap(Layer(nn.BatchNorm1d(4).double()))), RuntimeError, "GroupNorm or LayerNorm"),
+}
+
+
+@pytest.mark.bad_shapes
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_refused_with_what_to_do(name):
+    make, kind, message = MISTAKES[name]
+    with pytest.raises(kind, match=message):
+        make(FlowMap(Waves()))
+
+
+def test_other_failures_inside_a_network_stay_what_they_are():
+    for kind in (NotImplementedError, RuntimeError):
+
+        class Failing(nn.Module):
+            def forward(self, x: Tensor, failure: type[Exception] = kind) -> Tensor:
+                raise failure("its own words")
+
+        with pytest.raises(kind, match="its own words"):
+            loss(FlowMap(Layer(Failing())))
+
+
+def test_beta_that_may_be_w_is_warned_of():
+    condition = Condition(LABEL, torch.full((5,), 2.0, dtype=torch.float64))
+    with pytest.warns(UserWarning, match="was w meant"):
+        FlowMap(Waves()).velocity(X1, T, condition)
+
+
+def test_a_network_that_does_not_read_s_is_warned_of_once():
+    model = FlowMap(PointData(torch.zeros(4, dtype=torch.float64)))
+    with pytest.warns(UserWarning, match="does not depend on s"):
+        loss(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(model)
+        loss(FlowMap(Waves()))
+        silent = Waves()
+        silent.a.data, silent.b.data, silent.c.data = 3 * (torch.zeros((), dtype=torch.float64),)
+        loss(FlowMap(silent))  # an output of zeros tells nothing: many networks begin so
