@@ -70,6 +70,10 @@ def test_nan_on_one_rank_stops_both_with_its_name(together):
     assert "step 1: the jump loss is NaN or infinite on rank 1" in texts.pop()
 
 
+def test_tensors_are_summed_over_processes(together):
+    assert together[1]["sum"].tolist() == [2.0, 11.0]
+
+
 def test_a_failure_of_the_first_is_every_ones(together):
     assert {(together[0] / f"raised-{rank}.txt").read_text() for rank in (0, 1)} == {"no space"}
 
