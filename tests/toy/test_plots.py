@@ -110,7 +110,7 @@ def test_the_bound_is_drawn_term_by_term(oracle, tmp_path):
     x0, x1 = torch.randn(2, 20, 2, dtype=torch.float64)
     bound = measure(oracle, oracle, x0, x1, scale=0.07, steps=8)
     figure = plot_bound(bound, "moons")
-    dots = offsets(figure.axes[2])[:, 0].tolist()
+    dots = figure.axes[2].collections[-1].get_offsets()[:, 0].tolist()
     assert dots == sorted((bound.values[name] for name in TERMS), reverse=True)  # upwards: the smallest is on top
     assert all(ax.get_xlim() == (1, 0) for ax in figure.axes[:2])  # from noise to data
     plots.save_figure(figure, tmp_path / "bound.png")

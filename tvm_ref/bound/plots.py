@@ -33,6 +33,7 @@ def plot_bound(bound: Bound, title: str) -> Figure:
         right.annotate(f"{value:.3g}", (value, i), (8, 4), textcoords="offset points", fontsize=11)
     positive = [value for value in values if value > 0] or [1.0]
     right.set(xscale="log", xlim=(min(positive) / 3, max(positive) * (max(positive) / min(positive)) ** 0.25 * 3))
+    right.set_ylim(-0.5, len(names) - 0.3)
     right.set_yticks(range(len(names)), [LABELS[name] for name in names], fontsize=11)
     right.set_title("the chain, as distances (logarithmic)")
     return figure
@@ -49,7 +50,7 @@ def _residuals(ax: Axes, bound: Bound) -> None:
     ax.set(ylabel="RMS over points", ylim=(0, None))
     ax.set_title("residuals and error")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=11)
+    ax.legend(fontsize=11, loc="upper left")
 
 
 def _rates(ax: Axes, bound: Bound) -> None:
