@@ -49,8 +49,7 @@ def test_lengths_about_one_tile(guarded, device, small_tiles, n, m, causal):
     Case((1, 1, n, m, 16), causal=causal, device=device).check(jvp_attention.attention)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("n", "m"), [(20, 36), (36, 20)])
+@pytest.mark.parametrize(("n", "m", "causal"), [(20, 36, False), (36, 20, True)])
 def test_keys_beyond_each_length_have_no_part(guarded, device, small_tiles, n, m, causal):
     """Lengths of nothing, one key, a tile and one more or less, all and, where that counts as all, more."""
     small_tiles(16, 16, split=causal)
@@ -85,7 +84,7 @@ orders = st.lists(st.sampled_from([(0, 1, 2), (0, 2, 1), (2, 1, 0)]), min_size=6
 
 
 @settings(
-    max_examples=30 if torch.cuda.is_available() else 100,  # on a GPU every other size is compiled anew
+    max_examples=30 if torch.cuda.is_available() else 60,  # on a GPU every other size is compiled anew
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],  # a failing case is small as it is, and shrinking it takes minutes
