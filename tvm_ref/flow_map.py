@@ -25,6 +25,8 @@ class Factor(NamedTuple):
     gamma_ds: Callable[[Tensor, Tensor], Tensor]  # d gamma / ds
 
 
+BLIND = 5  # steps of training after which a network that does not depend on s is told: a DiT does from its third on
+
 DIFFERENCE = Factor(gamma=lambda t, s: s - t, gamma_ds=lambda t, s: torch.ones_like(s))  # eq. 4
 
 
@@ -87,6 +89,7 @@ class FlowMap(nn.Module):
         self.scaled = scaled
         self.factor = factor
         self._reads_s = False  # whether the network was seen to depend on s, or it was said that it does not
+        self._blind = 0  # steps of training that it was seen not to
 
     def forward(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
         """Do the same as jump."""
@@ -180,7 +183,10 @@ class FlowMap(nn.Module):
         if self._reads_s or not F.requires_grad or not values_are_cheap(F):
             return
         self._reads_s = bool(dF_ds.any())
-        if not self._reads_s and bool(F.any()) and bool((s < t).any()):
+        if self._reads_s or not bool(F.any()) or not bool((s < t).any()):
+            return
+        self._blind += 1
+        if self._blind == BLIND:
             self._reads_s = True  # said once
             told = "the network's output does not depend on s: it can learn no jumps unless it embeds s or t - s"
             warnings.warn(told, stacklevel=4)

@@ -14,7 +14,9 @@ from imagenet.image_datasets import load_data
 from imagenet.presets import Config
 from imagenet.training import Training
 
-SMALL = Config(hidden_size=16, depth=2, batch_size=12, steps=50, w=2.0, warmup=3, optimizer="adamw", lr=1e-3)
+SMALL = Config(
+    hidden_size=16, depth=2, batch_size=12, steps=50, w=2.0, warmup=3, optimizer="adamw", lr=1e-3, ema=(0.99, 0.5)
+)
 
 
 def randomise(module, seed=0):
