@@ -1,35 +1,34 @@
 """States of a run, written atomically and checked when read; and weights for others, as safetensors.
 
-RUN/checkpoints/00002000/state.pt           everything that continues the run bit for bit: tensors and numbers
-RUN/checkpoints/00002000/checkpoint.json    its step, size and SHA-256
-RUN/weights.safetensors                     the evaluation weights, with the configuration in the metadata
+RUN/checkpoints/00002000/      everything that continues the run bit for bit (sharded_state.py)
+RUN/weights.safetensors        the evaluation weights, with the configuration in the metadata
 
 A damaged checkpoint is detected and named, and the one before it serves.
 """
 
-import hashlib
+import contextlib
 import json
 import os
-import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from imagenet.disk import SUMMARY, flush_folder, sha256_of
+from imagenet.parallel import World
 from imagenet.pickle_scan import shown
 from imagenet.presets import Config, build_model
 from imagenet.provenance import Provenance
 from tvm_ref import FlowMap
 from tvm_ref.command_line import flag
 
-STATE, SUMMARY = "state.pt", "checkpoint.json"
-WEIGHTS = "weights.safetensors"
+WEIGHTS, ALL_WEIGHTS = "weights.safetensors", "weights*.safetensors"  # of the first decay (--ema), and of all
 CONFIG = "config.json"
 DATA = "data.json"
 
@@ -39,41 +38,82 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
 
 
-def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
-    """Write the state of a step, and remove all but the newest `keep` checkpoints.
+class Saver:
+    """Saves the states of a run, one at a time, while training goes on; it waits for the copy to host memory alone.
 
-    A crash at any moment leaves a complete checkpoint, or none under that name.
+    As a context it waits, at its end, for what is being written.
 
-    Raises:
-        OSError: it could not be written; nothing that was there is touched.
+    Args:
+        folder: of the checkpoints.
+        keep: how many of them, the newest.
+        world: the processes; all take part in everything.
     """
-    final, partial = folder / f"{step:08d}", folder / f"{step:08d}.partial"
-    try:
-        remove_leftovers(folder)
-        partial.mkdir(parents=True)
-        with (partial / STATE).open("wb") as file:
-            hashing = _HashingWriter(file)
-            torch.save(dict(state), cast("IO[bytes]", hashing))  # it asks for no more than write and flush
-            _flush(file)
-        summary = {"step": step, "bytes": hashing.size, "sha256": hashing.sha256.hexdigest()}
-        with (partial / SUMMARY).open("w") as text:
-            json.dump(summary | {"torch": torch.__version__}, text, indent=2)
-            _flush(text)
-        _flush_folder(partial)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        last = checkpoints(folder)[-1:]
+
+    def __init__(self, folder: Path, keep: int, world: World | None = None):
+        self.folder, self.keep, self.world = folder, keep, world or World()
+        self._writing: Any = None  # a future
+        self._step = 0
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with contextlib.suppress(Exception) if kind is not None else contextlib.nullcontext():  # the first one counts
+            self.wait()
+
+    def save(self, state: Any, step: int) -> None:
+        """Start to write the state of a step, once the one before is written.
+
+        A crash at any moment leaves a complete checkpoint, or none under that name.
+
+        Raises:
+            OSError: the one before could not be written; nothing that was there is touched.
+        """
+        from imagenet import sharded_state  # imports DTensor, which takes half a second
+
+        self.wait()
+        final, partial = self.folder / f"{step:08d}", self.folder / f"{step:08d}.partial"
+        self._step = step
+        self._writing = sharded_state.start_writing(
+            partial, state, step, prepare=lambda: remove_leftovers(self.folder), commit=lambda: self._commit(final),
+            rank=self.world.rank, size=self.world.size, group=self.world.saving,
+        )  # fmt: skip
+
+    @property
+    def failed(self) -> bool:
+        """Whether what was being written could not be, as far as this process knows; `wait` tells why."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until what is being written is on the disk.
+
+        Raises:
+            OSError: in every process, if it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        error = None if writing is None else writing.exception()
+        if error is None:
+            return
+        from imagenet import sharded_state
+
+        cause = sharded_state.cause_of(error)
+        if not isinstance(cause, Exception):
+            raise cause
+        if self.world.first:
+            shutil.rmtree(self.folder / f"{self._step:08d}.partial", ignore_errors=True)
+        last = checkpoints(self.folder)[-1:]
         kept = f"; {last[0]} is whole" if last else ""
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides it
-        raise OSError(f"the checkpoint of step {step} could not be written: {_reason(cause)}{kept}") from None
-    if final.exists():
-        final.rename(final.with_suffix(".old"))
-    partial.rename(final)
-    _flush_folder(folder)
-    for path in checkpoints(folder)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
-    remove_leftovers(folder)
-    return final
+        raise OSError(f"the checkpoint of step {self._step} could not be written: {_reason(cause)}{kept}")
+
+    def _commit(self, final: Path) -> None:
+        """Give a state that is on the disk its name, and remove old ones; in the first process."""
+        if final.exists():
+            final.rename(final.with_suffix(".old"))
+        final.with_suffix(".partial").rename(final)
+        flush_folder(self.folder)
+        for path in checkpoints(self.folder)[: -self.keep]:
+            shutil.rmtree(path, ignore_errors=True)
+        remove_leftovers(self.folder)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -106,27 +146,29 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 def _fault(path: Path) -> str | None:
     """Say what is wrong with a checkpoint, or return None."""
     try:
-        summary = json.loads((path / SUMMARY).read_text())
-        size = (path / STATE).stat().st_size
-        if size != summary["bytes"]:
-            return f"{size} bytes in place of {summary['bytes']}"
-        return None if _sha256(path / STATE) == summary["sha256"] else "its checksum does not match"
+        files = json.loads((path / SUMMARY).read_text())["files"]
+        for name, about in files.items():
+            size = (path / name).stat().st_size
+            if size != about["bytes"]:
+                return f"{name}: {size} bytes in place of {about['bytes']}"
+        return next(
+            (f"{n}: its checksum does not match" for n in files if sha256_of(path / n) != files[n]["sha256"]), None
+        )
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{SUMMARY} cannot be read"
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read the state in a checkpoint, on the CPU.
+def read_checkpoint(path: Path, place: Callable[..., Tensor] | None = None, prefix: str = "") -> dict[str, Any]:
+    """Read the state in a checkpoint, or the part whose names begin with `prefix`; see sharded_state.read_state.
 
     Raises:
         ValueError: it cannot be read.
     """
-    try:
-        return torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path / STATE} cannot be read: {_reason(error)}") from None
+    from imagenet import sharded_state
+
+    return sharded_state.read_state(path, place or sharded_state.on_cpu, prefix)
 
 
 # Weights ------------------------------------------------------------------------------------------------------------
@@ -259,7 +301,7 @@ def _weights_of_run(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     checkpoint, _ = find_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         raise ValueError(f"{folder} holds no weights yet; go on with it by --resume")
-    weights = read_checkpoint(checkpoint)["ema"]["module"]
+    weights = read_checkpoint(checkpoint, prefix="ema/0/")["ema"][0]["module"]
     return config, {name.removeprefix("network."): a for name, a in weights.items()}
 
 
@@ -277,50 +319,9 @@ def read_config(folder: Path) -> Config:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
 
 
-# Files --------------------------------------------------------------------------------------------------------------
-
-
 def _reason(error: Exception, line: int = 0) -> str:
     """Say in one line what went wrong."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[min(line, len(lines) - 1)].strip()
-
-
-class _HashingWriter:
-    """A file that computes size and SHA-256 of what is written to it, so that nothing is read again for them."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self.size, self.sha256 = file, 0, hashlib.sha256()
-
-    def write(self, content: bytes) -> int:
-        """Write bytes, after one another: torch.save never goes back."""
-        self.sha256.update(content)
-        self.size += memoryview(content).nbytes
-        return self._file.write(content)
-
-    def flush(self) -> None:
-        """Flush the file."""
-        self._file.flush()
-
-
-def _flush(file: Any) -> None:
-    """Flush a file to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,15 +1,15 @@
-"""Train the preset digits with several seeds, and score it, its controls, and other objectives beside it.
+"""Train the preset digits with several seeds, by TVM or by several objectives, and score it and its controls.
 
-    python imagenet/digit_seeds.py                                                three seeds, two at a time
+    python imagenet/digit_seeds.py                                               three seeds, two at a time
     python imagenet/digit_seeds.py --seeds 5 --jobs 1
-    python imagenet/digit_seeds.py --beside lsd imf --rates 0.003 0.01 0.03       with relatives, each at its best rate
+    python imagenet/digit_seeds.py --objectives tvm lsd imf --rates 3e-3 1e-2    relatives, each at its best rate
 
 Each seed is a run of train.py; the controls are one-step samples of flow matching and the mean image of each class.
-Objectives beside TVM draw times by the law of their papers, and those whose papers define no guidance have none (w 1).
-With --rates, every objective is first trained with each on a seed of its own, and the rate with the least Frechet
-distance in one step is taken. All take the same number of steps, which cost some less than others. results.json in the
-folder has every score.
-The exit status is 0 if every seed of TVM passes what digits.py accepts and every control fails, else 1.
+Objectives other than TVM draw times by the law of their papers, and those whose papers define no guidance have none
+(w 1). With --rates, every objective is first trained with each on a seed of its own, and the rate with the least
+Frechet distance in one step is taken. All take the same number of steps, which cost some less than others.
+results.json in the folder has every score.
+The exit status is 0 if every seed of the first objective passes what digits.py accepts and every control fails, else 1.
 """
 
 import json
@@ -27,7 +27,7 @@ from tvm_ref import OBJECTIVES
 from tvm_ref.command_line import OneLineParser, require_at_least, require_free, run, write_atomically
 
 Scores = dict[str, float]
-BESIDE = tuple(key for key, kind in OBJECTIVES.items() if key not in ("tvm", "fm") and kind.learns_all_jumps)
+CHOICES = tuple(key for key, kind in OBJECTIVES.items() if kind.learns_jumps and kind.learns_all_jumps)
 SWEEP_SEED = 1000  # apart from the seeds that are reported
 DIVERGED = {nfe: {"accuracy": 0.0, "frechet": float("inf"), "recall": 0.0} for nfe in ("1", "4")}
 
@@ -39,7 +39,7 @@ def parser() -> OneLineParser:
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     p.add_argument("--out", type=Path, default=Path("runs/imagenet/digits-seeds"), help="folder of the runs")
     p.add_argument("--steps", type=int, help="training steps (default: the preset's)")
-    p.add_argument("--beside", nargs="+", choices=BESIDE, default=[], help="objectives to train beside TVM")
+    p.add_argument("--objectives", nargs="+", choices=CHOICES, default=["tvm"], help="what to minimise")
     p.add_argument("--rates", nargs="+", type=float, default=[], help="learning rates to sweep (default: the preset's)")
     return p
 
@@ -102,27 +102,28 @@ def sweep(out: Path, keys: Sequence[str], rates: Sequence[float], more: list[str
 
 
 def plan(keys: Sequence[str], rates: Mapping[str, float], seeds: int, more: list[str]) -> dict[str, list[str]]:
-    """List the options of every run by name: seed0, seed1, ... of TVM, fm, and KEY-seed0, ... of other objectives."""
-    runs: dict[str, list[str]] = {}
+    """List the options of every run by name: KEY-seed0, KEY-seed1, ... of each objective, and fm."""
+    runs = {"fm": [*options_of("fm"), *more]}
     for key in keys:
         rate = ["--lr", str(rates[key])] if key in rates else []
-        for k in range(1 if key == "fm" else seeds):
-            name = {"tvm": f"seed{k}", "fm": "fm"}.get(key, f"{key}-seed{k}")
-            runs[name] = [*options_of(key), *rate, "--seed", str(k), *more]
+        runs |= {f"{key}-seed{k}": [*options_of(key), *rate, "--seed", str(k), *more] for k in range(seeds)}
     return runs
 
 
 def table(runs: Mapping[str, Mapping[str, Scores]], test: Scores, means: Scores) -> tuple[str, bool]:
-    """Format the scores, and tell whether every seed of TVM passes and every control fails.
+    """Format the scores, and tell whether every seed of the first objective passes and every control fails.
 
     Args:
-        runs: scores by run (seed0, seed1, ..., fm; KEY-seed0, ... of other objectives) and number of steps.
+        runs: scores by run (see plan) and number of steps.
         test: scores of the held-out images.
         means: scores of the class means.
     """
     from imagenet.digits import ACCEPTED, accepted
 
-    plain, seeds = runs["fm"], [scores for name, scores in runs.items() if name.startswith("seed")]
+    members: dict[str, list[Mapping[str, Scores]]] = {}
+    for name, by_nfe in runs.items():
+        if name != "fm":
+            members.setdefault(name.split("-seed")[0], []).append(by_nfe)
     lines = [f"{'':<30} " + "  ".join(f"{key:<19}" for key in ACCEPTED)]
 
     def add(name: str, scores: Sequence[Scores]) -> None:
@@ -136,17 +137,14 @@ def table(runs: Mapping[str, Mapping[str, Scores]], test: Scores, means: Scores)
     add("held-out images", [test])
     add("class means", [means])
     for nfe in ("1", "4"):
-        add(f"flow matching, NFE {nfe}", [plain[nfe]])
-    for k, scores in enumerate(seeds):
-        add(f"TVM, NFE 1, seed {k}", [scores["1"]])
-    members = {"TVM": seeds}
-    for name, scores in runs.items():
-        if "-seed" in name:
-            members.setdefault(name.split("-seed")[0], []).append(scores)
-    for name, of_name in members.items():
+        add(f"flow matching, NFE {nfe}", [runs["fm"][nfe]])
+    for key, seeds in members.items():
+        for k, scores in enumerate(seeds):
+            add(f"{key}, NFE 1, seed {k}", [scores["1"]])
         for nfe in ("1", "4"):
-            add(f"{name}, NFE {nfe}", [scores[nfe] for scores in of_name])
-    fine = all(accepted(scores["1"]) for scores in seeds) and not accepted(means) and not accepted(plain["1"])
+            add(f"{key}, NFE {nfe}", [scores[nfe] for scores in seeds])
+    first = next(iter(members.values()))
+    fine = all(accepted(scores["1"]) for scores in first) and not accepted(means) and not accepted(runs["fm"]["1"])
     return "\n".join(lines), fine
 
 
@@ -159,17 +157,17 @@ def main(argv: list[str] | None = None) -> int:
         require_at_least(1, seeds=options.seeds, jobs=options.jobs, **steps)
         if not all(0 < rate < float("inf") for rate in options.rates):
             raise ValueError("--rates must be positive and finite")
-        require_free(options.out, ("seed0/config.json",), "runs")
+        require_free(options.out, (f"{options.objectives[0]}-seed0/config.json",), "runs")
         from imagenet.digits import Judges, class_means, load_digits
 
         judges = Judges()
     with command.failures():
         options.out.mkdir(parents=True, exist_ok=True)
-        jumping, more = ["tvm", *options.beside], [] if options.steps is None else ["--steps", str(options.steps)]
-        rates = sweep(options.out, jumping, options.rates, more, options.jobs)
+        more = [] if options.steps is None else ["--steps", str(options.steps)]
+        rates = sweep(options.out, options.objectives, options.rates, more, options.jobs)
         if rates:
             print("learning rates: " + ", ".join(f"{key} {rate:g}" for key, rate in rates.items()))
-        runs = plan(["tvm", "fm", *options.beside], rates, options.seeds, more)
+        runs = plan(options.objectives, rates, options.seeds, more)
         scores = train_all(options.out, runs, options.jobs)
         write_atomically(options.out / "results.json", json.dumps({"rates": rates, "runs": scores}, indent=2) + "\n")
     text, fine = table(scores, judges.judge(load_digits().test[0]), judges.judge(class_means(judges.labels)))

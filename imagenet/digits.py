@@ -102,6 +102,12 @@ class Judges:
         return np.maximum(samples @ self._network.coefs_[0] + self._network.intercepts_[0], 0)
 
 
+@functools.cache
+def trained_judges() -> Judges:
+    """Return the judges, trained once."""
+    return Judges()
+
+
 def class_means(labels: Tensor) -> Tensor:
     """Return the mean image of each label's class [N, 1, 8, 8]: accurate and without variety, it must not pass."""
     x, y = load_digits().train
@@ -125,7 +131,7 @@ def judge_model(generator: Generator, nfes: Sequence[int]) -> dict[int, dict[str
         generator: the model; its classes are replaced by those labels.
         nfes: numbers of network evaluations per sample.
     """
-    judges = Judges()
+    judges = trained_judges()
     labels = judges.labels.tolist()
     generator = dataclasses.replace(generator, classes=labels)
     return {nfe: judges.judge(generator.samples(range(len(labels)), nfe)) for nfe in nfes}

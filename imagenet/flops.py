@@ -28,6 +28,12 @@ from imagenet.dit import FREQUENCIES, DiTConfig
 from imagenet.presets import Config, build_model
 from tvm_ref import OBJECTIVES, Condition, Times
 
+# matrix products in bfloat16 per second by the makers' data sheets, dense, by what the device's name begins with
+PEAKS = {
+    "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12,
+}  # fmt: skip
+
 
 class Part(NamedTuple):
     """Some of a network's products.
@@ -79,6 +85,22 @@ def least_step_flops(config: DiTConfig, *, detach_jvp: bool = False, guided: boo
         dual = 1 + moves + gradients * (1 if detach_jvp else 1 + moves)
         total += macs * (dual + 1 + gradients + 1 + guided)
     return 2 * total
+
+
+def utilisation(config: Config, images_per_second: float, device: str, devices: int) -> float | None:
+    """Return the share of the devices' peak that the arithmetic of TVM steps needs (MFU); None if it is not known.
+
+    Args:
+        config: what is trained; known for TVM in bfloat16.
+        images_per_second: of all devices together.
+        device: name of the device, as torch.cuda.get_device_name has it.
+        devices: number of them.
+    """
+    peak = next((flops for name, flops in PEAKS.items() if device.startswith(name)), None)
+    if peak is None or config.objective != "tvm" or config.precision != "bfloat16":
+        return None
+    needed = least_step_flops(config.network(), detach_jvp=config.detach_jvp, guided=config.guided)
+    return images_per_second * needed / (devices * peak)
 
 
 def count_flops(step: Callable[[], object]) -> int:

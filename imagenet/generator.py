@@ -24,6 +24,7 @@ from tvm_ref.sampling import stepper
 
 CPU = torch.device("cpu")
 BATCH = 64  # samples at a time, where nothing else is said
+DECODED = 8  # latents that the autoencoder decodes at a time: it needs far more memory per image than the model
 COLUMNS, ROWS = 10, 8  # of a grid, where nothing else is said: a class per column
 WIDEST = 20  # classes that get a column each
 
@@ -74,7 +75,7 @@ class Generator:
         """Draw images uint8 [B, H, W, 3]."""
         x = self.samples(numbers, steps)
         if self.vae is not None and self.normalisation is not None:
-            x = decode(self.vae, x, self.normalisation)
+            x = torch.cat([decode(self.vae, part, self.normalisation) for part in x.split(DECODED)])
         return to_pixels(x)
 
     def batches(self, numbers: Sequence[int], steps: int, size: int = BATCH) -> Iterator[Pixels]:

@@ -6,6 +6,7 @@ index).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from imagenet.fingerprints import fingerprint
 from imagenet.noise import FLIP
 from imagenet.presets import Config
+from imagenet.provenance import Provenance
 
 
 class Data(Protocol):
@@ -138,6 +140,21 @@ def load_data(config: Config, folder: str | Path | None = None, *, download: boo
         raise ValueError(f"the data are of shape {list(data.shape)}, the configuration asks for {list(shape)}")
     _check_labels(data, config.classes)
     return data
+
+
+def provenance_of(config: Config, data: Data) -> Provenance:
+    """Describe the data that a configuration is trained on."""
+    from imagenet.latents import Latents
+
+    known = Provenance(config.data, len(data), data.fingerprint())
+    if not isinstance(data, Latents):
+        return known
+    return replace(
+        known,
+        autoencoder=data.autoencoder,
+        autoencoder_fingerprint=data.autoencoder_fingerprint,
+        normalisation=data.normalisation,
+    )
 
 
 def _check_labels(data: Data, classes: int) -> None:

@@ -34,6 +34,7 @@ class World:
     size: int = 1
     device: torch.device = CPU
     group: Any = None  # of gloo, with PATIENCE; None is the default group
+    saving: Any = None  # another one, for states that are written while training goes on
 
     @property
     def first(self) -> bool:
@@ -48,6 +49,12 @@ class World:
         rows = [torch.empty_like(row) for _ in range(self.size)]
         distributed.all_gather(rows, row, group=self.group)
         return torch.stack(rows)
+
+    def sum(self, a: Tensor) -> Tensor:
+        """Sum a tensor on the CPU over all processes, in place."""
+        if self.size > 1:
+            distributed.all_reduce(a, group=self.group)
+        return a
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -106,12 +113,12 @@ def process_group(device: str | None = None) -> Iterator[World]:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    group = None
-    if size > 1:
-        distributed.init_process_group(BACKENDS.get(here.type, "gloo"), timeout=TIMEOUT)
-        group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    group = saving = None
     try:
-        yield World(rank, size, here, group)
+        if size > 1:
+            distributed.init_process_group(BACKENDS.get(here.type, "gloo"), timeout=TIMEOUT)
+            group, saving = (distributed.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+        yield World(rank, size, here, group, saving)
     finally:
         if distributed.is_initialized():  # also by FSDP, alone
             distributed.destroy_process_group()
@@ -183,7 +190,7 @@ def reshard(state: Any, like: Any) -> Any:
     """Shard full tensors as the state `like` holds them: over the same processes, on the same devices."""
     if isinstance(state, Mapping):
         return {key: reshard(value, like.get(key)) for key, value in state.items()}
-    if hasattr(like, "full_tensor"):
+    if hasattr(like, "full_tensor") and not hasattr(state, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(state.to(like.device), like.device_mesh, like.placements)
@@ -195,8 +202,7 @@ def reshard_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {
         index: {
-            name: reshard(a.clone(), parameters[index]) if isinstance(a, Tensor) and a.ndim else a
-            for name, a in entry.items()
+            name: reshard(a, parameters[index]) if isinstance(a, Tensor) and a.ndim else a for name, a in entry.items()
         }
         for index, entry in state["state"].items()
     }

@@ -1,7 +1,7 @@
 """Print what each preset costs, by arithmetic alone: nothing is run.
 
     python imagenet/preset_costs.py
-    python imagenet/preset_costs.py --objectives        a step of every objective, in plain forwards; a minute
+    python imagenet/preset_costs.py --objectives        a step of every objective, in plain forwards; minutes
 
 First floating-point operations of matrix products per image, once forward, in a TVM step, and in one whose gradient
 through the JVP is detached (flops.py); and of the whole training. Then memory (memory.py): of the state (weights, two

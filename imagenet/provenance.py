@@ -7,10 +7,8 @@ another autoencoder or normalisation, is refused: it would give worse images wit
 import json
 from dataclasses import asdict, dataclass, fields, replace
 
-from imagenet.image_datasets import Data
-from imagenet.latents import Latents, Normalisation
+from imagenet.latents import Normalisation
 from imagenet.pickle_scan import shown
-from imagenet.presets import Config
 
 
 @dataclass(frozen=True)
@@ -78,16 +76,3 @@ class Provenance:
                 raise ValueError(
                     f"{what}: another {label}, {shown(str(others), 200)} in place of {shown(str(mine), 200)}"
                 )
-
-
-def provenance_of(config: Config, data: Data) -> Provenance:
-    """Describe the data that a configuration is trained on."""
-    known = Provenance(config.data, len(data), data.fingerprint())
-    if not isinstance(data, Latents):
-        return known
-    return replace(
-        known,
-        autoencoder=data.autoencoder,
-        autoencoder_fingerprint=data.autoencoder_fingerprint,
-        normalisation=data.normalisation,
-    )

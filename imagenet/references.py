@@ -129,13 +129,13 @@ def _from_pickle(path: Path) -> Gaussian:
         if {"mu", "sigma"} <= set(stored):
             return _gaussian(stored["mu"], stored["sigma"])
         if {"raw_mean", "raw_cov", "num_items"} <= set(stored):
-            return _from_sums(stored["raw_mean"], stored["raw_cov"], stored["num_items"])
+            return from_sums(stored["raw_mean"], stored["raw_cov"], stored["num_items"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     raise ValueError(f"{path} holds no statistics (mu and sigma, or raw_mean, raw_cov and num_items)")
 
 
-def _from_sums(total: Any, squares: Any, n: Any) -> Gaussian:
+def from_sums(total: Any, squares: Any, n: Any) -> Gaussian:
     """Compute mean and covariance of n features from their sum [D] and the sum of their outer products [D, D]."""
     if not isinstance(n, int | float) or isinstance(n, bool) or not 2 <= n < math.inf:
         raise ValueError("num_items must be a number of at least 2")

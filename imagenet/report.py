@@ -4,8 +4,11 @@ Samples are those that sample.py and evaluate.py draw from the run by default: t
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from imagenet import checkpoints
 from imagenet.generator import Generator
@@ -22,26 +25,30 @@ def draw_grid(path: Path, generator: Generator, world: World, steps: int = 1) ->
 
     All processes take part, as the weights may be sharded; the first one writes.
     """
-    image = generator.grid(steps)
+    image = (generator if world.first else replace(generator, vae=None)).grid(steps)  # decoded once
     if world.first:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, image)
 
 
 def write_weights(run: Run, path: Path) -> None:
-    """Write the evaluation weights as they stand. All processes take part.
+    """Write the evaluation weights as they stand, and beside them those of other decays. All processes take part.
 
     Raises:
         OSError: in every process, if the file could not be written.
     """
-    weights, training = full_state(run.training.ema.state_dict()["module"]), run.training
-    names = {name.removeprefix("network."): a for name, a in weights.items()}
+    training = run.training
+    about = {"step": str(training.step), "data": run.provenance.to_json()}
+    for i, average in enumerate(training.averages):
+        weights = full_state(average.state_dict()["module"])
+        names = {name.removeprefix("network."): a for name, a in weights.items()}
+        here = path if i == 0 else path.with_stem(f"{path.stem}-ema{average.decay:g}")
 
-    def save() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.save_weights(path, names, training.config, step=str(training.step), data=run.provenance.to_json())
+        def save(here: Path = here, names: dict[str, Tensor] = names, decay: float = average.decay) -> None:
+            here.parent.mkdir(parents=True, exist_ok=True)
+            checkpoints.save_weights(here, names, training.config, ema=f"{decay:g}", **about)
 
-    run.world.on_first(save)
+        run.world.on_first(save)
 
 
 def write_report(run: Run, total_seconds: float) -> dict[str, Any]:
@@ -55,7 +62,7 @@ def write_report(run: Run, total_seconds: float) -> dict[str, Any]:
         OSError: a file could not be written.
     """
     training, config = run.training, run.training.config
-    generator = training.generator()
+    generator = run.generator()
     for nfe in NFES:
         draw_grid(run.folder / f"samples-{nfe}.png", generator, run.world, nfe)
     metrics: dict[str, Any] = {}

@@ -3,6 +3,7 @@
     config.json            the configuration
     data.json              what it is trained on (provenance.py)
     train.jsonl            a line per --log-every steps (training_log.py)
+    evaluations.jsonl      a line per --evaluate-every steps (evaluation.py)
     samples/               grids while training
     snapshots/             evaluation weights of every --snapshot-every steps, all kept (report.py)
     checkpoints/           the newest states (checkpoints.py)
@@ -17,16 +18,24 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from imagenet import checkpoints
+from torch import nn
+
+from imagenet import checkpoints, training_log
+from imagenet.evaluation import Judge
+from imagenet.generator import Generator
 from imagenet.presets import RESUMABLE, Config
 from imagenet.provenance import Provenance
 from imagenet.training import Training
 from imagenet.training_log import Log
+from tvm_ref import OBJECTIVES
 from tvm_ref.command_line import flag, write_atomically
+
+EVALUATIONS = "evaluations.jsonl"
 
 
 def stored_config(folder: Path, given: dict[str, Any]) -> Config:
@@ -46,9 +55,11 @@ def stored_config(folder: Path, given: dict[str, Any]) -> Config:
 
 
 def _check_steps(folder: Path, stored: Config, steps: int) -> None:
-    """Raise ValueError unless a run may go on to `steps`: to more under a constant learning rate, else to its own."""
-    if steps != stored.steps and stored.schedule != "constant":
-        reason = f"its --schedule {stored.schedule} was shaped by them"
+    """Raise ValueError unless a run may go on to `steps`: to its own, or to more where nothing was shaped by them."""
+    shaped = [f"--schedule {stored.schedule}"] * (stored.schedule != "constant")
+    shaped += [f"--objective {stored.objective}"] * OBJECTIVES[stored.objective].has_curriculum
+    if steps != stored.steps and shaped:
+        reason = f"its {shaped[0]} was shaped by them"
         raise ValueError(f"--resume keeps a run's options: {folder} has --steps {stored.steps}, as {reason}")
     if steps < stored.steps:
         raise ValueError(f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
@@ -68,17 +79,51 @@ class Run:
         training: the training.
         keep: how many checkpoints.
         provenance: what it is trained on.
+        vae: the autoencoder of latents, on the device; None shows latents as they are.
+        judge: measures the evaluation weights while training.
+        wandb: project of Weights & Biases to log to as well.
     """
 
-    def __init__(self, folder: Path, training: Training, keep: int, provenance: Provenance):
-        self.folder, self.training, self.keep, self.provenance = folder, training, keep, provenance
+    def __init__(
+        self,
+        folder: Path,
+        training: Training,
+        keep: int,
+        provenance: Provenance,
+        *,
+        vae: nn.Module | None = None,
+        judge: Judge | None = None,
+        wandb: str | None = None,
+    ):
+        self.folder, self.training, self.provenance = folder, training, provenance
         self.world = training.world
-        self.log = Log(folder, training)
+        self.vae, self.judge = vae, judge
+        self.log = Log(folder, training, wandb)
+        self.saver = checkpoints.Saver(self.checkpoints, keep, self.world)
 
     @property
     def checkpoints(self) -> Path:
         """The folder of states."""
         return self.folder / "checkpoints"
+
+    def generator(self) -> Generator:
+        """Return the sampler of the evaluation weights, as sample.py has it by default."""
+        generator = self.training.generator()
+        return (
+            generator
+            if self.vae is None
+            else replace(generator, vae=self.vae, normalisation=self.provenance.normalisation)
+        )
+
+    def evaluate(self, steps: Sequence[int]) -> None:
+        """Measure the evaluation weights at some numbers of steps; all processes take part, the first one writes."""
+        assert self.judge is not None
+        figures = {str(n): self.judge(self.generator(), n, self.world) for n in steps}
+        if self.world.first:
+            line = {"step": self.training.step, "nfe": figures}
+            with (self.folder / EVALUATIONS).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.log.show({f"{name}, {n} NFE": value for n, row in figures.items() for name, value in row.items()})
 
     def snapshot(self, step: int) -> Path:
         """Name the file of the evaluation weights of a step."""
@@ -87,12 +132,14 @@ class Run:
     def create(self) -> None:
         """Make the folder, and write the configuration; weights of a run that now goes on further become a snapshot."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        weights = self.folder / checkpoints.WEIGHTS
-        if weights.is_file() and (steps := checkpoints.read_config(self.folder).steps) < self.training.config.steps:
+        weights = sorted(self.folder.glob(checkpoints.ALL_WEIGHTS))
+        if weights and (steps := checkpoints.read_config(self.folder).steps) < self.training.config.steps:
             self.snapshot(steps).parent.mkdir(exist_ok=True)
-            os.replace(weights, self.snapshot(steps))
+            for path in weights:
+                os.replace(path, self.snapshot(steps).with_stem(path.stem.replace("weights", f"{steps:08d}")))
         if self.training.step == 0:  # of a run that failed before it saved
             shutil.rmtree(self.folder / "samples", ignore_errors=True)
+        training_log.keep_lines(self.folder / EVALUATIONS, self.training.step)
         write_atomically(self.folder / checkpoints.DATA, self.provenance.to_json() + "\n")
         write_atomically(self.folder / checkpoints.CONFIG, self.training.config.to_json() + "\n")
 
@@ -120,7 +167,7 @@ class Run:
             print(f"{complaint}: going on from {path}", file=sys.stderr, flush=True)
         if path is None:
             return False
-        state = checkpoints.read_checkpoint(path)
+        state = checkpoints.read_checkpoint(path, self.training.place)
         try:
             self.training.load_state_dict(state)
             self.log.load_state_dict(state)
@@ -129,13 +176,9 @@ class Run:
         return True
 
     def save(self) -> None:
-        """Write a checkpoint.
+        """Start to write a checkpoint, once the one before is written.
 
         Raises:
-            OSError: in every process, if it could not be written; older checkpoints are untouched.
+            OSError: in every process, if the one before could not be written; older checkpoints are untouched.
         """
-        state: dict[str, Any] = {}
-        if self.training.config.parallel == "fsdp" or self.world.first:  # sharded weights are gathered from all
-            state = self.training.state_dict() | self.log.state_dict()
-        step = self.training.step
-        self.world.on_first(lambda: checkpoints.save_checkpoint(self.checkpoints, state, step, self.keep))
+        self.saver.save(self.training.state_dict() | self.log.state_dict(), self.training.step)

@@ -19,23 +19,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from imagenet import checkpoints, parallel
 from imagenet.batches import Batches, loader
-from imagenet.image_datasets import Data, load_data
+from imagenet.evaluation import Judge, make_judge
+from imagenet.fingerprints import fingerprint
+from imagenet.image_datasets import Data, load_data, provenance_of
+from imagenet.latents import load_vae
 from imagenet.memory import check_memory, free_bytes
 from imagenet.parallel import World
 from imagenet.presets import PRESETS, RESUMABLE, Config
-from imagenet.provenance import Provenance, provenance_of
+from imagenet.provenance import Provenance
 from imagenet.report import draw_grid, write_report, write_weights
 from imagenet.run import Run, saved_nothing, stored_config
 from imagenet.training import Training
+from imagenet.training_log import check_wandb
 from tvm_ref import command_line
 from tvm_ref.command_line import OneLineParser, add_options, given, option, require_at_least, require_free
 from tvm_ref.interruption import INTERRUPTED, Interruption, SaveRequests
 from tvm_ref.objectives import TERMS
 
+LEAST = 10  # images to measure
 GO_ON = "the same command with --resume goes on"
 THREADS = 1  # on a CPU, unless OMP_NUM_THREADS says more, which helps digits little and hurts much on busy cores
 
@@ -55,11 +61,21 @@ class Options:
     save_every: int = option(500, "steps between checkpoints")
     keep: int = option(3, "checkpoints that are kept, the newest")
     snapshot_every: int = option(0, "steps between evaluation weights that stay, in snapshots/; 0: none")
+    vae: str | None = option(None, "autoencoder that shows latents as pictures (default: the one that made them)")
+    evaluate_every: int = option(0, "steps between measurements of the evaluation weights; 0: none")
+    evaluate_count: int = option(10_000, "images for each measurement (published figures use 50,000)")
+    evaluate_steps: int = option(1, "network evaluations per image that is measured")
+    reference: str | None = option(None, "mu and sigma of real images, .npz or .pkl, for FID; digits need none")
+    inception: str | None = option(None, "file of Inception's weights, for FID (default: where torch.hub keeps it)")
+    wandb: str | None = option(None, "log to this project of Weights & Biases as well")
 
     def __post_init__(self) -> None:
-        require_at_least(0, workers=self.workers, snapshot_every=self.snapshot_every)
-        for name in ("log_every", "sample_every", "save_every", "keep"):
+        require_at_least(
+            0, workers=self.workers, snapshot_every=self.snapshot_every, evaluate_every=self.evaluate_every
+        )
+        for name in ("log_every", "sample_every", "save_every", "keep", "evaluate_steps"):
             require_at_least(1, **{name: getattr(self, name)})
+        require_at_least(LEAST, evaluate_count=self.evaluate_count)
 
 
 def parser() -> OneLineParser:
@@ -109,8 +125,14 @@ def prepare(
     return config, resumed
 
 
-def described(config: Config, data: Data, folder: Path | None) -> Provenance:
+def described(config: Config, data: Data, folder: Path | None, vae: str | None = None) -> Provenance:
     """Describe the data, and check that they are those of the run in a folder, and of the weights that it starts from.
+
+    Args:
+        config: of the run.
+        data: its data.
+        folder: of a run that goes on.
+        vae: --vae, if it is given; else a run that goes on keeps what it was given.
 
     Raises:
         ValueError: they are others.
@@ -119,14 +141,49 @@ def described(config: Config, data: Data, folder: Path | None) -> Provenance:
     before = None if folder is None else checkpoints.read_provenance(folder)
     if before is not None:
         before.check_same(here, f"--resume: {folder} was trained on other data than --data-path holds")
-    source = None if config.init is None else checkpoints.read_provenance(config.init)
+        here = dataclasses.replace(here, autoencoder=before.autoencoder)
+    start = config.init if folder is None else None  # of a run that goes on, its checkpoint holds all that is needed
+    source = None if start is None else checkpoints.read_provenance(start)
     if source is not None:
-        source.check_same_latents(here, f"--init: {config.init} was trained on other latents than --data-path holds")
-    return here
+        source.check_same_latents(here, f"--init: {start} was trained on other latents than --data-path holds")
+    return here if vae is None else dataclasses.replace(here, autoencoder=vae)
 
 
-def begin(preset: str, changes: dict[str, Any], options: Options, world: World) -> tuple[Run, Data]:
+def load_decoder(here: Provenance, asked: bool, world: World) -> nn.Module | None:
+    """Load the autoencoder of latents; None where there is none, or it cannot be had and was not asked for.
+
+    Raises:
+        ValueError: it was asked for by --vae and cannot be had, or it is not the one that made the latents.
+    """
+    if here.normalisation is None or here.autoencoder is None:
+        if asked:
+            raise ValueError(f"--vae shows latents as pictures; --data {here.data} has none")
+        return None
+    name = here.autoencoder
+    try:
+        vae = world.on_first(lambda: load_vae(name)) or load_vae(name)  # the first process may have to fetch it
+    except ValueError as error:
+        if asked:
+            raise
+        if world.first:
+            print(f"{error}; grids show latents as they are")
+        return None
+    there = Provenance(here.data, autoencoder_fingerprint=fingerprint(vae.state_dict()))
+    here.check_same_latents(there, f"--vae {name} is not what made the latents")
+    return vae.to(world.device)
+
+
+def begin(
+    preset: str, changes: dict[str, Any], options: Options, world: World, judge: Judge | None = None
+) -> tuple[Run, Data]:
     """Make a run, or restore the one that goes on, and load its data.
+
+    Args:
+        preset: a key of PRESETS.
+        changes: fields of the configuration in place of the preset's.
+        options: how and where to run.
+        world: the processes.
+        judge: measures the run in place of what the options name.
 
     Raises:
         ValueError, OSError: bad options, missing data, a folder that is in the way or cannot be resumed, a step that
@@ -135,13 +192,19 @@ def begin(preset: str, changes: dict[str, Any], options: Options, world: World) 
     out = Path(options.out or f"runs/imagenet/{preset}")
     plan = world.on_first(lambda: prepare(preset, changes, out, resume=options.resume, world_size=world.size))
     config, resumed = world.broadcast(plan)
+    if options.wandb is not None:
+        check_wandb()
+    if options.evaluate_every and judge is None:
+        reference, inception = (None if a is None else Path(a) for a in (options.reference, options.inception))
+        judge = make_judge(config, reference, inception, options.evaluate_count, world)
     free = world.all_gather([free_bytes(world.device)]).min().item()
     check_memory(config, free, world.size)
     data = world.on_first(lambda: load_data(config, options.data_path, download=options.download))
     if data is None:  # the first process has fetched it
         data = load_data(config, options.data_path)
-    here = world.broadcast(world.on_first(lambda: described(config, data, out if resumed else None)))
-    run = Run(out, Training(config, world), options.keep, here)
+    here = world.broadcast(world.on_first(lambda: described(config, data, out if resumed else None, options.vae)))
+    vae = load_decoder(here, options.vae is not None, world)
+    run = Run(out, Training(config, world), options.keep, here, vae=vae, judge=judge, wandb=options.wandb)
     run.start()
     world.on_first(run.create)
     if not resumed and options.resume and world.first:
@@ -165,9 +228,10 @@ def train(run: Run, data: Data, options: Options) -> bool:
         disable=not world.first,
     )  # fmt: skip
     run.log.open()
-    with contextlib.closing(run.log), Interruption() as interruption, SaveRequests() as requests, bar:
+    with contextlib.closing(run.log), Interruption() as interruption, SaveRequests() as requests, run.saver, bar:
         for batch in run.log.timed(loader(batches, first, options.workers, pin=world.device.type == "cuda")):
-            metrics = training.train_step(batch, stop=interruption.requested, save=requests.take())
+            stop = interruption.requested or run.saver.failed
+            metrics = training.train_step(batch, stop=stop, save=requests.take())
             step = training.step
             run.log.note(metrics)
             bar.update()
@@ -176,7 +240,9 @@ def train(run: Run, data: Data, options: Options) -> bool:
                 shown = (*TERMS, "images_per_second", "data_wait", "gib")
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in shown}, refresh=False)
             if step % options.sample_every == 0:
-                draw_grid(run.folder / "samples" / f"{step:08d}.png", training.generator(), world)
+                draw_grid(run.folder / "samples" / f"{step:08d}.png", run.generator(), world)
+            if options.evaluate_every and step % options.evaluate_every == 0:
+                run.evaluate([options.evaluate_steps])
             if options.snapshot_every and step % options.snapshot_every == 0:
                 write_weights(run, run.snapshot(step))
             if step % options.save_every == 0 or metrics.asked_to_save:
@@ -185,13 +251,13 @@ def train(run: Run, data: Data, options: Options) -> bool:
             if metrics.asked_to_stop:
                 stopped = True
                 break
-    if saved != training.step:
-        run.save()
+        if saved != training.step:
+            run.save()
     return not stopped or training.step == config.steps
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 130 stopped."""
+def main(argv: list[str] | None = None, judge: Judge | None = None) -> int:
+    """Run the command; `judge` replaces what measures the run. Returns the exit status: 0 done, 130 stopped."""
     started = time.perf_counter()
     command = parser()
     arguments = command.parse_args(argv)
@@ -201,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
             world = stack.enter_context(parallel.process_group(options.device))
             if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(THREADS)
-            run, data = begin(arguments.preset, given(arguments, Config), options, world)
+            run, data = begin(arguments.preset, given(arguments, Config), options, world, judge)
         with command.failures(GO_ON):
             finished = train(run, data, options)
             scores = write_report(run, time.perf_counter() - started).get("nfe", {}) if finished else {}

@@ -51,21 +51,28 @@ def make_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.opti
 
 
 class Training:
-    """A model being trained: weights, target EMA, evaluation EMA, optimizer, and how far it has come."""
+    """A model being trained: weights, target EMA, averages to evaluate, optimizer, and how far it has come.
+
+    Attributes:
+        model: the weights theta.
+        target: their average theta*.
+        averages: their averages theta**, one for each decay; `ema` is the first, which is evaluated.
+    """
 
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
         torch.manual_seed(config.seed)
         self.model: FlowMap = build_model(config).to(world.device)
         self.target = EMA(self.model, config.target_ema)
-        self.ema = EMA(self.model, config.ema)
+        self.averages = [EMA(self.model, decay) for decay in config.ema]
+        self.ema = self.averages[0]
         null_label = config.classes if config.guided else None
         options: dict[str, Any] = {"detach_jvp": True} if config.detach_jvp else {}
         objective = OBJECTIVES[config.objective](self.model, null_label=null_label, **options)
         self._set_progress = objective.set_progress  # of what is wrapped below
         if config.compile:
             objective.compile(dynamic=False)
-        self.objective = parallel.wrap(objective, [self.target, self.ema], world, config.parallel)
+        self.objective = parallel.wrap(objective, [self.target, *self.averages], world, config.parallel)
         self._parameters = list(self.model.parameters())
         self.optimizer = make_optimizer(config, self._parameters)
         self.step = 0
@@ -104,7 +111,8 @@ class Training:
             group["lr"] = learning_rate(config, self.step)
         self.optimizer.step()  # theta
         self.target.update(self.model)  # theta*, the target of the loss: EMA of a short memory
-        self.ema.update(self.model)  # theta**, the weights that are sampled from: EMA of a long one
+        for average in self.averages:  # theta**, the weights that are sampled from: EMA of a long one
+            average.update(self.model)
         self.step += 1
         return metrics
 
@@ -133,24 +141,43 @@ class Training:
         return Generator(self.ema.module, self.config, self.world.device)
 
     def load_initial(self, weights: dict[str, Tensor]) -> None:
-        """Start from weights, the state dict of a FlowMap: the model, the target's average and the evaluated one."""
-        for model in (self.model, self.target.module, self.ema.module):
+        """Start from weights, the state dict of a FlowMap: the model and all averages."""
+        for model in (self.model, self.target.module, *(average.module for average in self.averages)):
             model.load_state_dict(parallel.reshard(weights, model.state_dict()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Gather everything that continues this training, unsharded and on the CPU. All processes take part."""
+        """Return everything that continues this training: its own tensors, not copies, sharded where they are."""
         return {
-            "model": parallel.full_state(self.model.state_dict()),
-            "target": parallel.full_state(self.target.state_dict()),
-            "ema": parallel.full_state(self.ema.state_dict()),
-            "optimizer": parallel.full_state(self.optimizer.state_dict()),
+            "model": self.model.state_dict(),
+            "target": self.target.state_dict(),
+            "ema": [average.state_dict() for average in self.averages],
+            "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
 
+    def place(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return a tensor to read one of a stored state into, by its path: of weights themselves, of moments new ones.
+
+        Raises:
+            ValueError: there is no such tensor in this training.
+        """
+        kind, *path = name.split("/")
+        if kind != "optimizer":
+            module = {"model": self.model, "target": self.target.module}.get(kind)
+            if kind == "ema" and int(path[0]) < len(self.averages):
+                module = self.averages[int(path[0])].module
+            weights = {} if module is None else module.state_dict()
+            if path[-1] not in weights:
+                raise ValueError(f"it holds {name}, which this run has not")
+            return weights[path[-1]]
+        like = self._parameters[int(path[1])]
+        return torch.empty_like(like, dtype=dtype) if like.shape == size else torch.empty(size, dtype=dtype)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what state_dict gave, on any number of processes."""
+        """Restore what state_dict gave, whatever the number of processes and however its tensors are sharded."""
         self.model.load_state_dict(parallel.reshard(state["model"], self.model.state_dict()))
         self.target.load_state_dict(parallel.reshard(state["target"], self.target.state_dict()))
-        self.ema.load_state_dict(parallel.reshard(state["ema"], self.ema.state_dict()))
+        for average, stored in zip(self.averages, state["ema"], strict=True):
+            average.load_state_dict(parallel.reshard(stored, average.state_dict()))
         self.optimizer.load_state_dict(parallel.reshard_optimizer(state["optimizer"], self.optimizer))
         self.step = state["step"]

@@ -1,10 +1,13 @@
-"""The log of a run: train.jsonl, and TensorBoard's log if it is installed."""
+"""The log of a run: train.jsonl, TensorBoard's log if it is installed, and Weights & Biases if asked for."""
 
 import json
 import math
 import sys
 import time
+import uuid
 from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,12 @@ import psutil
 import torch
 
 from imagenet.batches import Batch
+from imagenet.flops import utilisation
 from imagenet.training import StepMetrics, Training, learning_rate
 from tvm_ref.command_line import write_atomically
 from tvm_ref.objectives import TERMS
+
+WANDB = "wandb-id.txt"  # which run of Weights & Biases goes on when this one does
 
 
 class Log:
@@ -23,16 +29,18 @@ class Log:
     Args:
         folder: of the run.
         training: what is logged.
+        wandb: project of Weights & Biases to log to as well.
     """
 
-    def __init__(self, folder: Path, training: Training):
-        self.folder, self.training = folder, training
+    def __init__(self, folder: Path, training: Training, wandb: str | None = None):
+        self.folder, self.training, self.project = folder, training, wandb
         self.seconds = 0.0  # of training, in all programs that worked on it
         self.before = 0.0  # the part of that before this program
         self._sums, self._summed = [0.0] * len(TERMS), 0  # losses since the last line, and the number of steps
         self._waited = 0.0  # seconds for data since the last line
         self._lines: Any = None
         self._board: Any = None
+        self._wandb: Any = None
 
     def open(self) -> None:
         """Start the clock, and open the files; lines of train.jsonl beyond the training's step are removed."""
@@ -41,12 +49,10 @@ class Log:
         if not self.training.world.first:
             return
         path = self.folder / "train.jsonl"
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-        steps = [_step_of(line) for line in lines]
-        write_atomically(path, "".join(line for line, step in zip(lines, steps, strict=True) if step <= self._first))
-        if damaged := sum(step == math.inf for step in steps[:-1]):  # the last may have been cut by a crash
-            print(f"{path}: {damaged} damaged lines are removed", file=sys.stderr, flush=True)
+        keep_lines(path, self._first)
         self._lines = path.open("a")
+        if self.project is not None:
+            self._wandb = join_wandb(self.project, self.folder, asdict(self.training.config))
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -58,7 +64,9 @@ class Log:
         for log in (self._lines, self._board):
             if log is not None:
                 log.close()
-        self._lines = self._board = None
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._lines = self._board = self._wandb = None
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Iterate over batches, and add up how long each was waited for."""
@@ -85,12 +93,15 @@ class Log:
         cuda = device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(device) if cuda else psutil.Process().memory_info().rss
         steps, seconds = step - self._last_line[0], self.seconds - self._last_line[1]
+        speed = steps * config.batch_size / seconds
+        mfu = utilisation(config, speed, torch.cuda.get_device_name(device), self.training.world.size) if cuda else None
         line = {
             "step": step,
             **{name: a / self._summed for name, a in zip(TERMS, self._sums, strict=True)},
             "gradient_norm": metrics.gradient_norm,
             "lr": learning_rate(config, step - 1),
-            "images_per_second": round(steps * config.batch_size / seconds, 1),
+            "images_per_second": round(speed, 1),
+            **({} if mfu is None else {"mfu": round(mfu, 4)}),
             "data_wait": round(self._waited / seconds, 3),
             "gib": round(memory / 2**30, 3),
             "seconds": round(self.seconds, 3),
@@ -100,10 +111,15 @@ class Log:
         if self._lines is not None:
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
-        for name, value in line.items():
-            if self._board is not None and name != "step":
-                self._board.add_scalar(name, value, step)
+        self.show({name: value for name, value in line.items() if name != "step"})
         return line
+
+    def show(self, values: dict[str, float]) -> None:
+        """Send numbers of the training's step to TensorBoard and Weights & Biases."""
+        for name, value in values.items() if self._board is not None else ():
+            self._board.add_scalar(name, value, self.training.step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=self.training.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold, so that the next line is the same."""
@@ -113,6 +129,34 @@ class Log:
         """Restore what state_dict gave."""
         self.seconds = self.before = state["seconds"]
         self._sums, self._summed = state["sums"], state["summed"]
+
+
+def check_wandb() -> None:
+    """Raise ValueError where Weights & Biases is not installed."""
+    if find_spec("wandb") is None:
+        raise ValueError("--wandb needs its package: pip install wandb")
+
+
+def join_wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
+    """Begin a run of Weights & Biases, or go on with that of the folder; WANDB_MODE=offline writes it there alone."""
+    import wandb
+
+    path = folder / WANDB
+    if not path.exists():
+        write_atomically(path, uuid.uuid4().hex[:16] + "\n")
+    return wandb.init(
+        project=project, id=path.read_text().strip(), name=folder.name, dir=folder, config=config, resume="allow"
+    )
+
+
+def keep_lines(path: Path, step: int) -> None:
+    """Remove lines beyond a step from a log, which a run that goes on writes again; damaged ones are told."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    steps = [_step_of(line) for line in lines]
+    if lines:
+        write_atomically(path, "".join(line for line, known in zip(lines, steps, strict=True) if known <= step))
+    if damaged := sum(known == math.inf for known in steps[:-1]):  # the last may have been cut by a crash
+        print(f"{path}: {damaged} damaged lines are removed", file=sys.stderr, flush=True)
 
 
 def _step_of(line: str) -> float:

@@ -1,12 +1,12 @@
-"""Two processes train on halves of a batch through a JVP; rank 0 compares their gradients with one process's.
+"""Two processes train on halves of a batch through a JVP and compare their gradients with one process's.
 
-    python -m tests.distributed_attention ddp|fsdp STORE
+    python -m tests.distributed_attention STORE ddp fsdp
 
 The JVP is inside the module's forward, the wrapper outside.
 """
 
 import sys
-from pathlib import Path
+from copy import deepcopy
 
 import torch
 import torch.distributed as dist
@@ -43,31 +43,36 @@ class Loss(nn.Module):
         return (y.sin() * dy).sum(2).mean()
 
 
-def work(rank: int, kind: str, store: str) -> None:
-    """One process: its half of the batch, its gradients, and on rank 0 the comparison."""
+def wrap(kind: str, net: Loss) -> nn.Module:
+    """Share the network out by DistributedDataParallel or FSDP2."""
+    if kind == "ddp":
+        return DistributedDataParallel(net)
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def work(rank: int, store: str, kinds: list[str]) -> None:
+    """One process: the gradients of the batch, and by each kind of wrapper those of its half."""
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     torch.manual_seed(0)
     net = Loss()
     x, dx = torch.randn(2, SAMPLES, 10, WIDTH)
     half = slice(rank * SAMPLES // 2, (rank + 1) * SAMPLES // 2)
+    nets = [deepcopy(net) for _ in kinds]
     net(x, dx).backward()
-    expected = [p.grad.clone() for p in net.parameters()]
-    net.zero_grad()
-    if kind == "ddp":
-        wrapped: nn.Module = DistributedDataParallel(net)
-    else:
-        mesh = dist.init_device_mesh("cpu", (2,))
-        for block in net.blocks:
-            fully_shard(block, mesh=mesh)
-        wrapped = fully_shard(net, mesh=mesh)
-    wrapped(x[half], dx[half]).backward()
-    for p, e in zip(net.parameters(), expected, strict=True):
-        g = p.grad if kind == "ddp" else p.grad.full_tensor()
-        torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-6)
+    for kind, copy in zip(kinds, nets, strict=True):
+        wrapped = wrap(kind, copy)
+        wrapped(x[half], dx[half]).backward()
+        for p, whole in zip(copy.parameters(), net.parameters(), strict=True):
+            g = p.grad if kind == "ddp" else p.grad.full_tensor()
+            torch.testing.assert_close(g, whole.grad, rtol=1e-5, atol=1e-6)
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, (sys.argv[1], sys.argv[2]), nprocs=2)
-    print("equal", Path(sys.argv[2]).name)
+    # forked, so that PyTorch is imported once
+    torch.multiprocessing.start_processes(work, (sys.argv[1], sys.argv[2:]), nprocs=2, start_method="fork")
+    print("equal", *sys.argv[2:])

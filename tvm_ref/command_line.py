@@ -108,12 +108,17 @@ def flag(name: str) -> str:
 
 
 def kinds(config: type) -> dict[str, tuple[type, bool, tuple[str, ...] | None]]:
-    """Return the type of each field of a dataclass, whether it may be None, and its choices, if they are listed."""
+    """Return the type of each field of a dataclass, whether it may be None, and its choices, if they are listed.
+
+    Of a field with one or more values (nargs "+" beside its annotation tuple[float, ...]) it is their type.
+    """
     found, hints = {}, typing.get_type_hints(config)
     for f in dataclasses.fields(config):
         union = typing.get_args(hints[f.name]) if isinstance(hints[f.name], types.UnionType) else (hints[f.name],)
         (kind,) = (a for a in union if a is not types.NoneType)
         choices = f.metadata.get("choices")
+        if typing.get_origin(kind) is tuple:  # one or more, tuple[float, ...]
+            kind = typing.get_args(kind)[0]
         if typing.get_origin(kind) is typing.Literal:
             kind, choices = str, typing.get_args(kind)
         found[f.name] = (kind, types.NoneType in union, None if choices is None else tuple(choices))
@@ -138,21 +143,30 @@ def add_options(parser: argparse._ActionsContainer, config: type, only: Sequence
 
 
 def given(arguments: argparse.Namespace, config: type) -> dict[str, Any]:
-    """Return the fields of a dataclass that the command line gave, by name."""
-    return {f.name: getattr(arguments, f.name) for f in dataclasses.fields(config) if hasattr(arguments, f.name)}
+    """Return the fields of a dataclass that the command line gave, by name; several values as a tuple."""
+    found = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(config) if hasattr(arguments, f.name)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def check_types(config: Any) -> None:
     """Raise ValueError, naming the option, for a field that is not what its annotation says, as a file may have it."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    many = {f.name for f in dataclasses.fields(config) if f.metadata.get("nargs")}
     for name, (kind, optional, choices) in kinds(type(config)).items():
         value = getattr(config, name)
-        if value is None and optional:
-            continue
-        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
-            raise ValueError(f"{flag(name)} must be {words.get(kind, kind.__name__)}, got {value!r:.80}")
-        if choices is not None and value not in choices:
-            raise ValueError(f"{flag(name)} must be one of {', '.join(choices)}; got {value!r:.80}")
+        if name in many and not (isinstance(value, tuple) and value):
+            raise ValueError(f"{flag(name)} must be a list, and not empty; got {value!r:.80}")
+        for item in value if name in many else (value,):
+            if item is not None or not optional:
+                _check_type(name, item, kind, choices)
+
+
+def _check_type(name: str, value: Any, kind: type, choices: tuple[str, ...] | None) -> None:
+    """Raise ValueError, naming the option, for a value that is of another kind, or none of the choices."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{flag(name)} must be {words.get(kind, kind.__name__)}, got {value!r:.80}")
+    if choices is not None and value not in choices:
+        raise ValueError(f"{flag(name)} must be one of {', '.join(choices)}; got {value!r:.80}")
 
 
 def require_at_least(least: float, **values: float) -> None:

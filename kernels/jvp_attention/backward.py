@@ -16,6 +16,7 @@ import triton.language as tl
 
 from jvp_attention.rows import (
     LOG2_E,
+    keep_up_to,
     keys_seen,
     load_mask,
     load_numbers,
@@ -178,9 +179,9 @@ def query_kernel(
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         keys = at + tl.arange(0, KEYS)
         if CAUSAL:
-            s = tl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
+            s = keep_up_to(s, keys[None, :], rows[:, None], at + KEYS > start + 1)
         if not WHOLE_KEYS:
-            s = tl.where((keys < seen)[None, :], s, float("-inf"))
+            s = keep_up_to(s, keys[None, :], seen - 1, at + KEYS > seen)
         if mask is not None:
             s = tl.where(load_mask(mask, b, h, start, N, at, M, QUERIES, KEYS), s, float("-inf"))
         p = tl.exp2(s * factor - lse_rows)  # P
@@ -303,9 +304,9 @@ def key_kernel(
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
             if CAUSAL:
                 rows = at + tl.arange(0, QUERIES)
-                s = tl.where(keys[:, None] <= rows[None, :], s, float("-inf"))
+                s = keep_up_to(s, keys[:, None], rows[None, :], start + KEYS > at + 1)
             if lengths is not None:
-                s = tl.where((keys < seen)[:, None], s, float("-inf"))
+                s = keep_up_to(s, keys[:, None], seen - 1, start + KEYS > seen)
             if mask is not None:
                 s = tl.where(load_mask(mask, b, h, start, M, at, N, KEYS, QUERIES), s, float("-inf"))
             p = tl.exp2(s * factor - load_numbers(lse, head, at, N, QUERIES)[None, :])

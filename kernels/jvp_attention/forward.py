@@ -13,9 +13,11 @@ import triton.language as tl
 
 from jvp_attention.rows import (
     LOG2_E,
+    keep_up_to,
     keys_seen,
     load_mask,
     load_rows,
+    partial_sums,
     place,
     row_max,
     row_sum,
@@ -74,12 +76,12 @@ def forward_kernel(
     factor = tl.maximum(size * LOG2_E, 1e-30)  # not 0, for 0 times the infinity of a hidden key is NaN
     q_tile = load_rows(q, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
     largest = tl.full([QUERIES], float("-inf"), tl.float32)  # of q k^T
-    total = tl.full([QUERIES], 0.0, tl.float32)
+    total = tl.full([QUERIES, 8], 0.0, tl.float32)
     sum_pv = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)
     if DUAL:
         sum_do = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)  # (P * T) v + P dv
     if HAS_T:
-        sum_pt = tl.full([QUERIES], 0.0, tl.float32)  # for mu
+        sum_pt = tl.full([QUERIES, 8], 0.0, tl.float32)  # for mu
         if ROUNDED:
             sum_rounded = tl.full([QUERIES, 8], 0.0, tl.float32)  # for do
             ones = tl.full([KEYS, 8], 1.0, dtype)
@@ -99,9 +101,9 @@ def forward_kernel(
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # S / scale
         keys = at + tl.arange(0, KEYS)
         if CAUSAL:
-            s = tl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
+            s = keep_up_to(s, keys[None, :], rows[:, None], at + KEYS > start + 1)
         if not WHOLE_KEYS:
-            s = tl.where((keys < seen)[None, :], s, float("-inf"))
+            s = keep_up_to(s, keys[None, :], seen - 1, at + KEYS > seen)
         if mask is not None:
             s = tl.where(load_mask(mask, b, h, start, N, at, M, QUERIES, KEYS), s, float("-inf"))
         if HAS_T:
@@ -118,14 +120,14 @@ def forward_kernel(
             shift = tl.where(largest == float("-inf"), 0.0, shift)  # nothing seen so far
         p = tl.exp2(s * factor - shift[:, None])  # P, but for its sum over keys and a factor per row
         shrink = tl.exp2(before * factor - shift)  # what a larger maximum makes of sums so far
-        total = total * shrink + row_sum(p)
+        total = total * shrink[:, None] + partial_sums(p)
         v_tile = load_rows(v, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
         if DUAL:
             sum_do = sum_do * shrink[:, None]
         if HAS_T:
             exact = p * (t * size)
             pt = exact.to(dtype)
-            sum_pt = sum_pt * shrink + row_sum(exact)  # so that T - mu cancels in the backward
+            sum_pt = sum_pt * shrink[:, None] + partial_sums(exact)  # so that T - mu cancels in the backward
             if ROUNDED:
                 # as rounded, so that (P * T) v - mu o cancels in do; on the matrix units, which take pt as it is
                 sum_rounded = tl.dot(pt, ones, sum_rounded * shrink[:, None])
@@ -135,6 +137,9 @@ def forward_kernel(
             sum_do = tl.dot(p.to(dtype), dv_tile, sum_do, input_precision=PRECISION)
         sum_pv = tl.dot(p.to(dtype), v_tile, sum_pv * shrink[:, None], input_precision=PRECISION)
     shift = largest * factor
+    total = row_sum(total)
+    if HAS_T:
+        sum_pt = row_sum(sum_pt)
     if lengths is not None or mask is not None:
         shift = tl.where(total == 0, 0.0, shift)
         total = tl.where(total == 0, 1.0, total)  # no key seen: all sums are zero, and so are the results

@@ -20,6 +20,12 @@ def row_sum(x):
 
 
 @triton.jit
+def partial_sums(x):
+    """Eight sums per row of x [rows, columns], each over every eighth column: what one thread holds of a product."""
+    return tl.reduce(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1, tl.standard._sum_combine)
+
+
+@triton.jit
 def row_max(x):
     """Maxima over the last axis of x [rows, columns]."""
     return tl.reduce(x, 1, tl.standard._elementwise_max)
@@ -58,7 +64,10 @@ def row_pointers(x, b, h, start, UNIT: tl.constexpr, SIZE: tl.constexpr, CHANNEL
     rows = tl.arange(0, SIZE)
     if UNIT == 1:  # odd strides, or so large ones that a tile is too long for 32 bits
         rows = rows.to(tl.int64)
-    return first + (rows[:, None] * (x[3] * UNIT) + tl.arange(0, CHANNELS)[None, :])
+    offsets = rows[:, None] * (x[3] * UNIT) + tl.arange(0, CHANNELS)[None, :]
+    if UNIT != 1:
+        offsets = offsets.to(tl.uint32).to(tl.uint64)  # never negative: saves the registers of a sign's extension
+    return first + offsets
 
 
 @triton.jit
@@ -127,6 +136,14 @@ def load_mask(mask, b, h, start, length, at, others, ROWS: tl.constexpr, COLUMNS
     inside = (rows < length)[:, None] & (columns < others)[None, :]
     offsets = rows.to(tl.int64)[:, None] * mask[3] + columns.to(tl.int64)[None, :] * mask[4]
     return tl.load(mask[0] + b * mask[1] + h * mask[2] + offsets, mask=inside, other=0) != 0
+
+
+@triton.jit
+def keep_up_to(s, keys, last, needed):
+    """Logits s, -inf where a key's index exceeds the last that is seen; untouched, and fast, unless that is needed."""
+    if needed:
+        s = tl.where(keys <= last, s, float("-inf"))
+    return s
 
 
 @triton.jit

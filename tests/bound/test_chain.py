@@ -184,8 +184,7 @@ class Affine(nn.Module):
         return self.c * x + self.d + 0 * over(s, x)
 
 
-@pytest.mark.parametrize("t", [0.6, 1.0])
-@pytest.mark.parametrize("c", [0.8, -0.8], ids=["contracting", "expanding"])
+@pytest.mark.parametrize(("c", "t"), [(0.8, 0.6), (-0.8, 1.0)], ids=["contracting", "expanding"])
 @pytest.mark.slow
 def test_gaussian_data_and_a_linear_network_have_closed_forms(c, t):
     """f = (s - t)(c x + d) and u_theta = c x + d, so m = -c and L = |c|; u and psi of one Gaussian are known."""
@@ -240,7 +239,7 @@ def test_more_than_two_dimensions():
     torch.manual_seed(0)
     network = ToyNetwork(dim=4, **SMALL)
     nn.init.normal_(network.output.weight, std=0.3)
-    bound = measured(FlowMap(network), oracle, n=10, steps=16)
+    bound = measured(FlowMap(network), oracle, n=10, steps=8)
     assert bound.violations() == []
 
 

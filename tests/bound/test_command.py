@@ -104,6 +104,20 @@ def test_a_conditional_run_is_measured(tmp_path, capsys):
     assert json.loads((folder / "bound.json").read_text())["violations"] == []
 
 
+def test_several_runs_have_a_table_of_medians(run, tmp_path, capsys):
+    folders = [copied(run, tmp_path), run]
+    assert command.main([*map(str, folders), "--points", "20", "--grid", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("displacement (eq. 36-38)") == 3  # of each run, and of both
+    reports = [json.loads((folder / "bound.json").read_text()) for folder in folders]
+    assert reports[0] == reports[1]
+    reports[1] = reports[0] | {"displacement": 3 * reports[0]["displacement"]}
+    row = next(line for line in command.table_over_runs(reports).splitlines() if line.startswith("displacement"))
+    least = reports[0]["displacement"]
+    ratio = 2 * least / reports[0]["w2"]
+    assert row.split()[3:] == [f"{2 * least:.4g}", f"({least:.4g}", "-", f"{3 * least:.4g})", f"{ratio:.4g}"]
+
+
 def test_a_violated_link_is_named_and_fails(run, capsys, monkeypatch):
     monkeypatch.setattr(command.Bound, "violations", lambda self: ["w2 2 > displacement 1"])
     assert command.main([str(run), *SIZE]) == 1
@@ -113,8 +127,8 @@ def test_a_violated_link_is_named_and_fails(run, capsys, monkeypatch):
 @pytest.mark.slow
 def test_training_is_measured_and_drawn(tmp_path, capsys):
     out = tmp_path / "out"
-    options = ["--dist", "moons", "--train", "--steps", "120", "--points", "60", "--grid", "32", "--out", str(out)]
-    assert command.main([*options, *SMALL]) == 0
+    options = ["--dist", "moons", "--train", "--points", "60", "--grid", "16", "--out", str(out), *SMALL]
+    assert command.main([*options, "--steps", "120"]) == 0
     result = json.loads((out / "training.json").read_text())
     steps = [record["step"] for record in result["records"]]
     assert steps == over_training.measured_steps(120)
@@ -124,8 +138,8 @@ def test_training_is_measured_and_drawn(tmp_path, capsys):
     assert all(-1 <= value <= 1 for value in result["rank_correlation_with_w2"].values())
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
     assert "Spearman" in capsys.readouterr().out
-    assert "--overwrite" in refusal([*options, *SMALL], capsys)
-    assert command.main([*options, *SMALL, "--overwrite"]) == 0
+    assert "--overwrite" in refusal([*options, "--steps", "10"], capsys)
+    assert command.main([*options, "--steps", "10", "--overwrite"]) == 0
 
 
 def test_training_that_diverges_is_reported(tmp_path, capsys, monkeypatch):

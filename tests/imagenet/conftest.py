@@ -25,10 +25,10 @@ def forks():
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """A run of 120 steps that nothing disturbed, with every third step's checkpoint."""
+    """A run of 120 steps that nothing disturbed, with every tenth step's checkpoint."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     started = time.perf_counter()
-    assert command(folder, "--steps", 120, "--save-every", 3, "--keep", 100) == 0
+    assert command(folder, "--steps", 120, "--save-every", 10, "--keep", 100) == 0
     return folder, time.perf_counter() - started
 
 

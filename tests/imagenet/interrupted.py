@@ -1,5 +1,6 @@
-"""The training command, of which every process gets a SIGTERM after its 60th step."""
+"""The training command, of which every process gets a signal after a step: interrupted.py SIGNAL STEP OPTIONS."""
 
+import signal
 import sys
 
 from imagenet import train
@@ -7,5 +8,6 @@ from imagenet.training import Training
 from tests.imagenet.commands import stopping_at
 
 if __name__ == "__main__":
-    Training.train_step = stopping_at(Training.train_step, 60)
-    sys.exit(train.main())
+    _, name, step, *options = sys.argv
+    Training.train_step = stopping_at(Training.train_step, int(step), signal.Signals[name])
+    sys.exit(train.main(options))

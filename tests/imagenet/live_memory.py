@@ -66,7 +66,7 @@ def autocast(config: Config, device: str) -> Iterator[None]:
 def inputs(config: Config, images: int) -> tuple[Tensor, Times, Condition]:
     x = torch.randn(images, config.in_channels, config.input_size, config.input_size)
     t = torch.linspace(0.5, 1, images)
-    return x, Times(t, t / 2, t / 3), Condition(torch.zeros(images, dtype=torch.long), torch.full_like(t, 0.5))
+    return x, Times(t, t / 2, t / 3), Condition(torch.zeros(images, dtype=torch.long), torch.full_like(t, 1 / config.w))
 
 
 def inside(a: Tensor) -> Tensor:
@@ -116,9 +116,8 @@ def peak(config: Config, images: int) -> int:
     model, target = build_model(config), build_model(config).requires_grad_(False)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    objective = OBJECTIVES[config.objective](
-        model, null_label=config.classes, **({"detach_jvp": True} if config.detach_jvp else {})
-    )
+    options = {"detach_jvp": True} if config.detach_jvp else {}
+    objective = OBJECTIVES[config.objective](model, null_label=config.classes if config.guided else None, **options)
     x, times, condition = inputs(config, images)
     gradients = [p.grad for p in model.parameters()]
     state = [*model.state_dict().values(), *target.state_dict().values(), *gradients, x, *times, *condition]

@@ -1,18 +1,22 @@
 """Checkpoints at every moment that a crash could choose, and weights that say what they need."""
 
+import errno
 import hashlib
 import json
 import os
 import pathlib
+import pickle
 import shutil
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from imagenet import checkpoints
-from imagenet.checkpoints import find_checkpoint, load_weights, read_checkpoint, save_checkpoint, save_weights
+from imagenet import checkpoints, sharded_state
+from imagenet.checkpoints import Saver, find_checkpoint, load_weights, read_checkpoint, save_weights
 from imagenet.presets import Config, build_model
 
 CONFIG = Config(hidden_size=16, depth=1)
@@ -23,7 +27,10 @@ class Crash(BaseException):
 
 
 def save(folder, step, keep=2):
-    return save_checkpoint(folder, {"step": step, "a": torch.full((50,), float(step))}, step, keep)
+    saver = Saver(folder, keep)
+    saver.save({"step": step, "a": torch.full((50,), float(step)), "b": [(0.5, None), {3: torch.ones(())}]}, step)
+    saver.wait()
+    return folder / f"{step:08d}"
 
 
 def crash_at(monkeypatch, moment):
@@ -42,7 +49,7 @@ def crash_at(monkeypatch, moment):
     monkeypatch.setattr(os, "fsync", counting(os.fsync))
     monkeypatch.setattr(torch, "save", counting(torch.save))
     monkeypatch.setattr(shutil, "rmtree", counting(shutil.rmtree))
-    monkeypatch.setattr(json, "dump", counting(json.dump))
+    monkeypatch.setattr(json, "dumps", counting(json.dumps))
     for name in ("rename", "mkdir"):
         monkeypatch.setattr(pathlib.Path, name, counting(getattr(pathlib.Path, name)))
     return count
@@ -70,6 +77,7 @@ def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, 
         state = read_checkpoint(path)
         assert state["step"] == int(path.name) >= (1 if again else 2)
         assert (state["a"] == state["step"]).all()
+        assert state["b"] == [[0.5, None], {3: torch.ones(())}]
         save(folder, 4)
         assert [p.name for p in sorted(folder.iterdir())][-1] == "00000004"
         assert not list(folder.glob("*.partial")) + list(folder.glob("*.old"))
@@ -78,11 +86,54 @@ def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, 
 def test_the_summary_is_that_of_the_file_though_it_is_not_read_again(tmp_path, monkeypatch):
     """The hash is computed while writing: a state of 13.6 GB was once read again for it."""
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_sha256", lambda path: pytest.fail("read again"))
+        patch.setattr(checkpoints, "sha256_of", lambda path: pytest.fail("read again"))
         path = save(tmp_path, 1)
-    summary, content = json.loads((path / "checkpoint.json").read_text()), (path / "state.pt").read_bytes()
-    assert summary["sha256"] == hashlib.sha256(content).hexdigest()
-    assert summary["bytes"] == len(content)
+    files = json.loads((path / "checkpoint.json").read_text())["files"]
+    assert files.keys() == {p.name for p in path.iterdir()} - {"checkpoint.json"}
+    for name, about in files.items():
+        content = (path / name).read_bytes()
+        assert about == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_training_goes_on_while_a_state_is_written(tmp_path, monkeypatch):
+    """What is written is what there was when it was asked for; another state waits for it."""
+    on_disk, fsync = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (on_disk.wait(60), fsync(descriptor)))
+    weights = torch.ones(5)
+    with Saver(tmp_path, 3) as saver:
+        saver.save({"a": weights}, 1)
+        weights += 1
+        assert find_checkpoint(tmp_path) == (None, [])
+        on_disk.set()
+        saver.save({"a": weights}, 2)
+        assert (read_checkpoint(tmp_path / "00000001")["a"] == 1).all()
+    assert (read_checkpoint(tmp_path / "00000002")["a"] == 2).all()
+
+
+def test_a_state_that_cannot_be_written_is_told_where_it_is_waited_for(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path, saver = save(tmp_path, 1), Saver(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(sharded_state._HashingStream, "write", full)
+        saver.save({"a": torch.ones(5)}, 2)
+        while not saver.failed:
+            time.sleep(0.01)
+    with pytest.raises(
+        OSError, match=r"checkpoint of step 2 could not be written: No space left on device; .*1 is whole"
+    ):
+        saver.wait()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_processes_write_about_as_much_as_each_other():
+    """Each tensor once, and by the same rule in each process."""
+    tensors = {f"{i}": torch.empty(n) for i, n in enumerate((900, 500, 300, 200, 0, 100, 100))}
+    parts = [sharded_state.part_of_rank(tensors, rank, 3) for rank in range(3)]
+    assert sorted(name for part in parts for name in part) == sorted(tensors)
+    sizes = [sum(a.numel() for a in part.values()) for part in parts]
+    assert (min(sizes), max(sizes)) == (600, 900)
 
 
 @pytest.mark.parametrize("name", ["00000002", "00000002.partial", "x.partial", "00000001.old"])
@@ -109,10 +160,38 @@ def test_a_state_is_never_unpickled_into_code(tmp_path):
             return os.system, (f"touch {tmp_path}/ran",)
 
     path = save(tmp_path, 1)
-    torch.save({"step": Evil()}, path / "state.pt")
+    torch.save({"step": Evil()}, path / "__0_0.distcp")
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))  # where torch.distributed.checkpoint would look
+    stored = json.loads((path / "state.json").read_text())
+    stored["tensors"]["a"]["parts"][0][3:] = [0, (path / "__0_0.distcp").stat().st_size]
+    (path / "state.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="cannot be read"):
         read_checkpoint(path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("parts", [[[0], [50], "../../secret", 0, 4000]]),
+        ("parts", [[[0], [50], "absent", 0, 4000]]),
+        ("parts", [[[0], [50], "__0_0.distcp", 0, 100]]),
+        ("parts", [[[0], [49], "__0_0.distcp", 0, 4000]]),
+        ("parts", []),
+        ("parts", 5),
+        ("size", [10**15]),
+        ("size", [-1]),
+        ("dtype", "load"),
+        ("dtype", 5),
+    ],
+)
+def test_a_state_that_says_what_cannot_be_is_refused(tmp_path, name, value):
+    path = save(tmp_path, 1)
+    stored = json.loads((path / "state.json").read_text())
+    stored["tensors"]["a"][name] = value
+    (path / "state.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="00000001 cannot be read"):
+        read_checkpoint(path)
 
 
 def test_weights_come_back_with_their_configuration(tmp_path):

@@ -1,12 +1,16 @@
 """The judges of digits, their controls, and a short training that beats both."""
 
 import json
+import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
 
 from imagenet import digit_seeds, digits, train
 from imagenet.digits import Judges, accepted, class_means, load_digits, pixels
+from imagenet.presets import PRESETS, Config
+from tvm_ref import OBJECTIVES, command_line
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +98,18 @@ def test_a_run_that_fails_is_named_with_its_last_words(tmp_path):
         digit_seeds.train_and_judge(tmp_path / "seed0", ["--colour", "red"])
 
 
-def test_objectives_beside_tvm_have_their_own_times_and_no_guidance_that_is_not_theirs():
-    runs = digit_seeds.plan(["tvm", "fm", "meanflow", "lsd"], {"lsd": 0.003}, 2, ["--steps", "5"])
-    assert list(runs) == ["seed0", "seed1", "fm", "meanflow-seed0", "meanflow-seed1", "lsd-seed0", "lsd-seed1"]
+def test_other_objectives_have_their_own_times_and_no_guidance_that_is_not_theirs():
+    runs = digit_seeds.plan(["tvm", "meanflow", "lsd"], {"lsd": 0.003}, 2, ["--steps", "5"])
+    assert list(runs) == ["fm", *(f"{key}-seed{k}" for key in ("tvm", "meanflow", "lsd") for k in range(2))]
     for name, options in runs.items():
-        config = train.parser().parse_args(["digits", *options])
-        own, tvm_or_fm = getattr(config, "time_sampler", None) == "own", name in ("seed0", "seed1", "fm")
-        assert own != tvm_or_fm
-        assert (getattr(config, "w", None) == 1) == name.startswith("lsd")
-        assert (getattr(config, "lr", None) == 0.003) == name.startswith("lsd")
-        assert config.seed == int(name[-1]) if name != "fm" else config.seed == 0
+        changes = command_line.given(train.parser().parse_args(["digits", *options]), Config)
+        config = replace(PRESETS["digits"], **changes)
+        key = name.split("-")[0]
+        assert (config.objective, config.steps) == (key, 5)
+        assert config.seed == (0 if name == "fm" else int(name[-1]))
+        assert config.sampler() == (OBJECTIVES[key].default_times if key != "fm" else OBJECTIVES["tvm"].default_times)
+        assert config.guided == (key != "lsd")
+        assert config.lr == (0.003 if key == "lsd" else PRESETS["digits"].lr)
 
 
 def test_the_rate_of_the_least_distance_is_chosen_and_a_diverged_one_never(tmp_path, monkeypatch):
@@ -121,22 +127,24 @@ def test_the_rate_of_the_least_distance_is_chosen_and_a_diverged_one_never(tmp_p
     assert digit_seeds.sweep(tmp_path, ["tvm", "lsd"], [], [], 2) == {}
 
 
-def test_a_training_that_diverged_is_scored_as_the_worst(tmp_path):
-    options = ["--steps", "3", "--lr", "1e30", "--warmup", "0", "--clip", "0"]
-    assert digit_seeds.train_and_judge(tmp_path / "seed0", options) == digit_seeds.DIVERGED
+def test_a_training_that_diverged_is_scored_as_the_worst(tmp_path, monkeypatch):
+    said = "train.py: error: step 7: the jump loss is NaN or infinite on rank 0"
+    monkeypatch.setattr(digit_seeds.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", said))
+    assert digit_seeds.train_and_judge(tmp_path / "seed0", []) == digit_seeds.DIVERGED
+    assert not accepted(digit_seeds.DIVERGED["1"])
 
 
 def test_the_table_has_medians_with_their_range():
     def scored(frechet):
         return {nfe: {"accuracy": 1.0, "frechet": frechet, "recall": 0.5} for nfe in ("1", "4")}
 
-    runs = {f"seed{k}": scored(0.1 * k) for k in (1, 2, 3)} | {"fm": scored(2.0)}
+    runs = {"fm": scored(2.0)} | {f"tvm-seed{k}": scored(0.1 + 0.1 * k) for k in range(3)}
     runs |= {f"imf-seed{k}": scored(0.7 + 0.1 * k) for k in range(3)}
     text, fine = digit_seeds.table(runs, scored(0.1)["1"], scored(3.0)["1"])
     assert fine
     rows = {line[:30].strip(): line for line in text.splitlines()}
-    assert "0.200 (0.100-0.300)" in rows["TVM, NFE 1"]
-    assert rows["TVM, NFE 4"].endswith("passes")
+    assert "0.200 (0.100-0.300)" in rows["tvm, NFE 1"]
+    assert rows["tvm, NFE 4"].endswith("passes")
     assert "0.800 (0.700-0.900)" in rows["imf, NFE 1"]
     assert rows["imf, NFE 1"].endswith("fails")
 
@@ -145,12 +153,12 @@ def test_the_table_has_medians_with_their_range():
 def test_the_comparison_trains_every_run_and_no_short_one_passes(tmp_path, capsys):
     out = tmp_path / "runs"
     assert digit_seeds.main(["--seeds", "2", "--jobs", "3", "--steps", "2", "--out", str(out)]) == 1
-    assert {path.name for path in out.iterdir()} == {"seed0", "seed1", "fm"}
-    for name, objective, seed in (("seed0", "tvm", 0), ("seed1", "tvm", 1), ("fm", "fm", 0)):
+    assert {path.name for path in out.iterdir()} == {"tvm-seed0", "tvm-seed1", "fm", "results.json"}
+    for name, objective, seed in (("tvm-seed0", "tvm", 0), ("tvm-seed1", "tvm", 1), ("fm", "fm", 0)):
         config = json.loads((out / name / "config.json").read_text())
         assert (config["objective"], config["seed"], config["steps"]) == (objective, seed, 2)
     lines = capsys.readouterr().out.splitlines()
-    scores = json.loads((out / "seed1" / "metrics.json").read_text())["nfe"]["1"]
+    scores = json.loads((out / "tvm-seed1" / "metrics.json").read_text())["nfe"]["1"]
     (row,) = [line.split() for line in lines if "seed 1" in line]
     assert [float(cell) for cell in row[-4:-1]] == pytest.approx([scores[k] for k in digits.ACCEPTED], abs=6e-4)
     assert [line.split()[-1] for line in lines[1:3]] == ["passes", "fails"]  # held-out images, class means

@@ -227,6 +227,17 @@ def test_latents_that_are_not_finite_stop_the_encoding(source, tmp_path, capsys)
     assert not list((tmp_path / "out").glob("*.npy"))
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate"), MemoryError()])
+def test_memory_that_runs_out_ends_with_one_line(source, tmp_path, capsys, error):
+    def full(_: torch.Tensor) -> None:
+        raise error
+
+    vae = tiny_vae()
+    vae.encode = full
+    assert encode(source, tmp_path / "out", "--workers", "1", vae=vae) in (1, 2)
+    assert "encode.py: error: " in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_plan_says_what_decides_the_outcome(source, tmp_path):
     encode(source, tmp_path / "out")
     plan = json.loads((tmp_path / "out" / "encode.json").read_text())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from imagenet import preset_costs
-from imagenet.flops import count_flops, counted_step_flops, forward_flops, least_step_flops
+from imagenet.flops import count_flops, counted_step_flops, forward_flops, least_step_flops, utilisation
 from imagenet.memory import smallest_that_fits, state_bytes
 from imagenet.presets import PRESETS, Config, build_model
 from tvm_ref import EMA, TVM, Condition, Linear, TimeSampler
@@ -120,3 +120,13 @@ def test_what_is_said_to_fit_is_the_smallest(monkeypatch):
         "checkpointed",
         "nothing",
     ]
+
+
+def test_utilisation_is_the_needed_arithmetic_over_that_of_the_data_sheet():
+    """XL/2 needs 2635 GFLOP per image and TVM step (README), an H100 does 989 TFLOP per second."""
+    config = PRESETS["imagenet256-w2"]
+    share = utilisation(config, 1000.0, "NVIDIA H100 80GB HBM3", 8)
+    assert share == pytest.approx(1000 * 2635e9 / (8 * 989e12), rel=1e-3)
+    for changed in (replace(config, objective="fm"), replace(config, precision="float32")):
+        assert utilisation(changed, 1000.0, "NVIDIA H100 80GB HBM3", 8) is None
+    assert utilisation(config, 1000.0, "NVIDIA Abacus", 8) is None

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import distributed
 
+from imagenet import checkpoints
 from imagenet.parallel import World, check_version, process_group
+from tests.imagenet.commands import same
 from tests.imagenet.workers import steps
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +52,8 @@ def test_two_processes_are_one(together, alone, kind):
     for name, gradient in alone["gradients"].items():
         torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-3, atol=1e-5)
     for part in ("model", "target", "ema"):
-        mine, theirs = (r["state"][part].get("module", r["state"][part]) for r in (result, alone))
+        states = (r["state"][part] for r in (result, alone))
+        mine, theirs = (s[0]["module"] if part == "ema" else s.get("module", s) for s in states)
         assert list(mine) == list(theirs)
         for name, value in theirs.items():
             torch.testing.assert_close(mine[name], value, rtol=0, atol=3e-5)
@@ -67,6 +70,10 @@ def test_nan_on_one_rank_stops_both_with_its_name(together):
     assert "step 1: the jump loss is NaN or infinite on rank 1" in texts.pop()
 
 
+def test_tensors_are_summed_over_processes(together):
+    assert together[1]["sum"].tolist() == [2.0, 11.0]
+
+
 def test_a_failure_of_the_first_is_every_ones(together):
     assert {(together[0] / f"raised-{rank}.txt").read_text() for rank in (0, 1)} == {"no space"}
 
@@ -80,6 +87,27 @@ def test_a_state_from_two_fsdp_processes_loads_into_one(together):
     for name, value in training.model.state_dict().items():
         assert torch.equal(value, together[1]["fsdp"]["state"]["model"][name])
     assert training.step == 3
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_each_process_writes_its_part_and_any_number_reads_it(together, kind):
+    """Weights, averages and moments, bit for bit: by two processes that train the other way, and by one alone."""
+    folder, results = together
+    path, complaints = checkpoints.find_checkpoint(folder / kind)
+    assert complaints == []
+    sizes = [(path / f"__{rank}_0.distcp").stat().st_size for rank in (0, 1)]
+    assert max(sizes) < 1.2 * min(sizes)
+    saved, read = (results[f"saved by {kind}"][a] for a in ("saved", "read"))
+    assert same(read, saved)
+    assert same(checkpoints.read_checkpoint(path), saved)
+
+
+def test_a_disk_that_is_full_for_one_process_is_so_for_all_and_loses_nothing(together):
+    folder, _ = together
+    texts = {(folder / f"full-{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(texts) == 1
+    assert "the checkpoint of step 2 could not be written: No space left on device" in texts.pop()
+    assert [path.name for path in (folder / "ddp").iterdir()] == ["00000001"]
 
 
 def test_fsdp_alone_is_plain_training(alone):
@@ -108,6 +136,28 @@ def test_gradients_wait_minutes_and_all_else_hours(monkeypatch):
     monkeypatch.setattr(distributed, "init_process_group", lambda _, timeout: waits.update(gradients=timeout))
     monkeypatch.setattr(distributed, "new_group", lambda backend, timeout: waits.update({backend: timeout}) or "group")
     with process_group("cpu") as world:
-        assert world == World(1, 2, torch.device("cpu"), "group")
+        assert world == World(1, 2, torch.device("cpu"), "group", "group")
     assert timedelta(minutes=5) <= waits["gradients"] <= timedelta(minutes=30)
     assert waits["gloo"] >= timedelta(hours=1)
+
+
+def test_processes_are_left_however_it_ends(monkeypatch):
+    """Also where joining fails half-way; what was once not left kept others waiting."""
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "init_process_group", lambda *_, **__: calls.append("joined"))
+    monkeypatch.setattr(distributed, "is_initialized", lambda: bool(calls))
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: calls.append("left"))
+    monkeypatch.setattr(distributed, "new_group", lambda **_: "group")
+    with pytest.raises(KeyError), process_group("cpu"):
+        raise KeyError
+    monkeypatch.setattr(distributed, "new_group", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), process_group("cpu"):
+        pass
+    assert calls == ["joined", "left"] * 2
+
+
+def test_every_command_joins_processes_in_one_way():
+    """By process_group, which leaves them: evaluate.py and benchmark.py once joined on their own and never left."""
+    joining = {p.name for p in (ROOT / "imagenet").glob("*.py") if "init_process_group" in p.read_text()}
+    assert joining == {"parallel.py"}

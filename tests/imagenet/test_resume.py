@@ -123,10 +123,10 @@ def test_a_signal_to_the_whole_group_spares_the_processes_that_read_ahead(tmp_pa
 
 @pytest.mark.slow
 def test_ten_sigkills_at_random_moments_change_nothing(tmp_path, whole, forks):
-    """In and out of checkpoint writing: every third step writes one, which takes a good part of the time."""
+    """In and out of checkpoint writing: every tenth step writes one, which takes a good part of the time."""
     reference, seconds = whole
     folder = tmp_path / "run"
-    arguments = [*TINY, "--steps", "120", "--save-every", "3", "--keep", "2", "--out", str(folder), "--resume"]
+    arguments = [*TINY, "--steps", "120", "--save-every", "10", "--keep", "2", "--out", str(folder), "--resume"]
     chance = random.Random(0)
     reached = []
     for kill in range(10):
@@ -149,13 +149,13 @@ def test_ten_sigkills_at_random_moments_change_nothing(tmp_path, whole, forks):
     assert_same_run(folder, reference)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "corrupted", "no summary", "no state"])
+@pytest.mark.parametrize("damage", ["truncated", "corrupted", "no checkpoint.json", "no state.json", "no tensors"])
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, whole, capsys, damage):
     folder = tmp_path / "run"
     assert command(folder, "--steps", 120, "--save-every", 50, "--keep", 5) == 0
     newest = folder / "checkpoints" / "00000120"
-    path = newest / "state.pt"
+    path = newest / "__0_0.distcp"
     content = bytearray(path.read_bytes())
     if damage == "truncated":
         path.write_bytes(content[: len(content) // 2])
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, whol
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     else:
-        (newest / "checkpoint.json" if damage == "no summary" else path).unlink()
+        (path if damage == "no tensors" else newest / damage.removeprefix("no ")).unlink()
     (folder / "weights.safetensors").unlink()
     assert command(folder, "--steps", 120, "--resume") == 0
     error = capsys.readouterr().err
@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, whol
 
 def test_no_whole_checkpoint_left(tmp_path, capsys):
     assert command(tmp_path / "run", "--steps", 3) == 0
-    (tmp_path / "run" / "checkpoints" / "00000003" / "state.pt").write_bytes(b"")
+    (tmp_path / "run" / "checkpoints" / "00000003" / "__0_0.distcp").write_bytes(b"")
     with pytest.raises(SystemExit) as stop:
         command(tmp_path / "run", "--steps", 3, "--resume")
     assert stop.value.code == 2
@@ -190,7 +190,7 @@ def test_a_full_disk_ends_with_a_clear_error_and_the_last_good_checkpoint(tmp_pa
     assert command(folder, "--steps", 120, "--save-every", 60) == 130
     monkeypatch.undo()
     before = {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
-    size = next(len(content) for path, content in before.items() if path.name == "state.pt")
+    size = next(len(content) for path, content in before.items() if path.name == "__0_0.distcp")
     monkeypatch.chdir(tmp_path)
     process = forks.Process(target=workers.short_of_space, args=([*arguments, "--resume"], size // 2))
     process.start()
@@ -215,7 +215,7 @@ def test_torchrun_on_two_processes_equals_one_and_one_goes_on_where_two_stopped(
     """Another number of processes goes on with the same global batches: losses agree to rounding."""
     folder = tmp_path / "run"
     options = [*TINY, "--steps", "120", "--save-every", "1000", "--out", str(folder)]
-    done = torchrun("-m", "tests.imagenet.interrupted", *options, cwd=ROOT)
+    done = torchrun("-m", "tests.imagenet.interrupted", "SIGTERM", 60, *options, cwd=ROOT)
     assert "stopped at step 61, and saved" in done.stdout, done.stderr[-3000:]
     assert done.stdout.count("stopped at step") == 1  # one process speaks
     assert train.main([*options, "--resume"]) == 0

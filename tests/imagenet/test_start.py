@@ -32,9 +32,9 @@ def test_a_run_starts_from_given_weights(given, tmp_path, kind):
     options = train.Options(out=str(tmp_path / "run"))
     with train.parallel.process_group("cpu") as world:
         run, _ = train.begin("digits", changes, options, world)
-        start = run.training.state_dict()
+        start = train.parallel.full_state(run.training.state_dict())
     expected = {f"network.{name}": a for name, a in load_file(given).items()}
-    for model in (start["model"], start["target"]["module"], start["ema"]["module"]):
+    for model in (start["model"], start["target"]["module"], start["ema"][0]["module"]):
         assert same(dict(model), expected)
     assert start["step"] == 0
     assert checkpoints.read_config(tmp_path / "run").init == str(given)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from imagenet import checkpoints, train
+from imagenet import checkpoints, train, training_log
 from imagenet.presets import PRESETS, Config
 from imagenet.training import Training
 from tests.imagenet.commands import command, losses, same, status
@@ -15,21 +15,39 @@ from tests.imagenet.commands import command, losses, same, status
 def test_a_run_leaves_every_file(tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--steps", "6", "--batch-size", "16", "--hidden-size", "16", "--depth", "1", "--log-every", "2"]
+    options += ["--ema", "0.99", "0.1"]
     assert (
         train.main(
-            [*options, "--sample-every", "3", "--save-every", "4", "--snapshot-every", "3", "--out", str(folder)]
+            [
+                *options,
+                "--sample-every",
+                "3",
+                "--save-every",
+                "4",
+                "--snapshot-every",
+                "3",
+                "--evaluate-every",
+                "3",
+                "--out",
+                str(folder),
+            ]
         )
         == 0
     )
     names = {p.name for p in folder.iterdir()} - {"tensorboard"}
     assert names == {
         "config.json", "data.json", "train.jsonl", "samples", "snapshots", "checkpoints", "weights.safetensors",
-        "samples-1.png", "samples-4.png", "metrics.json",
+        "samples-1.png", "samples-4.png", "metrics.json", "evaluations.jsonl", "weights-ema0.1.safetensors",
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "samples").iterdir())] == ["00000003.png", "00000006.png"]
     assert [p.name for p in checkpoints.checkpoints(folder / "checkpoints")] == ["00000004", "00000006"]
     snapshots = [folder / "snapshots" / f"{step:08d}.safetensors" for step in (3, 6)]
-    assert sorted((folder / "snapshots").iterdir()) == snapshots
+    others = [path.with_stem(f"{path.stem}-ema0.1") for path in snapshots]
+    assert sorted((folder / "snapshots").iterdir()) == sorted(snapshots + others)
+    assert same(
+        *(checkpoints.load_weights(a)[0].state_dict() for a in (others[1], folder / "weights-ema0.1.safetensors"))
+    )
+    assert not same(*(checkpoints.load_weights(a)[0].state_dict() for a in (others[1], snapshots[1])))
     first, last = (checkpoints.load_weights(path)[0].state_dict() for path in snapshots)
     assert same(last, checkpoints.load_weights(folder)[0].state_dict())
     assert not same(first, last)
@@ -40,6 +58,9 @@ def test_a_run_leaves_every_file(tmp_path, capsys):
     assert set(metrics["nfe"]["1"]) == {"accuracy", "frechet", "frechet_floor", "recall"}
     assert 0 < metrics["seconds"]["training"] < metrics["seconds"]["total"]
     assert metrics["steps"] == {"done": 6, "planned": 6}
+    evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in evaluations] == [3, 6]
+    assert evaluations[-1]["nfe"] == {"1": metrics["nfe"]["1"]}
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert all(line["images_per_second"] > 0 and line["gib"] > 0 and 0 <= line["data_wait"] < 1 for line in lines)
@@ -47,8 +68,8 @@ def test_a_run_leaves_every_file(tmp_path, capsys):
     assert "1 NFE: accuracy" in out
     assert str(folder) in out
     model, config = checkpoints.load_weights(folder)
-    assert config == Config(steps=6, batch_size=16, hidden_size=16, depth=1)
-    stored = checkpoints.read_checkpoint(folder / "checkpoints" / "00000006")["ema"]["module"]
+    assert config == Config(steps=6, batch_size=16, hidden_size=16, depth=1, ema=(0.99, 0.1))
+    stored = checkpoints.read_checkpoint(folder / "checkpoints" / "00000006")["ema"][0]["module"]
     assert same({f"network.{k}": v for k, v in model.network.state_dict().items()}, stored)
 
 
@@ -165,11 +186,16 @@ BAD = {
     "cifar10 that is not there": ["cifar10", "--attention", "plain", "--data-path", "nowhere"],
     "weights to start from that are not there": ["--init", "nowhere.safetensors"],
     "a negative interval": ["--snapshot-every", "-1"],
+    "FID against nothing": ["--data", "synthetic", "--evaluate-every", "1"],
+    "FID against what is not there": ["--evaluate-every", "1", "--reference", "nowhere.npz"],
+    "an autoencoder of pixels": ["--vae", "nowhere"],
     "data of another shape": ["--input-size", "16"],
     "more classes than said": ["--classes", "9"],
     "device that is not there": ["--device", "cuda:99"],
     "device that does not exist": ["--device", "abacus"],
     "negative seed": ["--seed", "-1"],
+    "a decay above 1": ["--ema", "0.9", "1.5"],
+    "the same decay twice": ["--ema", "0.9", "0.9"],
     "no line of the log": ["--log-every", "0"],
     "SOAP on spread weights": ["--optimizer", "soap", "--parallel", "fsdp"],
     "what nobody has tried": ["--compile", "--parallel", "fsdp"],
@@ -214,3 +240,26 @@ def test_tensorboard_is_optional(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert command(tmp_path / "run", "--steps", 2) == 0
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_weights_and_biases_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training_log, "find_spec", lambda name: None)
+    assert status(command, tmp_path / "run", "--steps", 2, "--wandb", "digits") == 2
+    assert "--wandb needs its package: pip install wandb" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_weights_and_biases_gets_every_line_and_goes_on_with_its_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="Weights & Biases is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder, options = tmp_path / "run", ["--schedule", "constant", "--log-every", "1", "--wandb", "digits"]
+    assert command(folder, "--steps", 2, *options) == 0
+    assert command(folder, "--steps", 3, *options, "--resume") == 0
+    name = (folder / "wandb-id.txt").read_text().strip()
+    stored = sorted((folder / "wandb").glob(f"offline-run-*/run-{name}.wandb"))
+    assert len(stored) == 2
+    content = b"".join(path.read_bytes() for path in stored)
+    for line in map(json.loads, (folder / "train.jsonl").read_text().splitlines()):
+        assert repr(line["flow_matching"]).encode() in content

@@ -10,6 +10,7 @@ from imagenet.batches import Batches
 from imagenet.image_datasets import load_data
 from imagenet.parallel import World
 from imagenet.presets import Config, build_model
+from imagenet.run import stored_config
 from imagenet.training import Training, learning_rate, make_optimizer
 from tests.imagenet import straight_line
 from tests.imagenet.workers import SMALL, randomise
@@ -217,3 +218,13 @@ def test_a_curriculum_moves_with_training_and_goes_on_where_it_was():
     method = training.objective
     assert alphas == pytest.approx([method.alpha(0), method.alpha(1 / 3), method.alpha(2 / 3)])
     assert alphas[0] > 0.99 > alphas[1] > alphas[2]
+
+
+@pytest.mark.parametrize("objective", ["alphaflow", "soflow"])
+def test_a_curriculum_is_shaped_by_the_steps_as_a_cosine_is(tmp_path, objective):
+    """Going on for more steps would have been another curriculum from its first step on."""
+    stored = replace(SMALL, objective=objective, time_sampler="own", w=1.0, steps=4, schedule="constant")
+    (tmp_path / "config.json").write_text(stored.to_json())
+    assert stored_config(tmp_path, {"steps": 4}) == stored
+    with pytest.raises(ValueError, match=f"--steps 4, as its --objective {objective} was shaped by them"):
+        stored_config(tmp_path, {"steps": 5})

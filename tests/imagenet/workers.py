@@ -1,5 +1,6 @@
 """What the tests run in processes of their own."""
 
+import copy
 import json
 import os
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from imagenet import parallel
+from imagenet import checkpoints, parallel, sharded_state
 from imagenet.batches import Batches
 from imagenet.image_datasets import load_data
 from imagenet.presets import Config
@@ -30,7 +31,7 @@ def start_state(config):
     training = Training(config, parallel.World())
     for module, seed in ((training.model, 0), (training.target.module, 1), (training.ema.module, 2)):
         randomise(module, seed)
-    return training.state_dict()
+    return parallel.full_state(training.state_dict())
 
 
 def steps(world, count=3, poison=None, **fields):
@@ -47,7 +48,7 @@ def steps(world, count=3, poison=None, **fields):
         result = training.train_step(batch, stop=(step, world.rank) == (1, 1))
         metrics.append([*result.losses, result.gradient_norm, result.asked_to_stop])
     gradients = parallel.full_state({name: p.grad for name, p in training.model.named_parameters()})
-    return {"metrics": metrics, "gradients": gradients, "state": training.state_dict()}
+    return {"metrics": metrics, "gradients": gradients, "state": parallel.full_state(training.state_dict())}
 
 
 def main(folder):
@@ -66,6 +67,10 @@ def train_in_every_way(folder, world):
         "fsdp, two micro-batches": steps(world, parallel="fsdp", accumulate=2),
         "fsdp, checkpointing": steps(world, parallel="fsdp", checkpointing=True),
     }
+    for kind in ("ddp", "fsdp"):
+        results[f"saved by {kind}"] = save_and_reshard(folder / kind, kind, world)
+    save_to_a_full_disk(folder / "ddp", world)
+    results["sum"] = world.sum(torch.tensor([1.0, 10.0**world.rank]))
     try:
         steps(world, poison=(1, 1))
     except FloatingPointError as error:
@@ -76,6 +81,39 @@ def train_in_every_way(folder, world):
         (folder / f"raised-{world.rank}.txt").write_text(str(error))
     if world.first:
         torch.save(results, folder / "results.pt")
+
+
+def save_and_reshard(folder, kind, world):
+    """Save a state while the next step is taken; returns it, and what the other way of training makes of it."""
+    small = json.loads(SMALL.to_json())
+    training = Training(Config(**small | {"parallel": kind}), world)
+    training.load_state_dict(start_state(SMALL))
+    batches = Batches(training.config, load_data(training.config), world.rank, world.size)
+    training.train_step(batches[0])
+    saved = copy.deepcopy(parallel.full_state(training.state_dict()))
+    with checkpoints.Saver(folder, 3, world) as saver:
+        saver.save(training.state_dict(), training.step)
+        training.train_step(batches[1])
+    other = Training(Config(**small | {"parallel": "ddp" if kind == "fsdp" else "fsdp"}), world)
+    other.load_state_dict(checkpoints.read_checkpoint(folder / "00000001", other.place))
+    return {"saved": saved, "read": parallel.full_state(other.state_dict())}
+
+
+def save_to_a_full_disk(folder, world):
+    """Let the second process alone find no space; what each says goes into a file."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    write = sharded_state._HashingStream.write
+    if not world.first:
+        sharded_state._HashingStream.write = full
+    try:
+        with checkpoints.Saver(folder, 3, world) as saver:
+            saver.save({"a": torch.ones(9), "b": torch.ones(9)}, 2)
+    except OSError as error:
+        (folder.parent / f"full-{world.rank}.txt").write_text(str(error))
+    sharded_state._HashingStream.write = write
 
 
 def short_of_space(arguments, size):

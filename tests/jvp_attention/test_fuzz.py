@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 import jvp_attention
 from jvp_attention import reference
 from tests.attention_cases import ORDERS, TOLERANCE, on_poison
+from tests.jvp_attention.conftest import prepare_once
 
 COUNT = 20 if torch.cuda.is_available() else 200  # on a GPU nearly every problem is compiled anew
 Function = Callable[..., Any]
@@ -152,23 +153,38 @@ def error(found: list[Tensor], exact: list[Tensor]) -> float:
     return worst
 
 
+def explained(p: Problem) -> float:
+    """What rounding to float32 explains: do = ((P * T) v + P dv) - mu o takes numbers of the size of T from each other.
+
+    Each is rounded; errors are relative to a tenth of the largest number at least.
+    """
+    q, k, _, dq, dk, _ = p.inputs
+    k, dk = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, dk))
+    t = p.tangents[0] * dq @ k.mT + p.tangents[1] * q @ dk.mT
+    scale = p.options["scale"] or q.shape[-1] ** -0.5
+    return 2 * 10 * torch.finfo(torch.float32).eps * abs(scale) * float(t.abs().max())
+
+
 def errors(seed: int, small_tiles: Function, device: str) -> tuple[torch.dtype, float, float]:
-    """The dtype of a problem, the kernels' error and that of plain PyTorch in the same dtype."""
+    """The dtype of a problem, the kernels' error and what is allowed.
+
+    In half precision that of plain PyTorch, at least the tolerance; in float32 what rounding explains.
+    """
     p = draw(seed)
     small_tiles(*p.tiles[:2], split=p.tiles[2])
     given = [on_poison(x.to(p.dtype).to(device), order) for x, order in zip(p.inputs, p.orders, strict=True)]
     exact = results(p, reference, [x.double().cpu() for x in given], "cpu")
     ours = error(results(p, jvp_attention, given, device), exact)
-    plain = error(results(p, reference, given, device), exact) if p.dtype == torch.float16 else 0.0
-    return p.dtype, ours, plain
+    other = explained(p) if p.dtype == torch.float32 else error(results(p, reference, given, device), exact)
+    return p.dtype, ours, max(TOLERANCE[p.dtype], other)
 
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10))])
 def test_drawn_problems(device, small_tiles, part):
-    """In half precision a problem may be ill conditioned: then plain PyTorch is off as well."""
+    """A problem may be ill conditioned: then plain PyTorch is off as well, in half precision."""
     for seed in range(part, COUNT, 10):
-        dtype, ours, plain = errors(seed, small_tiles, device)
-        assert ours <= max(TOLERANCE[dtype], plain), f"seed {seed}: {draw(seed)._replace(inputs=[], gradients=[])}"
+        _, ours, allowed = errors(seed, small_tiles, device)
+        assert ours <= allowed, f"seed {seed}: {draw(seed)._replace(inputs=[], gradients=[])}"
 
 
 def main() -> int:
@@ -178,14 +194,16 @@ def main() -> int:
     from jvp_attention import launch
     from jvp_attention.tile_sizes import Tiles
 
+    prepare_once(pytest.MonkeyPatch())
+
     def small_tiles(queries: int, keys: int, *, split: bool) -> None:
         launch.candidates = lambda *_: [Tiles(queries, keys, 4, 1)]
         launch.splits_keys = lambda *_: split
 
     failed, worst = [], {torch.float32: (0.0, -1), torch.float16: (0.0, -1)}
     for seed in range(first, first + count):
-        dtype, ours, plain = errors(seed, small_tiles, "cpu")
-        if ours > max(TOLERANCE[dtype], plain):
+        dtype, ours, allowed = errors(seed, small_tiles, "cpu")
+        if ours > allowed:
             failed.append(seed)
         worst[dtype] = max(worst[dtype], (ours, seed))
         if (seed - first + 1) % 100 == 0:

@@ -9,7 +9,7 @@ from tvm_ref.ema import EMA
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition, guided_velocity
 from tvm_ref.interpolant import conditional_velocity, interpolate
-from tvm_ref.objectives import OBJECTIVES, PID, TVM, FlowMatching, LossTerms, MeanFlow, mean_square
+from tvm_ref.objectives import OBJECTIVES, PID, TVM, FlowMatching, LossTerms, MeanFlow, Objective, mean_square
 from tvm_ref.shapes import over
 from tvm_ref.time_samplers import Times
 from tvm_ref.toy.distributions import make_distribution
@@ -325,3 +325,8 @@ def test_a_network_of_the_wrong_output_shape_raises():
     x0, x1, times = draw()
     with pytest.raises(ValueError, match="must return the shape of x"):
         TVM(FlowMap(OneColumn()))(x0, x1, times)
+
+
+def test_an_objective_has_a_curriculum_if_it_listens_to_progress():
+    for kind in OBJECTIVES.values():
+        assert kind.has_curriculum == (kind.set_progress is not Objective.set_progress)

@@ -23,6 +23,7 @@ from tvm_ref.toy.family_measures import (
     length_shares,
     noise_at_the_solution,
     signal_to_noise,
+    time_density,
 )
 from tvm_ref.toy.mixture import GaussianMixture
 from tvm_ref.toy.network import ToyNetwork
@@ -118,6 +119,17 @@ def test_shares_of_jumps_are_those_of_the_law():
     assert length_shares(TimeSampler(), bins=10)[9] < 3e-3  # gap* rarely draws long jumps
 
 
+def test_densities_are_one_where_all_jumps_are_alike_and_integrate_to_one():
+    triangle = time_density(TimeSampler("triangle"), bins=4)
+    assert [value for row in triangle for value in row if value is not None] == pytest.approx([1] * 10, abs=0.02)
+    law = time_density(TimeSampler(), bins=10)
+    areas = [[0.5 if i == j else 1.0 for j in range(i + 1)] for i in range(10)]
+    whole = sum(d * a for row, r in zip(law, areas, strict=True) for d, a in zip(row, r, strict=False)) / 50
+    assert whole == pytest.approx(1, abs=1e-6)
+    assert law[9][0] < 1 < law[4][1]  # gap* rarely draws long jumps
+    assert law[0][1] is None
+
+
 @pytest.mark.slow
 def test_the_noise_scale_is_that_of_gradients_sample_by_sample():
     """Mean and covariance of single samples' gradients, for one method; the estimates agree within their errors."""
@@ -154,6 +166,7 @@ def test_the_command_writes_its_parts(tmp_path, capsys, monkeypatch):
     assert set(report) == {"dist", "noise", "cost", "adaptive_bias", "jumps", "noise_scale"}
     assert set(report["noise"]) == {name for name, _, _ in MEMBERS[:2]}
     assert (out / "measured.png").is_file()
+    assert (out / "times.png").is_file()
     assert (out / "family.png").is_file()
     printed = capsys.readouterr().out
     assert "noise at the solution" in printed

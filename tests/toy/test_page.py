@@ -30,7 +30,7 @@ def make_run(folder, **options):
         add_snapshot(folder, step, network)
         for p in network.parameters():
             torch.nn.init.normal_(p, std=0.1 + 0.9 / p.shape[-1] ** 0.5)
-    save_file(network.state_dict(), folder / "weights.safetensors")
+    save_file(network.state_dict(), folder / "weights.safetensors", run.distribution.units.metadata())
     return folder
 
 

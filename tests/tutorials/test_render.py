@@ -19,6 +19,7 @@ def render(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
     (tmp_path / "pictures").mkdir()
     for name in ("01_one", "02_two"):
         drawing = nbformat.v4.new_code_cell(FIGURE, metadata={"tags": ["gallery"]})
@@ -38,12 +39,15 @@ def test_pages_hold_results_and_figures_and_lead_to_each_other(render, tmp_path,
     assert "data:image/png" in page
     assert 'href="02_two.html"' in page
     assert 'href="02_two.html"' in (out / "index.html").read_text()
+    assert "colab" not in page  # without an address there is nothing to open
     assert imread(tmp_path / "pictures" / "01_one.png").shape[1] == render.WIDTH
+    assert imread(out / "pictures" / "02_two.png").shape[1] == render.WIDTH
 
 
 def test_only_the_notebooks_asked_for_are_rendered(render, tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(render, "execute", lambda path: done.append(path.name) or nbformat.read(path, 4))
+    monkeypatch.setattr(render, "figure", lambda notebook: b"")
     assert render.main([str(tmp_path / "pages"), "--only", "02"]) == 0
     assert done == ["02_two.ipynb"]
     assert not (tmp_path / "pictures" / "02_two.png").exists()
@@ -66,6 +70,19 @@ def test_an_unknown_notebook_is_an_error_in_one_line(render, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("render.py: error: no such notebook: 09")
     assert error.count("\n") == 1
+
+
+def test_an_address_that_is_none_is_an_error_in_one_line(render, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        render.main([str(tmp_path / "pages"), "--repository", "https://github.com/a/b"])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("render.py: error: --repository must read OWNER/NAME")
+
+
+def test_a_notebook_without_its_figure_is_named(render, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(render, "execute", lambda path: nbformat.read(path, 4))  # no outputs
+    assert render.main([str(tmp_path / "pages"), "--only", "01"]) == 1
+    assert capsys.readouterr().err == "01_one.ipynb failed: 0 figures in cells tagged 'gallery', and it must be one\n"
 
 
 def test_every_tutorial_has_a_picture_of_modest_size():
@@ -116,12 +133,27 @@ def test_formulas_become_mathml_and_the_page_loads_nothing(render):
     assert not re.search(r"@import|url\(['\"]?https?:", page)
 
 
+def test_code_that_only_draws_is_folded_and_its_figure_is_not(render):
+    cells = [
+        nbformat.v4.new_code_cell("first = 1"),
+        nbformat.v4.new_code_cell("second = 2", metadata={"tags": ["plot"]}),
+    ]
+    for cell in cells:
+        cell.outputs = [nbformat.v4.new_output("stream", text="output of a cell")]
+    page = render.write_page(nbformat.v4.new_notebook(cells=cells), "page")
+    (folded,) = re.findall(r"<details><summary>Code of the figure</summary>(.*?)</details>", page, re.DOTALL)
+    assert "second" in folded
+    assert "first" not in folded
+    assert "output" not in folded
+    assert page.count("output of a cell") == 2
+
+
 @pytest.mark.parametrize("path", sorted(TUTORIALS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_every_formula_of_the_tutorials_can_be_set(render, path):
     formulas = {}
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"]
     left = " ".join(render.set_formulas(cell.source, formulas) for cell in cells)
-    assert len(formulas) >= 10
+    assert len(formulas) >= 5
     assert "$" not in re.sub(r"```.*?```|`[^`\n]+`", "", left, flags=re.DOTALL)
 
 

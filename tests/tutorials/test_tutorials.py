@@ -58,8 +58,8 @@ def complaints(notebook: NotebookNode) -> list[str]:
     return found
 
 
-def test_there_are_seven():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07"]
+def test_there_are_nine():
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{i}" for i in range(1, 10)]
 
 
 @each
@@ -84,8 +84,8 @@ def test_a_warning_is_noticed(tmp_path):
 def test_it_is_stored_as_it_should_be(path):
     notebook = read(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert len(notebook.cells) <= 25
-    assert path.stat().st_size <= 60_000
+    assert len(notebook.cells) <= 30
+    assert path.stat().st_size <= 80_000
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
     assert notebook.metadata.kernelspec.name == "python3"
     ids = [cell.id for cell in notebook.cells]
@@ -118,24 +118,19 @@ def test_links_lead_somewhere(path):
     assert str(ROOT) not in path.read_text()
 
 
-@pytest.mark.parametrize(
-    ("number", "cell", "module"),
-    [("03", "recipe", "tvm_ref/toy/training.py"), ("07", "guidance-learned", "imagenet/training.py")],
-)
-def test_a_quoted_loop_is_that_of_the_code(number, cell, module):
-    """Each quoted line stands in the module's train_step, in this order."""
-    (path,) = (path for path in NOTEBOOKS if path.stem.startswith(number))
-    (source,) = (c.source for c in read(path).cells if c.id == cell)
+def test_a_quoted_loop_is_that_of_the_code():
+    """Each line that notebook 3 quotes stands in the toy's train_step, in this order."""
+    (source,) = (c.source for c in read(NOTEBOOKS[2]).cells if c.id == "recipe")
     (quoted,) = CODE.findall(source)
-    step = (ROOT / module).read_text().split("def train_step")[1].split("\n    def ")[0]
+    step = (ROOT / "tvm_ref/toy/training.py").read_text().split("def train_step")[1].split("\n    def ")[0]
     places = [step.find(line) for line in quoted.splitlines()]
     assert -1 not in places
     assert places == sorted(places)
 
 
 def test_commands_are_understood():
-    """Every command on imagenet/ that a notebook shows has options that exist."""
-    text = "\n".join(cell.source for path in NOTEBOOKS for cell in read(path).cells if cell.cell_type == "markdown")
+    """Every command on imagenet/ that its README shows, where notebook 9 sends its readers, has options that exist."""
+    text = (ROOT / "imagenet" / "README.md").read_text()
     commands = re.findall(r"^(?:python|torchrun)[^#\n]*? imagenet/(\w+)\.py ([^#\n]*)", text, re.MULTILINE)
     assert len(commands) >= 6
     for module, options in commands:

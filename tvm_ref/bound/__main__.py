@@ -2,16 +2,18 @@
 
     python -m tvm_ref.bound runs/toy/moons                 a finished run of python -m tvm_ref.toy
     python -m tvm_ref.bound runs/toy/moons --time 0.5      the jump from t = 0.5 instead of from noise
+    python -m tvm_ref.bound runs/toy/moons-*               several runs, as of several seeds: medians and ranges, too
     python -m tvm_ref.bound --dist moons --train           over training: does lowering the loss lower W2?
     python -m tvm_ref.bound --dist moons --lipschitz       how RMSNorm and spectral initialisation change int L
 
-The first two print the chain W2 <= displacement <= bounds as a table, and write bound.json and bound.png into the run's
+The first three print the chain W2 <= displacement <= bounds as a table, and write bound.json and bound.png into a run's
 folder. The others train first (a minute or more; --lipschitz trains four networks, 1,500 steps each unless --steps is
 given) and write into --out. "/ W2" says how loose a term is. The exit status is 1 if a link of the chain is violated,
 which the theory excludes.
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ MAX_POINTS = 5000  # exact optimal transport holds points^2 costs
 def parser() -> OneLineParser:
     """Make the command line."""
     p = OneLineParser("python -m tvm_ref.bound", __doc__)
-    p.add_argument("run", nargs="?", type=Path, help="folder of a finished run")
+    p.add_argument("runs", nargs="*", metavar="run", type=Path, help="folders of finished runs")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--train", action="store_true", help="train while measuring, and draw the chain over training")
     mode.add_argument("--lipschitz", action="store_true", help="compare int L of a plain and of tamed networks")
@@ -111,10 +113,25 @@ def progress(times: Any, name: str) -> Any:
 # A finished run -----------------------------------------------------------------------------------------------------
 
 
+def measure_runs(
+    finished: dict[Path, tuple[ToyConfig, GaussianMixture, FlowMap]], t: float, points: int, steps: int
+) -> list[str]:
+    """Measure finished runs by folder, print the chain of each and, of several, medians; returns the violated links.
+
+    Raises:
+        FloatingPointError: as measure_run.
+    """
+    reports = {folder: measure_run(folder, *run, t, points, steps) for folder, run in finished.items()}
+    if len(reports) == 1:
+        return next(iter(reports.values()))["violations"]
+    print(table_over_runs(list(reports.values())))
+    return [f"{folder}: {link}" for folder, report in reports.items() for link in report["violations"]]
+
+
 def measure_run(
     folder: Path, config: ToyConfig, distribution: GaussianMixture, model: FlowMap, t: float, points: int, steps: int
-) -> list[str]:
-    """Measure a finished run, print the chain, write bound.json and bound.png; returns the violated links.
+) -> dict[str, Any]:
+    """Measure a finished run, print the chain, write bound.json and bound.png; returns what bound.json holds.
 
     Raises:
         FloatingPointError: a model whose path, or whose bounds, are not finite.
@@ -133,7 +150,7 @@ def measure_run(
     save_figure(plot_bound(bound, config.name), folder / "bound.png")
     print(table(bound, report))
     print(f"bound.json and bound.png: {folder}")
-    return bound.violations()
+    return report
 
 
 def against_data(bound: Bound, distribution: GaussianMixture) -> tuple[float, float]:
@@ -175,6 +192,17 @@ def table(bound: Bound, report: dict[str, Any]) -> str:
         f"int L = {bound.path_length:.2f}, from L(s), the largest slope seen: an estimate from below of the true one",
         f"loss (eq. 9, mean over s) {bound.loss:.4f}, of which {bound.loss_minimum:.4f} cannot be learned",
     ]
+    return "\n".join(lines)
+
+
+def table_over_runs(reports: list[dict[str, Any]]) -> str:
+    """Format every term's median over runs, its range, and how many times W2 it is in the median."""
+    lines = [f"{f'over {len(reports)} runs':<28}{'median':>11}{'(least - greatest)':>24}{'/ W2':>11}"]
+    for name in TERMS:
+        values = sorted(report[name] for report in reports)
+        ratio = statistics.median(report[name] / report["w2"] if report["w2"] else float("inf") for report in reports)
+        spread = f"({values[0]:.4g} - {values[-1]:.4g})"
+        lines.append(f"{LABELS[name]:<28}{statistics.median(values):>11.4g}{spread:>24}{ratio:>11.4g}")
     return "\n".join(lines)
 
 
@@ -239,7 +267,7 @@ def compare_tamings(config: ToyConfig, out: Path, t: float, points: int, steps: 
 def check(arguments: dict[str, Any], training: dict[str, Any]) -> None:
     """Raise ValueError for options that do not fit together or are out of range."""
     trains = arguments["train"] or arguments["lipschitz"]
-    if (arguments["run"] is None) != trains:
+    if bool(arguments["runs"]) == trains:
         raise ValueError("give either the folder of a finished run, or --dist NAME with --train or --lipschitz")
     if not trains and (training or arguments["out"] or arguments["overwrite"]):
         option = flag(next(iter(training))) if training else "--out" if arguments["out"] else "--overwrite"
@@ -272,13 +300,13 @@ def main(argv: list[str] | None = None) -> int:
             distribution_of(config)
             out.mkdir(parents=True, exist_ok=True)
         else:
-            finished = load_finished(arguments.run)
+            finished = {folder: load_finished(folder) for folder in arguments.runs}
     with command.failures():
         if trains:
             work = measure_training if arguments.train else compare_tamings
             violated = work(config, out, arguments.time, points, grid)
         else:
-            violated = measure_run(arguments.run, *finished, arguments.time, points, grid)
+            violated = measure_runs(finished, arguments.time, points, grid)
     for link in violated:
         print(f"{command.prog}: violated: {link}", file=sys.stderr)
     return 1 if violated else 0

@@ -102,6 +102,7 @@ class Objective(nn.Module):
         learns_jumps: whether f(x, t, s) is trained for s < t; without, a model takes Euler steps (see stepper).
         learns_all_jumps: whether that holds for every s; without, only for s = 0, and a model is for one step.
         has_guidance: whether the method's paper defines guidance (classifier-free, inside the target).
+        has_curriculum: whether set_progress changes it, so that it is shaped by the number of training steps.
         default_times: the law of times that the method's paper trains with.
 
     Raises:
@@ -112,6 +113,7 @@ class Objective(nn.Module):
     learns_jumps: ClassVar[bool] = True
     learns_all_jumps: ClassVar[bool] = True
     has_guidance: ClassVar[bool] = True
+    has_curriculum: ClassVar[bool] = False
     default_times: ClassVar[TimeSampler] = TimeSampler()
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None):

@@ -58,6 +58,7 @@ class AlphaFlow(ResidualObjective):
         ValueError: an alpha outside [0, 1], a curriculum that does not lie in training.
     """
 
+    has_curriculum = True
     default_times = TimeSampler("sorted", share_equal=0.25)  # their table 2b; three quarters in MeanFlow
     alpha_now: Tensor
 
@@ -137,6 +138,7 @@ class SoFlow(ResidualObjective):
         ValueError: unless 0 < last <= first <= 1.
     """
 
+    has_curriculum = True
     default_times = TimeSampler("sorted", first=(0.2, 0.8), second=(-1.0, 0.8), share_equal=0.75)
     alpha_now: Tensor
 

@@ -4,11 +4,11 @@
     python -m tvm_ref.toy.compare --dist moons --methods TVM MeanFlow "flow matching"   some
     python -m tvm_ref.toy.compare --dist moons --ablation                               from MeanFlow to TVM
 
-Step times are measured side by side first; each method then gets the number of steps that fits in --seconds. Each has
-its own law of times and its own sweep, of learning rates and of the one setting that its paper stresses, on a seed of
-its own, judged at the NFE that it is for (1; 64 for flow matching). While a method's best rate is the lowest or highest
-tried, one beyond it is tried as well; if it still is after four, an asterisk marks it. With the best rate and setting
-the method is then trained on --seeds seeds.
+Each method trains as long as TVM takes for --steps steps: step times are measured side by side first, and a load on the
+machine changes their ratios little. Each has its own law of times and its own sweep, of learning rates and of the one
+setting that its paper stresses, on a seed of its own, judged at the NFE that it is for (1; 64 for flow matching). While
+a method's best rate is the lowest or highest tried, one beyond it is tried as well; if it still is after four, an
+asterisk marks it. With the best rate and setting the method is then trained on --seeds seeds.
 Writes results.json, a table and error.png: error against the number of function evaluations (NFE).
 """
 
@@ -39,7 +39,9 @@ from tvm_ref.toy.training import Training
 
 NFES = (1, 2, 4, 8, 16, 32, 64)
 SHARED = ("dist", "data", "bandwidth", "batch_size", "width", "depth", "time_sampler")
+UNIT = "a TVM step"  # in which the budget is counted
 SWEEP_SEED = 1000  # apart from the seeds that are reported
+ROUNDS, REPEATS = 8, 20  # of step times: turns of each method, and steps in a turn
 EXTRA = 4  # rates that a sweep is extended by at most
 LADDER = [float(f"{digit}e{exponent}") for exponent in range(-9, 3) for digit in (1, 3)]  # the rates beyond
 METHODS: dict[str, dict[str, Any]] = {
@@ -85,16 +87,16 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 
 
-def step_seconds(configs: dict[str, ToyConfig], rounds: int = 8, steps: int = 20) -> dict[str, float]:
-    """Measure median seconds per training step of each configuration, in turns: a noisy machine is then fair to all."""
+def step_seconds(configs: dict[str, ToyConfig]) -> dict[str, float]:
+    """Measure median CPU seconds per training step of each configuration, in turns: a load is then the same for all."""
     trainings = {name: Training(config, distribution_of(config)) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for name, training in trainings.items():
-            begun = time.perf_counter()
-            for _ in range(steps):
+            begun = time.process_time()
+            for _ in range(REPEATS):
                 training.train_step()
-            seconds[name].append((time.perf_counter() - begun) / steps)
+            seconds[name].append((time.process_time() - begun) / REPEATS)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first round warms up
 
 
@@ -158,67 +160,77 @@ def named(name: str, setting: dict[str, Any]) -> str:
     return ", ".join([name, *words] if name else words)
 
 
-def compare(
-    base: ToyConfig,
-    methods: dict[str, dict[str, Any]],
-    *,
-    rates: Sequence[float],
-    seeds: int,
-    seconds: float,
-    jobs: int,
-    points: int,
-    out: Path,
-) -> dict[str, Any]:
-    """Sweep, train and measure methods; results.json is rewritten after every training."""
-    settings = {name: SETTINGS.get(name, ({},)) for name in methods}
-    configs = {
-        named(name, setting): replace(base, **methods[name] | setting) for name in methods for setting in settings[name]
-    }
-    print("measuring step times")
-    per_step = step_seconds(configs)
-    configs = {name: replace(config, steps=max(1, round(seconds / per_step[name]))) for name, config in configs.items()}
-    report: dict[str, Any] = {
-        "dist": base.name,
-        "seconds": seconds,
-        "seeds": seeds,
-        "step_milliseconds": {name: round(1e3 * value, 3) for name, value in per_step.items()},
-        "sweeps": {name: [] for name in methods},
-        "methods": {},
-    }
-    sweeps = report["sweeps"]
+class Comparison:
+    """Trainings of equal time, and the report that holds their results; results.json is rewritten after each.
 
-    def train(plan: list[tuple[str, dict[str, Any], float, int]], into: dict[str, Any], label: str) -> None:
-        print(f"{label}: {len(plan)} trainings of {seconds:g} s, some {len(plan) * seconds / jobs / 60:.0f} minutes")
-        runs = [replace(configs[named(name, setting)], lr=rate, seed=seed) for name, setting, rate, seed in plan]
-        results = train_many(runs, errors, jobs=jobs, points=points, label=label)
+    Args:
+        base: what all have in common.
+        methods: what each changes.
+        steps: TVM steps that take as long as each training.
+        jobs: trainings at a time, one thread each.
+        points: samples that errors are measured on.
+        out: folder of results.json.
+    """
+
+    def __init__(
+        self, base: ToyConfig, methods: dict[str, dict[str, Any]], *, steps: int, jobs: int, points: int, out: Path
+    ):
+        self.settings = {name: SETTINGS.get(name, ({},)) for name in methods}
+        self.jobs, self.points, self.out = jobs, points, out
+        configs = {
+            named(name, setting): replace(base, **methods[name] | setting)
+            for name, settings in self.settings.items()
+            for setting in settings
+        }
+        print("measuring step times")
+        per_step = step_seconds({UNIT: base, **configs})
+        self.seconds = steps * per_step[UNIT]
+        self.configs = {n: replace(c, steps=max(1, round(self.seconds / per_step[n]))) for n, c in configs.items()}
+        self.report: dict[str, Any] = {
+            "dist": base.name,
+            "tvm_steps": steps,
+            "step_milliseconds": {name: round(1e3 * value, 3) for name, value in per_step.items()},
+            "sweeps": {name: [] for name in methods},
+            "methods": {},
+        }
+
+    def train(self, plan: Sequence[tuple[str, dict[str, Any], float, int]], into: Any, label: str) -> None:
+        """Train each (method, setting, rate, seed) of a plan and append its result to into[method]."""
+        minutes = len(plan) * self.seconds / self.jobs / 60
+        print(f"{label}: {len(plan)} trainings of {self.seconds:.2g} s, {self.jobs} at a time: {minutes:.0f} minutes")
+        runs = [replace(self.configs[named(name, setting)], lr=rate, seed=seed) for name, setting, rate, seed in plan]
+        results = train_many(runs, errors, jobs=self.jobs, points=self.points, label=label)
         for (name, setting, _, _), result in zip(plan, results, strict=True):
             into[name].append(result | {"setting": setting})
-            write_atomically(out / "results.json", json.dumps(report, indent=2) + "\n")
+            write_atomically(self.out / "results.json", json.dumps(self.report, indent=2) + "\n")
 
-    plan = [(name, setting, rate, SWEEP_SEED) for name in methods for setting in settings[name] for rate in rates]
-    for extra in range(EXTRA + 1):
-        train(plan, sweeps, "sweeping" if extra == 0 else "sweeping further")
-        further = {name: rate for name in methods if (rate := beyond(sweeps[name])) is not None}
-        if not further:
-            break
-        plan = [(name, sweeps[name][best(sweeps[name])]["setting"], rate, SWEEP_SEED) for name, rate in further.items()]
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for name in methods:
-        winner = sweeps[name][best(sweeps[name])]
-        runs[name] = []
-        report["methods"][name] = {
-            "lr": winner["lr"],
-            "at_edge": name in further,
-            "setting": winner["setting"],
-            "steps": configs[named(name, winner["setting"])].steps,
-            "runs": runs[name],
-        }
-    train(
-        [(name, m["setting"], m["lr"], seed) for name, m in report["methods"].items() for seed in range(seeds)],
-        runs,
-        "training",
-    )
-    return report
+    def sweep(self, rates: Sequence[float]) -> None:
+        """Choose each method's setting and rate, from `rates` and those beyond."""
+        sweeps = self.report["sweeps"]
+        plan = [
+            (name, s, rate, SWEEP_SEED) for name, settings in self.settings.items() for s in settings for rate in rates
+        ]
+        for extra in range(EXTRA + 1):
+            self.train(plan, sweeps, "sweeping" if extra == 0 else "sweeping further")
+            winners = {name: results[best(results)] for name, results in sweeps.items()}
+            further = {name: rate for name, results in sweeps.items() if (rate := beyond(results)) is not None}
+            if not further:
+                break
+            plan = [(name, winners[name]["setting"], rate, SWEEP_SEED) for name, rate in further.items()]
+        for name, winner in winners.items():
+            self.report["methods"][name] = {
+                "lr": winner["lr"],
+                "at_edge": name in further,
+                "setting": winner["setting"],
+                "steps": self.configs[named(name, winner["setting"])].steps,
+                "runs": [],
+            }
+
+    def run(self, seeds: int) -> None:
+        """Train each method on seeds 0, 1, ... with what the sweep chose."""
+        methods = self.report["methods"]
+        plan = [(name, m["setting"], m["lr"], seed) for name, m in methods.items() for seed in range(seeds)]
+        self.train(plan, {name: m["runs"] for name, m in methods.items()}, "training")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -229,7 +241,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         name: [[error(result, n) for result in method["runs"]] for n in NFES]
         for name, method in report["methods"].items()
     }
-    title = f"{report['dist']}: {report['seconds']:g} s of training each, seeds: {report['seeds']}"
+    seeds = len(next(iter(report["methods"].values()))["runs"])
+    title = f"{report['dist']}: each trained as long as {report['tvm_steps']} steps of TVM, seeds: {seeds}"
     plots.save_figure(plots.plot_errors(values, NFES, title), path)
 
 
@@ -244,7 +257,7 @@ def parser() -> OneLineParser:
     p.add_argument(
         "--ablation", action="store_true", help=f"in their place, from MeanFlow to TVM: {', '.join(ABLATION)}"
     )
-    p.add_argument("--seconds", type=float, default=30.0, help="training time of each run, in seconds of one thread")
+    p.add_argument("--steps", type=int, default=2500, help="training time of each run, in steps of TVM")
     p.add_argument("--seeds", type=int, default=3, help="seeds per method")
     p.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.01, 0.03], help="learning rates to sweep first")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -260,11 +273,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = command.parse_args(argv)
     use_one_thread()
     with command.bad_input():
-        base = ToyConfig(**given(arguments, ToyConfig), noise_share=0.0)  # the paper's; one row has more
-        require_at_least(0.1, seconds=arguments.seconds)
-        if arguments.seconds == float("inf"):
-            raise ValueError("--seconds must be finite")
-        require_at_least(1, seeds=arguments.seeds, jobs=arguments.jobs)
+        shared = {name: value for name, value in given(arguments, ToyConfig).items() if name in SHARED}
+        base = ToyConfig(**shared, noise_share=0.0)  # the paper's; one row has more
+        require_at_least(1, steps=arguments.steps, seeds=arguments.seeds, jobs=arguments.jobs)
         require_at_least(10, points=arguments.points)
         if not all(0 < rate < float("inf") for rate in arguments.rates):
             raise ValueError("--rates must be positive and finite")
@@ -275,11 +286,13 @@ def main(argv: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
     with command.failures(f"trainings that were finished are in {out}"):
         methods = ABLATION if arguments.ablation else {name: METHODS[name] for name in arguments.methods}
-        size = {name: getattr(arguments, name) for name in ("rates", "seeds", "seconds", "jobs", "points")}
-        report = compare(base, methods, out=out, **size)
-        draw(report, out / "error.png")
+        size = {name: getattr(arguments, name) for name in ("steps", "jobs", "points")}
+        comparison = Comparison(base, methods, out=out, **size)
+        comparison.sweep(arguments.rates)
+        comparison.run(arguments.seeds)
+        draw(comparison.report, out / "error.png")
     print(f"paired RMSE to the exact flow map, median over seeds (range), seeds: {arguments.seeds}")
-    print(f"{table(report)}\n{out}")
+    print(f"{table(comparison.report)}\n{out}")
     return 0
 
 

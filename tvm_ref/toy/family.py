@@ -9,7 +9,7 @@
     bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
     jumps     which jumps TVM draws, beside the errors of the jumps of the default run
     scale     at that run's network, by t - s: the batch at which a gradient's noise equals its signal
-Writes results.json, measured.png and, with `picture`, family.png.
+Writes results.json, measured.png and, with `picture`, family.png; with `jumps`, times.png: the same by (t, s).
 """
 
 import json
@@ -37,7 +37,10 @@ from tvm_ref.toy.training import Training
 
 PARTS = ("picture", "noise", "cost", "bias", "jumps", "scale")
 COORDINATES = {"masses 0.8 and 0.2": 0.8, "masses 0.5 and 0.5": 0.5}  # of a coordinate's two values
-LAWS = {"gap*": TimeSampler(), "two uniform times": TimeSampler("triangle"), "MeanFlow's": TimeSampler("sorted")}
+LAWS = {
+    "gap*": TimeSampler(), "gap*, 1/4 at t = 1": TimeSampler(share_noise=0.25),
+    "two uniform times": TimeSampler("triangle"), "MeanFlow's": TimeSampler("sorted"),
+}  # fmt: skip
 DIMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GAPS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
 
@@ -74,12 +77,13 @@ def measure(
         error, by_times = family_measures.jump_errors(model, distribution, 20 * samples)
         report["jumps"] = {
             "shares": {name: family_measures.length_shares(times) for name, times in LAWS.items()},
+            "density_by_times": {name: family_measures.time_density(times) for name, times in LAWS.items()},
             "error": error,
             "error_by_times": [[None if a != a else a for a in row] for row in by_times.tolist()],
         }
         print(jump_table(report["jumps"]))
     if "scale" in parts:
-        scale = family_measures.signal_to_noise(model, distribution, GAPS)
+        scale = family_measures.signal_to_noise(model, distribution, GAPS, size=max(2, samples // 2))
         report["noise_scale"] = {"gaps": list(GAPS), "scale": scale}
         print(scale_table(report["noise_scale"]))
     return report
@@ -123,6 +127,8 @@ def draw(report: dict[str, Any], out: Path, *, picture: bool) -> None:
         plots.save_figure(family_plots.plot_family(), out / "family.png")
     if set(report) - {"cost"}:
         plots.save_figure(family_plots.plot_measured(report), out / "measured.png")
+    if "jumps" in report:
+        plots.save_figure(family_plots.plot_times(report["jumps"]), out / "times.png")
 
 
 def parser() -> OneLineParser:
@@ -130,7 +136,10 @@ def parser() -> OneLineParser:
     p = OneLineParser("python -m tvm_ref.toy.family", __doc__)
     add_options(p, ToyConfig, ["dist", "data", "bandwidth", "steps", "batch_size", "width", "depth", "seed"])
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
-    p.add_argument("--samples", type=int, default=500, help="samples at the exact flow map; 20 times as many jumps")
+    p.add_argument(
+        "--samples", type=int, default=500,
+        help="samples at the exact flow map; 20 times as many for jumps, 16 times as many for scale",
+    )  # fmt: skip
     p.add_argument("--dims", type=int, nargs="+", default=DIMS, help="dimensions of the part bias")
     p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-family)")
     p.add_argument("--overwrite", action="store_true", help="replace results that are already there")

@@ -204,8 +204,22 @@ def length_shares(times: TimeSampler, bins: int = 10, n: int = 1_000_000) -> lis
     return (torch.histc(gap, bins, 0, 1) / len(gap)).tolist()
 
 
+def time_density(times: TimeSampler, bins: int = 10, n: int = 1_000_000) -> list[list[float | None]]:
+    """Return the density of the jumps that a law draws, s < t, by (t, s) [bins, bins]: 1 if all (t, s) were alike.
+
+    None where s > t in the whole cell. A cell on the diagonal is half a cell: its density is over that half.
+    """
+    t, s, _ = times.draw(n, generator(EVALUATION, 2))
+    t, s = t[t > s], s[t > s]
+    cell = (t * bins).long().clamp(max=bins - 1) * bins + (s * bins).long().clamp(max=bins - 1)
+    area = torch.ones(bins, bins).tril() / bins**2
+    area.diagonal().mul_(0.5)
+    density = torch.bincount(cell, minlength=bins**2).view(bins, bins) / len(t) / area * area.sum()
+    return [[value if j <= i else None for j, value in enumerate(row)] for i, row in enumerate(density.tolist())]
+
+
 def signal_to_noise(
-    model: FlowMap, distribution: GaussianMixture, gaps: Sequence[float], chunks: int = 32, size: int = 32
+    model: FlowMap, distribution: GaussianMixture, gaps: Sequence[float], chunks: int = 32, size: int = 256
 ) -> dict[str, list[float | None]]:
     """Return, by t - s, the batch at which a gradient's noise is as large as its signal.
 

@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from tvm_ref.toy import plots
@@ -102,6 +103,27 @@ def plot_measured(report: dict[str, Any]) -> Figure:
     return figure
 
 
+@matplotlib.rc_context(plots.STYLE)
+def plot_times(jumps: dict[str, Any]) -> Figure:
+    """Draw, in the triangle of (t, s), how densely each law draws jumps, and how large the errors of jumps are."""
+    densities = {f"drawn by {name}": values for name, values in jumps["density_by_times"].items()}
+    figure, axes = plots.make_figure(len(densities) + 1, 4.4, plane=False)
+    figure.set_size_inches(4.6 * len(axes), 4.2)
+    low = LogNorm(1e-2, 10)
+    for ax, (title, values) in zip(axes, densities.items(), strict=False):
+        _plot_cells(ax, title, values, low, "density; all alike: 1")
+    _plot_cells(axes[-1], "error of the default network's jumps", jumps["error_by_times"], None, "RMSE")
+    axes[0].set_ylabel("s, where it ends")
+    return figure
+
+
+def _plot_cells(ax: Axes, title: str, values: list[list[float | None]], scale: LogNorm | None, label: str) -> None:
+    cells = np.array([[np.nan if v is None else v for v in row] for row in values]).T
+    image = ax.imshow(cells, origin="lower", extent=(0, 1, 0, 1), norm=scale or LogNorm(), cmap="viridis")
+    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
+    ax.set(xlabel="t, where a jump starts", title=title)
+
+
 def _plot_noise(ax: Axes, noise: dict[str, dict[str, float]]) -> None:
     names = list(noise)[::-1]
     mean, error, median = (np.array([noise[name][key] for name in names]) for key in ("mean", "error", "median"))
@@ -128,7 +150,9 @@ def _plot_bias(ax: Axes, bias: dict[str, dict[str, float]]) -> None:
 def _plot_jumps(ax: Axes, jumps: dict[str, Any]) -> None:
     bins = len(jumps["error"])
     middles = (np.arange(bins) + 0.5) / bins
-    for (name, shares), colour in zip(jumps["shares"].items(), (plots.BLUE, plots.SKY, plots.GREEN), strict=False):
+    for (name, shares), colour in zip(
+        jumps["shares"].items(), (plots.BLUE, plots.PINK, plots.SKY, plots.GREEN), strict=False
+    ):
         ax.step(middles, np.maximum(shares, 1e-6), where="mid", color=colour, label=f"draws, {name}")
     ax.set(yscale="log", xlabel="t - s", ylabel="share of jumps drawn", ylim=(1e-5, 1))
     other = ax.twinx()

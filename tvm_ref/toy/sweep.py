@@ -17,13 +17,41 @@ from tvm_ref.toy.training import Training
 Measure = Callable[[Training, Reference], dict[str, float]]
 REPORT_EVERY = 50  # steps between a worker's reports of its progress
 POLL = 0.5  # seconds between updates of the progress bar
-
-_done: Any = None  # in a worker: the number of trainings done by all workers, with fractions, shared between them
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]"  # tqdm's, for fractions of runs
+Report = Callable[[float], object]  # called with the share of a training that has been done since
 
 
 @lru_cache(maxsize=1)
 def _reference(dist: str, data: str | None, bandwidth: float | None, points: int) -> Reference:
     return make_reference(distribution_of(ToyConfig(dist=dist, data=data, bandwidth=bandwidth)), points=points)
+
+
+def _train(config: ToyConfig, *, measure: Measure, points: int, report: Report | None = None) -> dict[str, Any]:
+    """Train and measure one configuration; `report` is None in a worker, which has its own."""
+    tell = _report if report is None else report
+    reference = _reference(config.dist, config.data, config.bandwidth, points)
+    training = Training(config, reference.distribution)
+    result = {"dist": config.dist, "objective": config.objective, "lr": config.lr, "seed": config.seed}
+    reported = 0
+
+    def up_to(step: int) -> None:
+        nonlocal reported
+        tell((step - reported) / config.steps)
+        reported = step
+
+    try:
+        while training.step < config.steps:
+            training.train_step()
+            if training.step % REPORT_EVERY == 0:
+                up_to(training.step)
+    except FloatingPointError:
+        return result | {"diverged": True, "figures": {}}
+    finally:
+        up_to(config.steps)
+    return result | {"diverged": False, "figures": measure(training, reference)}
+
+
+_done: Any = None  # in a worker: the number of trainings done by all of them, with fractions, shared between them
 
 
 def _begin(done: Any) -> None:
@@ -32,25 +60,9 @@ def _begin(done: Any) -> None:
     use_one_thread()
 
 
-def _report(steps: int, config: ToyConfig) -> None:
+def _report(share: float) -> None:
     with _done.get_lock():
-        _done.value += steps / config.steps
-
-
-def _train(config: ToyConfig, measure: Measure, points: int) -> dict[str, Any]:
-    reference = _reference(config.dist, config.data, config.bandwidth, points)
-    training = Training(config, reference.distribution)
-    result = {"dist": config.dist, "objective": config.objective, "lr": config.lr, "seed": config.seed}
-    try:
-        while training.step < config.steps:
-            training.train_step()
-            if training.step % REPORT_EVERY == 0:
-                _report(REPORT_EVERY, config)
-        _report(training.step % REPORT_EVERY, config)
-    except FloatingPointError:
-        _report(config.steps - training.step // REPORT_EVERY * REPORT_EVERY, config)
-        return result | {"diverged": True, "figures": {}}
-    return result | {"diverged": False, "figures": measure(training, reference)}
+        _done.value += share
 
 
 @contextlib.contextmanager
@@ -80,17 +92,22 @@ def train_many(
     Args:
         configs: what to train, without classes.
         measure: a function of the trained model and its reference, importable by name.
-        jobs: processes at a time, one thread each.
+        jobs: processes at a time, one thread each; 1 is this one.
         points: samples that figures are measured on.
         label: what the progress bar is called.
     """
-    with _workers(jobs) as (pool, done), tqdm(total=len(configs), unit="run", desc=label) as bar:
-        results = pool.imap(partial(_train, measure=measure, points=points), configs)
-        for _ in configs:
-            result = None
-            while result is None:
-                with contextlib.suppress(multiprocessing.TimeoutError):
-                    result = results.next(POLL)
-                bar.n = round(done.value, 1)
-                bar.refresh()
-            yield result
+    train = partial(_train, measure=measure, points=points)
+    with tqdm(total=len(configs), unit="run", desc=label, bar_format=BAR) as bar:
+        if jobs == 1:
+            use_one_thread()
+            yield from (train(config, report=bar.update) for config in configs)
+            return
+        with _workers(jobs) as (pool, done):
+            results = pool.imap(train, configs)
+            for _ in configs:
+                result = None
+                while result is None:
+                    with contextlib.suppress(multiprocessing.TimeoutError):
+                        result = results.next(POLL)
+                    bar.update(done.value - bar.n)
+                yield result
