@@ -11,8 +11,8 @@ from torch import Tensor
 def wasserstein2(x: Tensor, y: Tensor) -> float:
     """Measure W2 between the empirical measures of x [N, D] and y [M, D]: the exact optimal transport cost, its root.
 
-    Of clouds of one size it is the best pairing of their points, which SciPy finds several times faster than POT finds
-    a plan where the clouds are close. O(N^3): up to a second at N = M = 2,000.
+    Where points lie close to those of the same row, as a model's samples to the exact flow's, SciPy finds the best
+    pairing several times faster than POT finds a plan; elsewhere it is slower. O(N^3): about a second at N = M = 2,000.
 
     Raises:
         ValueError: clouds that are empty, of different dimension, or not finite.
@@ -22,7 +22,7 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
         raise ValueError(f"W2 needs clouds of shape [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("W2 needs finite points")
-    if len(a) == len(b):
+    if len(a) == len(b) and np.square(a - b).sum() < 0.02 * np.square(a - a.mean(0)).sum():
         from scipy.optimize import linear_sum_assignment  # half a second of CPU, which --help need not wait for
         from scipy.spatial.distance import cdist
 

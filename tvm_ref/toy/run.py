@@ -285,9 +285,12 @@ def load_model(folder: Path) -> tuple[ToyConfig, FlowMap, Units]:
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             model.network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            units = Units.from_metadata(file.metadata() or {})
+            metadata = file.metadata() or {}
+            units = Units.from_metadata(metadata)
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {str(error).splitlines()[0]}") from None
+    if config.data is not None and not metadata:  # of a run that is older than units
+        units = distribution_of(config).units
     return config, model.requires_grad_(False), units
 
 
