@@ -502,7 +502,7 @@ def test_compare_writes_results_table_and_figure(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("table", [compare.METHODS, compare.ABLATION])
 def test_what_is_compared_can_be_configured(table):
     """Each method and each setting is a configuration; the ablation keeps MeanFlow's law of times, and ends as TVM."""
-    base = replace(ToyConfig(), noise_share=0.0)
+    base = ToyConfig()
     for name, changes in table.items():
         for setting in compare.SETTINGS.get(name, ({},)) if table is compare.METHODS else ({},):
             replace(base, **changes | setting)

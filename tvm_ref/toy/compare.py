@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     use_one_thread()
     with command.bad_input():
         shared = {name: value for name, value in given(arguments, ToyConfig).items() if name in SHARED}
-        base = ToyConfig(**shared, noise_share=0.0)  # the paper's; one row has more
+        base = ToyConfig(**shared)
         require_at_least(1, steps=arguments.steps, seeds=arguments.seeds, jobs=arguments.jobs)
         require_at_least(10, points=arguments.points)
         if not all(0 < rate < float("inf") for rate in arguments.rates):
