@@ -383,7 +383,7 @@ def test_interrupt_saves_and_draws_and_resume_ends_as_if_nothing_had_been(tmp_pa
     process.send_signal(sent)
     out = process.communicate(timeout=120)[0]
     assert process.returncode == 130
-    assert "stopped at step" in out
+    assert "stopped by a signal at step" in out
     done = json.loads((tmp_path / "metrics.json").read_text())["steps"]["done"]
     assert 100 <= done < 600
     assert all((tmp_path / p).exists() for p in PICTURES)
@@ -409,7 +409,7 @@ def test_ctrl_c_in_training_says_what_it_does_and_measures(tmp_path, capsys, mon
     press_at_step(monkeypatch, 20, presses=1)
     assert run(tmp_path) == 130
     out, err = capsys.readouterr()
-    assert "stopped at step 21 and saved; measuring what there is (Ctrl-C leaves at once)" in out
+    assert "stopped by a signal at step 21 of 60 and saved; measuring what there is (Ctrl-C leaves at once)" in out
     assert "go on: the same command with --resume" in out
     assert "Traceback" not in out + err
     assert all((tmp_path / name).exists() for name in PICTURES)

@@ -48,7 +48,10 @@ def parser() -> OneLineParser:
         "--resume", action="store_true", help="go on with the run that is there, with its own options"
     )
     existing.add_argument(
-        "--sample", type=int, metavar="N", help="only write N samples of the run that is there to its samples.csv"
+        "--sample",
+        type=int,
+        metavar="N",
+        help="only write N samples of the run that is there, in place of samples.csv",
     )
     return p
 
@@ -133,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         with command.failures("the same command with --resume goes on from the last checkpoint, if there is one"):
             finished = this.train(sums)
         if not finished:
-            print(f"stopped at step {this.training.step} and saved; measuring what there is (Ctrl-C leaves at once)")
+            done = f"step {this.training.step} of {this.config.steps}"
+            print(f"stopped by a signal at {done} and saved; measuring what there is (Ctrl-C leaves at once)")
         with command.failures("the same command with --resume measures and draws"):
             metrics = this.report(arguments.points)
     print(table(metrics["nfe"]))
