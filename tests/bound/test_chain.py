@@ -178,7 +178,7 @@ class Affine(nn.Module):
 
     def __init__(self, c: float, d: tuple[float, ...]):
         super().__init__()
-        self.c, self.d = c, nn.Parameter(torch.tensor(d, dtype=torch.float64))
+        self.c, self.d = c, nn.Parameter(torch.tensor(d, dtype=torch.float64), requires_grad=False)
 
     def forward(self, x, t, s, condition=None):
         return self.c * x + self.d + 0 * over(s, x)
