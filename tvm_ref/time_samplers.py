@@ -28,7 +28,7 @@ class Times(NamedTuple):
 
 
 def logit_normal(u: Tensor, normal: Normal, upper: Tensor | None = None) -> Tensor:
-    """Map uniform u [n] to times [n]: sigmoid(z), z ~ N(mean, std^2), truncated to (0, upper] where `upper` [n] is given.
+    """Map uniform u [n] to times [n]: sigmoid(z), z ~ N(mean, std^2), truncated to (0, upper] if `upper` [n] is given.
 
     By inverting the distribution function, up to that of the bound: exact, and smooth in u.
     """

@@ -5,11 +5,11 @@ import torch
 
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.time_samplers import TimeSampler
+from tvm_ref.toy import training as training_module
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.metrics import exact_samples, make_reference, paired_errors
 from tvm_ref.toy.run import Run, load_run, read_config
-from tvm_ref.toy import training as training_module
 from tvm_ref.toy.training import BLOCK, Training, draw_block, learning_rate, uniform_numbers
 
 SMALL = {"batch_size": 16, "width": 8, "depth": 2, "steps": 90}
@@ -41,7 +41,7 @@ def test_data_are_a_pure_function_of_seed_and_block():
 
 
 def test_numbers_are_uniform_and_every_batch_fills_the_unit_cube_evenly():
-    """Each of the 256 strata of each column holds one point of each batch, each box of 16 x 16 of two columns one, too."""
+    """Each of 256 strata of a column holds one point of a batch, and so does each of 16 x 16 boxes of two columns."""
     u = uniform_numbers(0, 3, 4 * 256, 9)
     assert ((u > 0) & (u < 1)).all()
     assert torch.isfinite(torch.special.ndtri(u)).all()
@@ -55,7 +55,7 @@ def test_numbers_are_uniform_and_every_batch_fills_the_unit_cube_evenly():
 
 
 def test_even_numbers_leave_the_mean_of_the_gradient_and_take_most_of_its_noise(monkeypatch):
-    """Against independent numbers, on a network trained a little: equal within the standard error, a quarter of the variance."""
+    """Against independent numbers, on a network trained a little: equal within the error, a quarter of its variance."""
     config, oracle = ToyConfig(batch_size=256, width=16, depth=2), make_distribution("moons")
     training = Training(config, oracle)
     for _ in range(40):
