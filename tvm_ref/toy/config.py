@@ -38,11 +38,11 @@ class ToyConfig:
     detach_jvp: bool = option(False, "TVM without gradients through the JVP: cheaper, biased (paper, sec. 7.4)")
     conditional: bool = option(False, "condition on the class (moons, circles and eight_gaussians have classes)")
     w: float = option(1.0, "classifier-free guidance weight, with --conditional (paper, eq. 15)")
-    steps: int = option(2700, "training steps")
+    steps: int = option(3400, "training steps")
     batch_size: int = option(512, "samples per step")
     width: int = option(64, "units per hidden layer of the network")
     depth: int = option(4, "hidden layers of the network")
-    lr: float = option(1e-2, "peak learning rate of SOAP: linear warm-up, then cosine to zero")
+    lr: float = option(7e-3, "peak learning rate of SOAP: linear warm-up, then cosine to zero")
     time_sampler: str = option(
         "own", "how times are drawn (paper, sec. 7.3); own: as the objective's paper does, gap* in TVM",
         choices=("own", *TIME_SAMPLERS),
