@@ -121,6 +121,8 @@ def test_own_points_come_back_as_samples_in_their_own_units(tmp_path, capsys):
     assert len(lines) == 1 + 60  # as many as figures are measured on
 
     data.unlink()  # samples need the model and its units alone
+    with pytest.raises(FileNotFoundError, match="no such file; tvm_ref.toy.run.load_model loads the model without"):
+        load_run(folder)
     trained = (folder / "checkpoint.pt").stat().st_mtime_ns
     assert command.main(["--data", str(data), "--out", str(folder), "--sample", "7"]) == 0
     assert "7 samples, in the units of the data" in capsys.readouterr().out

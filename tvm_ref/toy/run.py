@@ -271,10 +271,13 @@ def load_run(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
     Raises:
         ValueError: a folder that is no run, one that has written no model, or a damaged one; own points that are not
             those it was trained on.
-        OSError: files that cannot be read.
+        OSError: files that cannot be read; of own points that have gone, with the way without them.
     """
     config, model, units = load_model(folder)
-    distribution = distribution_of(config)
+    try:
+        distribution = distribution_of(config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; tvm_ref.toy.run.load_model loads the model without the points") from None
     if distribution.units != units:
         raise ValueError(f"{folder} was trained on other points than {config.data} has")
     return config, distribution, model
