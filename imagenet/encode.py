@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from imagenet import parallel
 from imagenet.fingerprints import fingerprint
@@ -58,6 +57,7 @@ from tvm_ref.command_line import (
     run,
     write_atomically,
 )
+from tvm_ref.progress import progress
 
 PLAN = "encode.json"  # what is being encoded, and how: an encoding goes on only if it is the same
 SKIPPED = "skipped.txt"
@@ -315,7 +315,7 @@ def encode_folder(
     todo = world.broadcast([name for name in shards if not (out / f"{name}.json").exists()])
     mine = [todo[i] for i in world.partition(len(todo))]
     total = sum(len(shards[name]) for name in mine)
-    with tqdm(total=total, unit="image", desc="encoding", disable=not world.first) as bar:
+    with progress(total=total, unit="image", desc="encoding", disable=not world.first) as bar:
         for name in mine:
             encode_shard(source, out, name, shards[name], vae, settings, bar)
     world.barrier()

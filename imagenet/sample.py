@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from imagenet import parallel
 from imagenet.fingerprints import fingerprint
@@ -42,6 +41,7 @@ from tvm_ref.command_line import (
     run,
     write_atomically,
 )
+from tvm_ref.progress import progress
 
 COUNT = 64  # images, where nothing else is said
 CHUNK = 256  # images put together at a time
@@ -203,7 +203,7 @@ def draw(
     numbers, started = world.partition(count), time.perf_counter()
     todo = missing(out, numbers) if is_folder(out) else numbers
     done = len(numbers) - len(todo)
-    with tqdm(total=len(numbers), initial=done, unit="image", desc="sampling", disable=not world.first) as bar:
+    with progress(total=len(numbers), initial=done, unit="image", desc="sampling", disable=not world.first) as bar:
         batches = generator.batches(todo, steps, batch_size)
         if is_folder(out):
             write_images(out, batches, list(todo), bar)

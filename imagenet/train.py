@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from imagenet import checkpoints, parallel
 from imagenet.batches import Batches, loader
@@ -40,6 +39,7 @@ from tvm_ref import command_line
 from tvm_ref.command_line import OneLineParser, add_options, given, option, require_at_least, require_free
 from tvm_ref.interruption import INTERRUPTED, Interruption, SaveRequests
 from tvm_ref.objectives import TERMS
+from tvm_ref.progress import progress
 
 LEAST = 10  # images to measure
 GO_ON = "the same command with --resume goes on"
@@ -223,7 +223,7 @@ def train(run: Run, data: Data, options: Options) -> bool:
     batches = Batches(config, data, world.rank, world.size)
     first = saved = training.step  # a run that is resumed has its first step's checkpoint
     stopped = False
-    bar = tqdm(
+    bar = progress(
         total=config.steps, initial=first, unit="step", desc="training", file=sys.stdout, mininterval=0.5,
         disable=not world.first,
     )  # fmt: skip

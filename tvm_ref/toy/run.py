@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_of
-from tqdm import tqdm
 
 from tvm_ref.command_line import write_atomically
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.interpolant import conditional_velocity, interpolate
 from tvm_ref.interruption import Interruption
 from tvm_ref.objectives import OBJECTIVES, TERMS, ResidualObjective, mean_square
+from tvm_ref.progress import progress
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.metrics import NFES, PARTS, evaluate, make_reference
@@ -166,7 +166,7 @@ class Run:
         training, sums = self.training, torch.zeros(2) if sums is None else sums
         before, begun = training.seconds, time.perf_counter()
         keep = snapshot_steps(self.config.steps)
-        bar = tqdm(
+        bar = progress(
             total=self.config.steps,
             initial=training.step,
             unit="step",
