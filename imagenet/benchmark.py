@@ -32,6 +32,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+# first, so that Ctrl-C is quiet while PyTorch is imported
+from tvm_ref.command_line import OneLineParser, add_options, require_at_least, require_new, run, write_atomically
+
+# isort: split
 import torch
 
 from imagenet import parallel
@@ -43,7 +47,6 @@ from imagenet.parallel import World
 from imagenet.presets import PRESETS, Config
 from imagenet.saving_speed import measure_saving, saving_table
 from imagenet.training import Training
-from tvm_ref.command_line import OneLineParser, add_options, require_at_least, require_new, run, write_atomically
 from tvm_ref.progress import progress
 
 COMPUTED = ["precision", "compile", "checkpointing", "accumulate"]  # fields of Config that a row may change

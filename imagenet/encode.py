@@ -25,6 +25,19 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+# first, so that Ctrl-C is quiet while PyTorch is imported
+from tvm_ref.command_line import (
+    OneLineParser,
+    add_options,
+    given,
+    option,
+    require_at_least,
+    require_free,
+    run,
+    write_atomically,
+)
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image
@@ -47,16 +60,6 @@ from imagenet.latents import (
 )
 from imagenet.parallel import World
 from imagenet.pictures import Pixels
-from tvm_ref.command_line import (
-    OneLineParser,
-    add_options,
-    given,
-    option,
-    require_at_least,
-    require_free,
-    run,
-    write_atomically,
-)
 from tvm_ref.progress import progress
 
 PLAN = "encode.json"  # what is being encoded, and how: an encoding goes on only if it is the same

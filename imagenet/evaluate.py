@@ -22,6 +22,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+# first, so that Ctrl-C is quiet while PyTorch is imported
+from tvm_ref.command_line import OneLineParser, require_at_least, require_new, run, write_atomically
+
+# isort: split
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +37,6 @@ from imagenet.metrics import frechet_distance, gaussian_statistics
 from imagenet.model_options import add_model_options, load_model
 from imagenet.parallel import World
 from imagenet.references import Reference, check_reference, read_reference
-from tvm_ref.command_line import OneLineParser, require_at_least, require_new, run, write_atomically
 from tvm_ref.progress import progress
 
 LEAST = 10  # images: the inception score is a mean over as many parts

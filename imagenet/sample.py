@@ -23,6 +23,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# first, so that Ctrl-C is quiet while PyTorch is imported
+from tvm_ref.command_line import (
+    OneLineParser,
+    require_at_least,
+    require_free,
+    require_new,
+    run,
+    write_atomically,
+)
+
+# isort: split
 import numpy as np
 from torch import nn
 
@@ -33,14 +44,6 @@ from imagenet.image_files import EXTENSIONS, save_png, write_npz
 from imagenet.model_options import add_model_options, load_model
 from imagenet.parallel import World
 from imagenet.pictures import Pixels, grid
-from tvm_ref.command_line import (
-    OneLineParser,
-    require_at_least,
-    require_free,
-    require_new,
-    run,
-    write_atomically,
-)
 from tvm_ref.progress import progress
 
 COUNT = 64  # images, where nothing else is said

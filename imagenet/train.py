@@ -18,6 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+# first, so that Ctrl-C is quiet while PyTorch is imported
+from tvm_ref import command_line
+from tvm_ref.command_line import OneLineParser, add_options, given, option, require_at_least, require_free
+
+# isort: split
 import torch
 from torch import nn
 
@@ -35,8 +40,6 @@ from imagenet.report import draw_grid, write_report, write_weights
 from imagenet.run import Run, saved_nothing, stored_config
 from imagenet.training import Training
 from imagenet.training_log import check_wandb
-from tvm_ref import command_line
-from tvm_ref.command_line import OneLineParser, add_options, given, option, require_at_least, require_free
 from tvm_ref.interruption import INTERRUPTED, Interruption, SaveRequests
 from tvm_ref.objectives import TERMS
 from tvm_ref.progress import progress
