@@ -32,8 +32,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+# first, so that Ctrl-C is quiet while PyTorch is imported
+from tvm_ref.command_line import OneLineParser, add_options, require_at_least, require_new, run, write_atomically
+
+# isort: split
 import torch
-from tqdm import tqdm
 
 from imagenet import parallel
 from imagenet.batches import Batches
@@ -44,7 +47,7 @@ from imagenet.parallel import World
 from imagenet.presets import PRESETS, Config
 from imagenet.saving_speed import measure_saving, saving_table
 from imagenet.training import Training
-from tvm_ref.command_line import OneLineParser, add_options, require_at_least, require_new, run, write_atomically
+from tvm_ref.progress import progress
 
 COMPUTED = ["precision", "compile", "checkpointing", "accumulate"]  # fields of Config that a row may change
 DETACHED = {"no": (False,), "yes": (True,), "both": (False, True)}
@@ -213,7 +216,7 @@ def measure_all(configs: list[Config], device: torch.device, steps: int = 10, wa
     }
     rate = matmul_rate(device, getattr(torch, first.precision))
     rows = []
-    for config in tqdm(configs, unit="row", desc="measuring"):
+    for config in progress(configs, unit="row", desc="measuring"):
         row = measure_apart(config, str(device), steps, warmup)
         needed = flops[str(config.detach_jvp).lower()]["least"]
         achieved = None if row.images_per_second is None else row.images_per_second * needed

@@ -15,6 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# first, so that Ctrl-C is quiet while PyTorch is imported
+from tvm_ref.command_line import OneLineParser, require_new, run
+
+# isort: split
 import torch
 
 from imagenet.checkpoints import check_weights, save_weights
@@ -23,7 +27,6 @@ from imagenet.pickle_scan import shown
 from imagenet.pickled_tensors import module_state, read_module, tensors_of
 from imagenet.presets import PRESETS, Config
 from imagenet.provenance import Provenance
-from tvm_ref.command_line import OneLineParser, require_new, run
 
 RELEASED = {  # by name of the file
     "im256_w2": "imagenet256-w2",

@@ -21,10 +21,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from tqdm import tqdm
-
 from tvm_ref import OBJECTIVES
 from tvm_ref.command_line import OneLineParser, require_at_least, require_free, run, write_atomically
+from tvm_ref.progress import progress
 
 Scores = dict[str, float]
 CHOICES = tuple(key for key, kind in OBJECTIVES.items() if kind.learns_jumps and kind.learns_all_jumps)
@@ -70,7 +69,9 @@ def train_all(out: Path, runs: Mapping[str, list[str]], jobs: int) -> dict[str, 
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(train_and_judge, out / name, options): name for name, options in runs.items()}
         try:
-            done = {futures[f]: f.result() for f in tqdm(as_completed(futures), "trainings", len(futures), unit="run")}
+            done = {
+                futures[f]: f.result() for f in progress(as_completed(futures), "trainings", len(futures), unit="run")
+            }
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # begin no other; on Ctrl-C those under way save and leave
             raise

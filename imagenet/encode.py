@@ -25,11 +25,23 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+# first, so that Ctrl-C is quiet while PyTorch is imported
+from tvm_ref.command_line import (
+    OneLineParser,
+    add_options,
+    given,
+    option,
+    require_at_least,
+    require_free,
+    run,
+    write_atomically,
+)
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from imagenet import parallel
 from imagenet.fingerprints import fingerprint
@@ -48,16 +60,7 @@ from imagenet.latents import (
 )
 from imagenet.parallel import World
 from imagenet.pictures import Pixels
-from tvm_ref.command_line import (
-    OneLineParser,
-    add_options,
-    given,
-    option,
-    require_at_least,
-    require_free,
-    run,
-    write_atomically,
-)
+from tvm_ref.progress import progress
 
 PLAN = "encode.json"  # what is being encoded, and how: an encoding goes on only if it is the same
 SKIPPED = "skipped.txt"
@@ -315,7 +318,7 @@ def encode_folder(
     todo = world.broadcast([name for name in shards if not (out / f"{name}.json").exists()])
     mine = [todo[i] for i in world.partition(len(todo))]
     total = sum(len(shards[name]) for name in mine)
-    with tqdm(total=total, unit="image", desc="encoding", disable=not world.first) as bar:
+    with progress(total=total, unit="image", desc="encoding", disable=not world.first) as bar:
         for name in mine:
             encode_shard(source, out, name, shards[name], vae, settings, bar)
     world.barrier()

@@ -22,9 +22,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+# first, so that Ctrl-C is quiet while PyTorch is imported
+from tvm_ref.command_line import OneLineParser, require_at_least, require_new, run, write_atomically
+
+# isort: split
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from imagenet import parallel
 from imagenet.generator import BATCH, Generator
@@ -34,7 +37,7 @@ from imagenet.metrics import frechet_distance, gaussian_statistics
 from imagenet.model_options import add_model_options, load_model
 from imagenet.parallel import World
 from imagenet.references import Reference, check_reference, read_reference
-from tvm_ref.command_line import OneLineParser, require_at_least, require_new, run, write_atomically
+from tvm_ref.progress import progress
 
 LEAST = 10  # images: the inception score is a mean over as many parts
 PUBLISHED = 50_000  # samples that published figures use
@@ -67,7 +70,7 @@ def extract(images: Iterable[Tensor], count: int, extractor: Extractor, what: st
         ValueError: those of the first batch cannot be measured against the reference.
     """
     found: list[Features] = []
-    with tqdm(total=count, unit="image", desc=what) as bar:
+    with progress(total=count, unit="image", desc=what) as bar:
         for batch in images:
             found.append(extractor(batch))
             if len(found) == 1:

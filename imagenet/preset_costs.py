@@ -11,11 +11,14 @@ the smallest --accumulate that fits some machines, with --checkpointing where no
 
 from dataclasses import replace
 
+# first, so that Ctrl-C is quiet while PyTorch is imported
+from tvm_ref.command_line import OneLineParser, run
+
+# isort: split
 from imagenet.flops import counted_step_flops, forward_flops, least_step_flops
 from imagenet.memory import smallest_that_fits, state_bytes, weights_of, working_bytes
 from imagenet.presets import PRESETS, Config
 from tvm_ref import OBJECTIVES
-from tvm_ref.command_line import OneLineParser, run
 
 MACHINES = {"8 x 80 GB": (80e9, 8), "8 x 40 GB": (40e9, 8), "1 x 24 GB": (24e9, 1)}  # bytes of a card, and cards
 

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from imagenet.pickle_scan import Bounded, Refused, scan, shown
+from tvm_ref.progress import progress
 
 MAX_CLASSES = 1000  # names of one file
 MAX_AXES = 16  # of a tensor or array
@@ -154,7 +153,7 @@ def read(path: Path, remade: dict[str, Any], *, inert: bool) -> Any:
         ValueError, OSError: it is no pickle, or cannot be read.
     """
     size, what = path.stat().st_size, f"reading {path.name}"
-    with path.open("rb") as stream, tqdm(total=2 * size, unit="B", unit_scale=True, desc=what, delay=1) as bar:
+    with path.open("rb") as stream, progress(total=2 * size, unit="B", unit_scale=True, desc=what, delay=1) as bar:
         try:
             scan(Bounded(stream, size, bar))
             stream.seek(0)

@@ -23,17 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import nn
-from tqdm import tqdm
-
-from imagenet import parallel
-from imagenet.fingerprints import fingerprint
-from imagenet.generator import BATCH, ROWS, Generator
-from imagenet.image_files import EXTENSIONS, save_png, write_npz
-from imagenet.model_options import add_model_options, load_model
-from imagenet.parallel import World
-from imagenet.pictures import Pixels, grid
+# first, so that Ctrl-C is quiet while PyTorch is imported
 from tvm_ref.command_line import (
     OneLineParser,
     require_at_least,
@@ -42,6 +32,19 @@ from tvm_ref.command_line import (
     run,
     write_atomically,
 )
+
+# isort: split
+import numpy as np
+from torch import nn
+
+from imagenet import parallel
+from imagenet.fingerprints import fingerprint
+from imagenet.generator import BATCH, ROWS, Generator
+from imagenet.image_files import EXTENSIONS, save_png, write_npz
+from imagenet.model_options import add_model_options, load_model
+from imagenet.parallel import World
+from imagenet.pictures import Pixels, grid
+from tvm_ref.progress import progress
 
 COUNT = 64  # images, where nothing else is said
 CHUNK = 256  # images put together at a time
@@ -203,7 +206,7 @@ def draw(
     numbers, started = world.partition(count), time.perf_counter()
     todo = missing(out, numbers) if is_folder(out) else numbers
     done = len(numbers) - len(todo)
-    with tqdm(total=len(numbers), initial=done, unit="image", desc="sampling", disable=not world.first) as bar:
+    with progress(total=len(numbers), initial=done, unit="image", desc="sampling", disable=not world.first) as bar:
         batches = generator.batches(todo, steps, batch_size)
         if is_folder(out):
             write_images(out, batches, list(todo), bar)

@@ -18,9 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+# first, so that Ctrl-C is quiet while PyTorch is imported
+from tvm_ref import command_line
+from tvm_ref.command_line import OneLineParser, add_options, given, option, require_at_least, require_free
+
+# isort: split
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from imagenet import checkpoints, parallel
 from imagenet.batches import Batches, loader
@@ -36,10 +40,9 @@ from imagenet.report import draw_grid, write_report, write_weights
 from imagenet.run import Run, saved_nothing, stored_config
 from imagenet.training import Training
 from imagenet.training_log import check_wandb
-from tvm_ref import command_line
-from tvm_ref.command_line import OneLineParser, add_options, given, option, require_at_least, require_free
 from tvm_ref.interruption import INTERRUPTED, Interruption, SaveRequests
 from tvm_ref.objectives import TERMS
+from tvm_ref.progress import progress
 
 LEAST = 10  # images to measure
 GO_ON = "the same command with --resume goes on"
@@ -223,7 +226,7 @@ def train(run: Run, data: Data, options: Options) -> bool:
     batches = Batches(config, data, world.rank, world.size)
     first = saved = training.step  # a run that is resumed has its first step's checkpoint
     stopped = False
-    bar = tqdm(
+    bar = progress(
         total=config.steps, initial=first, unit="step", desc="training", file=sys.stdout, mininterval=0.5,
         disable=not world.first,
     )  # fmt: skip

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from imagenet.batches import Batch
@@ -21,6 +20,15 @@ from tvm_ref.command_line import write_atomically
 from tvm_ref.objectives import TERMS
 
 WANDB = "wandb-id.txt"  # which run of Weights & Biases goes on when this one does
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the bytes that a GPU has held at most, or that this process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil  # which --help need not wait for
+
+    return int(psutil.Process().memory_info().rss)
 
 
 class Log:
@@ -90,11 +98,10 @@ class Log:
         Returns the line.
         """
         config, step, device = self.training.config, self.training.step, self.training.world.device
-        cuda = device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(device) if cuda else psutil.Process().memory_info().rss
         steps, seconds = step - self._last_line[0], self.seconds - self._last_line[1]
         speed = steps * config.batch_size / seconds
-        mfu = utilisation(config, speed, torch.cuda.get_device_name(device), self.training.world.size) if cuda else None
+        cuda, world_size = device.type == "cuda", self.training.world.size
+        mfu = utilisation(config, speed, torch.cuda.get_device_name(device), world_size) if cuda else None
         line = {
             "step": step,
             **{name: a / self._summed for name, a in zip(TERMS, self._sums, strict=True)},
@@ -103,7 +110,7 @@ class Log:
             "images_per_second": round(speed, 1),
             **({} if mfu is None else {"mfu": round(mfu, 4)}),
             "data_wait": round(self._waited / seconds, 3),
-            "gib": round(memory / 2**30, 3),
+            "gib": round(peak_memory(device) / 2**30, 3),
             "seconds": round(self.seconds, 3),
         }
         self._sums, self._summed = [0.0] * len(TERMS), 0

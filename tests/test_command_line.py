@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -22,6 +23,7 @@ from tvm_ref.command_line import (
     write_atomically,
 )
 
+ROOT = Path(__file__).parents[1]
 KINDS = {"a": 1, "b": 2}  # a registry
 
 
@@ -216,11 +218,22 @@ def test_run_exits_with_the_status(result, status, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals; run it on Linux or macOS")
-@pytest.mark.parametrize("imported", ["tvm_ref.interruption", "torch._C", "tvm_ref.objectives"])
-def test_ctrl_c_while_a_command_starts_shows_no_traceback(imported):
+@pytest.mark.parametrize(
+    ("command", "imported"),
+    [
+        ("-m tvm_ref.toy", "tvm_ref.interruption"),
+        ("-m tvm_ref.toy", "torch._C"),
+        ("-m tvm_ref.toy", "tvm_ref.objectives"),
+        ("-m imagenet.train", "torch._C"),
+        ("imagenet/sample.py", "torch._C"),  # so torchrun starts it
+        ("imagenet/train.py", "imagenet.dit"),
+    ],
+)
+def test_ctrl_c_while_a_command_starts_shows_no_traceback(command, imported):
     """-X importtime writes a line per import, so the signal comes before, amid and after PyTorch's."""
-    command = [sys.executable, "-X", "importtime", "-m", "tvm_ref.toy", "--help"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    line = [sys.executable, "-X", "importtime", *command.split(), "--help"]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen(line, **pipes) as process:
         for line in process.stderr:
             if line.rstrip().endswith(imported):
                 break
@@ -229,6 +242,12 @@ def test_ctrl_c_while_a_command_starts_shows_no_traceback(imported):
     assert process.returncode == 130
     assert "Traceback" not in rest
     assert rest.endswith("\nstopped\n")
+
+
+def test_a_program_that_uses_the_library_keeps_its_own_ctrl_c():
+    own = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"import signal; {own}; import tvm_ref; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals; run it on Linux or macOS")

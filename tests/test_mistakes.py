@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.networks import PointData, Waves, some_times
-from tvm_ref import EMA, TVM, Condition, FlowMap, sample
+from tvm_ref import EMA, PID, TVM, Condition, FlowMap, FlowMatching, MeanFlow, sample
 from tvm_ref.time_samplers import Times
 
 X0, X1 = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -34,6 +34,11 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)[:, 0, :, 0].double()
 
 
+class Unconditional(nn.Module):
+    def forward(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return x
+
+
 def loss(model: FlowMap, **options) -> Tensor:
     return TVM(model)(X0, X1, TIMES, **options).total
 
@@ -51,6 +56,21 @@ MISTAKES = {  # what is done: how, which error, what it says
     ),
     "beta as a number": (lambda m: loss(m, condition=Condition(LABEL, 0.5)), TypeError, "must be tensors.*got float"),
     "times as numbers": (lambda m: m.jump(X1, 1.0, 0.0), TypeError, "must be tensors.*got float"),
+    "times as a pair": (lambda m: TVM(m)(X0, X1, (T, S)), TypeError, r"must be Times\(t, s, s_prime\).*got tuple"),
+    "times as a pair, of flow matching": (lambda m: FlowMatching(m)(X0, X1, (T, S)), TypeError, "must be Times"),
+    "times as a pair, of PID": (lambda m: PID(m)(X0, X1, (T, S)), TypeError, "must be Times"),
+    "times as a triple, of MeanFlow": (lambda m: MeanFlow(m)(X0, X1, (T, S, S)), TypeError, "must be Times"),
+    "backward of the terms": (
+        lambda m: TVM(m)(X0, X1, TIMES).backward(),
+        TypeError,
+        r"terms per sample; take terms\.total\.mean\(\)\.backward\(\)",
+    ),
+    "a network of x alone": (
+        lambda m: FlowMap(nn.Sequential(nn.Linear(4, 4))),
+        TypeError,
+        r"called as network\(x, t, s, condition\); Sequential\.forward takes \(input",
+    ),
+    "a network without condition": (lambda m: FlowMap(Unconditional()), TypeError, r"takes \(x.*, t.*, s.*\)"),
     "plain attention": (lambda m: loss(FlowMap(Layer(Attention()))), NotImplementedError, "jvp_attention.attention"),
     "batch norm": (lambda m: FlowMap(Layer(nn.BatchNorm1d(4))), TypeError, "GroupNorm or LayerNorm"),
 }
@@ -73,6 +93,16 @@ def test_other_failures_inside_a_network_stay_what_they_are():
 
         with pytest.raises(kind, match="its own words"):
             loss(FlowMap(Layer(Failing())))
+
+
+def test_a_network_may_take_more_than_it_is_called_with():
+    class Willing(nn.Module):
+        def forward(self, x: Tensor, *arguments: object, scale: float = 1.0, **options: object) -> Tensor:
+            return x * scale
+
+    assert FlowMap(Willing()).jump(X1, T, S).shape == X1.shape
+    Willing.forward.__signature__ = "compiled"  # what cannot be read is not judged
+    assert FlowMap(Willing()).jump(X1, T, S).shape == X1.shape
 
 
 def test_beta_that_may_be_w_is_warned_of():

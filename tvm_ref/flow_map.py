@@ -1,5 +1,6 @@
 """FlowMap: any network F(x, t, s, condition) read as a map along the flow, with its velocity at both ends."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -59,6 +60,21 @@ def jvp(
         ) from error
 
 
+def check_call(network: nn.Module) -> None:
+    """Raise TypeError unless the network's forward takes (x, t, s, condition)."""
+    forward = getattr(network, "forward", network)
+    try:
+        signature = inspect.signature(forward)
+    except (TypeError, ValueError):  # of compiled code
+        return
+    try:
+        signature.bind("x", "t", "s", "condition")
+    except TypeError:
+        raise TypeError(
+            f"the network is called as network(x, t, s, condition); {type(network).__name__}.forward takes {signature}"
+        ) from None
+
+
 class FlowMap(nn.Module):
     """The displacement f(x, t, s) = (s - t) F(x, t, s) of a network F, and what follows from it.
 
@@ -77,7 +93,8 @@ class FlowMap(nn.Module):
     warns of beta above 1 and, in training, of a network whose output does not depend on s.
 
     Raises:
-        TypeError: a network that is a flow map already, or an EMA, or contains a BatchNorm, which mixes samples.
+        TypeError: a network that is a flow map already, or an EMA; one whose forward does not take these arguments; one
+            with a BatchNorm, which mixes samples.
     """
 
     def __init__(self, network: nn.Module, *, scaled: bool = False, factor: Factor = DIFFERENCE):
@@ -86,6 +103,7 @@ class FlowMap(nn.Module):
             raise TypeError(f"a FlowMap is made around a network itself, got {type(network).__name__}")
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
             raise TypeError("BatchNorm mixes the samples of a batch: take a norm of one sample, GroupNorm or LayerNorm")
+        check_call(network)
         self.network = network
         self.scaled = scaled
         self.factor = factor

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 INTERRUPTED = 130  # exit status
@@ -82,5 +83,13 @@ def _leave(*_: Any) -> NoReturn:
     os._exit(INTERRUPTED)
 
 
-if sys.argv[:1] == ["-m"] and any(a.startswith("tvm_ref.") for a in sys.orig_argv):
-    leave_at_once()  # `python -m tvm_ref.toy` imports the package, and with it PyTorch, before the command begins
+def _is_command() -> bool:
+    """Tell whether this program is a command of the project, and not one that uses it as a library."""
+    if sys.argv[:1] == ["-m"]:
+        return any(a.startswith("tvm_ref.") for a in sys.orig_argv)
+    root, main = Path(__file__).resolve().parents[1], getattr(sys.modules["__main__"], "__file__", None)
+    return main is not None and Path(main).resolve().parent in (root / "imagenet", root / "tutorials")
+
+
+if _is_command():
+    leave_at_once()  # from here on: the package, and with it PyTorch, is imported before the command begins

@@ -248,7 +248,10 @@ def main(argv: list[str] | None = None) -> int:
     functions |= {"official": official_attention(args.official)} if args.official else {}
     rate = matmul_rate(dtype)
     work = [(name, size) for size in SIZES[args.sizes] for name in functions]
-    rows = [row(name, size, functions[name], dtype) for name, size in tqdm(work, desc="measuring", unit="case")]
+    rows = [
+        row(name, size, functions[name], dtype)
+        for name, size in tqdm(work, desc="measuring", unit="case", disable=None)
+    ]
     import triton
 
     about = {

@@ -13,7 +13,9 @@ from tests.imagenet.commands import status
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "sample", "evaluate", "encode", "convert", "benchmark", "digit_seeds", "preset_costs")
 OPTIONAL = ("torchvision", "timm", "diffusers", "torch_fidelity", "sklearn", "jvp_attention", "triton")
-SLOW = ("ot", "pytorch_optimizer", "matplotlib", "scipy", "sympy", "torch.distributed.tensor", "torch._dynamo")
+SLOW = (
+    "ot", "pytorch_optimizer", "matplotlib", "scipy", "psutil", "sympy", "torch.distributed.tensor", "torch._dynamo",
+)  # fmt: skip
 
 CHECK = """
 import importlib, sys

@@ -135,7 +135,7 @@ def test_units_that_are_not_stored_are_the_standardised_ones():
 def test_outliers_are_found_farthest_first_and_told(points):
     oracle = OwnPoints(torch.from_numpy(points))
     assert oracle.summary["outliers"] == 0
-    assert not any("warning" in line for line in oracle.describe())
+    assert not any("far from" in line for line in oracle.describe())
     points[17] = [5, 1e4]
     points[4] = [-400, 0]
     assert far_points(torch.from_numpy(points)).tolist() == [17, 4]
@@ -148,7 +148,7 @@ def test_outliers_are_found_farthest_first_and_told(points):
 
 def test_what_is_told_of_the_points(points):
     oracle = OwnPoints(torch.from_numpy(points), 0.1, ("width", "height"))
-    first, second = oracle.describe()
+    first, second, few = oracle.describe()
     mean, deviation = points.mean(0), points.std(0)
     assert first.startswith(
         f"100 points; mean {mean[0]:.4g} and {mean[1]:.4g}, standard deviation {deviation[0]:.4g} and"
@@ -156,7 +156,11 @@ def test_what_is_told_of_the_points(points):
     assert "(width, height)" in first
     widths = f"{deviation[0] / 10:.4g} and {deviation[1] / 10:.4g} in your units"
     assert second == f"bandwidth 0.1 standard deviations, as given: {widths}"
+    assert (
+        few == "warning: 100 points are few: the model learns them blurred by that bandwidth, not the points themselves"
+    )
     assert "the likeliest" in OwnPoints(torch.from_numpy(points)).describe()[1]
+    assert len(OwnPoints(torch.from_numpy(points).repeat(5, 1), 0.1).describe()) == 2  # 500 points
 
 
 def test_the_likely_bandwidth_is_the_best_of_all_candidates():

@@ -459,17 +459,35 @@ def test_suggestions_set_what_they_say_and_play_sweeps_to_the_data(opened):
 def test_pictures_are_drawn_in_light_and_dark(browser, file):
     """The corner of a picture has the page's colour, and some pixel each the dots' and the ring's."""
     inks = {}
+    seen = """["jump", "exact", "euler"].map(name => {
+        const { canvas } = pictures[name], seen = new Set(); // a copy, as reading often makes the browser complain
+        const pen = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d");
+        pen.drawImage(canvas, 0, 0);
+        const { data } = pen.getImageData(0, 0, canvas.width, canvas.height);
+        for (let i = 0; i < data.length; i += 4) if (data[i + 3] === 255)
+            seen.add("#" + [0, 1, 2].map(k => data[i + k].toString(16).padStart(2, "0")).join(""));
+        return [...seen];
+    })"""
     for scheme in ("light", "dark"):
         page, complaints = open_page(browser, file, color_scheme=scheme, viewport={"width": 1200, "height": 1000})
-        inks[scheme] = page.evaluate("""() => ["jump", "exact", "euler"].map(name => {
-            const { canvas, pen } = pictures[name], { data } = pen.getImageData(0, 0, canvas.width, canvas.height);
-            const seen = new Set();
-            for (let i = 0; i < data.length; i += 4) if (data[i + 3] === 255)
-                seen.add("#" + [0, 1, 2].map(k => data[i + k].toString(16).padStart(2, "0")).join(""));
-            return [...seen];
-        })""")
+        page.evaluate("set({ t: 0.3, s: 0.3 })")  # where a jump of any weights stays in the window
+        settle(page)
+        inks[scheme] = page.evaluate(f"() => {seen}")
+        if scheme == "light":  # begin anew, and look before anything is solved
+            first = page.evaluate(f"""() => {{
+                solved = false, cloud.states.length = 1, cloud.slopes.length = 0, delete document.body.dataset.drawn;
+                for (const {{ canvas }} of Object.values(pictures)) canvas.width = 0;
+                begin();
+                return {seen};
+            }}""")
+            wait(page, "document.querySelector('#exact .error').textContent.startsWith('solving: ')")
+            wait(page, "document.body.dataset.drawn")
+            assert page.inner_text("#exact .error") == "what the others aim at"
         page.context.close()
         assert complaints == []
     for name in range(3):
+        assert {"#0072b2", "#e6e6e6"} <= set(first[name])  # noise and its mass, at once
         assert {"#0072b2", "#1a1a1a", "#e6e6e6"} <= set(inks["light"][name])
         assert {"#56b4e9", "#ffffff", "#303030"} <= set(inks["dark"][name])
+    assert {"#7a1fd1", "#007a59"} <= set(inks["light"][0])  # both arrows, though one lies over the other
+    assert {"#e27dff", "#2fd98b"} <= set(inks["dark"][0])

@@ -92,6 +92,22 @@ def test_trajectories_of_the_exact_flow_drawn_as_a_model_are_those_of_the_exact_
     np.testing.assert_allclose(ends, exact_ends, atol=1e-3)
 
 
+def test_the_legend_of_trajectories_lies_beside_the_panels(oracle, reference):
+    """It once lay on the paths."""
+    figure = plots.plot_trajectories(oracle, oracle.jump, reference)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["data", "noise (t = 1)", "end (t = 0)", "end of the exact flow"]
+    assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
+
+
+def test_few_points_have_large_dots():
+    sizes = [plots.dot_size(torch.zeros(n, 2)) for n in (10, 100, 1000, 4000, 100_000)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 10 * sizes[-1]
+
+
 def test_the_map_of_the_exact_flow_drawn_as_a_model_is_the_exact_map(oracle, reference):
     _, exact, model = plots.plot_map(oracle, oracle.jump, reference).axes
     for a, b in zip(exact.lines, model.lines, strict=True):
@@ -100,10 +116,13 @@ def test_the_map_of_the_exact_flow_drawn_as_a_model_is_the_exact_map(oracle, ref
 
 def test_losses_show_the_term_that_is_trained_and_the_minimum():
     log = [{"step": i, "jump": 0.0, "flow_matching": 2.0 - i / 10} for i in range(1, 9)]
-    (ax,) = plots.plot_losses(log, minimum=1.5).axes
+    (ax,) = plots.plot_losses(log, least=(1.5, 0.02)).axes
     trained, minimum = ax.lines
     np.testing.assert_allclose(trained.get_xydata(), [(i, 2 - i / 10) for i in range(1, 9)])
     assert set(minimum.get_ydata()) == {1.5}
+    (band,) = ax.patches
+    assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((1.46, 1.54))
+    assert len(plots.plot_losses(log).axes[0].lines) == 1
 
 
 def test_the_bound_is_drawn_term_by_term(oracle, tmp_path):

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tvm_ref.bound import over_training, taming
 from tvm_ref.bound.chain import Bound, measure
@@ -31,6 +30,7 @@ from tvm_ref.distances import sampling_floor, wasserstein2
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.objectives import OBJECTIVES
+from tvm_ref.progress import progress
 from tvm_ref.seeding import BOUND
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.distributions import DISTRIBUTIONS
@@ -105,9 +105,9 @@ def check_objective(config: ToyConfig) -> None:
         raise ValueError("flow matching learns no jumps to bound; choose --objective tvm, pid or meanflow")
 
 
-def progress(times: Any, name: str) -> Any:
-    """Show a progress bar over times."""
-    return tqdm(times, desc=f"{name:>9}", unit="time", leave=False)
+def watch(times: Any, name: str) -> Any:
+    """Show progress over times."""
+    return progress(times, desc=f"{name:>9}", unit="time", leave=False)
 
 
 # A finished run -----------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def measure_run(
     x0, x1, condition = draw(distribution, points, conditional=config.conditional)
     bound = measure(
         model.cpu(), distribution, x0, x1,
-        t=t, scale=distribution.time_scale, steps=steps, pairings=PAIRINGS, condition=condition, watch=progress,
+        t=t, scale=distribution.time_scale, steps=steps, pairings=PAIRINGS, condition=condition, watch=watch,
     )  # fmt: skip
     report = summary(bound) | {"points": points, "grid": steps}
     report["w2_data"], report["w2_floor"] = against_data(bound, distribution)

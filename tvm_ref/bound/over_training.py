@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from tvm_ref.bound.chain import measure
 from tvm_ref.bound.terms import TERMS
+from tvm_ref.progress import progress
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.mixture import GaussianMixture
 from tvm_ref.toy.training import Training
@@ -39,7 +39,7 @@ def measure_over_training(
     training, total, count = Training(config, distribution), 0.0, 0
     scale = distribution.time_scale
     stops = set(measured_steps(config.steps))
-    with tqdm(total=config.steps, unit="step", desc="training and measuring") as bar:
+    with progress(total=config.steps, unit="step", desc="training and measuring") as bar:
         while training.step < config.steps:
             total, count = total + float(training.train_step().sum()), count + 1
             bar.update()

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tvm_ref.bound.chain import Bound, measure
 from tvm_ref.bound.lipschitz import jacobian_norms
 from tvm_ref.bound.paths import at, integral, time_grid
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.interpolant import interpolate
+from tvm_ref.progress import progress
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.mixture import GaussianMixture, exact_path
 from tvm_ref.toy.network import ToyNetwork
@@ -103,7 +103,7 @@ def diagnose(
     """
     scale = distribution.time_scale
     results: dict[str, dict[str, Any]] = {}
-    with tqdm(total=len(TAMINGS) * config.steps, unit="step", desc="training") as bar:
+    with progress(total=len(TAMINGS) * config.steps, unit="step", desc="training") as bar:
         for name, taming in TAMINGS.items():
             bar.set_postfix_str(name)
             model = at_random(config, distribution, taming)

@@ -5,7 +5,7 @@ inside its forward, so that DDP, FSDP or torch.compile can wrap it.
 """
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol, cast, runtime_checkable
+from typing import ClassVar, NoReturn, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,10 @@ class LossTerms:
         """[B] what training minimises the mean of."""
         return self.jump + self.flow_matching
 
+    def backward(self) -> NoReturn:
+        """Raise TypeError with what to do: these are terms per sample, and the loss is the mean of their total."""
+        raise TypeError("LossTerms are no loss, but terms per sample; take terms.total.mean().backward()")
+
     def check_finite(self) -> None:
         """Raise FloatingPointError, naming the term, if a term is NaN or infinite."""
         if bool(torch.isfinite(self.total).all()):
@@ -61,6 +65,14 @@ class LossTerms:
 
 
 TERMS = tuple(f.name for f in fields(LossTerms))
+
+
+def check_drawn(times: Times) -> None:
+    """Raise TypeError unless times are Times, as a TimeSampler draws them."""
+    if not isinstance(times, Times):
+        raise TypeError(
+            f"times must be Times(t, s, s_prime), as TimeSampler().draw(len(x0)) returns; got {type(times).__name__}"
+        )
 
 
 def mean_square(a: Sample) -> PerSample:
@@ -138,6 +150,7 @@ class Objective(nn.Module):
 
         Raises:
             ValueError: shapes that do not fit, times that break 0 <= s <= t <= 1, guidance without a null label.
+            TypeError: times that are no Times.
         """
         raise NotImplementedError
 
@@ -181,6 +194,7 @@ class ResidualObjective(Objective):
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
     ) -> LossTerms:
         """See Objective."""
+        check_drawn(times)
         teacher = cast(FlowMap, self.flow_map if target is None else target)
         t, s = times.t, times.s
         x = interpolate(x0, x1, t)

@@ -4,7 +4,7 @@ import torch
 
 from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import conditional_velocity, interpolate
-from tvm_ref.objectives.base import Flow, LossTerms, Objective, guided_target, mean_square
+from tvm_ref.objectives.base import Flow, LossTerms, Objective, check_drawn, guided_target, mean_square
 from tvm_ref.shapes import Sample
 from tvm_ref.time_samplers import Times
 
@@ -22,6 +22,7 @@ class FlowMatching(Objective):
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
     ) -> LossTerms:
         """See Objective; of the times only s_prime is used."""
+        check_drawn(times)
         target = self.flow_map if target is None else target
         x, t = interpolate(x0, x1, times.s_prime), times.s_prime
         v = guided_target(conditional_velocity(x0, x1), x, t, condition, self.null_label, target)

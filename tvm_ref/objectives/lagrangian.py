@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
-from tvm_ref.objectives.base import Flow, LossTerms
+from tvm_ref.objectives.base import Flow, LossTerms, check_drawn
 from tvm_ref.objectives.self_distillation import SelfDistillation
 from tvm_ref.objectives.tvm import TVM
 from tvm_ref.shapes import Sample, Time, over
@@ -50,4 +50,5 @@ class PID(TVM):
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
     ) -> LossTerms:
         """See Objective; times.t is not used."""
+        check_drawn(times)
         return super().forward(x0, x1, times._replace(t=torch.ones_like(times.t)), condition, target)

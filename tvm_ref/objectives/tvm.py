@@ -4,7 +4,7 @@ import torch
 
 from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import conditional_velocity, interpolate
-from tvm_ref.objectives.base import Flow, LossTerms, Objective, guided_target, mean_square
+from tvm_ref.objectives.base import Flow, LossTerms, Objective, check_drawn, guided_target, mean_square
 from tvm_ref.shapes import Sample
 from tvm_ref.time_samplers import Times
 
@@ -45,6 +45,7 @@ class TVM(Objective):
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
     ) -> LossTerms:
         """See Objective. The comments name the lines of algorithm 1."""
+        check_drawn(times)
         target = self.flow_map if target is None else target
         t, s, s_prime = times
 

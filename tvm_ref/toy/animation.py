@@ -9,12 +9,7 @@ network, from the noise to the time s that the frame shows, and s sweeps from 1 
 
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection
-from PIL import Image
 from torch import Tensor
 
 from tvm_ref.command_line import OneLineParser
@@ -22,13 +17,10 @@ from tvm_ref.command_line import run as run_command
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.sampling import sample_path
 from tvm_ref.toy.config import use_one_thread
-from tvm_ref.toy.plots import BLUE, GREY, ORANGE, STYLE, make_figure, scatter
 from tvm_ref.toy.run import load_run
 
 POINTS = 600
 STEPS = 40  # of the left picture: one per frame
-FRAME, HOLD = 80, 1200  # milliseconds that a frame stays, and that the first and the last stay
-COLOURS = 32  # of the GIF: dots, lines and words need few
 
 
 def paths(run: Path) -> tuple[list[float], Tensor, Tensor]:
@@ -51,23 +43,6 @@ def paths(run: Path) -> tuple[list[float], Tensor, Tensor]:
     return times, exact, jumps
 
 
-@matplotlib.rc_context(STYLE)
-def draw_frame(times: list[float], exact: Tensor, jumps: Tensor, step: int) -> Image.Image:
-    """Draw one frame: both clouds at times[step]."""
-    figure, axes = make_figure(2, 4.0)
-    figure.set_dpi(85)
-    titles = f"exact flow: step {step} of {STEPS}", f"model: one jump to time {times[step]:.2f}"
-    # tails of the last steps on the left; on the right, for some points, the straight way that the jump skips
-    lines = exact[max(0, step - 6) : step + 1].transpose(0, 1), jumps[[0, step], ::8].transpose(0, 1)
-    for ax, title, cloud, line, colour in zip(axes, titles, (exact, jumps), lines, (BLUE, ORANGE), strict=True):
-        ax.set_title(title)
-        ax.add_collection(LineCollection(list(line.numpy()), colors=GREY, linewidths=0.7, alpha=0.6, zorder=0))
-        scatter(ax, cloud[step], s=7, c=colour, linewidths=0)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
 def animate(run: Path, out: Path) -> None:
     """Write the animation of a run as a GIF that repeats forever.
 
@@ -75,15 +50,10 @@ def animate(run: Path, out: Path) -> None:
         ValueError, OSError: see paths; a file that cannot be written.
     """
     times, exact, jumps = paths(run)
-    frames = [draw_frame(times, exact, jumps, step) for step in range(len(times))]
-    # one palette for all frames, so that colours do not flicker
-    palette = frames[len(frames) // 2].quantize(COLOURS, Image.Quantize.MAXCOVERAGE)
-    small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    durations = [HOLD if i in (0, len(small) - 1) else FRAME for i in range(len(small))]
+    from tvm_ref.toy import frames  # matplotlib and Pillow, which --help and bad options need not wait for
+
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    small[0].save(partial, "GIF", save_all=True, append_images=small[1:], duration=durations, loop=0, optimize=True)
-    partial.replace(out)
+    frames.write_gif([frames.draw_frame(times, exact, jumps, step) for step in range(len(times))], out)
 
 
 def main(argv: list[str] | None = None) -> int:

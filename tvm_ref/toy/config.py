@@ -71,7 +71,7 @@ class ToyConfig:
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{flag(name)} must lie in [0, 1], got {value}")
         self.sampler()  # refuses shares that exceed 1 together
-        self.make_objective(FlowMap(torch.nn.Identity()), null_label=0 if self.guided else None)  # refuses bad settings
+        self.make_objective(FlowMap(torch.nn.Module()), null_label=0 if self.guided else None)  # refuses bad settings
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must lie in [0, 2^63), got {self.seed}")
         if self.guided and not self.conditional:

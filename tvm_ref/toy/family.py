@@ -16,8 +16,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from tvm_ref.command_line import (
     OneLineParser,
     add_options,
@@ -28,6 +26,7 @@ from tvm_ref.command_line import (
     write_atomically,
 )
 from tvm_ref.flow_map import FlowMap
+from tvm_ref.progress import progress
 from tvm_ref.time_samplers import TimeSampler
 from tvm_ref.toy import family_measures
 from tvm_ref.toy.config import ToyConfig, use_one_thread
@@ -48,7 +47,7 @@ GAPS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
 def trained(config: ToyConfig) -> FlowMap:
     """Train a network and return its evaluation weights."""
     training = Training(config, distribution_of(config))
-    for _ in tqdm(range(config.steps), unit="step", desc="training"):
+    for _ in progress(range(config.steps), unit="step", desc="training"):
         training.train_step()
     return training.ema.module
 

@@ -5,12 +5,11 @@ Residuals and gradients are those of the objectives' own code; nothing here know
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
@@ -109,11 +108,18 @@ def noise_at_the_solution(distribution: GaussianMixture, samples: int) -> dict[s
 # Cost -------------------------------------------------------------------------------------------------------------
 
 
+def count_products(work: Callable[[], Any]) -> int:
+    """Count the products of some work."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which --help need not wait for
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
 def step_flops(objective: Objective, target: FlowMap, x0: Tensor, x1: Tensor, times: Times) -> int:
     """Count the products of forward and backward of a loss."""
-    with FlopCounterMode(display=False) as counter:
-        objective(x0, x1, times, target=target).total.mean().backward()
-    return int(counter.get_total_flops())
+    return count_products(lambda: objective(x0, x1, times, target=target).total.mean().backward())
 
 
 def cost(width: int = 64, depth: int = 4) -> dict[str, float]:
@@ -121,9 +127,8 @@ def cost(width: int = 64, depth: int = 4) -> dict[str, float]:
     x0, x1, times = torch.randn(64, 2), torch.randn(64, 2), TimeSampler().draw(64)
     model = FlowMap(ToyNetwork(2, 0, width, depth))
     target = copy.deepcopy(model).requires_grad_(False)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.velocity(x0, times.t)
-    forward = counter.get_total_flops()
+    with torch.no_grad():
+        forward = count_products(lambda: model.velocity(x0, times.t))
     members = [("flow matching", "fm", {}), *MEMBERS]
     members.insert(2, ("TVM, JVP detached", "tvm", {"detach_jvp": True}))
     flops = {

@@ -19,6 +19,7 @@ from tvm_ref.toy.units import Units
 
 MAX_CENTRES = 4096  # of the user's own points; the exact flow costs points x centres
 MIN_BANDWIDTH = 0.03  # below it the exact flow is too stiff for the solver's grid
+FEW = 500  # points, below which it is said what the bandwidth does to them
 FAR = 10.0  # interquartile ranges from the median, beyond which a point is called an outlier
 TEXT = (".csv", ".tsv", ".txt", ".dat")
 
@@ -81,6 +82,11 @@ class OwnPoints(GaussianMixture):
             f"{s['points']:,} points{used}; mean {mean}, standard deviation {deviation} ({', '.join(s['columns'])})",
             f"bandwidth {s['bandwidth']:.3g} standard deviations, {s['bandwidth_is']}: {width} in your units",
         ]
+        if s["used"] < FEW:
+            lines.append(
+                f"warning: {s['used']} points are few: the model learns them blurred by that bandwidth, not the points "
+                "themselves"
+            )
         if s["outliers"]:
             far = ", ".join(f"{a:g}" for a in s["farthest"])
             many = "1 point lies" if s["outliers"] == 1 else f"{s['outliers']:,} points lie"

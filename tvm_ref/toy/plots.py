@@ -63,6 +63,11 @@ def scatter(ax: Axes, x: Tensor, **options: Any) -> None:
     ax.scatter(x[:, 0].numpy(), x[:, 1].numpy(), **options)
 
 
+def dot_size(x: Tensor) -> float:
+    """Choose the area of the dots of a cloud [N, 2], so that few are seen and many do not run together."""
+    return min(40.0, max(4.0, 4.0 * math.sqrt(4000 / len(x))))
+
+
 def _ones(x: Tensor, value: float = 1.0) -> Tensor:
     return x.new_full((len(x),), value)
 
@@ -120,7 +125,7 @@ def plot_samples(
         if own and ax is not axes[0]:
             _use_units(ax, distribution)
             x = distribution.units.restore(x)
-        scatter(ax, x, s=4, c=colours_of(condition, len(x)), alpha=0.5, linewidths=0, rasterized=True)
+        scatter(ax, x, s=dot_size(x), c=colours_of(condition, len(x)), alpha=0.5, linewidths=0, rasterized=True)
     if isinstance(jump, EulerStep) and 1 in nfes:
         note = "one straight step\ntakes all noise to\nthe mean of the data"
         axes[2 + list(nfes).index(1)].annotate(note, (0.5, 0.62), xycoords="axes fraction", ha="center", fontsize=11)
@@ -165,8 +170,9 @@ def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Refe
     figure, axes = make_figure(2, 5.0)
     set_window(axes, reference.data)
     colours = colours_of(first, n)
+    name = "your points, blurred" if isinstance(distribution, OwnPoints) else "data"
     for ax, (title, states) in zip(axes, panels.items(), strict=True):
-        scatter(ax, reference.data, s=3, c=GREY, alpha=0.4, linewidths=0)
+        scatter(ax, reference.data, s=dot_size(reference.data), c=GREY, alpha=0.4, linewidths=0, label=name)
         for path, colour in zip(states.transpose(0, 1), colours, strict=True):
             ax.plot(*path.T.numpy(), color=colour, lw=1, alpha=0.7)
         scatter(ax, states[0], s=18, c="white", edgecolors=colours, zorder=3, label="noise (t = 1)")
@@ -175,8 +181,8 @@ def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Refe
     scatter(
         axes[1], exact[-1], s=60, c="none", edgecolors="black", linewidths=0.8, zorder=4, label="end of the exact flow"
     )
-    for ax in axes:
-        ax.legend(loc="upper left", fontsize=10)
+    figure.set_size_inches(10, 5.5)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=11)
     return figure
 
 
@@ -209,7 +215,7 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference) ->
     set_window(axes[1:], exact, reference.data)
     for ax, (title, x) in zip(axes, panels.items(), strict=True):
         if ax is not axes[0]:
-            scatter(ax, reference.data, s=3, c=GREY, alpha=0.4, linewidths=0)
+            scatter(ax, reference.data, s=dot_size(reference.data), c=GREY, alpha=0.4, linewidths=0)
         pieces = x.split([len(c) for c in curves])
         for piece, hue in zip(pieces[:lines], hues, strict=True):
             ax.plot(*piece.T.numpy(), color=hue, lw=1.2)
@@ -225,11 +231,16 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference) ->
 
 
 @matplotlib.rc_context(STYLE)
-def plot_losses(log: Sequence[dict[str, float]], minimum: float) -> Figure:
+def plot_losses(log: Sequence[dict[str, float]], least: tuple[float, float] | None = None) -> Figure:
     """Draw the terms of the objective over the steps, as the lines of train.jsonl have them.
 
-    `minimum` is the flow-matching loss of the exact velocity, below which none falls in expectation. A jump term may
-    rise before it falls: the untrained network is the exact flow map of Gaussian data, whose jumps fit its velocity.
+    A jump term may rise before it falls: the untrained network is the exact flow map of Gaussian data, whose jumps fit
+    its velocity.
+
+    Args:
+        log: the lines, each the mean of some steps.
+        least: the flow-matching loss of the exact velocity, below which none falls in expectation, and the standard
+            deviation of the means of as many steps around it; twice that is drawn as a band.
     """
     panels = {"jump": "jump term", "flow_matching": "flow-matching term"}
     shown = [key for key in panels if any(line[key] for line in log)] or list(panels)
@@ -245,9 +256,12 @@ def plot_losses(log: Sequence[dict[str, float]], minimum: float) -> Figure:
             if values and values[0] < 0.2 * max(values):
                 note = "rises first: the untrained network's jumps fit its\nvelocity (that of Gaussian data) exactly"
                 ax.annotate(note, (0.97, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=10)
-        else:
-            ax.axhline(minimum, color=ORANGE, ls="--", label="loss of the exact velocity")
-            ax.legend()
+        elif least is not None:
+            mean, deviation = least
+            ax.axhline(mean, color=ORANGE, ls="--", label="loss of the exact velocity: none is lower on average")
+            band = mean - 2 * deviation, mean + 2 * deviation
+            ax.axhspan(*band, color=ORANGE, alpha=0.25, lw=0, label="95 % of its means over as many steps lie here")
+            ax.legend(fontsize=10)
     return figure
 
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tqdm import tqdm
+from tvm_ref.progress import progress
 
 
 class Parts:
@@ -12,7 +12,7 @@ class Parts:
 
     def __init__(self, total: int):
         form = "measuring and drawing: {percentage:3.0f}%|{bar}| {elapsed} {desc}"
-        self._bar = tqdm(total=total, file=sys.stdout, mininterval=0.1, bar_format=form)
+        self._bar = progress(total=total, file=sys.stdout, mininterval=0.1, bar_format=form)
 
     def of(self, parts: Iterable[Any], name: str) -> Iterator[Any]:
         """Go through some parts."""

@@ -14,6 +14,7 @@ samples, trajectories, map, losses.png
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import sys
@@ -24,12 +25,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_of
-from tqdm import tqdm
 
 from tvm_ref.command_line import write_atomically
 from tvm_ref.flow_map import FlowMap
+from tvm_ref.interpolant import conditional_velocity, interpolate
 from tvm_ref.interruption import Interruption
-from tvm_ref.objectives import OBJECTIVES, TERMS, FlowMatching
+from tvm_ref.objectives import OBJECTIVES, TERMS, ResidualObjective, mean_square
+from tvm_ref.progress import progress
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.metrics import NFES, PARTS, evaluate, make_reference
@@ -164,7 +166,7 @@ class Run:
         training, sums = self.training, torch.zeros(2) if sums is None else sums
         before, begun = training.seconds, time.perf_counter()
         keep = snapshot_steps(self.config.steps)
-        bar = tqdm(
+        bar = progress(
             total=self.config.steps,
             initial=training.step,
             unit="step",
@@ -196,15 +198,22 @@ class Run:
         self.save(sums)
         return training.step == self.config.steps
 
-    def least_flow_matching_loss(self) -> float:
-        """Measure the flow-matching loss of the exact velocity, on the data of training's first steps."""
-        exact = FlowMatching(self.distribution, null_label=self.training.objective.null_label)
-        config = dataclasses.replace(self.config, device="cpu")
-        losses = [
-            exact(batch.x0, batch.x1, batch.times, batch.condition, self.distribution).flow_matching
-            for batch in draw_block(config, self.distribution, 0)
-        ]
-        return float(torch.cat(losses).mean())
+    def least_flow_matching_loss(self) -> tuple[float, float] | None:
+        """Measure the flow-matching loss of the exact velocity, and the scatter of the log's lines around it.
+
+        The loss is the mean variance of v given x_t, which is surer than a mean of squared errors. The scatter is a
+        standard deviation. None for objectives whose term is of a share of the samples, or weighted.
+        """
+        if isinstance(self.training.objective, ResidualObjective):
+            return None
+        variances, losses = [], []
+        for batch in draw_block(dataclasses.replace(self.config, device="cpu"), self.distribution, 0):
+            x = interpolate(batch.x0, batch.x1, batch.times.s_prime)
+            label = None if batch.condition is None else batch.condition.label
+            u, variance = self.distribution.velocity_and_variance(x, batch.times.s_prime, label)
+            variances.append(variance.mean())
+            losses.append(mean_square(u - conditional_velocity(batch.x0, batch.x1)).mean())
+        return float(torch.stack(variances).mean()), float(torch.stack(losses).std() / math.sqrt(LOG_EVERY))
 
     # Results ----------------------------------------------------------------------------------------------------
 
@@ -262,10 +271,13 @@ def load_run(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
     Raises:
         ValueError: a folder that is no run, one that has written no model, or a damaged one; own points that are not
             those it was trained on.
-        OSError: files that cannot be read.
+        OSError: files that cannot be read; of own points that have gone, with the way without them.
     """
     config, model, units = load_model(folder)
-    distribution = distribution_of(config)
+    try:
+        distribution = distribution_of(config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; tvm_ref.toy.run.load_model loads the model without the points") from None
     if distribution.units != units:
         raise ValueError(f"{folder} was trained on other points than {config.data} has")
     return config, distribution, model

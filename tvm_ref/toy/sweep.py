@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from tqdm import tqdm
-
+from tvm_ref.progress import progress
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.metrics import Reference, make_reference
 from tvm_ref.toy.run import distribution_of
@@ -97,7 +96,7 @@ def train_many(
         label: what the progress bar is called.
     """
     train = partial(_train, measure=measure, points=points)
-    with tqdm(total=len(configs), unit="run", desc=label, bar_format=BAR) as bar:
+    with progress(total=len(configs), unit="run", desc=label, bar_format=BAR) as bar:
         if jobs == 1:
             use_one_thread()
             yield from (train(config, report=bar.update) for config in configs)

@@ -159,6 +159,10 @@ class ExactCloud {
     Object.assign(this, { mixture, steps, top, h: -top / steps, states: [Float64Array.from(noise)], slopes: [] });
   }
 
+  time(k) { // of a state
+    return Math.min(1, Math.max(0, this.mixture.c * Math.sinh(this.top + k * this.h)));
+  }
+
   *solve() { // step by step, so that a page can show something between; yields the share that is done
     for (let k = 0; k <= this.steps; k++) {
       const now = this.states[k], next = new Float64Array(now.length), slopes = new Float64Array(now.length);

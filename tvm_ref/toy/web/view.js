@@ -1,7 +1,7 @@
 // What is seen and touched. DATA is what page.py wrote; model.js computes.
 
 const EXTENT = 2.7; // half width of the pictures; data and noise have variance 1
-const EULER_STEPS = [1, 2, 4, 8, 16, 32], ARROW = 0.4, KEY_MOVE = 0.08, CURVE = 32, SWEEP = 4000; // ms
+const EULER_STEPS = [1, 2, 4, 8, 16, 32], ARROW = 0.6, KEY_MOVE = 0.08, CURVE = 32, SWEEP = 4000; // ms
 const $ = id => document.getElementById(id);
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name);
 const pause = () => new Promise(resolve => setTimeout(resolve)); // lets the browser draw and listen
@@ -17,7 +17,8 @@ let solved = false, asked = false, sweeping = 0;
 
 const snapshot = () => Math.max(0, models[state.run].length - 1 - state.back);
 const model = () => models[state.run][snapshot()];
-const cloudAt = time => cloud.at(time).subarray(0, state.grid ? undefined : points); // the grid follows the points
+const cloudAt = time => // the grid follows the points; before the flow is solved, only the noise is known
+  (solved ? cloud.at(time) : cloud.states[0]).subarray(0, state.grid ? undefined : points);
 
 function gridOverNoise(cell, parts) { // lines [x, y, x, y, ...] of a square grid, `parts` pieces to a cell
   const n = Math.floor(EXTENT / cell), across = Array.from({ length: 2 * n + 1 }, (_, i) => (i - n) * cell);
@@ -35,19 +36,28 @@ class Picture {
   }
 
   draw(now, exact, path, evaluations) { // the cloud at time s, and one point's way from the ring to the filled dot
-    const { rms, median } = errors(now.subarray(0, points), exact.subarray(0, points));
     this.figure.querySelector(".cost").textContent = evaluations;
-    this.figure.querySelector(".error").textContent =
-      now === exact ? "what the others aim at" : `error ${digits(rms)}, median ${digits(median)}`;
-    this.mass(state.s);
-    for (let i = points; i < now.length; i += lines[0].length) this.line(pairs(now, i, lines[0].length), "grid", 0.7);
-    for (let i = 0; i < points; i += 2) this.line([...pairs(now, i, 2), ...pairs(exact, i, 2)], "error", 1);
-    for (let i = 0; i < points; i += 2) this.disc([now[i], now[i + 1]], 2, "dot");
+    if (solved) {
+      const { rms, median } = errors(now.subarray(0, points), exact.subarray(0, points));
+      this.say(now === exact ? "what the others aim at" : `error ${digits(rms)}, median ${digits(median)}`);
+    }
+    this.cloud(now, state.s, solved ? exact : now);
     this.line(path, "page", 6);
     this.line(path, "start", 2.5);
     this.disc(path.at(-1), 6, "start");
     this.disc(path[0], 9, "start");
     this.disc(path[0], 5.5, "page");
+  }
+
+  say(text) {
+    this.figure.querySelector(".error").textContent = text;
+  }
+
+  cloud(now, s, exact = now) { // points and grid at time s, and lines to where the exact flow puts the points
+    this.mass(s);
+    for (let i = points; i < now.length; i += lines[0].length) this.line(pairs(now, i, lines[0].length), "grid", 0.7);
+    for (let i = 0; i < points; i += 2) this.line([...pairs(now, i, 2), ...pairs(exact, i, 2)], "error", 1);
+    for (let i = 0; i < points; i += 2) this.disc([now[i], now[i + 1]], 2, "dot");
   }
 
   mass(s) { // clear, and show where the flow has its mass at time s: two standard deviations around every centre
@@ -77,27 +87,32 @@ class Picture {
     this.pen.fill();
   }
 
-  arrow(x, y, u, v, name, dashes) { // a velocity, drawn towards data, as the jump goes: against time. Returns its tip
+  arrow(x, y, u, v, name, width, dashes = []) { // a velocity, drawn towards data, as the jump goes: against time. Returns its tip
     const tip = [x - ARROW * u, y - ARROW * v], angle = Math.atan2(v, u);
-    const head = Math.min(12 * this.pixel, ARROW * Math.hypot(u, v));
+    const head = Math.min(14 * this.pixel, ARROW * Math.hypot(u, v));
     const barb = turn => [tip[0] + head * Math.cos(angle + turn), tip[1] + head * Math.sin(angle + turn)];
-    this.line([[x, y], tip], name, 3, dashes);
-    this.line([barb(0.5), tip, barb(-0.5)], name, 3);
+    this.line([[x, y], tip], name, width, dashes);
+    this.line([barb(0.5), tip, barb(-0.5)], name, width);
     return tip;
   }
 }
 
 const pairs = (a, start, count) => Array.from({ length: count / 2 }, (_, i) => [a[start + 2 * i], a[start + 2 * i + 1]]);
 const pictures = { exact: new Picture("exact"), jump: new Picture("jump"), euler: new Picture("euler") };
-let colours = {};
+const colours = {};
+function readColours() {
+  for (const name of ["page", "mass", "grid", "dot", "error", "df", "u", "start"]) colours[name] = colour(name);
+}
 
 function drawJump(exact) {
   const { t, s, x, y } = state, picture = pictures.jump;
   const [lx, ly, dx, dy] = model().jump(t, s, true)(x, y), [u, v] = model().velocity(s)(lx, ly); // eq. 12, first term
   const curve = Array.from({ length: CURVE + 1 }, (_, i) => model().jump(t, t + (s - t) * i / CURVE)(x, y));
   picture.draw(moved(cloudAt(t), model().jump(t, s)), exact, curve, "1 evaluation");
-  const tips = [picture.arrow(lx, ly, u, v, "u", []), picture.arrow(lx, ly, dx, dy, "df", [7, 6])];
+  for (const [a, b] of [[u, v], [dx, dy]]) picture.arrow(lx, ly, a, b, "page", 8); // a rim, seen above dots and lines
+  const tips = [picture.arrow(lx, ly, u, v, "u", 5), picture.arrow(lx, ly, dx, dy, "df", 2, [7, 5])];
   picture.line(tips, "error", 3, [0, 5]);
+  picture.disc([lx, ly], 6, "start");
   $("df").textContent = `(${digits(dx, 2)}, ${digits(dy, 2)})`;
   $("u").textContent = `(${digits(u, 2)}, ${digits(v, 2)})`;
   $("loss").textContent = $("gap").textContent = digits(((dx - u) ** 2 + (dy - v) ** 2) / 2, 4);
@@ -124,7 +139,7 @@ async function drawEuler() { // these steps cost most: in pieces, and once more 
     pictures.euler.draw(now, exact, path, `${steps} evaluation${steps > 1 ? "s" : ""}`);
   }
   eulerBusy = false;
-  document.body.dataset.drawn = Number(document.body.dataset.drawn || 0) + 1; // for tests: all three are up to date
+  if (solved) document.body.dataset.drawn = Number(document.body.dataset.drawn || 0) + 1; // for tests: all three are up to date
 }
 
 function draw() { // at most once per frame
@@ -132,7 +147,7 @@ function draw() { // at most once per frame
   asked = true;
   requestAnimationFrame(() => {
     asked = false;
-    for (const name of ["page", "mass", "grid", "dot", "error", "df", "u", "start"]) colours[name] = colour(name);
+    readColours();
     const exact = cloudAt(state.s);
     drawJump(exact);
     pictures.exact.draw(exact, exact, mixture.path(state.x, state.y, state.t, state.s), "solved finely");
@@ -231,11 +246,16 @@ function connect() {
 async function begin() {
   connect();
   showControls();
-  for (const share of cloud.solve()) {
-    $("status").textContent = `Solving the exact flow: ${Math.round(100 * share)} %`;
+  readColours();
+  for (const picture of Object.values(pictures)) picture.cloud(cloudAt(1), 1); // noise, at once
+  await pause();
+  drawJump(cloudAt(1)); // what needs no exact flow, as t = 1 at first
+  for (const share of cloud.solve()) { // the flow as far as it is solved: noise becoming data
+    const k = cloud.states.length - 2;
+    pictures.exact.cloud(cloud.states[k].subarray(0, cloudAt(1).length), cloud.time(k));
+    pictures.exact.say(`solving: ${Math.round(100 * share)} %`);
     await pause();
   }
-  $("status").textContent = "";
   solved = true;
   draw();
 }

@@ -1,0 +1,64 @@
+"""Progress on a terminal, and in a log file."""
+
+import io
+
+import pytest
+
+from tvm_ref import progress as module
+from tvm_ref.progress import FIRST, progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless told."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def work(file, clock, steps: int = 1000, **options) -> str:
+    """Do a second of work per step."""
+    with progress(total=steps, desc="work", file=file, mininterval=0, **options) as bar:
+        for _ in range(steps):
+            clock[0] += 1
+            bar.update()
+    return file.getvalue()
+
+
+def test_a_log_gets_lines_at_doubling_times_and_the_last_one(clock):
+    lines = work(io.StringIO(), clock).splitlines()
+    assert [int(line.split("|")[2].split("/")[0]) for line in lines] == [5, 10, 20, 40, 80, 160, 320, 640, 1000]
+    assert all(line.startswith("work: ") and line.isascii() for line in lines)
+
+
+def test_a_day_of_work_still_has_few_lines(clock):
+    text = work(io.StringIO(), clock, 86_400 // 60)
+    assert "\r" not in text
+    assert text.count("\n") < 20
+
+
+def test_short_work_has_one_line_and_none_where_the_bar_is_to_vanish(clock):
+    assert work(io.StringIO(), clock, int(FIRST) - 1).count("\n") == 1
+    assert work(io.StringIO(), clock, int(FIRST) - 1, leave=False) == ""
+    assert work(io.StringIO(), clock, disable=True) == ""
+
+
+def test_a_pause_is_not_made_up_for(clock):
+    """After one long step the next line waits for twice the time again."""
+    file = io.StringIO()
+    with progress(total=3, file=file, mininterval=0) as bar:
+        for seconds in (100, 1, 1):
+            clock[0] += seconds
+            bar.update()
+        assert file.getvalue().count("\n") == 1
+
+
+def test_a_terminal_gets_a_bar_that_is_redrawn(clock):
+    text = work(Terminal(), clock, 20)
+    assert text.count("\r") >= 20
+    assert text.count("\n") == 1

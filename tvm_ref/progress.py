@@ -1,0 +1,43 @@
+"""Progress bars that a log file bears: redrawn on a terminal, a few plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+FIRST = 5.0  # seconds until a log's first line; each later one comes after twice the time, so that even a day has few
+
+
+class Lines:
+    """What tqdm draws on where there is no terminal: some of its redraws become lines, and the last one does.
+
+    Args:
+        file: where lines go.
+    """
+
+    def __init__(self, file: TextIO):
+        self._file = file
+        self._begun = time.monotonic()
+        self._next = FIRST
+        self._pending = ""
+
+    def write(self, text: str) -> None:
+        """Take a redraw, which begins with a carriage return, or the line's end once the bar is closed."""
+        if drawn := text.strip():
+            self._pending = drawn
+        elapsed = time.monotonic() - self._begun
+        if self._pending and (elapsed >= self._next or text.endswith("\n")):
+            self._file.write(self._pending + "\n")
+            self._file.flush()
+            self._pending = ""
+            self._next = max(self._next, elapsed) * 2
+
+    def flush(self) -> None:
+        """Do nothing: lines are flushed as they are written."""
+
+
+def progress(*arguments: Any, file: TextIO | None = None, **options: Any) -> tqdm:
+    """Make a tqdm bar with its arguments and options, on standard error unless said otherwise."""
+    file = sys.stderr if file is None else file
+    return tqdm(*arguments, file=file if file.isatty() else Lines(file), **options)
