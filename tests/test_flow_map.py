@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.networks import Waves, some_times
-from tvm_ref.flow_map import DIFFERENCE, Factor, FlowMap, jvp
+from tvm_ref.flow_map import DIFFERENCE, Factor, FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.shapes import over
 
@@ -180,19 +180,3 @@ def test_derivatives_take_times_that_share_memory():
         lambda x, t, s: flow_map.average_velocity_and_total_derivative(x, t, s, x),
     ):
         torch.testing.assert_close(method(x, t.expand(5), s.expand(5)), method(x, t.repeat(5), s.repeat(5)))
-
-
-def test_under_the_transforms_of_torch_func_the_derivative_is_the_same():
-    """vmap, a gradient and a JVP around the JVP in s, as without."""
-    _, network, x, t, s = setup((5, 2))
-
-    def derivative(x: Tensor, t: Tensor, s: Tensor) -> Tensor:  # of one sample
-        return jvp(lambda s: network(x[None], t[None], s), (s[None],), (torch.ones_like(s[None]),))[1][0]
-
-    torch.testing.assert_close(torch.func.vmap(derivative)(x, t, s), network.ds(x, t, s), rtol=0, atol=1e-14)
-    rows = torch.func.vmap(torch.func.jacrev(derivative))(x, t, s)
-    columns = torch.func.vmap(torch.func.jacfwd(derivative))(x, t, s)
-    torch.testing.assert_close(rows, columns, rtol=0, atol=1e-13)
-    v = torch.randn_like(x)
-    along = torch.func.jvp(lambda x: jvp(lambda s: network(x, t, s), (s,), (torch.ones_like(s),))[1], (x,), (v,))[1]
-    torch.testing.assert_close(along, (rows @ v[..., None])[..., 0], rtol=0, atol=1e-13)

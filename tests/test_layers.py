@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tvm_ref.layers import Linear, gelu
+from tvm_ref.layers import Linear
 
 
 def pair() -> tuple[Linear, nn.Linear]:
@@ -63,18 +63,3 @@ def test_compiled_a_plain_call_before_a_jvp_does_not_hide_its_tangent():
         return torch.func.jvp(lambda x: layer(x).sin(), (x,), (v,))[1]
 
     torch.testing.assert_close(torch.compile(both, backend="aot_eager", fullgraph=True)(x), both(x))
-
-
-def test_gelu_equals_that_of_pytorch_in_value_tangent_and_gradients():
-    x, dx = torch.linspace(-6, 6, 41, dtype=torch.float64), torch.randn(41, dtype=torch.float64)
-
-    def results(function):
-        inputs = (x.clone().requires_grad_(), dx.clone().requires_grad_())
-        y, dy = torch.func.jvp(function, inputs[:1], inputs[1:])
-        one = torch.func.grad(lambda x, dx: torch.func.jvp(function, (x,), (dx,))[1].sin())  # vmap, too
-        first = torch.autograd.grad((y.sin() * dy.cos()).sum(), inputs, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
-        return function(x), y, dy, *first, *second, torch.func.vmap(one)(x, dx)
-
-    for a, b in zip(results(gelu), results(nn.functional.gelu), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from tvm_ref.ema import EMA
 from tvm_ref.guidance import Condition
@@ -35,22 +34,16 @@ DIFFERENCE = Factor(gamma=lambda t, s: s - t, gamma_ds=lambda t, s: torch.ones_l
 def jvp(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Return value and tangent of a function of tensors, as torch.func.jvp does.
-
-    Outside torch.func's transforms and torch.compile PyTorch's dual numbers are used as they are: the same
-    results, with less bookkeeping for every operation.
+    """Return value and tangent of a function of tensors: torch.func.jvp, with the type of its result narrowed.
 
     Raises:
-        NotImplementedError: layers without a JVP, with what to take instead.
+        NotImplementedError, RuntimeError: layers without a JVP, with what to take instead.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling():
         result = torch.func.jvp(function, inputs, tangents)
         return result[0], result[1]
     try:
-        with forward_ad.dual_level():
-            duals = (forward_ad.make_dual(a, da) for a, da in zip(inputs, tangents, strict=True))
-            value, tangent = forward_ad.unpack_dual(function(*duals))
-        return value, torch.zeros_like(value) if tangent is None else tangent
+        result = torch.func.jvp(function, inputs, tangents)
     except NotImplementedError as error:
         if "scaled_dot_product" not in str(error):
             raise
@@ -58,6 +51,14 @@ def jvp(
             "PyTorch's scaled_dot_product_attention has no JVP; take jvp_attention.attention, which has "
             "(kernels/jvp_attention/README.md)"
         ) from error
+    except RuntimeError as error:
+        if "in-place operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "the network changes a buffer in its forward, as BatchNorm does in training, and no JVP runs through that; "
+            "take a norm without running statistics, as GroupNorm or LayerNorm"
+        ) from error
+    return result[0], result[1]
 
 
 def check_call(network: nn.Module) -> None:
@@ -80,7 +81,7 @@ class FlowMap(nn.Module):
 
     The network is called as network(x, t, s, condition) with x [B, ...], times t and s [B] and a Condition or None,
     and returns F [B, ...], the average velocity over [s, t]. It should embed t and t - s, and torch.func.jvp must run
-    through it.
+    through it (so no layer that changes its buffers, as BatchNorm does in training).
 
     Args:
         network: F.
@@ -93,16 +94,13 @@ class FlowMap(nn.Module):
     warns of beta above 1 and, in training, of a network whose output does not depend on s.
 
     Raises:
-        TypeError: a network that is a flow map already, or an EMA; one whose forward does not take these arguments; one
-            with a BatchNorm, which mixes samples.
+        TypeError: a network that is a flow map already, or an EMA; one whose forward does not take these arguments.
     """
 
     def __init__(self, network: nn.Module, *, scaled: bool = False, factor: Factor = DIFFERENCE):
         super().__init__()
         if isinstance(network, FlowMap | EMA):
             raise TypeError(f"a FlowMap is made around a network itself, got {type(network).__name__}")
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-            raise TypeError("BatchNorm mixes the samples of a batch: take a norm of one sample, GroupNorm or LayerNorm")
         check_call(network)
         self.network = network
         self.scaled = scaled

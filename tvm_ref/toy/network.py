@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tvm_ref.guidance import Condition
-from tvm_ref.layers import Linear, gelu, has_tangent
+from tvm_ref.layers import Linear, has_tangent
 from tvm_ref.shapes import Sample, Time, over
 
 FREQUENCIES = 4  # sines and cosines that each time enters as
@@ -87,7 +87,7 @@ class ToyNetwork(nn.Module):
             parts = self._parts(x, t, s, condition)
         gaussian, fade, h = parts
         for layer in self.hidden:
-            h = gelu(layer(h))
+            h = nn.functional.gelu(layer(h))
         return gaussian + fade * self.output(h)  # F = [-m + c (x - (1 - t) m)] + (2 - s - t) MLP(h)
 
     def _parts(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor, Tensor]:
