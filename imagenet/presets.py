@@ -62,7 +62,9 @@ class Config:
     init: str | None = option(None, "start from these weights: a .safetensors file or a run's folder (default: new)")
     steps: int = option(1000, "training steps")
     batch_size: int = option(128, "samples per step, over all processes")
-    optimizer: Literal["adamw", "soap"] = option("soap", "AdamW as in the paper; SOAP learns digits faster")
+    optimizer: Literal["adamw", "soap"] = option(
+        "soap", "AdamW as in the paper; SOAP (Adam in a basis learned from gradients) learns digits faster"
+    )
     lr: float = option(1e-2, "learning rate, at its peak")
     beta2: float = option(0.95, "decay of the second moment: 0.95 keeps TVM steady (sec. 4)")
     warmup: int = option(50, "steps of linear warm-up (the paper: none)")

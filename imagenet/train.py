@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 imagenet/train.py imagenet256-w2 --data-path LATENTS --accumulate 16      8 x 80 GB
     torchrun --nproc-per-node 8 imagenet/train.py synthetic --accumulate 16      throughput, without data
 
-With one process, `python` serves as well as `torchrun`.
+With one process, `python` serves as well as `torchrun`, which ends with a traceback of its own on Ctrl-C.
 """
 
 import contextlib

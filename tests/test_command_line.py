@@ -227,6 +227,7 @@ def test_run_exits_with_the_status(result, status, capsys, monkeypatch):
         ("-m imagenet.train", "torch._C"),
         ("imagenet/sample.py", "torch._C"),  # so torchrun starts it
         ("imagenet/train.py", "imagenet.dit"),
+        ("-m jvp_attention.bench", "torch._C"),
     ],
 )
 def test_ctrl_c_while_a_command_starts_shows_no_traceback(command, imported):

@@ -42,7 +42,9 @@ class ToyConfig:
     batch_size: int = option(512, "samples per step")
     width: int = option(64, "units per hidden layer of the network")
     depth: int = option(4, "hidden layers of the network")
-    lr: float = option(7e-3, "peak learning rate of SOAP: linear warm-up, then cosine to zero")
+    lr: float = option(
+        7e-3, "peak learning rate of SOAP (Adam in a learned basis): linear warm-up, then cosine to zero"
+    )
     time_sampler: str = option(
         "own", "how times are drawn (paper, sec. 7.3); own: as the objective's paper does, gap* in TVM",
         choices=("own", *TIME_SAMPLERS),
