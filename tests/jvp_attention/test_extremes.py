@@ -157,7 +157,7 @@ def test_what_tangents_of_a_row_have_in_common_cancels_early(device, small_tiles
     """
     small_tiles(16, 16)
     case = Case((1, 2, 35, 37, 16), device=device, edit=a_late_key_takes_one_row, seed=2)
-    o, do, gq, *_ = case.errors(case.results(jvp_attention.attention), cancelling=True)
+    _, do, gq, *_ = case.errors(case.results(jvp_attention.attention), cancelling=True)
     assert do <= 6e-7
     assert gq <= 1.5e-6
 
