@@ -111,6 +111,7 @@ def test_flow_map_inverts_composes_and_follows_the_velocity(name):
     assert torch.equal(oracle.jump(x1, t, t), x1)
 
 
+@pytest.mark.slow
 def test_solver_converges_with_order_four(monkeypatch):
     oracle = make_distribution("swiss_roll")
     x1 = torch.randn(200, 2, dtype=torch.float64)

@@ -168,6 +168,7 @@ def test_a_guided_model_approaches_the_exact_guided_flow():
     assert float(away.square().mean()) > float(errors.square().mean())  # it learned the guided flow, not the plain one
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_loaded_as_it_was_evaluated(tmp_path):
     config = ToyConfig(**SMALL)
     run = Run(tmp_path, config)
