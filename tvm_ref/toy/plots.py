@@ -3,6 +3,7 @@
 A model that learned no jumps comes as an EulerStep, and is shown with as many Euler steps as it needs.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -273,9 +274,10 @@ def plot_errors(errors: Mapping[str, Sequence[Sequence[float]]], nfes: Sequence[
     """
     figure, (ax,) = make_figure(1, plane=False)
     figure.set_size_inches(9, 6)
-    styles = zip("os^DvPX*<>hdp", 2 * (BLUE, SKY, PINK, GREEN, ORANGE, GREY, RED), strict=False)
-    for (name, values), (marker, colour) in zip(errors.items(), styles, strict=False):
-        ax.plot(nfes, [statistics.median(v) for v in values], marker=marker, color=colour, label=name)
+    colours = (BLUE, SKY, PINK, GREEN, ORANGE, GREY, RED)
+    styles = itertools.cycle(zip("os^DvPX*<>hdp8", 2 * colours, 7 * ["-"] + 7 * ["--"], strict=True))
+    for (name, values), (marker, colour, dashes) in zip(errors.items(), styles, strict=False):
+        ax.plot(nfes, [statistics.median(v) for v in values], dashes, marker=marker, color=colour, label=name)
         ax.fill_between(nfes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
     ax.set(xscale="log", yscale="log", xlabel="function evaluations (NFE)", ylabel="paired RMSE to the exact flow map")
     ax.set_xticks(nfes, [str(n) for n in nfes])
