@@ -252,6 +252,7 @@ def test_a_program_that_uses_the_library_keeps_its_own_ctrl_c():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals; run it on Linux or macOS")
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once():
     """The first is noted; the second one comes in a step that would take a minute."""
     code = """

@@ -99,11 +99,11 @@ def test_samples_with_equal_times_lie_where_flow_matching_is_done(kind):
 def test_truncation_is_exact_far_in_the_tail():
     upper = torch.tensor([1e-300, 1e-30, 1e-9, 0.5, 1 - 1e-12, 1.0], dtype=torch.float64)
     for _ in range(100):
-        x = logit_normal(6, (-0.4, 1.0), upper)
+        x = logit_normal(torch.rand(6, dtype=torch.float64), (-0.4, 1.0), upper)
         assert torch.isfinite(x).all()
         assert (x <= upper).all()
     bound = torch.full((N,), 1e-3, dtype=torch.float64)  # 6.5 standard deviations out
-    x = logit_normal(N, (-0.4, 1.0), bound).numpy()
+    x = logit_normal(torch.rand(N, dtype=torch.float64), (-0.4, 1.0), bound).numpy()
     assert is_uniform(logit_normal_cdf(x, -0.4, 1.0) / logit_normal_cdf(1e-3, -0.4, 1.0))
 
 

@@ -27,15 +27,12 @@ class Times(NamedTuple):
     s_prime: Time
 
 
-def logit_normal(
-    n: int, normal: Normal, upper: Tensor | None = None, generator: torch.Generator | None = None
-) -> Tensor:
-    """Draw n times [n] (float64): sigmoid(z), z ~ N(mean, std^2), truncated to (0, upper] where `upper` [n] is given.
+def logit_normal(u: Tensor, normal: Normal, upper: Tensor | None = None) -> Tensor:
+    """Map uniform u [n] to times [n]: sigmoid(z), z ~ N(mean, std^2), truncated to (0, upper] if `upper` [n] is given.
 
-    Exact, by inverting the distribution function: u is uniform below that of the bound.
+    By inverting the distribution function, up to that of the bound: exact, and smooth in u.
     """
     mean, std = normal
-    u = torch.rand(n, generator=generator, dtype=torch.float64)
     u = u.clamp_min(torch.finfo(u.dtype).tiny)
     if upper is None:
         return torch.sigmoid(mean + std * torch.special.ndtri(u))
@@ -43,54 +40,55 @@ def logit_normal(
     return torch.minimum(torch.sigmoid(mean + std * torch.special.ndtri(u * bound)), upper)
 
 
-def trunc(n: int, t: Normal, s: Normal, generator: torch.Generator | None = None) -> Times:
+# Each sampler maps uniform numbers u [3, n] (float64) to times [n].
+
+
+def trunc(u: Tensor, t: Normal, s: Normal) -> Times:
     """Draw t, then s truncated to s <= t (sec. 7.3)."""
-    start = logit_normal(n, t, None, generator)
-    end = logit_normal(n, s, start, generator)
+    start = logit_normal(u[0], t)
+    end = logit_normal(u[1], s, start)
     return Times(start, end, end)
 
 
-def clamp(n: int, t: Normal, s: Normal, generator: torch.Generator | None = None) -> Times:
+def clamp(u: Tensor, t: Normal, s: Normal) -> Times:
     """Draw t and s on their own, then s = min(s, t) (sec. 7.3)."""
-    start = logit_normal(n, t, None, generator)
-    end = torch.minimum(logit_normal(n, s, None, generator), start)
+    start = logit_normal(u[0], t)
+    end = torch.minimum(logit_normal(u[1], s), start)
     return Times(start, end, end)
 
 
-def gap(n: int, g: Normal, s: Normal, generator: torch.Generator | None = None) -> Times:
+def gap(u: Tensor, g: Normal, s: Normal) -> Times:
     """Draw g = t - s, then s truncated to s <= 1 - g, then t = s + g (sec. 7.3)."""
-    difference = logit_normal(n, g, None, generator)
-    end = logit_normal(n, s, 1 - difference, generator)
+    difference = logit_normal(u[0], g)
+    end = logit_normal(u[1], s, 1 - difference)
     return Times((end + difference).clamp_max(1.0), end, end)
 
 
-def gap_star(n: int, g: Normal, s: Normal, generator: torch.Generator | None = None) -> Times:
+def gap_star(u: Tensor, g: Normal, s: Normal) -> Times:
     """Draw as gap does, and s' on its own for flow matching: logit-normal like s, not truncated (sec. 7.3)."""
-    return gap(n, g, s, generator)._replace(s_prime=logit_normal(n, s, None, generator))
+    return gap(u, g, s)._replace(s_prime=logit_normal(u[2], s))
 
 
-def sorted_pair(n: int, first: Normal, second: Normal, generator: torch.Generator | None = None) -> Times:
+def sorted_pair(u: Tensor, first: Normal, second: Normal) -> Times:
     """Draw two times on their own; the larger is t, the smaller s, and s' is t (MeanFlow, 2505.13447, sec. 4.3)."""
-    a, b = logit_normal(n, first, None, generator), logit_normal(n, second, None, generator)
+    a, b = logit_normal(u[0], first), logit_normal(u[1], second)
     return Times(torch.maximum(a, b), torch.minimum(a, b), torch.maximum(a, b))
 
 
-def triangle(n: int, first: Normal, second: Normal, generator: torch.Generator | None = None) -> Times:
+def triangle(u: Tensor, first: Normal, second: Normal) -> Times:
     """Draw (t, s) uniformly on 0 <= s <= t <= 1, and s' on its own (self-distillation, 2505.18825); no normals."""
-    a, b, s_prime = torch.rand(3, n, generator=generator, dtype=torch.float64)
-    return Times(torch.maximum(a, b), torch.minimum(a, b), s_prime)
+    return Times(torch.maximum(u[0], u[1]), torch.minimum(u[0], u[1]), u[2])
 
 
-def dyadic(n: int, first: Normal, second: Normal, generator: torch.Generator | None = None) -> Times:
+def dyadic(u: Tensor, first: Normal, second: Normal) -> Times:
     """Draw jumps of length d = 1, 1/2, ..., 2/M on the grid of d's multiples, M = DYADIC_STEPS (shortcut, 2410.12557).
 
     s' is uniform on 1/M, 2/M, ..., 1. No normals.
     """
     levels = DYADIC_STEPS.bit_length() - 1
-    jumps = 2 ** torch.randint(levels, (n,), generator=generator)  # 1/d
-    u, s_prime = torch.rand(2, n, generator=generator, dtype=torch.float64)
-    start = ((u * jumps).floor() + 1) / jumps
-    return Times(start, start - 1 / jumps, ((s_prime * DYADIC_STEPS).floor() + 1) / DYADIC_STEPS)
+    jumps = 2 ** (u[0] * levels).floor()  # 1/d
+    start = ((u[1] * jumps).floor() + 1) / jumps
+    return Times(start, start - 1 / jumps, ((u[2] * DYADIC_STEPS).floor() + 1) / DYADIC_STEPS)
 
 
 DYADIC_STEPS = 128  # shortcut models count jumps shorter than 1/128 as velocities
@@ -138,11 +136,20 @@ class TimeSampler:
 
     def draw(self, n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Times:
         """Draw the times of n samples, float32. They are drawn on the CPU, in float64, and moved to `device`."""
-        sampler, first, second = TIME_SAMPLERS[self.kind]
-        times = sampler(n, self.first or first, self.second or second, generator)
+        u = torch.rand(3, n, generator=generator, dtype=torch.float64)
         if self.share_equal or self.share_noise:
-            u = torch.rand(n, generator=generator)
-            t, s = (torch.where(u < self.share_equal, times.s_prime, a) for a in (times.t, times.s))
-            t = torch.where(u >= 1 - self.share_noise, 1.0, t)
+            u = torch.cat([u, torch.rand(1, n, generator=generator)])
+        return Times(*(a.to(device) for a in self.from_uniform(u)))
+
+    def from_uniform(self, u: Tensor) -> Times:
+        """Map numbers of the unit cube, u [4, n] (float64), to the times of n samples, float32.
+
+        The last row decides on the shares; [3, n] will do where there are none.
+        """
+        sampler, first, second = TIME_SAMPLERS[self.kind]
+        times = sampler(u[:3], self.first or first, self.second or second)
+        if self.share_equal or self.share_noise:
+            t, s = (torch.where(u[3] < self.share_equal, times.s_prime, a) for a in (times.t, times.s))
+            t = torch.where(u[3] >= 1 - self.share_noise, 1.0, t)
             times = times._replace(t=t, s=s)
-        return Times(*(a.float().to(device) for a in times))
+        return Times(*(a.float() for a in times))

@@ -85,6 +85,8 @@ def forward_kernel(
         if ROUNDED:
             sum_rounded = tl.full([QUERIES, 8], 0.0, tl.float32)  # for do
             ones = tl.full([KEYS, 8], 1.0, dtype)
+        else:
+            origin = tl.full([QUERIES], 0.0, tl.float32)  # of T: sums hold T - origin
     if dq is not None:
         dq_tile = load_rows(dq, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
     seen = keys_seen(lengths, b, M)
@@ -120,12 +122,23 @@ def forward_kernel(
             shift = tl.where(largest == float("-inf"), 0.0, shift)  # nothing seen so far
         p = tl.exp2(s * factor - shift[:, None])  # P, but for its sum over keys and a factor per row
         shrink = tl.exp2(before * factor - shift)  # what a larger maximum makes of sums so far
+        if HAS_T:
+            t *= size
+            if not ROUNDED:
+                # do depends on T - mu alone, so the mu of the keys so far is taken off T, lest large terms cancel. In
+                # 16 bits this is left out: a sixth more arithmetic, and what rounding P * T takes is larger anyway
+                weight = row_sum(total) * shrink + row_sum(p)
+                step = row_sum(p * (t - origin[:, None])) / tl.maximum(weight, 0.5)  # the largest logit adds 1
+                sum_pt -= step[:, None] * total
+                sum_do -= step[:, None] * sum_pv
+                origin += step
+                t -= origin[:, None]
         total = total * shrink[:, None] + partial_sums(p)
         v_tile = load_rows(v, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
         if DUAL:
             sum_do = sum_do * shrink[:, None]
         if HAS_T:
-            exact = p * (t * size)
+            exact = p * t
             pt = exact.to(dtype)
             sum_pt = sum_pt * shrink[:, None] + partial_sums(exact)  # so that T - mu cancels in the backward
             if ROUNDED:
@@ -153,7 +166,10 @@ def forward_kernel(
         if HAS_T:
             mean = row_max(sum_rounded) if ROUNDED else sum_pt
             tangent -= (mean / total)[:, None] * value
-            store_numbers(mu, sum_pt / total, head, start, N, QUERIES)
+            mu_rows = sum_pt / total
+            if not ROUNDED:
+                mu_rows += origin
+            store_numbers(mu, mu_rows, head, start, N, QUERIES)
         store_rows(do, tangent, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
         if do_low is not None:
             store_rows(do_low, tangent - tangent.to(dtype).to(tl.float32), b, h, start, N, D, UNIT, QUERIES, CHANNELS)

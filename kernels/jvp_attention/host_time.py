@@ -37,7 +37,8 @@ def host_times(repeats: int = 300) -> dict[str, float]:
         os.environ["TRITON_INTERPRET"] = "1"  # or plain PyTorch would stand in
     from jvp_attention import launch
 
-    q, k, v, dq, dk, dv = plain = list(torch.randn(6, *SHAPE, device=device))
+    torch.set_num_threads(1)  # others would spin, and their time is counted
+    q, k, v, dq, dk, dv = plain = [torch.randn(SHAPE, device=device) for _ in range(6)]
     variables = [x.clone().requires_grad_() for x in plain]
 
     def bare(q: Any, k: Any, v: Any) -> Any:

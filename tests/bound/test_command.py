@@ -118,6 +118,7 @@ def test_several_runs_have_a_table_of_medians(run, tmp_path, capsys):
     assert row.split()[3:] == [f"{2 * least:.4g}", f"({least:.4g}", "-", f"{3 * least:.4g})", f"{ratio:.4g}"]
 
 
+@pytest.mark.slow
 def test_a_violated_link_is_named_and_fails(run, capsys, monkeypatch):
     monkeypatch.setattr(command.Bound, "violations", lambda self: ["w2 2 > displacement 1"])
     assert command.main([str(run), *SIZE]) == 1
@@ -153,6 +154,7 @@ def test_training_that_diverges_is_reported(tmp_path, capsys, monkeypatch):
     assert "training diverged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_lipschitz_table(tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--dist", "moons", "--lipschitz", "--steps", "10", "--points", "30", "--grid", "16", "--out", str(out)]

@@ -75,6 +75,7 @@ def trained(tmp_path_factory):
     return figures
 
 
+@pytest.mark.slow
 def test_a_short_training_generates_in_one_step_what_flow_matching_cannot(trained, judges):
     tvm, fm = trained["tvm"]["1"], trained["fm"]["1"]
     means = judges.judge(class_means(judges.labels))
@@ -93,6 +94,7 @@ def test_bad_options_of_the_comparison(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_last_words(tmp_path):
     with pytest.raises(RuntimeError, match=r"seed0 failed: train\.py: error: .*--colour"):
         digit_seeds.train_and_judge(tmp_path / "seed0", ["--colour", "red"])

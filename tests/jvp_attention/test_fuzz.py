@@ -172,6 +172,13 @@ def test_drawn_problems(device, small_tiles, part):
         assert ours <= max(TOLERANCE[dtype], plain), f"seed {seed}: {draw(seed)._replace(inputs=[], gradients=[])}"
 
 
+@pytest.mark.parametrize("seed", [1041, 1577, 2108])
+def test_a_row_that_sees_one_key(device, small_tiles, seed):
+    """Its logit has a tangent of 10 to 40 and no gradient: what rounding left of one was beyond the tolerance."""
+    dtype, ours, _ = errors(seed, small_tiles, device)
+    assert ours <= TOLERANCE[dtype]
+
+
 def main() -> int:
     """Check COUNT problems from FIRST on and print the worst errors."""
     count, first = (int(x) for x in sys.argv[1:3])

@@ -7,6 +7,7 @@ from tvm_ref.toy import animation, frames
 from tvm_ref.toy.run import load_run
 
 
+@pytest.mark.slow
 def test_both_sides_start_from_one_noise_and_each_frame_is_one_jump(tmp_path):
     folder = make_run(tmp_path / "run", width=8, depth=1, dist="eight_gaussians")
     times, exact, jumps = animation.paths(folder)

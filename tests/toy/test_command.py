@@ -166,6 +166,7 @@ def test_a_log_file_gets_few_lines_of_progress(finished):
     assert "100%" in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_run_is_never_overwritten_unasked(folder, capsys):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(SystemExit) as stop:
@@ -179,6 +180,7 @@ def test_a_run_is_never_overwritten_unasked(folder, capsys):
     assert (folder / "notes.txt").read_text() == "mine"  # only a run's own files are replaced
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_says_so_and_is_measured_again_only_for_other_points(finished, folder, capsys):
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "train.jsonl"}
     resume = ["--out", str(folder), "--resume", "--points"]
@@ -192,6 +194,7 @@ def test_a_finished_run_that_is_resumed_says_so_and_is_measured_again_only_for_o
     assert json.loads((folder / "metrics.json").read_text())["points"] == 50
 
 
+@pytest.mark.slow
 def test_the_log_is_written_as_it_goes(tmp_path, monkeypatch):
     """It once stayed empty until the first checkpoint."""
     step, seen = training_module.Training.train_step, []
@@ -223,6 +226,7 @@ def test_an_objective_whose_flow_matching_is_of_some_samples_has_no_least_loss(t
     assert Run(tmp_path, ToyConfig(objective="lsd")).least_flow_matching_loss() is None
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_a_picture_is_drawn_again_on_resume(folder):
     weights = (folder / "weights.safetensors").read_bytes()
     (folder / "samples.png").unlink()
@@ -294,6 +298,7 @@ def test_overwrite_spares_a_folder_that_merely_has_a_config(tmp_path, capsys):
     assert (tmp_path / "weights.safetensors").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_overwrite_looks_before_it_deletes_and_clears_what_was_measured_of_the_old_run(folder, capsys):
     (folder / "bound.json").write_text("{}")
     weights = (folder / "weights.safetensors").read_bytes()
@@ -318,11 +323,13 @@ def test_resume_refuses_points_that_have_changed(tmp_path, capsys):
     assert "was trained on other points" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_few_points_are_enough_to_draw(tmp_path):
     assert run(tmp_path, "--points", "10") == 0
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "train.jsonl"])
+@pytest.mark.slow
 def test_files_with_unexpected_content_end_with_one_line_that_names_them(folder, capsys, name):
     if name == "checkpoint.pt":
         torch.save([1, 2], folder / name)
@@ -335,6 +342,7 @@ def test_files_with_unexpected_content_end_with_one_line_that_names_them(folder,
     assert name in error
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_options(folder, capsys):
     with pytest.raises(SystemExit):
         command.main(["--out", str(folder), "--resume", "--steps", "61"])
@@ -342,6 +350,7 @@ def test_resume_refuses_other_options(folder, capsys):
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None], ids=["empty", "text", "cut short"])
+@pytest.mark.slow
 def test_a_damaged_checkpoint_ends_with_one_line(folder, capsys, damage):
     checkpoint = folder / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000] if damage is None else damage)
@@ -381,6 +390,7 @@ def test_a_disk_that_fails_while_drawing_ends_with_one_line_and_keeps_the_checkp
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 60
 
 
+@pytest.mark.slow
 def test_divergence_ends_with_one_line_that_says_how_to_go_on(tmp_path, capsys):
     error = failure(tmp_path, capsys, "--lr", "1e30")
     assert error.startswith("python -m tvm_ref.toy: error: training diverged at step")
@@ -727,6 +737,7 @@ for name, options in {COMMANDS}.items():
     assert len(commands) == len(COMMANDS)
 
 
+@pytest.mark.slow
 def test_commands_take_one_thread(tmp_path):
     """Two were no faster, and beside a busy program four times slower."""
     before = torch.get_num_threads()

@@ -21,6 +21,18 @@ def points(oracle: GaussianMixture, n: int, seed: int = 0) -> tuple[Tensor, Tens
     return interpolate(oracle.sample(n, generator)[0], noise, t), t
 
 
+def test_points_of_the_unit_cube_map_to_the_distribution():
+    """Components by their weights, exactly, and Gaussian noise around them."""
+    centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 9.0]])
+    oracle = GaussianMixture(centres, 0.5, weights=torch.tensor([1.0, 2.0, 5.0]), labels=torch.tensor([0, 1, 1]))
+    u = torch.rand(8000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u[:, 0] = (torch.arange(8000) + 0.5) / 8000
+    x, label = oracle.from_uniform(u)
+    assert torch.equal(label, torch.tensor([0, 1]).repeat_interleave(torch.tensor([1000, 7000])))
+    noise = (x - oracle.centres.repeat_interleave(torch.tensor([1000, 2000, 5000]), 0)) / 0.5
+    torch.testing.assert_close(torch.special.ndtr(noise), u[:, 1:])
+
+
 def test_velocity_against_monte_carlo_posterior_mean():
     """E[v | x_t = x] by self-normalised importance sampling over data: x1 = (x - (1 - t) x0) / t, v = x1 - x0."""
     oracle = make_distribution("moons")
@@ -99,6 +111,7 @@ def test_flow_map_inverts_composes_and_follows_the_velocity(name):
     assert torch.equal(oracle.jump(x1, t, t), x1)
 
 
+@pytest.mark.slow
 def test_solver_converges_with_order_four(monkeypatch):
     oracle = make_distribution("swiss_roll")
     x1 = torch.randn(200, 2, dtype=torch.float64)

@@ -28,6 +28,7 @@ def test_snapshots_are_the_evaluation_weights_of_their_steps(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [0, 10, 37])
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_snapshots_and_comes_to_the_same(tmp_path, stop):
     """Also if training had gone on beyond the checkpoint, so that later snapshots are there already."""
     whole, first = fresh(tmp_path / "whole"), fresh(tmp_path / "parts")

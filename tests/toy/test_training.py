@@ -5,11 +5,12 @@ import torch
 
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.time_samplers import TimeSampler
+from tvm_ref.toy import training as training_module
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.metrics import exact_samples, make_reference, paired_errors
 from tvm_ref.toy.run import Run, load_run, read_config
-from tvm_ref.toy.training import BLOCK, Training, draw_block, learning_rate
+from tvm_ref.toy.training import BLOCK, Training, draw_block, learning_rate, uniform_numbers
 
 SMALL = {"batch_size": 16, "width": 8, "depth": 2, "steps": 90}
 VARIANTS = {
@@ -37,6 +38,45 @@ def test_data_are_a_pure_function_of_seed_and_block():
     assert not torch.equal(a[0].x0, draw_block(config, oracle, 4)[0].x0)
     assert not torch.equal(a[0].x0, draw_block(ToyConfig(**SMALL, seed=1), oracle, 3)[0].x0)
     assert not torch.equal(a[0].x0, a[1].x0)
+
+
+def test_numbers_are_uniform_and_every_batch_fills_the_unit_cube_evenly():
+    """Each of 256 strata of a column holds one point of a batch, and so does each of 16 x 16 boxes of two columns."""
+    u = uniform_numbers(0, 3, 4 * 256, 9)
+    assert ((u > 0) & (u < 1)).all()
+    assert torch.isfinite(torch.special.ndtri(u)).all()
+    for batch in u.split(256):
+        assert all(len(column.unique()) == 256 for column in (batch * 256).floor().T)
+        boxes = (batch * 16).floor()
+        assert len((16 * boxes[:, 0] + boxes[:, 1]).unique()) == 256
+    many = torch.stack([uniform_numbers(seed, 0, 16, 9)[5] for seed in range(2000)])  # the same point, scrambled anew
+    deviations = [(many - 1 / 2).mean(0) * 12**0.5, (many**2 - 1 / 3).mean(0) / (4 / 45) ** 0.5]
+    assert all((abs(d) * 2000**0.5 < 4.5).all() for d in deviations)
+
+
+def test_even_numbers_leave_the_mean_of_the_gradient_and_take_most_of_its_noise(monkeypatch):
+    """Against independent numbers, on a network trained a little: equal within the error, a quarter of its variance."""
+    config, oracle = ToyConfig(batch_size=256, width=16, depth=2), make_distribution("moons")
+    training = Training(config, oracle)
+    for _ in range(40):
+        training.train_step()
+
+    def gradients() -> torch.Tensor:
+        rows = []
+        for batch in (batch for block in (10, 11) for batch in draw_block(config, oracle, block)):
+            training.optimizer.zero_grad()
+            training.objective(batch.x0, batch.x1, batch.times, None, training.target.module).total.mean().backward()
+            rows.append(torch.cat([p.grad.flatten() for p in training.model.parameters()]).double())
+        return torch.stack(rows)
+
+    even = gradients()
+    monkeypatch.setattr(
+        training_module, "uniform_numbers", lambda seed, block, n, columns: torch.rand(n, columns, dtype=torch.float64)
+    )
+    independent = gradients()
+    assert float(even.var(0).sum()) < 0.25 * float(independent.var(0).sum())
+    error = (even.mean(0) - independent.mean(0)) / (independent.var(0) / len(independent)).sqrt()
+    assert float(error.square().mean()) < 2  # 1 + what the even ones add, if the means are one
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -128,6 +168,7 @@ def test_a_guided_model_approaches_the_exact_guided_flow():
     assert float(away.square().mean()) > float(errors.square().mean())  # it learned the guided flow, not the plain one
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_loaded_as_it_was_evaluated(tmp_path):
     config = ToyConfig(**SMALL)
     run = Run(tmp_path, config)

@@ -257,7 +257,7 @@ def parser() -> OneLineParser:
     p.add_argument(
         "--ablation", action="store_true", help=f"in their place, from MeanFlow to TVM: {', '.join(ABLATION)}"
     )
-    p.add_argument("--steps", type=int, default=2500, help="training time of each run, in steps of TVM")
+    p.add_argument("--steps", type=int, default=1200, help="training time of each run, in steps of TVM")
     p.add_argument("--seeds", type=int, default=3, help="seeds per method")
     p.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.01, 0.03], help="learning rates to sweep first")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")

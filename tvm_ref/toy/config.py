@@ -38,8 +38,8 @@ class ToyConfig:
     detach_jvp: bool = option(False, "TVM without gradients through the JVP: cheaper, biased (paper, sec. 7.4)")
     conditional: bool = option(False, "condition on the class (moons, circles and eight_gaussians have classes)")
     w: float = option(1.0, "classifier-free guidance weight, with --conditional (paper, eq. 15)")
-    steps: int = option(3800, "training steps")
-    batch_size: int = option(1024, "samples per step")
+    steps: int = option(3000, "training steps")
+    batch_size: int = option(512, "samples per step")
     width: int = option(64, "units per hidden layer of the network")
     depth: int = option(4, "hidden layers of the network")
     lr: float = option(

@@ -100,7 +100,15 @@ class GaussianMixture:
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw n points x0 [n, D] (float64) and their classes [n], all 0 for data without classes."""
         index = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.dim, generator=generator, dtype=torch.float64)
+        return self._around(index, torch.randn(n, self.dim, generator=generator, dtype=torch.float64))
+
+    def from_uniform(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Map numbers of the unit cube, u [n, 1 + D] (float64, in (0, 1)), to what `sample` draws."""
+        masses = self.log_weights.exp().cumsum(0)
+        index = torch.searchsorted(masses, u[:, 0].contiguous()).clamp_max(len(masses) - 1)
+        return self._around(index, torch.special.ndtri(u[:, 1:]))
+
+    def _around(self, index: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         label = torch.zeros_like(index) if self.labels is None else self.labels[index]
         return self.centres[index] + self.sigma * noise, label
 
