@@ -42,6 +42,16 @@ def test_a_day_of_work_still_has_few_lines(clock):
     assert text.count("\n") < 20
 
 
+def test_the_end_is_told_once(clock):
+    """Also where the last step takes long, so that a line would be due."""
+    file = io.StringIO()
+    with progress(total=2, file=file, mininterval=0) as bar:
+        for _ in range(2):
+            clock[0] += 100
+            bar.update()
+    assert [line[:4] for line in file.getvalue().splitlines()] == ["50%|", "100%"]
+
+
 def test_short_work_has_one_line_and_none_where_the_bar_is_to_vanish(clock):
     assert work(io.StringIO(), clock, int(FIRST) - 1).count("\n") == 1
     assert work(io.StringIO(), clock, int(FIRST) - 1, leave=False) == ""

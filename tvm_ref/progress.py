@@ -27,7 +27,8 @@ class Lines:
         if drawn := text.strip():
             self._pending = drawn
         elapsed = time.monotonic() - self._begun
-        if self._pending and (elapsed >= self._next or text.endswith("\n")):
+        due = elapsed >= self._next and "100%" not in self._pending  # which is the last line, and comes at the end
+        if self._pending and (due or text.endswith("\n")):
             self._file.write(self._pending + "\n")
             self._file.flush()
             self._pending = ""

@@ -133,25 +133,20 @@ class GaussianMixture:
 
         return self._by_piece(piece, x, t, label)
 
-    def velocity_and_variance(self, x: Sample, t: Time, label: Labels | None = None) -> tuple[Sample, PerSample]:
-        """Return E[v | x_t = x] [B, D] and E[||v - E[v | x]||^2 | x] / D [B], for v = x1 - x0; of a class, if given.
+    def velocity_variance(self, x: Sample, t: Time, label: Labels | None = None) -> PerSample:
+        """Return E[||v - E[v | x]||^2 | x_t = x] / D [B] for v = x1 - x0; of a class where `label` [B] is given.
 
-        The first is the velocity; the mean of the second is the flow-matching loss that it has, the least of all.
+        Its mean is the flow-matching loss of the exact velocity E[v | x], the least of all.
         """
         check_batch(x, t)
 
         def piece(x: Tensor, t: Tensor, centres: Tensor, log_weights: Tensor) -> Tensor:
-            # given the component k as well, v is Gaussian: its mean is linear in m_k, its variance sigma^2 / var_t
-            k, variance = over(1 - t, x), self._variance(t)
-            squares = centres.square().sum(1, keepdim=True)
-            moments = self._log_joint(x, t, centres, log_weights).softmax(dim=-1) @ torch.cat([centres, squares], 1)
-            mean, square = moments[:, :-1], moments[:, -1]  # E[m | x], E[||m||^2 | x]
-            u = over((t - (1 - t) * self.sigma**2) / variance, x) * (x - k * mean) - mean
-            spread = (square - mean.square().sum(1)).clamp_min(0) / self.dim
-            return torch.cat([u, (self.sigma**2 / variance + (t / variance) ** 2 * spread)[:, None]], 1)
+            # given k too, v is Gaussian, of variance sigma^2 / var_t and a mean that has m_k times -t / var_t
+            share, variance = self._log_joint(x, t, centres, log_weights).softmax(dim=-1), self._variance(t)
+            spread = share @ centres.square().sum(1) - (share @ centres).square().sum(1)  # of m_k
+            return self.sigma**2 / variance + (t / variance) ** 2 * spread.clamp_min(0) / self.dim
 
-        both = self._by_piece(piece, x, t, label)
-        return both[:, :-1], both[:, -1]
+        return self._by_piece(piece, x, t, label)
 
     # The calls of FlowMap ---------------------------------------------------------------------------------------
 

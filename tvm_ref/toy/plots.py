@@ -3,6 +3,7 @@
 A model that learned no jumps comes as an EulerStep, and is shown with as many Euler steps as it needs.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -231,7 +232,7 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference) ->
 
 
 @matplotlib.rc_context(STYLE)
-def plot_losses(log: Sequence[dict[str, float]], least: tuple[float, float] | None = None) -> Figure:
+def plot_losses(log: Sequence[dict[str, float]], least: float | None = None) -> Figure:
     """Draw the terms of the objective over the steps, as the lines of train.jsonl have them.
 
     A jump term may rise before it falls: the untrained network is the exact flow map of Gaussian data, whose jumps fit
@@ -239,8 +240,7 @@ def plot_losses(log: Sequence[dict[str, float]], least: tuple[float, float] | No
 
     Args:
         log: the lines, each the mean of some steps.
-        least: the flow-matching loss of the exact velocity, below which none falls in expectation, and the standard
-            deviation of the means of as many steps around it; twice that is drawn as a band.
+        least: the flow-matching loss of the exact velocity, below which none falls in expectation.
     """
     panels = {"jump": "jump term", "flow_matching": "flow-matching term"}
     shown = [key for key in panels if any(line[key] for line in log)] or list(panels)
@@ -257,10 +257,7 @@ def plot_losses(log: Sequence[dict[str, float]], least: tuple[float, float] | No
                 note = "rises first: the untrained network's jumps fit its\nvelocity (that of Gaussian data) exactly"
                 ax.annotate(note, (0.97, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=10)
         elif least is not None:
-            mean, deviation = least
-            ax.axhline(mean, color=ORANGE, ls="--", label="loss of the exact velocity: none is lower on average")
-            band = mean - 2 * deviation, mean + 2 * deviation
-            ax.axhspan(*band, color=ORANGE, alpha=0.25, lw=0, label="95 % of its means over as many steps lie here")
+            ax.axhline(least, color=ORANGE, ls="--", label="loss of the exact velocity: none is lower on average")
             ax.legend(fontsize=10)
     return figure
 
@@ -273,9 +270,10 @@ def plot_errors(errors: Mapping[str, Sequence[Sequence[float]]], nfes: Sequence[
     """
     figure, (ax,) = make_figure(1, plane=False)
     figure.set_size_inches(9, 6)
-    styles = zip("os^DvPX*<>hdp", 2 * (BLUE, SKY, PINK, GREEN, ORANGE, GREY, RED), strict=False)
-    for (name, values), (marker, colour) in zip(errors.items(), styles, strict=False):
-        ax.plot(nfes, [statistics.median(v) for v in values], marker=marker, color=colour, label=name)
+    colours = (BLUE, SKY, PINK, GREEN, ORANGE, GREY, RED)
+    styles = itertools.cycle(zip("os^DvPX*<>hdp8", 2 * colours, 7 * ["-"] + 7 * ["--"], strict=True))
+    for (name, values), (marker, colour, dashes) in zip(errors.items(), styles, strict=False):
+        ax.plot(nfes, [statistics.median(v) for v in values], dashes, marker=marker, color=colour, label=name)
         ax.fill_between(nfes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
     ax.set(xscale="log", yscale="log", xlabel="function evaluations (NFE)", ylabel="paired RMSE to the exact flow map")
     ax.set_xticks(nfes, [str(n) for n in nfes])
