@@ -28,7 +28,8 @@ from imagenet.dit import FREQUENCIES, DiTConfig
 from imagenet.presets import Config, build_model
 from tvm_ref import OBJECTIVES, Condition, Times
 
-# matrix products in bfloat16 per second by the makers' data sheets, dense, by what the device's name begins with
+# FLOP per second of dense bfloat16 matrix products (a multiplication and an addition are 2), by the makers' data sheets
+# and by what the device's name begins with
 PEAKS = {
     "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12,

@@ -26,12 +26,12 @@ class Network(nn.Module):
     def forward(self, x, t, s):
         """Return F [B, 2] of points x [B, 2] and times t, s [B]."""
         angles = math.pi * torch.stack([k * time for k in (0.5, 1, 2) for time in (t, t - s)], dim=1)  # [B, 6]
-        angles = torch.cat([angles, x, 2 * x], dim=1)  # waves in x let the map turn sharply between the moons
+        angles = torch.cat([angles, x, 2 * x], dim=1)  # a liberty: waves in x, for sharp turns between the moons
         return self.layers(torch.cat([x, angles.sin(), angles.cos()], dim=1))
 
 
 def draw_times(n):
-    """Draw t, s and s' [n] by gap* (sec. 7.3), but t = 1 in a quarter of them, where one-step generation starts."""
+    """Draw t, s and s' [n] by gap* (sec. 7.3). A liberty: t = 1, where one step begins, in a quarter of them."""
     length = torch.sigmoid(torch.randn(n) - 0.8)  # t - s first, then s below 1 - length; s' on its own
     room = torch.special.ndtr(torch.logit(1 - length) + 0.4)  # the share of the law of s below 1 - length
     s = torch.sigmoid(torch.special.ndtri(torch.rand(n).clamp_min(1e-6) * room) - 0.4)

@@ -18,9 +18,9 @@ class TVM(Objective):
     where u* is the velocity of the target; without a target, the model's own, with gradients. 1/w^2 is each sample's
     own beta^2. Without a target and with detach_landing=False this is eq. 9.
 
-    The first term, for s' = s and w = 1, is the Lagrangian self-distillation (LSD) of Boffi, Albergo and
-    Vanden-Eijnden, "How to build a consistency model" (2505.18825). TVM adds the joint training with an s' of its own,
-    the law of times gap*, and guidance inside the target with the scaled parameterisation.
+    The first term, for w = 1, is the Lagrangian self-distillation (LSD) of Boffi, Albergo and Vanden-Eijnden, "How to
+    build a consistency model" (2505.18825), which is trained jointly with flow matching, too. TVM takes both terms of
+    every sample, and adds the law of times gap* and guidance inside the target with the scaled parameterisation.
 
     Args:
         flow_map: the model.
