@@ -142,11 +142,14 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_checkpoint(
 @pytest.mark.parametrize("variant", ["tvm", "pid", "meanflow, unweighted", "fm", "detached"])
 @pytest.mark.slow
 def test_training_approaches_the_exact_flow(variant):
-    """800 steps bring the distance to the exact map under two thirds of an untrained network's."""
-    config = ToyConfig(**VARIANTS[variant], steps=800, batch_size=128, width=32, depth=3, ema=0.99, dist="circles")
+    """600 steps bring the distance to the exact map under two thirds of an untrained network's.
+
+    In one jump; flow matching, which learns none, in 16 steps, and MeanFlow, which learns long ones last, in 4.
+    """
+    config = ToyConfig(**VARIANTS[variant], steps=600, batch_size=128, width=32, depth=3, ema=0.99, dist="circles")
     oracle = make_distribution("circles")
     training, reference = Training(config, oracle), make_reference(oracle, points=300)
-    nfe = 16 if variant == "fm" else 1
+    nfe = {"fm": 16, "meanflow, unweighted": 4}.get(variant, 1)
     before = paired_errors(training.evaluated, reference, nfe)[1].square().mean().sqrt()
     while training.step < config.steps:
         training.train_step()
