@@ -1,8 +1,8 @@
 """Train a one-step generator on a 2D distribution, measure it against the exact flow, and draw it.
 
-    python -m tvm_ref.toy --dist moons                    two moons: under a minute on a laptop
+    python -m tvm_ref.toy --dist moons                    two moons: a minute or two on a laptop
     python -m tvm_ref.toy --data points.csv               your own points: two columns, and samples in their units
-    python -m tvm_ref.toy --data points.csv --sample 1000 more samples of that run, without training again
+    python -m tvm_ref.toy --data points.csv --sample 1000 that many samples of that run, without training again
     python -m tvm_ref.toy --dist moons --objective fm     flow matching, for comparison
     python -m tvm_ref.toy --dist circles --conditional --w 2
     python -m tvm_ref.toy --dist moons --resume           go on after Ctrl-C, bit for bit

@@ -252,7 +252,7 @@ def parser() -> OneLineParser:
     add_options(p, ToyConfig, SHARED)
     p.add_argument(
         "--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), metavar="METHOD",
-        help=f"of {', '.join(METHODS)} (default: all)",
+        help="of " + ", ".join(map(repr, METHODS)) + " (default: all)",
     )  # fmt: skip
     p.add_argument(
         "--ablation", action="store_true", help=f"in their place, from MeanFlow to TVM: {', '.join(ABLATION)}"

@@ -107,13 +107,13 @@ def suggestions(runs: Sequence[dict[str, Any]]) -> str:
     whole = {"run": 0, "back": 0, "t": 1, "s": 0}
     tries = {
         "One step from noise to data": whole,
-        "Part of the way: drag the ring, compare the two arrows": whole | {"s": 0.4},
+        "Part of the way: drag the ring in a picture, compare the two arrows": whole | {"s": 0.4},
         "Small jumps are easy: t and s close together": whole | {"t": 0.5, "s": 0.4},
         "Two Euler steps beside one jump": whole | {"steps": 2},
     }
     before = len(runs[0]["snapshots"]) - 1
     if before:
-        tries["Before training: the flow of a Gaussian, and a wide gap"] = whole | {"back": before, "s": 0.2}
+        tries["Before training: jumps agree with a wrong velocity, no loss"] = whole | {"back": before, "s": 0.2}
     for i, run in enumerate(runs):
         if not run["learns_jumps"]:
             tries["A model that learned no jumps, only velocities"] = whole | {"run": i}

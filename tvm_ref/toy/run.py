@@ -259,7 +259,7 @@ class Run:
             return None
 
 
-def load_run(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
+def load_run(folder: Path | str) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
     """Load configuration, distribution and evaluation model of a run's folder.
 
     `distribution.units.restore` turns the model's samples into the units of own points.
@@ -279,12 +279,13 @@ def load_run(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
     return config, distribution, model
 
 
-def load_model(folder: Path) -> tuple[ToyConfig, FlowMap, Units]:
+def load_model(folder: Path | str) -> tuple[ToyConfig, FlowMap, Units]:
     """Load configuration, evaluation model and units of a run's folder; own points themselves are not needed.
 
     Raises:
         ValueError, OSError: see load_run.
     """
+    folder = Path(folder)
     config = read_config(folder)
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} holds no model yet; finish it with --resume")
