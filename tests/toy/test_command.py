@@ -95,7 +95,7 @@ def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, option
     out = capsys.readouterr().out
     assert str(folder) in out
     assert "paired RMSE" in out
-    assert re.search(r"measuring and drawing: +100%.*pictures", out)
+    assert re.search(r"measuring and drawing: +100%", out)
     assert ("jump=" in out) == ("fm" not in options)  # only terms that there are
     assert ("needs many" in out) == ("fm" in options)
 
