@@ -39,8 +39,8 @@ def uniform_numbers(seed: int, block: int, n: int, columns: int) -> Tensor:
     """Draw n quasi-random points of the unit cube, u [n, columns] (float64), a pure function of (seed, block).
 
     Each is uniform, as torch.rand's are, but together they are spread evenly: a scrambled Sobol sequence, of which
-    batch after batch of 2^k points fills the cube without clumps and gaps. So gradients keep their mean and lose most of their
-    noise (Buchholz, Wenzel and Mandt, "Quasi-Monte Carlo variational inference", 1807.01604).
+    batch after batch of 2^k points fills the cube without clumps and gaps. So gradients keep their mean and lose most
+    of their noise (Buchholz, Wenzel and Mandt, "Quasi-Monte Carlo variational inference", 1807.01604).
     """
     engine = torch.quasirandom.SobolEngine(columns, scramble=True, seed=generator_of(seed, block).initial_seed())
     return engine.draw(n, dtype=torch.float64) + 2.0**-31  # multiples of 2^-30 from 0 on, to the middles of their cells
