@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -6,6 +7,9 @@ from jaxtyping import install_import_hook
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background jobs, and what they start, ignore Ctrl-C
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

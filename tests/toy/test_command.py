@@ -108,7 +108,7 @@ def test_own_points_come_back_as_samples_in_their_own_units(tmp_path, capsys):
     assert run(folder, "--data", str(data)) == 0
     said = capsys.readouterr().out
     assert "1 point lies far from the others, the farthest at (1000, 100000)" in said
-    assert f"mean {points[:, 0].mean():.4g}" in said
+    assert f"mean {points[:, 0].mean():.4f}".rstrip("0") in said
     stored = json.loads((folder / "data.json").read_text())
     assert stored["outliers"] == 1
     assert stored["standard_deviation"] == pytest.approx(points.std(0))
@@ -121,29 +121,53 @@ def test_own_points_come_back_as_samples_in_their_own_units(tmp_path, capsys):
     assert lines[0] == "height,weight"
     assert len(lines) == 1 + 60  # as many as figures are measured on
 
-    data.unlink()  # samples need the model and its units alone
-    with pytest.raises(FileNotFoundError, match=r"no such file; .*load_model loads the model without"):
-        load_run(folder)
     trained = (folder / "checkpoint.pt").stat().st_mtime_ns
     assert command.main(["--data", str(data), "--out", str(folder), "--sample", "7"]) == 0
     assert "7 samples, in the units of the data" in capsys.readouterr().out
-    written = np.loadtxt(folder / "samples.csv", delimiter=",", skiprows=1)
+    written = np.loadtxt(folder / "samples-7.csv", delimiter=",", skiprows=1)
     noise = torch.randn(7, 2, generator=torch.Generator().manual_seed(SAMPLING))
     expected = distribution.units.restore(sample(model, noise))
     np.testing.assert_allclose(written, expected, rtol=1e-6)
+    assert command.main(["--data", str(data), "--out", str(folder), "--sample", "7", "--sample-seed", "3"]) == 0
+    others = np.loadtxt(folder / "samples-7-seed3.csv", delimiter=",", skiprows=1)
+    assert np.abs(others - written).min() > 0  # of other noise
+    assert (folder / "samples.csv").read_text().splitlines() == lines  # the run's own samples stay
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == trained
 
+
+def test_a_run_keeps_its_own_points(tmp_path, capsys):
+    """What is made of it later needs no table, and is of the points that were learned, whatever the table holds now."""
+    data, folder = tmp_path / "points.csv", tmp_path / "run"
+    points = np.random.default_rng(0).normal(size=(50, 2)) * [1, 30] + [1000, 0]
+    np.savetxt(data, points, delimiter=";", header="height;weight", comments="")
+    assert run(folder, "--data", str(data)) == 0
     points[0] += 1
     np.savetxt(data, points, delimiter=";")
-    with pytest.raises(ValueError, match="was trained on other points"):
-        load_run(folder)
+    _, distribution, _ = load_run(folder)
+    points[0] -= 1
+    np.testing.assert_allclose(distribution.units.restore(distribution.centres), points, rtol=1e-12)
+    assert distribution.units.columns == ("height", "weight")
+    with pytest.raises(SystemExit):  # to go on needs the same table
+        command.main(["--data", str(data), "--out", str(folder), "--resume", "--points", "70"])
+    assert "was trained on other points" in capsys.readouterr().err
+    data.unlink()  # or none
+    assert command.main(["--data", str(data), "--out", str(folder), "--resume", "--points", "70"]) == 0
+    assert json.loads((folder / "metrics.json").read_text())["points"] == 70
+    for damage in (lambda path: path.write_bytes(b"junk"), lambda path: np.save(path, points[:20])):
+        damage(folder / "points.npy")
+        with pytest.raises(ValueError, match=r"points\.npy"):
+            load_run(folder)
+    assert command.main(["--out", str(folder), "--sample", "3"]) == 0  # the model and its units are enough
+    np.savetxt(data, points, delimiter=";")
+    assert run(folder, "--data", str(data), "--overwrite") == 0
+    assert not (folder / "samples-3.csv").exists()
 
 
 def test_samples_of_a_conditional_run_carry_their_class(tmp_path):
     assert run(tmp_path, "--dist", "circles", "--conditional") == 0
     assert not (tmp_path / "samples.csv").exists()
     assert command.main(["--out", str(tmp_path), "--sample", "9"]) == 0
-    header, *rows = (tmp_path / "samples.csv").read_text().splitlines()
+    header, *rows = (tmp_path / "samples-9.csv").read_text().splitlines()
     assert header == "x,y,class"
     assert {row.split(",")[2] for row in rows} == {"0", "1"}
     with pytest.raises(SystemExit):
@@ -256,6 +280,8 @@ BAD = {
     "resume and overwrite": ["--resume", "--overwrite"],
     "nothing to sample from": ["--sample", "10"],
     "no samples": ["--sample", "0"],
+    "a seed of no samples": ["--sample-seed", "1"],
+    "a negative seed of samples": ["--sample", "10", "--sample-seed", "-1"],
     "points and a distribution": ["--data", "x.csv", "--dist", "moons"],
     "negative seed": ["--seed", "-1"],
     "empty name of points": ["--data", ""],

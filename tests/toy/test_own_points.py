@@ -70,8 +70,10 @@ def bad_files():
     yield "one.csv", "1\n" * 20, "got 20 x 1; columns are separated by"
     yield "bars.csv", "1|2\n" * 20, "not a table of numbers"
     yield "header.csv", "x,y\n", "nothing but a header"
-    yield "text.csv", "x,y\n" + "1,a\n" * 20, "not a table of numbers"
-    yield "ragged.csv", "1,2\n" * 20 + "1\n", "not a table of numbers"
+    yield "text.csv", "x,y\n1,2\n\n" + "1,a\n" * 20, r"not a table of numbers \(line 4, column 2: 'a' is no number\)"
+    yield "hole.csv", "1,2\n" * 20 + "1,\n", "line 21, column 2: an empty cell"
+    yield "ragged.csv", "1,2\n" * 20 + "1\n", "line 21 has 1 column, and the lines before it 2"
+    yield "wide.tsv", "# a comment\n" + "1\t2\n" * 20 + "1\t2\t3\n", "line 22 has 3 columns, and the lines before it 2"
     yield "nan.csv", "1,2\n" * 20 + "nan,1\n", "points that are NaN or infinite: 1"
     yield "few.csv", "1,2\n2,3\n", "at least 10 points are needed, got 2"
     yield "empty.csv", "", "empty"
@@ -150,8 +152,9 @@ def test_what_is_told_of_the_points(points):
     oracle = OwnPoints(torch.from_numpy(points), 0.1, ("width", "height"))
     first, second, few = oracle.describe()
     mean, deviation = points.mean(0), points.std(0)
-    assert first.startswith(
-        f"100 points; mean {mean[0]:.4g} and {mean[1]:.4g}, standard deviation {deviation[0]:.4g} and"
+    shown = f"mean {mean[0]:.3f} and {mean[1]:.2f}"  # to a thousandth of their deviations, 2 and 10
+    assert first.replace(" 2.2,", " 2.20,").startswith(
+        f"100 points; {shown}, standard deviation {deviation[0]:.4g} and"
     )
     assert "(width, height)" in first
     widths = f"{deviation[0] / 10:.4g} and {deviation[1] / 10:.4g} in your units"
@@ -161,6 +164,20 @@ def test_what_is_told_of_the_points(points):
     )
     assert "the likeliest" in OwnPoints(torch.from_numpy(points)).describe()[1]
     assert len(OwnPoints(torch.from_numpy(points).repeat(5, 1), 0.1).describe()) == 2  # 500 points
+
+
+def test_means_are_told_no_finer_than_they_matter():
+    """The mean of centred data is 1e-17 by rounding, and is told as 0; that of narrow ones keeps its digits."""
+    points = torch.randn(600, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    points = (points - points.mean(0)) * torch.tensor([1.0, 1e-3]) + torch.tensor([0.0, 1000.0])
+    assert OwnPoints(points, 0.1).describe()[0].startswith("600 points; mean 0 and 1000, standard deviation ")
+    assert OwnPoints(points + 0.0123, 0.1).describe()[0].startswith("600 points; mean 0.012 and 1000.0123, ")
+
+
+def test_the_widest_bandwidth_that_is_tried_is_named():
+    corners = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)).double()
+    assert any("the widest that is tried" in line for line in OwnPoints(corners).describe())
+    assert not any("the widest that is tried" in line for line in OwnPoints(corners, 0.5).describe())
 
 
 def test_the_likely_bandwidth_is_the_best_of_all_candidates():

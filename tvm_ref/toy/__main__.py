@@ -2,13 +2,15 @@
 
     python -m tvm_ref.toy --dist moons                    two moons: a minute or two on a laptop
     python -m tvm_ref.toy --data points.csv               your own points: two columns, and samples in their units
-    python -m tvm_ref.toy --data points.csv --sample 1000 that many samples of that run, without training again
+    python -m tvm_ref.toy --data points.csv --sample 1000 that many more samples of that run, without training again
     python -m tvm_ref.toy --dist moons --objective fm     flow matching, for comparison
     python -m tvm_ref.toy --dist circles --conditional --w 2
     python -m tvm_ref.toy --dist moons --resume           go on after Ctrl-C, bit for bit
 
+Of a finished run: a page to play with, python -m tvm_ref.toy.page    a moving picture, python -m tvm_ref.toy.animation
+the Wasserstein bound, python -m tvm_ref.bound
 All objectives on equal terms: python -m tvm_ref.toy.compare    Quality over seeds: python -m tvm_ref.toy.seeds
-Speed: python -m tvm_ref.toy.benchmark    The Wasserstein bound of a run: python -m tvm_ref.bound
+Speed: python -m tvm_ref.toy.benchmark
 """
 
 import argparse
@@ -29,10 +31,11 @@ from tvm_ref.command_line import (
 from tvm_ref.interruption import INTERRUPTED
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.sampling import stepper
+from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.metrics import POINTS, table
 from tvm_ref.toy.own_points import OwnPoints
-from tvm_ref.toy.run import MARKS, SAMPLES, Run, distribution_of, load_model, read_config
+from tvm_ref.toy.run import MARKS, Run, distribution_of, distribution_of_run, load_model, read_config
 from tvm_ref.toy.samples import samples_table
 
 
@@ -51,7 +54,10 @@ def parser() -> OneLineParser:
         "--sample",
         type=int,
         metavar="N",
-        help="only write N samples of the run that is there, in place of samples.csv",
+        help="only write N samples of the run that is there, as samples-N.csv",
+    )
+    p.add_argument(
+        "--sample-seed", type=int, metavar="K", help="of the noise of --sample, which is written as samples-N-seedK.csv"
     )
     return p
 
@@ -82,19 +88,26 @@ def require_same(arguments: argparse.Namespace, folder: Path, way: str) -> ToyCo
 
 
 def write_samples(arguments: argparse.Namespace) -> Path:
-    """Write samples of a finished run as samples.csv, and return its path.
+    """Write samples of a finished run as a table of their own, and return its path.
+
+    The table's name says what is in it, so that writing it again changes nothing.
 
     Raises:
         ValueError, OSError: no finished run there, options that are not its own, fewer than one sample.
     """
     require_at_least(1, sample=arguments.sample)
+    seed = arguments.sample_seed
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"--sample-seed must lie in [0, 2^63), got {seed}")
     folder = folder_of(arguments)
     require_same(arguments, folder, "--sample")
     config, model, units = load_model(folder)
     classes = distribution_of(config) if config.conditional else None
-    table = samples_table(config, stepper(model, config.objective), units, arguments.sample, classes)
-    write_atomically(folder / SAMPLES, table)
-    return folder / SAMPLES
+    jump = stepper(model, config.objective)
+    path = folder / f"samples-{arguments.sample}{'' if seed is None else f'-seed{seed}'}.csv"
+    table = samples_table(config, jump, units, arguments.sample, SAMPLING if seed is None else seed, classes)
+    write_atomically(path, table)
+    return path
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Run, torch.Tensor | None]:
@@ -113,7 +126,8 @@ def prepare(arguments: argparse.Namespace) -> tuple[Run, torch.Tensor | None]:
     stored = require_same(arguments, folder, "--resume")
     if not (folder / "checkpoint.pt").is_file():
         raise ValueError(f"{folder} holds no checkpoint to resume from; start again with --overwrite")
-    old = Run(folder, stored)
+    gone = stored.data is not None and not Path(stored.data).exists()  # the run keeps a copy of its points
+    old = Run(folder, stored, distribution_of_run(folder, stored) if gone else None)
     return old, old.load()
 
 
@@ -123,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = command.parse_args(argv)
     use_one_thread()
     with command.bad_input():
+        if arguments.sample_seed is not None and arguments.sample is None:
+            raise ValueError("--sample-seed goes with --sample")
         if arguments.sample is not None:
             print(f"{arguments.sample:,} samples, in the units of the data: {write_samples(arguments)}")
             return 0

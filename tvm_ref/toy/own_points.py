@@ -19,6 +19,7 @@ from tvm_ref.toy.units import Units
 
 MAX_CENTRES = 4096  # of the user's own points; the exact flow costs points x centres
 MIN_BANDWIDTH = 0.03  # below it the exact flow is too stiff for the solver's grid
+MAX_BANDWIDTH = 0.5  # that is tried; a wider one must be asked for
 FEW = 500  # points, below which it is said what the bandwidth does to them
 FAR = 10.0  # interquartile ranges from the median, beyond which a point is called an outlier
 TEXT = (".csv", ".tsv", ".txt", ".dat")
@@ -35,6 +36,7 @@ class OwnPoints(GaussianMixture):
         columns: names of the two axes.
 
     Attributes:
+        points: [N, 2] those that are kept, in their own units.
         units: the way back to the points' own units.
         summary: what data.json holds.
 
@@ -54,6 +56,7 @@ class OwnPoints(GaussianMixture):
                 f"--bandwidth must lie in [{MIN_BANDWIDTH}, 1), in standard deviations of the data; got {bandwidth}"
             )
         super().__init__(standardise(kept, bandwidth), bandwidth)
+        self.points = kept
         mean, deviation = kept.double().mean(0), kept.double().std(0, correction=0)
         scale = deviation / math.sqrt(1 - bandwidth**2)  # the Gaussians widen the data, which have variance 1 with them
         self.units = Units(tuple(mean.tolist()), tuple(scale.tolist()), columns)
@@ -73,15 +76,19 @@ class OwnPoints(GaussianMixture):
     def describe(self) -> list[str]:
         """Say in a few lines what was made of the points, and what is odd about them."""
         s = self.summary
-        mean, deviation, width = (
-            " and ".join(f"{a:.4g}" for a in numbers)
-            for numbers in (s["mean"], s["standard_deviation"], [s["bandwidth"] * d for d in s["standard_deviation"]])
+        deviation, width = (
+            " and ".join(f"{factor * d:.4g}" for d in s["standard_deviation"]) for factor in (1, s["bandwidth"])
         )
+        mean = " and ".join(map(_rounded, s["mean"], s["standard_deviation"]))
         used = f", of which a random {s['used']:,} are used" if s["used"] < s["points"] else ""
         lines = [
             f"{s['points']:,} points{used}; mean {mean}, standard deviation {deviation} ({', '.join(s['columns'])})",
             f"bandwidth {s['bandwidth']:.3g} standard deviations, {s['bandwidth_is']}: {width} in your units",
         ]
+        if s["bandwidth_is"] != "as given" and s["bandwidth"] == MAX_BANDWIDTH:
+            lines.append(
+                "warning: that is the widest that is tried; points that few or that spread may need a wider --bandwidth"
+            )
         if s["used"] < FEW:
             lines.append(
                 f"warning: {s['used']} points are few: the model learns them blurred by that bandwidth, not the points "
@@ -95,6 +102,11 @@ class OwnPoints(GaussianMixture):
                 "left may look like a blob; leave them out if they are errors"
             )
         return lines
+
+
+def _rounded(value: float, deviation: float) -> str:
+    """Write a mean to about a thousandth of its standard deviation."""
+    return f"{round(value, 3 - math.floor(math.log10(deviation))) + 0.0:.15g}"  # + 0.0: no "-0"
 
 
 def far_points(points: Tensor) -> Tensor:
@@ -115,7 +127,7 @@ def likely_bandwidth(points: Tensor) -> float:
     (Leave-one-out likelihood of a kernel density estimate.) Every fourth is tried, and then those around the best.
     """
     square = torch.cdist(points, points).square().fill_diagonal_(math.inf)
-    candidates = np.geomspace(MIN_BANDWIDTH, 0.5, 40)
+    candidates = np.geomspace(MIN_BANDWIDTH, MAX_BANDWIDTH, 40)
     scores: dict[int, float] = {}
 
     def best_of(indices: range) -> int:
@@ -173,20 +185,27 @@ def parse(text: str) -> tuple[np.ndarray, tuple[str, ...]]:
     Raises:
         ValueError: no lines, or text where numbers belong.
     """
-    lines = [line for line in text.replace('"', "").splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    lines = {i: line for i, line in enumerate(text.replace('"', "").splitlines(), 1) if line.strip()}
+    lines = {i: line for i, line in lines.items() if not line.lstrip().startswith("#")}
     if not lines:
         raise ValueError("the file is empty")
-    separator = next((mark for mark in ";\t," if mark in lines[-1]), None)  # None: blanks
-    columns = tuple(cell.strip() for cell in lines[0].split(separator))
+    first, *others = lines.values()
+    common = (mark for mark in ";\t," if 2 * sum(mark in line for line in lines.values()) >= len(lines))
+    separator = next(common, None)  # None: blanks
+    columns = tuple(cell.strip() for cell in first.split(separator))
     # column numbers, as pandas writes them where columns have no names, are a header where numbers have points
-    numbered = columns == ("0", "1") and any("." in line for line in lines[1:])
+    numbered = columns == ("0", "1") and any("." in line for line in others)
     header = numbered or not all(map(_is_number, columns))
-    body = lines[1:] if header else lines
-    if separator in (";", "\t"):
-        body = [line.replace(",", ".") for line in body]
-    if not body:
+    if header:
+        del lines[next(iter(lines))]
+    if not lines:
         raise ValueError("nothing but a header")
-    return np.loadtxt(body, delimiter=separator, ndmin=2), columns if header else ()
+    if separator in (";", "\t"):
+        lines = {i: line.replace(",", ".") for i, line in lines.items()}
+    try:
+        return np.loadtxt(list(lines.values()), delimiter=separator, ndmin=2), columns if header else ()
+    except ValueError as error:
+        raise ValueError(_where(lines, separator) or first_line(error)) from None
 
 
 def check(path: Path, points: np.ndarray) -> None:
@@ -214,6 +233,19 @@ def _advice(points: np.ndarray) -> str:
         "; this command draws the plane: choose two columns, or train on all of them with TVM in your own loop, which "
         "takes any shape (README.md, 'In your own training loop')"
     )
+
+
+def _where(lines: dict[int, str], separator: str | None) -> str:
+    """Say what is wrong with the first line, by its number in the file, that has no numbers or too few of them."""
+    width = len(next(iter(lines.values())).split(separator))
+    for i, line in lines.items():
+        cells = [cell.strip() for cell in line.split(separator)]
+        for column, cell in enumerate(cells, 1):
+            if not _is_number(cell) or "," in cell:
+                return f"line {i}, column {column}: " + (f"{cell!r} is no number" if cell else "an empty cell")
+        if len(cells) != width:
+            return f"line {i} has {len(cells)} column{'s' * (len(cells) > 1)}, and the lines before it {width}"
+    return ""
 
 
 def _is_number(text: str) -> bool:

@@ -2,17 +2,18 @@
 
 config.json                     the options
 train.jsonl                     a line per 50 steps, written as it goes
-data.json                       of own points: scale, bandwidth, outliers
+data.json, points.npy           of own points: scale, bandwidth, outliers; the points that were learned
 checkpoint.pt                   what --resume goes on from
 weights.safetensors             the evaluation weights, and the units of the data
 snapshots.safetensors           what they were after 0, 1, 3, 10 and 30 % of the steps
 metrics.json                    figures by number of function evaluations (NFE), seconds, steps
-samples.csv                     of own points, or by --sample: samples in the units of the data
+samples.csv                     of own points: samples in their units; samples-N.csv, by --sample
 samples, trajectories, map, losses.png
 """
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -21,11 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_of
 
-from tvm_ref.command_line import write_atomically
+from tvm_ref.command_line import first_line, write_atomically
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.interpolant import interpolate
 from tvm_ref.interruption import Interruption
@@ -47,9 +49,10 @@ SAVE_EVERY = 2000  # steps per checkpoint
 MARKS = ("config.json", "train.jsonl")  # a folder that has both holds a run
 WEIGHTS, PICTURES = "weights.safetensors", ("samples.png", "trajectories.png", "map.png", "losses.png")
 RESULTS = (WEIGHTS, "metrics.json", *PICTURES)
-DATA, SAMPLES = "data.json", "samples.csv"
+DATA, LEARNED, SAMPLES = "data.json", "points.npy", "samples.csv"
 OWN_FILES = (  # what --overwrite removes: also what other commands write into the folder
-    *MARKS, DATA, "checkpoint.pt", SNAPSHOTS, *RESULTS, SAMPLES, "bound.json", "bound.png", "page.html", "animation.gif"
+    *MARKS, DATA, LEARNED, "checkpoint.pt", SNAPSHOTS, *RESULTS, SAMPLES, "bound.json", "bound.png", "page.html",
+    "animation.gif",
 )  # fmt: skip
 
 
@@ -69,6 +72,22 @@ def distribution_of(config: ToyConfig) -> GaussianMixture:
     return distribution
 
 
+def distribution_of_run(folder: Path, config: ToyConfig) -> GaussianMixture:
+    """Make the distribution that a run was trained on; its own points are those in its folder.
+
+    Raises:
+        ValueError, OSError: a damaged copy of the points; see distribution_of.
+    """
+    if config.data is None or not (folder / LEARNED).is_file():
+        return distribution_of(config)
+    try:
+        known = json.loads((folder / DATA).read_text())
+        points = torch.from_numpy(np.load(folder / LEARNED, allow_pickle=False))
+        return OwnPoints(points, known["bandwidth"], tuple(known["columns"]))
+    except (ValueError, KeyError, TypeError, EOFError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{folder / LEARNED} and {DATA} cannot be used: {first_line(error)}") from None
+
+
 def fingerprint(distribution: GaussianMixture) -> str:
     """Hash a distribution, so that a run is not continued on other data."""
     parts = (distribution.centres, distribution.log_weights, torch.tensor(distribution.sigma, dtype=torch.float64))
@@ -81,13 +100,14 @@ class Run:
     Args:
         folder: where everything goes.
         config: what to do; stored as config.json.
+        distribution: what to learn; None: what the configuration names.
     """
 
-    def __init__(self, folder: Path, config: ToyConfig):
+    def __init__(self, folder: Path, config: ToyConfig, distribution: GaussianMixture | None = None):
         self._begun = time.perf_counter()
         self.folder = folder
         self.config = config
-        self.distribution = distribution_of(config)
+        self.distribution = distribution_of(config) if distribution is None else distribution
         self.training = Training(config, self.distribution)
         self.log: list[dict[str, float]] = []
         self._before = 0.0  # seconds of training in earlier programs
@@ -108,13 +128,14 @@ class Run:
         for name in OWN_FILES:
             if self.path(name).is_dir():
                 raise ValueError(f"{self.path(name)} is a folder, where a run writes a file: choose another --out")
-        for name in OWN_FILES:
-            self.path(name).unlink(missing_ok=True)
+        for path in (*map(self.path, OWN_FILES), *self.folder.glob("samples-*.csv")):
+            path.unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         options = dataclasses.asdict(self.config)
         if isinstance(self.distribution, OwnPoints):
             del options["dist"]  # has no say
             write_atomically(self.path(DATA), json.dumps(self.distribution.summary, indent=2) + "\n")
+            write_atomically(self.path(LEARNED), npy(self.distribution.points.numpy()))
         write_atomically(self.path("config.json"), json.dumps(options, indent=2) + "\n")
         write_atomically(self.path("train.jsonl"), "")
 
@@ -219,6 +240,8 @@ class Run:
 
         config, jump, data = self.config, self.training.evaluated, self.distribution
         weights = {name: a.cpu().contiguous() for name, a in self.training.ema.module.network.state_dict().items()}
+        for name in ("metrics.json", *PICTURES):  # those of other weights must not stand beside these
+            self.path(name).unlink(missing_ok=True)
         write_atomically(self.path(WEIGHTS), safetensors_of(weights, data.units.metadata()))
         if isinstance(data, OwnPoints):
             write_atomically(self.path(SAMPLES), samples_table(config, jump, data.units, points))
@@ -265,17 +288,13 @@ def load_run(folder: Path | str) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
     `distribution.units.restore` turns the model's samples into the units of own points.
 
     Raises:
-        ValueError: a folder that is no run, one that has written no model, or a damaged one; own points that are not
-            those it was trained on.
-        OSError: files that cannot be read; of own points that have gone, with the way without them.
+        ValueError: a folder that is no run, one that has written no model, or a damaged one.
+        OSError: files that cannot be read.
     """
     config, model, units = load_model(folder)
-    try:
-        distribution = distribution_of(config)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; tvm_ref.toy.run.load_model loads the model without the points") from None
+    distribution = distribution_of_run(Path(folder), config)
     if distribution.units != units:
-        raise ValueError(f"{folder} was trained on other points than {config.data} has")
+        raise ValueError(f"{folder} was trained on other points than its {LEARNED} has")
     return config, distribution, model
 
 
@@ -294,13 +313,17 @@ def load_model(folder: Path | str) -> tuple[ToyConfig, FlowMap, Units]:
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             model.network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            metadata = file.metadata() or {}
-            units = Units.from_metadata(metadata)
+            units = Units.from_metadata(file.metadata() or {})
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {str(error).splitlines()[0]}") from None
-    if config.data is not None and not metadata:  # of a run that is older than units
-        units = distribution_of(config).units
     return config, model.requires_grad_(False), units
+
+
+def npy(a: np.ndarray) -> bytes:
+    """Return an array as the bytes of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, a)
+    return file.getvalue()
 
 
 def read_config(folder: Path) -> ToyConfig:

@@ -14,7 +14,12 @@ EULER_STEPS = 64  # that samples are drawn in where no jumps were learned
 
 
 def samples_table(
-    config: ToyConfig, jump: Jump, units: Units, points: int, classes: GaussianMixture | None = None
+    config: ToyConfig,
+    jump: Jump,
+    units: Units,
+    points: int,
+    seed: int = SAMPLING,
+    classes: GaussianMixture | None = None,
 ) -> str:
     """Draw samples in one step (in 64 Euler steps where no jumps were learned) and write them as comma-separated text.
 
@@ -22,10 +27,11 @@ def samples_table(
         config: what the model was trained with.
         jump: how it takes a step.
         units: of the data.
-        points: rows of the table, beside the line of names; always the same for the same model.
+        points: rows of the table, beside the line of names.
+        seed: of the noise.
         classes: the distribution whose classes a conditional model is asked for, and which become a last column.
     """
-    generator = torch.Generator().manual_seed(SAMPLING)
+    generator = torch.Generator().manual_seed(seed)
     noise, names, label, condition = torch.randn(points, 2, generator=generator), [*units.columns], None, None
     if classes is not None:
         label = classes.sample(points, generator)[1]
