@@ -9,7 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 signal.signal(
     signal.SIGINT, signal.default_int_handler
-)  # a shell's background jobs, and what they start, ignore Ctrl-C
+)  # which a shell's background jobs ignore
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
