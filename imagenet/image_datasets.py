@@ -8,7 +8,7 @@ index).
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from imagenet.presets import Config
 from imagenet.provenance import Provenance
 
 
+@runtime_checkable
 class Data(Protocol):
     """The interface of a data set.
 

@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -7,9 +8,7 @@ from jaxtyping import install_import_hook
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # which a shell's background jobs ignore
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,7 +17,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--check-shapes"):
-        install_import_hook(["tvm_ref", "imagenet", "jvp_attention"], "tests.shape_checker.checker")
+        from tests import shape_checker  # under a name of its own, as pytest imports the package `tests` anew
+
+        sys.modules["shape_checker"] = shape_checker
+        install_import_hook(["tvm_ref", "imagenet", "jvp_attention"], "shape_checker.checker")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -98,7 +98,7 @@ def test_the_legend_of_trajectories_lies_beside_the_panels(oracle, reference):
     figure.draw_without_rendering()
     (legend,) = figure.legends
     texts = [text.get_text() for text in legend.get_texts()]
-    assert texts == ["data", "noise (t = 1)", "end (t = 0)", "end of the exact flow"]
+    assert texts == ["data", "noise (t = 1)", "end (t = 0)", "end of exact flow"]
     assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
 
 

@@ -32,7 +32,8 @@ class OwnPoints(GaussianMixture):
 
     Args:
         points: [N, 2] in their own units.
-        bandwidth: width of the Gaussians in standard deviations of the data; None: the likeliest one.
+        bandwidth: width of the Gaussians in standard deviations of the data; None: the likeliest one (outliers
+            left out).
         columns: names of the two axes.
 
     Attributes:
@@ -50,7 +51,9 @@ class OwnPoints(GaussianMixture):
             kept = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:MAX_CENTRES]]
         chosen = bandwidth is None
         if bandwidth is None:
-            bandwidth = likely_bandwidth(standardise(kept, 0.0))
+            near = torch.ones(len(kept), dtype=torch.bool)
+            near[far_points(kept)] = False  # one such point alone would ask for the widest
+            bandwidth = likely_bandwidth(standardise(kept, 0.0)[near])
         if not MIN_BANDWIDTH <= bandwidth < 1:
             raise ValueError(
                 f"--bandwidth must lie in [{MIN_BANDWIDTH}, 1), in standard deviations of the data; got {bandwidth}"

@@ -6,6 +6,7 @@ A model that learned no jumps comes as an EulerStep, and is shown with as many E
 import itertools
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,7 @@ def plot_samples(
     for ax, (title, x) in zip(axes, panels.items(), strict=True):
         ax.set_title(title)
         if own and ax is not axes[0]:
+            _say_what_is_outside(ax, x)
             _use_units(ax, distribution)
             x = distribution.units.restore(x)
         scatter(ax, x, s=dot_size(x), c=colours_of(condition, len(x)), alpha=0.5, linewidths=0, rasterized=True)
@@ -135,6 +137,14 @@ def plot_samples(
             axes[1].scatter([], [], s=25, color=CLASSES[c % len(CLASSES)], label=f"class {c}")
         axes[1].legend(loc="lower left", fontsize=9, ncols=2, handletextpad=0, columnspacing=0.5)
     return figure
+
+
+def _say_what_is_outside(ax: Axes, x: Tensor) -> None:
+    """Note how many points [N, 2] a panel does not show."""
+    outside = int((x.abs() > ax.get_xlim()[1]).any(1).sum())
+    if outside:
+        note = f"{outside:,} outside"
+        ax.annotate(note, (0.98, 0.98), xycoords="axes fraction", ha="right", va="top", fontsize=9)
 
 
 def _use_units(ax: Axes, distribution: GaussianMixture) -> None:
@@ -171,16 +181,27 @@ def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Refe
     figure, axes = make_figure(2, 5.0)
     set_window(axes, reference.data)
     colours = colours_of(first, n)
-    name = "your points, blurred" if isinstance(distribution, OwnPoints) else "data"
-    for ax, (title, states) in zip(axes, panels.items(), strict=True):
-        scatter(ax, reference.data, s=dot_size(reference.data), c=GREY, alpha=0.4, linewidths=0, label=name)
+    own, restore = isinstance(distribution, OwnPoints), distribution.units.restore
+    data, name = restore(reference.data), "your points, blurred" if own else "data"
+    for ax, (title, path_states) in zip(axes, panels.items(), strict=True):
+        if own:
+            _use_units(ax, distribution)
+        states = restore(path_states)
+        scatter(ax, data, s=dot_size(data), c=GREY, alpha=0.4, linewidths=0, label=name)
         for path, colour in zip(states.transpose(0, 1), colours, strict=True):
             ax.plot(*path.T.numpy(), color=colour, lw=1, alpha=0.7)
         scatter(ax, states[0], s=18, c="white", edgecolors=colours, zorder=3, label="noise (t = 1)")
         scatter(ax, states[-1], s=18, c=colours, zorder=3, label="end (t = 0)")
         ax.set_title(title)
     scatter(
-        axes[1], exact[-1], s=60, c="none", edgecolors="black", linewidths=0.8, zorder=4, label="end of the exact flow"
+        axes[1],
+        restore(exact[-1]),
+        s=60,
+        c="none",
+        edgecolors="black",
+        linewidths=0.8,
+        zorder=4,
+        label="end of exact flow",
     )
     figure.set_size_inches(10, 5.5)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=11)
@@ -216,7 +237,10 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference) ->
     set_window(axes[1:], exact, reference.data)
     for ax, (title, x) in zip(axes, panels.items(), strict=True):
         if ax is not axes[0]:
-            scatter(ax, reference.data, s=dot_size(reference.data), c=GREY, alpha=0.4, linewidths=0)
+            if isinstance(distribution, OwnPoints):
+                _use_units(ax, distribution)
+            x, data = distribution.units.restore(x), distribution.units.restore(reference.data)
+            scatter(ax, data, s=dot_size(data), c=GREY, alpha=0.4, linewidths=0)
         pieces = x.split([len(c) for c in curves])
         for piece, hue in zip(pieces[:lines], hues, strict=True):
             ax.plot(*piece.T.numpy(), color=hue, lw=1.2)
@@ -224,8 +248,9 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference) ->
             ax.plot(*piece.T.numpy(), color="black", lw=0.8, alpha=0.7)
         ax.set_title(title)
     figure.supxlabel(
-        "The same rays (coloured by direction) and rings (0.5 to 2.5 from the centre) everywhere; grey: data. "
-        "Where lines crowd, much noise becomes the same data.",
+        "The same rays (coloured by direction) and rings (0.5 to 2.5 from the centre) everywhere; grey: data. Where "
+        "lines crowd, much noise\nbecomes the same data; where one bends sharply, noise on its two sides goes to "
+        "different parts of the data, and the flow stretches what lies between.",
         fontsize=11,
     )
     return figure
@@ -246,6 +271,7 @@ def plot_losses(log: Sequence[dict[str, float]], least: float | None = None) -> 
     shown = [key for key in panels if any(line[key] for line in log)] or list(panels)
     figure, axes = make_figure(len(shown), 4.5, plane=False)
     figure.set_size_inches(6 * len(shown), 4)
+    notes: list[str] = []
     for ax, key in zip(axes, shown, strict=True):
         values = [line[key] for line in log]
         ax.plot([line["step"] for line in log], values, color=BLUE, marker="o" if len(log) < 5 else "")
@@ -254,11 +280,15 @@ def plot_losses(log: Sequence[dict[str, float]], least: float | None = None) -> 
         if key == "jump":
             ax.set_ylim(bottom=0)
             if values and values[0] < 0.2 * max(values):
-                note = "rises first: the untrained network's jumps fit its\nvelocity (that of Gaussian data) exactly"
-                ax.annotate(note, (0.97, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=10)
+                notes.append(
+                    "The jump term rises first: the untrained network's jumps fit its velocity (that of Gaussian data) "
+                    "exactly."
+                )
         elif least is not None:
-            ax.axhline(least, color=ORANGE, ls="--", label="loss of the exact velocity: none is lower on average")
-            ax.legend(fontsize=10)
+            ax.axhline(least, color=ORANGE, ls="--")
+            notes.append("Dashed: the loss of the exact velocity; none is lower on average.")
+    if notes:
+        figure.supxlabel("\n".join(textwrap.fill(note, 70 * len(shown)) for note in notes), fontsize=11)
     return figure
 
 

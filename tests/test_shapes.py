@@ -1,0 +1,35 @@
+"""`pytest --check-shapes`: right shapes pass, in all packages, and one that is not what a signature says is found."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WRONG = """
+import pytest, torch
+
+import imagenet.train, jvp_attention
+from imagenet.dit import modulate
+from tvm_ref.interpolant import interpolate
+
+x, t = torch.zeros(3, 2), torch.zeros(3)
+
+def test_right():
+    assert interpolate(x, x, t).shape == x.shape
+
+def test_wrong():
+    for call in (lambda: interpolate(x, x[:2], t), lambda: modulate(x, x, x)):
+        with pytest.raises(Exception, match="Type-check"):
+            call()
+"""
+
+
+@pytest.mark.slow
+def test_shapes_are_checked_where_that_is_asked_for(tmp_path):
+    (tmp_path / "test_wrong.py").write_text(WRONG)
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-p", "tests.conftest", "--rootdir", ROOT, "--check-shapes"]
+    command = [sys.executable, "-m", "pytest", *options, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout
