@@ -60,6 +60,21 @@ MISTAKES = {  # what is done: how, which error, what it says
     "times as a pair, of flow matching": (lambda m: FlowMatching(m)(X0, X1, (T, S)), TypeError, "must be Times"),
     "times as a pair, of PID": (lambda m: PID(m)(X0, X1, (T, S)), TypeError, "must be Times"),
     "times as a triple, of MeanFlow": (lambda m: MeanFlow(m)(X0, X1, (T, S, S)), TypeError, "must be Times"),
+    "images as bytes": (
+        lambda m: TVM(m)(torch.zeros(5, 3, 4, 4, dtype=torch.uint8), torch.randn(5, 3, 4, 4), TIMES),
+        TypeError,
+        r"got torch.uint8; scale images to \[-1, 1\]",
+    ),
+    "guidance forgotten in sampling": (
+        lambda m: sample(FlowMap(Waves(), scaled=True), X1),
+        ValueError,
+        r"a scaled flow map, .*needs a condition",
+    ),
+    "classes forgotten": (
+        lambda m: TVM(m, null_label=3)(X0, X1, TIMES),
+        ValueError,
+        r"null_label needs a condition: Condition\(label, beta\)",
+    ),
     "backward of the terms": (
         lambda m: TVM(m)(X0, X1, TIMES).backward(),
         TypeError,

@@ -90,8 +90,9 @@ class FlowMap(nn.Module):
         factor: gamma(t, s) in place of s - t (appendix A.1).
 
     Every method raises TypeError for a condition that is no Condition and times that are no tensors, ValueError for
-    shapes that do not fit and, on the CPU outside torch.compile, for times that break 0 <= s <= t <= 1. There it also
-    warns of beta above 1 and, in training, of a network whose output does not depend on s.
+    shapes that do not fit, for a missing condition where `scaled` and, on the CPU outside torch.compile, for times that
+    break 0 <= s <= t <= 1. There it also warns of beta above 1 and, in training, of a network whose output does not
+    depend on s.
 
     Raises:
         TypeError: a network that is a flow map already, or an EMA; one whose forward does not take these arguments.
@@ -191,6 +192,8 @@ class FlowMap(nn.Module):
                 f"the condition must be Condition(label, beta) with beta = 1/w, ones without guidance; "
                 f"got {type(condition).__name__}"
             )
+        if condition is None and self.scaled:
+            raise ValueError("a scaled flow map, f = (s - t) w F, needs a condition: Condition(label, beta), beta = 1/w")
         check_batch(x, t, s, *(condition or ()))
         check_times(t, s)
         if condition is not None and values_are_cheap(x) and bool((condition.beta > 1).any()):

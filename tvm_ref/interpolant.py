@@ -8,7 +8,10 @@ def interpolate(x0: Sample, x1: Sample, t: Time) -> Sample:
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: whole numbers, as image files hold them.
     """
+    if not x0.is_floating_point():
+        raise TypeError(f"data must be floating-point numbers, got {x0.dtype}; scale images to [-1, 1]: x0 / 127.5 - 1")
     if x0.shape != x1.shape:
         raise ValueError(f"x0 and x1 must have the same shape, got {list(x0.shape)} and {list(x1.shape)}")
     check_batch(x0, t)

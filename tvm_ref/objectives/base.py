@@ -88,9 +88,12 @@ def guided_target(
     No gradient flows through the target's velocity u*.
 
     Raises:
-        ValueError: guidance (beta other than 1) without a null label; values are looked at as in check_times.
+        ValueError: guidance (beta other than 1) without a null label, values being looked at as in check_times; a null
+            label without a condition.
     """
     if condition is None:
+        if null_label is not None:
+            raise ValueError("an objective with a null_label needs a condition: Condition(label, beta)")
         return v
     if null_label is None:
         if values_are_cheap(v) and bool((condition.beta != 1).any()):
@@ -149,8 +152,9 @@ class Objective(nn.Module):
         model itself.
 
         Raises:
-            ValueError: shapes that do not fit, times that break 0 <= s <= t <= 1, guidance without a null label.
-            TypeError: times that are no Times.
+            ValueError: shapes that do not fit, times that break 0 <= s <= t <= 1, guidance without a null label, a null
+                label without a condition.
+            TypeError: times that are no Times, data of whole numbers.
         """
         raise NotImplementedError
 
