@@ -193,7 +193,7 @@ class FlowMap(nn.Module):
                 f"got {type(condition).__name__}"
             )
         if condition is None and self.scaled:
-            raise ValueError("a scaled flow map, f = (s - t) w F, needs a condition: Condition(label, beta), beta = 1/w")
+            raise ValueError("a scaled flow map, f = (s - t) w F, needs a condition: Condition(label, beta=1/w)")
         check_batch(x, t, s, *(condition or ()))
         check_times(t, s)
         if condition is not None and values_are_cheap(x) and bool((condition.beta > 1).any()):

@@ -634,7 +634,7 @@ def test_a_single_rate_is_not_swept_and_a_method_for_one_step_has_one_error(monk
     monkeypatch.setattr(compare, "ROUNDS", 2)
     monkeypatch.setattr(compare, "REPEATS", 5)
     options = [*TINY, "--seeds", "1", "--rates", "1e-2", "--out", str(tmp_path)]
-    assert compare.main([*options, "--methods", "sCT", "flow matching"]) == 0
+    assert compare.main([*options, "--methods", "sct", "flow matching"]) == 0  # or by the name of its objective
     report = json.loads((tmp_path / "results.json").read_text())
     assert [len(swept) for swept in report["sweeps"].values()] == [2, 1]
     assert not report["methods"]["sCT"]["at_edge"]  # of one rate there is no edge

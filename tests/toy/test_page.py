@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tvm_ref.flow_map import FlowMap
+from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.sampling import EulerStep, sample_path
 from tvm_ref.toy import page as command
 from tvm_ref.toy.config import ToyConfig
@@ -74,6 +75,14 @@ def test_the_page_lies_in_the_first_run_by_default_and_goes_with_it(tmp_path):
     assert command.main([str(folder)]) == 0
     assert (folder / "page.html").is_file()
     assert "page.html" in OWN_FILES
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_runs_of_every_objective_have_a_page(objective, tmp_path):
+    text = command.make_page([make_run(tmp_path / objective, objective=objective, width=8, depth=2)])
+    name, what = command.NAMED[objective]
+    assert name in text
+    assert what in text
 
 
 def test_equal_weights_are_stored_once_and_runs_of_one_objective_are_told_apart(tmp_path):

@@ -107,7 +107,7 @@ def check_objective(config: ToyConfig) -> None:
 
 def watch(times: Any, name: str) -> Any:
     """Show progress over times."""
-    return progress(times, desc=f"{name:>9}", unit="time", leave=False)
+    return progress(times, desc=f"measuring the {name}", unit="time", leave=False)
 
 
 # A finished run -----------------------------------------------------------------------------------------------------
@@ -188,7 +188,8 @@ def table(bound: Bound, report: dict[str, Any]) -> str:
         note = f"   +- {bound.standard_error:.2g} (draws)" if name == "global_from_loss" else ""
         lines.append(f"{LABELS[name]:<28}{cells}{bound.errors[name]:>18.1e}{note}")
     lines += [
-        f"W2 to fresh data {report['w2_data']:.4f}; two clouds of data are {report['w2_floor']:.4f} apart",
+        f"W2 to fresh data {report['w2_data']:.4f}; two clouds of as many data ({report['points']:,}) are "
+        f"{report['w2_floor']:.4f} apart",
         f"int L = {bound.path_length:.2f}, from L(s), the largest slope seen: an estimate from below of the true one",
         f"loss (eq. 9, mean over s) {bound.loss:.4f}, of which {bound.loss_minimum:.4f} cannot be learned",
     ]

@@ -35,7 +35,8 @@ def plot_bound(bound: Bound, title: str) -> Figure:
     right.set(xscale="log", xlim=(min(positive) / 3, max(positive) * (max(positive) / min(positive)) ** 0.25 * 3))
     right.set_ylim(-0.5, len(names) - 0.3)
     right.set_yticks(range(len(names)), [LABELS[name] for name in names], fontsize=11)
-    right.set_title("the chain, as distances (logarithmic)")
+    right.set_xlabel("distance, in standard deviations of the data (logarithmic)")
+    right.set_title("the chain, from its least link up")
     return figure
 
 

@@ -246,13 +246,21 @@ def draw(report: dict[str, Any], path: Path) -> None:
     plots.save_figure(plots.plot_errors(values, NFES, title), path)
 
 
+def method_named(text: str) -> str:
+    """Find the method that a word names, which may be an objective's name, as in --objective of the toy."""
+    plain = {
+        options.get("objective", "tvm"): name for name, options in METHODS.items() if not {*options} - {"objective"}
+    }
+    return plain.get(text, text)
+
+
 def parser() -> OneLineParser:
     """Make the command line."""
     p = OneLineParser("python -m tvm_ref.toy.compare", __doc__)
     add_options(p, ToyConfig, SHARED)
     p.add_argument(
-        "--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), metavar="METHOD",
-        help="of " + ", ".join(map(repr, METHODS)) + " (default: all)",
+        "--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), metavar="METHOD", type=method_named,
+        help="of " + ", ".join(map(repr, METHODS)) + ", or names of --objective (default: all)",
     )  # fmt: skip
     p.add_argument(
         "--ablation", action="store_true", help=f"in their place, from MeanFlow to TVM: {', '.join(ABLATION)}"

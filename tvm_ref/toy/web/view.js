@@ -168,6 +168,8 @@ function showControls() {
     $(name + "-label").style.left = `clamp(30px, calc(14px + (100% - 28px) * ${share}), calc(100% - 30px))`;
     $(name).style.zIndex = (name === "t") === state.t < 0.5 ? 2 : 1; // at an end, the handle that can move is on top
   }
+  document.querySelector(".noise").style.visibility = state.s > 0.9 ? "hidden" : ""; // a handle's label takes its place
+  document.querySelector(".data").style.visibility = state.t < 0.1 ? "hidden" : "";
   Object.assign($("span").style, { left: `${100 * (1 - state.t)}%`, width: `${100 * (state.t - state.s)}%` });
   $("jump-title").textContent = run.learns_jumps ? "One jump" : "One Euler step";
   $("run-help").textContent = run.help;
