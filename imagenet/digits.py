@@ -97,7 +97,7 @@ class Judges:
         generated: Gaussian = gaussian_statistics(samples)
         return frechet_distance(*self._real, *generated)
 
-    def _features(self, samples: Pixels) -> NDArray[np.float64]:
+    def _features(self, samples: Pixels) -> Pixels:
         """Return the activations of the network's hidden layer [N, FEATURES]."""
         return np.maximum(samples @ self._network.coefs_[0] + self._network.intercepts_[0], 0)
 

@@ -251,7 +251,7 @@ class FinalLayer(nn.Module):
         self.linear = Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
         self.adaLN_modulation = Modulation(config, 2)
 
-    def forward(self, x: Tokens, c: Float[Tensor, "b d"]) -> Tokens:
+    def forward(self, x: Tokens, c: Float[Tensor, "b d"]) -> Float[Tensor, "b n p"]:
         """Map tokens x [B, N, D] to patches [B, N, p p C] under the condition c [B, D]."""
         shift, scale = self.adaLN_modulation(c)
         return self.linear(modulate(self.norm(x), shift, scale))

@@ -344,8 +344,8 @@ def _second(plain: Callable[..., Six], arguments: tuple[Any, ...]) -> Six:
 def _vmap(operator: Any) -> Callable[..., tuple[Six, tuple[int | None, ...]]]:
     """Make the rule by which an operator answers vmap: the mapped axis is folded into the batch."""
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Six, tuple[int | None, ...]]:
-        def fold(x: Any, axis: int | None) -> Any:
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Six, tuple[int | None, ...]]:
+        def fold(x: Any, axis: Any) -> Any:  # of a list of flags the axis is a list
             if not isinstance(x, Tensor) or (axis is None and x.ndim == 1 and x.numel() == 0):
                 return x
             x = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)

@@ -512,6 +512,9 @@ def test_ctrl_c_in_measuring_leaves_at_once_and_resume_measures(tmp_path, capsys
     monkeypatch.setattr(metrics, "exact_samples", solve)
     assert command.main(["--out", str(tmp_path), "--resume", "--points", "60"]) == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"]["done"] == 60
+    monkeypatch.setattr(metrics, "exact_samples", pressed)  # and figures of an earlier end do not stay
+    assert ending(lambda: command.main(["--out", str(tmp_path), "--resume", "--points", "70"]), capsys)[0] == 130
+    assert not any((tmp_path / name).exists() for name in ("metrics.json", *PICTURES))
 
 
 # The other commands --------------------------------------------------------------------------------------------

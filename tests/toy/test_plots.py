@@ -56,6 +56,25 @@ def test_own_points_are_drawn_as_they_are_in_their_own_units():
     np.testing.assert_allclose(offsets(model), oracle.units.restore(exact), rtol=1e-4)
     assert (own.get_xlabel(), own.get_ylabel()) == ("height", "weight")
     assert own.get_ylim()[1] > 500
+    assert not own.texts
+    _, path = plots.plot_trajectories(oracle, oracle.jump, reference).axes
+    np.testing.assert_allclose(
+        path.collections[-1].get_offsets()[0], oracle.units.restore(reference.exact)[0], rtol=1e-3
+    )
+    _, exact, carried = plots.plot_map(oracle, oracle.jump, reference).axes
+    for a, b in zip(exact.lines, carried.lines, strict=True):
+        a, b = (oracle.units.standardise(torch.tensor(line.get_xydata())) for line in (a, b))
+        np.testing.assert_allclose(a, b, atol=1e-3)
+    assert all(ax.get_ylabel() == "weight" for ax in (path, exact, carried))
+
+
+def test_points_outside_the_picture_are_counted():
+    points = torch.randn(600, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    points[7] = 100.0
+    oracle = OwnPoints(points, 0.1)
+    reference = make_reference(oracle, points=20)
+    own = plots.plot_samples(oracle, oracle.jump, reference, nfes=(1,), points=40).axes[1]
+    assert [text.get_text() for text in own.texts] == ["1 outside"]
 
 
 def test_the_window_holds_guided_data_and_leaves_outliers_out():
@@ -98,7 +117,7 @@ def test_the_legend_of_trajectories_lies_beside_the_panels(oracle, reference):
     figure.draw_without_rendering()
     (legend,) = figure.legends
     texts = [text.get_text() for text in legend.get_texts()]
-    assert texts == ["data", "noise (t = 1)", "end (t = 0)", "end of exact flow"]
+    assert texts == ["data", "noise (t = 1)", "end (t = 0)", "end of the exact flow"]
     assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
 
 
@@ -112,6 +131,17 @@ def test_the_map_of_the_exact_flow_drawn_as_a_model_is_the_exact_map(oracle, ref
     _, exact, model = plots.plot_map(oracle, oracle.jump, reference).axes
     for a, b in zip(exact.lines, model.lines, strict=True):
         np.testing.assert_allclose(a.get_xydata(), b.get_xydata(), atol=1e-3)
+
+
+def test_a_loss_that_rises_first_is_explained_beside_its_curve():
+    log = [{"step": i, "jump": j, "flow_matching": 1.0} for i, j in enumerate((0.0, 0.2, 0.1), 1)]
+    figure = plots.plot_losses(log, least=0.9)
+    figure.draw_without_rendering()
+    assert "rises first" in figure.get_supxlabel()
+    assert "Dashed" in figure.get_supxlabel()
+    box = figure._supxlabel.get_window_extent()
+    assert not any(box.overlaps(ax.get_tightbbox()) for ax in figure.axes)
+    assert plots.plot_losses(log[1:]).get_supxlabel() == ""
 
 
 def test_losses_show_the_term_that_is_trained_and_the_minimum():

@@ -201,7 +201,7 @@ def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Refe
         edgecolors="black",
         linewidths=0.8,
         zorder=4,
-        label="end of exact flow",
+        label="end of the exact flow",
     )
     figure.set_size_inches(10, 5.5)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=11)
