@@ -128,7 +128,7 @@ class Run:
         for name in OWN_FILES:
             if self.path(name).is_dir():
                 raise ValueError(f"{self.path(name)} is a folder, where a run writes a file: choose another --out")
-        for path in (*map(self.path, OWN_FILES), *self.folder.glob("samples-*.csv")):
+        for path in (*map(self.path, OWN_FILES), *self.folder.glob("samples-[0-9]*.csv")):
             path.unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         options = dataclasses.asdict(self.config)
