@@ -146,6 +146,7 @@ MISSING = FileNotFoundError(errno.ENOENT, "No such file or directory", "x.csv")
     ("error", "line"),
     [
         (ValueError("bad\nand more"), "bad"),
+        (ValueError("--rate must be positive"), "--rate must be positive"),
         (MISSING, "x.csv: No such file or directory"),
         (MemoryError(), "MemoryError"),
         (RuntimeError("out of memory\n  at frame"), "out of memory"),
@@ -155,7 +156,7 @@ def test_bad_input_ends_with_one_line_and_status_2(error, line, capsys):
     with pytest.raises(SystemExit) as stop, parser().bad_input():
         raise error
     assert stop.value.code == 2
-    assert ending(capsys) == f"program: error: {line} (--help lists all options)"
+    assert ending(capsys) == f"program: error: {line}" + " (--help lists all options)" * ("--" in line)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.networks import PointData, Waves, some_times
-from tvm_ref import EMA, PID, TVM, Condition, FlowMap, FlowMatching, MeanFlow, sample
+from tvm_ref import EMA, PID, TVM, Condition, FlowMap, FlowMatching, MeanFlow, drop_labels, sample
 from tvm_ref.time_samplers import Times
 
 X0, X1 = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -69,6 +69,12 @@ MISTAKES = {  # what is done: how, which error, what it says
         lambda m: sample(FlowMap(Waves(), scaled=True), X1),
         ValueError,
         r"a scaled flow map, .*needs a condition",
+    ),
+    "labels to drop without beta": (lambda m: drop_labels(LABEL, 3), TypeError, r"takes Condition\(label, beta\)"),
+    "one step as a number with a point": (
+        lambda m: sample(m, X1, 1.0),
+        TypeError,
+        "a number of steps, as 1, or a grid",
     ),
     "classes forgotten": (
         lambda m: TVM(m, null_label=3)(X0, X1, TIMES),

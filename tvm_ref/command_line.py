@@ -34,7 +34,10 @@ class OneLineParser(argparse.ArgumentParser):
         try:
             yield
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            self.error(first_line(error))
+            line = first_line(error)
+            if "--" in line:  # it is about an option
+                self.error(line)
+            self._end(f"error: {line}", 2)
 
     @contextlib.contextmanager
     def failures(self, hint: str = "") -> Iterator[None]:
@@ -205,6 +208,12 @@ def require_new(out: Path | None) -> None:
         if out.exists():
             raise ValueError(f"{out} exists already; choose another --out")
         require_free(out, ())
+
+
+def require_suffix(path: Path, suffix: str) -> None:
+    """Raise ValueError unless a file that is to be written, and may be there, is named as its kind is."""
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"--out {path}: the file to write must end in {suffix}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -41,7 +41,10 @@ def drop_labels(
 
     Raises:
         ValueError: a rate outside [0, 1].
+        TypeError: labels without beta.
     """
+    if not isinstance(condition, Condition):
+        raise TypeError(f"drop_labels takes Condition(label, beta), got {type(condition).__name__}")
     if not 0 <= rate <= 1:
         raise ValueError(f"the label dropout rate must lie in [0, 1], got {rate}")
     label, beta = condition

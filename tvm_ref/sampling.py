@@ -41,12 +41,14 @@ def sample_path(
     Raises:
         ValueError: fewer than one step, or a grid that does not fall within [0, 1].
         TypeError: an EMA, whose .module is meant; a network that is not wrapped in a FlowMap: it gives average
-            velocities F, not states.
+            velocities F, not states. A number of steps that is no whole number.
     """
     if isinstance(jump, EMA):
         raise TypeError("an EMA holds a model and is none: sample from its .module")
     if isinstance(jump, nn.Module) and not hasattr(jump, "displacement"):
         raise TypeError(f"{type(jump).__name__} is a network, not a flow map; wrap it: FlowMap(network)")
+    if isinstance(times, float):
+        raise TypeError(f"times must be a number of steps, as 1, or a grid, as [1.0, 0.5, 0.0]; got {times}")
     grid = uniform_times(times) if isinstance(times, int) else [float(a) for a in times]
     if len(grid) < 2 or not all(1 >= a > b >= 0 for a, b in itertools.pairwise(grid)):
         raise ValueError(f"a time grid must fall strictly within [0, 1] and hold at least two times, got {grid}")

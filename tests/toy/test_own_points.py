@@ -74,7 +74,7 @@ def bad_files():
     yield "hole.csv", "1,2\n" * 20 + "1,\n", "line 21, column 2: an empty cell"
     yield "ragged.csv", "1,2\n" * 20 + "1\n", "line 21 has 1 column, and the lines before it 2"
     yield "wide.tsv", "# a comment\n" + "1\t2\n" * 20 + "1\t2\t3\n", "line 22 has 3 columns, and the lines before it 2"
-    yield "nan.csv", "1,2\n" * 20 + "nan,1\n", "points that are NaN or infinite: 1"
+    yield "nan.csv", "1,2\n" * 20 + "nan,1\n", "points that are NaN or infinite: 1, first point 21"
     yield "few.csv", "1,2\n2,3\n", "at least 10 points are needed, got 2"
     yield "empty.csv", "", "empty"
     yield "flat.csv", "".join(f"{i},5\n" for i in range(20)), "column 2 is constant"
@@ -176,6 +176,8 @@ def test_the_widest_bandwidth_that_is_tried_is_named():
     corners = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)).double()
     assert any("the widest that is tried" in line for line in OwnPoints(corners).describe())
     assert not any("the widest that is tried" in line for line in OwnPoints(corners, 0.5).describe())
+    fine = torch.cat([0.001 * corners, 0.001 * corners + 9])
+    assert any("the narrowest there is" in line for line in OwnPoints(fine).describe())
 
 
 def test_the_likely_bandwidth_is_the_best_of_all_candidates():

@@ -56,9 +56,9 @@ class TVM(Objective):
         terminal = mean_square(df_ds - target.velocity(landing, s, condition))
 
         # The boundary s = t: flow matching (eq. 1), with guidance inside its target (eq. 14)
-        x_s = interpolate(x0, x1, s_prime)
-        v = guided_target(conditional_velocity(x0, x1), x_s, s_prime, condition, self.null_label, target)
-        boundary = mean_square(self.flow_map.velocity(x_s, s_prime, condition) - v)
+        x_s_prime = interpolate(x0, x1, s_prime)
+        v = guided_target(conditional_velocity(x0, x1), x_s_prime, s_prime, condition, self.null_label, target)
+        boundary = mean_square(self.flow_map.velocity(x_s_prime, s_prime, condition) - v)
 
         # Their sum (eq. 12), weighted by 1/w^2 (eq. 15); the first term is masked by 1{t != s}
         weight = torch.ones_like(t) if condition is None else condition.beta**2

@@ -57,7 +57,7 @@ def parser() -> OneLineParser:
         help="only write N samples of the run that is there, as samples-N.csv",
     )
     p.add_argument(
-        "--sample-seed", type=int, metavar="K", help="of the noise of --sample, which is written as samples-N-seedK.csv"
+        "--sample-seed", type=int, metavar="K", help="draws other samples by --sample, written as samples-N-seedK.csv"
     )
     return p
 
@@ -105,7 +105,8 @@ def write_samples(arguments: argparse.Namespace) -> Path:
     classes = distribution_of(config) if config.conditional else None
     jump = stepper(model, config.objective)
     path = folder / f"samples-{arguments.sample}{'' if seed is None else f'-seed{seed}'}.csv"
-    table = samples_table(config, jump, units, arguments.sample, SAMPLING if seed is None else seed, classes)
+    seed = SAMPLING + 1 if seed is None else seed  # other noise than that of samples.csv
+    table = samples_table(config, jump, units, arguments.sample, seed, classes)
     write_atomically(path, table)
     return path
 

@@ -7,14 +7,16 @@ On the left every frame goes one step on from the frame before. On the right eve
 network, from the noise to the time s that the frame shows, and s sweeps from 1 to 0.
 """
 
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tvm_ref.command_line import OneLineParser
+from tvm_ref.command_line import OneLineParser, require_suffix
 from tvm_ref.command_line import run as run_command
 from tvm_ref.objectives import OBJECTIVES
+from tvm_ref.progress import progress
 from tvm_ref.sampling import sample_path
 from tvm_ref.toy.config import use_one_thread
 from tvm_ref.toy.run import load_run
@@ -36,6 +38,7 @@ def paths(run: Path) -> tuple[list[float], Tensor, Tensor]:
         raise ValueError(f"{run} was trained by --objective {config.objective}, which teaches no jumps")
     noise = torch.randn(POINTS, 2, generator=torch.Generator().manual_seed(2**40))
     times = [1 - i / STEPS for i in range(STEPS + 1)]
+    print(f"carrying {POINTS} points by the exact flow, in {STEPS} steps")
     exact = torch.stack(sample_path(distribution.jump, noise, times))
     start = torch.ones(POINTS)
     with torch.no_grad():
@@ -53,7 +56,8 @@ def animate(run: Path, out: Path) -> None:
     from tvm_ref.toy import frames  # matplotlib and Pillow, which --help and bad options need not wait for
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    frames.write_gif([frames.draw_frame(times, exact, jumps, step) for step in range(len(times))], out)
+    steps = progress(range(len(times)), desc="drawing", unit="frame", file=sys.stdout)
+    frames.write_gif([frames.draw_frame(times, exact, jumps, step) for step in steps], out)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out or options.run / "animation.gif"
     use_one_thread()
     with parser.bad_input():
+        require_suffix(out, ".gif")
         animate(options.run, out)
     print(f"{out}: {out.stat().st_size / 1e3:,.0f} kB")
     return 0

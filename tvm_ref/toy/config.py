@@ -25,7 +25,7 @@ class ToyConfig:
     """
 
     dist: str = option("moons", "distribution to learn", choices=tuple(DISTRIBUTIONS))
-    data: str | None = option(None, "learn your own points instead: a table of two columns (.csv, .tsv, .txt, .npy)")
+    data: str | None = option(None, "learn your own points instead: a table of two columns (.csv .tsv .txt .dat .npy)")
     bandwidth: float | None = option(
         None,
         "width of the Gaussian around each point of --data, from 0.03 to below 1 standard deviation of the data "

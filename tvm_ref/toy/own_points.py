@@ -92,6 +92,8 @@ class OwnPoints(GaussianMixture):
             lines.append(
                 "warning: that is the widest that is tried; points that few or that spread may need a wider --bandwidth"
             )
+        if s["bandwidth_is"] != "as given" and s["bandwidth"] == MIN_BANDWIDTH:
+            lines.append("warning: that is the narrowest there is; the points would be likelier under a narrower one")
         if s["used"] < FEW:
             lines.append(
                 f"warning: {s['used']} points are few: the model learns them blurred by that bandwidth, not the points "
@@ -131,6 +133,7 @@ def likely_bandwidth(points: Tensor) -> float:
     """
     square = torch.cdist(points, points).square().fill_diagonal_(math.inf)
     candidates = np.geomspace(MIN_BANDWIDTH, MAX_BANDWIDTH, 40)
+    candidates[[0, -1]] = MIN_BANDWIDTH, MAX_BANDWIDTH  # to the last bit
     scores: dict[int, float] = {}
 
     def best_of(indices: range) -> int:
@@ -163,6 +166,8 @@ def read_table(path: Path) -> tuple[Tensor, tuple[str, ...]]:
         OSError: a file that is missing or cannot be read.
     """
     kind = path.suffix.lower()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder, where a table of points is meant")
     if kind not in (*TEXT, ".npy"):
         raise ValueError(f"{path}: points come as {' '.join(TEXT)} or .npy, not '{kind or 'a file without extension'}'")
     if not path.is_file():
@@ -219,7 +224,8 @@ def check(path: Path, points: np.ndarray) -> None:
     if len(points) < 10:
         raise ValueError(f"{path}: at least 10 points are needed, got {len(points)}")
     if not np.isfinite(points).all():
-        raise ValueError(f"{path}: points that are NaN or infinite: {int((~np.isfinite(points)).any(1).sum())}")
+        bad = np.flatnonzero(~np.isfinite(points).all(1))
+        raise ValueError(f"{path}: points that are NaN or infinite: {len(bad)}, first point {bad[0] + 1}")
     if np.abs(points).max() > 1e100:
         raise ValueError(f"{path}: numbers beyond 1e100 cannot be standardised")
     for axis in range(2):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvm_ref.command_line import OneLineParser, write_atomically
+from tvm_ref.command_line import OneLineParser, require_suffix, write_atomically
 from tvm_ref.command_line import run as run_command
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.toy.config import ToyConfig, use_one_thread
@@ -189,6 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out or options.runs[0] / "page.html"
     use_one_thread()
     with parser.bad_input():
+        require_suffix(out, ".html")
         page = make_page(options.runs)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, page)

@@ -211,7 +211,7 @@ class Run:
                     sums.zero_()
                     losses = {name: f"{value:.4f}" for name, value in terms.items() if value}  # some train one alone
                     bar.set_postfix(losses, refresh=False)
-                    bar.update(LOG_EVERY)
+                    bar.update(training.step - bar.n)
                 if training.step % SAVE_EVERY == 0:
                     self.save(sums)
             bar.update(training.step - bar.n)
