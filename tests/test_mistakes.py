@@ -126,6 +126,11 @@ def test_a_network_may_take_more_than_it_is_called_with():
     assert FlowMap(Willing()).jump(X1, T, S).shape == X1.shape
 
 
+def test_images_as_bytes_in_floats_are_warned_of():
+    with pytest.warns(UserWarning, match="data reach beyond 100, .* scale them"):
+        TVM(FlowMap(Waves()))(250 * torch.ones_like(X0), X1, TIMES)
+
+
 def test_beta_that_may_be_w_is_warned_of():
     condition = Condition(LABEL, torch.full((5,), 2.0, dtype=torch.float64))
     with pytest.warns(UserWarning, match="was w meant"):

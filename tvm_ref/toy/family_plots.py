@@ -112,7 +112,7 @@ def plot_times(jumps: dict[str, Any]) -> Figure:
     low = LogNorm(1e-2, 10)
     for ax, (title, values) in zip(axes, densities.items(), strict=False):
         _plot_cells(ax, title, values, low, "density; all alike: 1")
-    _plot_cells(axes[-1], "error of its jumps", jumps["error_by_times"], None, "RMSE")
+    _plot_cells(axes[-1], "error of TVM's network", jumps["error_by_times"], None, "RMSE")
     axes[0].set_ylabel("s, where it ends")
     return figure
 
