@@ -29,8 +29,11 @@ def check_batch(x: Tensor, *per_sample: Tensor) -> None:
 
 
 def values_are_cheap(a: Tensor) -> bool:
-    """Tell whether values may be looked at: an accelerator's queue would stall, torch.compile's graph would break."""
-    return not torch.compiler.is_compiling() and a.device.type == "cpu"
+    """Tell whether values may be looked at: an accelerator's queue would stall, torch.compile's graph would break.
+
+    A subclass of Tensor may have none, as PyTorch's fake tensors.
+    """
+    return not torch.compiler.is_compiling() and a.device.type == "cpu" and type(a) in (Tensor, torch.nn.Parameter)
 
 
 def check_times(t: Tensor, s: Tensor | None = None) -> None:
