@@ -249,7 +249,7 @@ class Run:
         with Parts((2 if config.guided else 1) * PARTS + len(nfes) + len(PICTURES)) as parts:
             w = config.w if config.conditional else None
             reference = make_reference(data, w=w, points=points, watch=parts.of)
-            nfe = {n: evaluate(jump, reference, n) for n in parts.of(nfes, "distances to it")}
+            nfe = {n: evaluate(jump, reference, n) for n in parts.of(nfes, "distances to the exact flow")}
             draw = {
                 "samples.png": lambda: plots.plot_samples(data, jump, reference),
                 "trajectories.png": lambda: plots.plot_trajectories(data, jump, reference),
