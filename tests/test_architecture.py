@@ -68,6 +68,7 @@ def test_no_module_imports_itself_by_way_of_others():
     assert circle(GRAPH) is None
 
 
+@pytest.mark.slow
 def test_a_circle_would_be_found():
     """Also one that is closed by an import inside a function, as that which data.py and digits.py once had."""
     more = SOURCES | {"imagenet.noise": "def f():\n    from imagenet.generator import Generator\n"}

@@ -231,6 +231,7 @@ def test_run_exits_with_the_status(result, status, capsys, monkeypatch):
         ("-m jvp_attention.bench", "torch._C"),
     ],
 )
+@pytest.mark.slow
 def test_ctrl_c_while_a_command_starts_shows_no_traceback(command, imported):
     """-X importtime writes a line per import, so the signal comes before, amid and after PyTorch's."""
     line = [sys.executable, "-X", "importtime", *command.split(), "--help"]
@@ -246,6 +247,7 @@ def test_ctrl_c_while_a_command_starts_shows_no_traceback(command, imported):
     assert rest.endswith("\nstopped\n")
 
 
+@pytest.mark.slow
 def test_a_program_that_uses_the_library_keeps_its_own_ctrl_c():
     own = "signal.signal(signal.SIGINT, signal.default_int_handler)"
     code = f"import signal; {own}; import tvm_ref; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"

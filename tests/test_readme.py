@@ -118,6 +118,7 @@ def test_the_training_loop_runs(classes):
     assert not torch.equal(network.layer.weight, before)
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_and_sampled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert toy.main(["--dist", "moons", "--steps", "3", "--width", "16", "--points", "20"]) == 0
@@ -127,6 +128,7 @@ def test_a_run_is_loaded_and_sampled(tmp_path, monkeypatch):
     assert scope["points"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_own_points_are_sampled_in_their_units(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savetxt("points.csv", np.random.default_rng(0).normal([1e4, 0], 1, (50, 2)), delimiter=";")

@@ -104,6 +104,7 @@ def test_a_conditional_run_is_measured(tmp_path, capsys):
     assert json.loads((folder / "bound.json").read_text())["violations"] == []
 
 
+@pytest.mark.slow
 def test_several_runs_have_a_table_of_medians(run, tmp_path, capsys):
     folders = [copied(run, tmp_path), run]
     assert command.main([*map(str, folders), "--points", "20", "--grid", "8"]) == 0

@@ -35,6 +35,7 @@ def test_a_report_adds_up(tmp_path, capsys, monkeypatch):
     assert "exists already; choose another --out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_combination_is_a_row(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(
@@ -49,6 +50,7 @@ def test_every_combination_is_a_row(monkeypatch, capsys):
     assert len(lines) == 2 + 2 + 1 + 4
 
 
+@pytest.mark.slow
 def test_more_memory_than_there_is_fails_a_row_and_no_more(monkeypatch, capsys):
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -68,6 +70,7 @@ class Dying:
         return os._exit, (9,)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_fails_a_row_and_no_more():
     assert "killed" in measure_apart(Dying(), "cpu", 1, 0).failure
 

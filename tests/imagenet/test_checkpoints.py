@@ -56,6 +56,7 @@ def crash_at(monkeypatch, moment):
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["a new step", "a step that is there"])
+@pytest.mark.slow
 def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, again):
     """Every call that touches the disk is the last one once; what is found is whole, and saving goes on from there."""
     with monkeypatch.context() as patch:

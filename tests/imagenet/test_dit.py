@@ -248,6 +248,7 @@ def test_normalised_queries_and_keys_bound_the_logits():
     assert (q @ k.transpose(-1, -2)).abs().max() <= 16 * (1 + 1e-5)
 
 
+@pytest.mark.slow
 def test_steepness_stays_as_weights_grow_where_a_plain_dit_explodes():
     """Normalised vectors forget the size of their weights, so neither modulation nor logits can drive ||dF/dx|| up."""
     steepness = {}

@@ -72,6 +72,7 @@ def test_latents_are_the_posteriors_of_the_images(source, tmp_path):
         torch.testing.assert_close(std, posterior.std[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_other_sizes_are_normalised_by_what_was_measured(source, tmp_path):
     """Draws from the posteriors then have mean 0 and standard deviation 1 in every channel."""
     encode(source, tmp_path / "out")
@@ -125,6 +126,7 @@ def interrupted(calls: int) -> torch.nn.Module:
     return vae
 
 
+@pytest.mark.slow
 def test_a_stopped_encoding_goes_on_to_the_same_files(source, tmp_path, capsys):
     encode(source, tmp_path / "whole")
     for calls in range(5):  # 3 shards of 2, 2 and 1 batches

@@ -53,6 +53,7 @@ def real(tmp_path: Path) -> Path:
     return pictures(tmp_path / "real", 30, 1)
 
 
+@pytest.mark.slow
 def test_figures_of_known_features():
     """Gaussians of known distances, and an inception score near 5: labels are certain, and even over 5 classes.
 

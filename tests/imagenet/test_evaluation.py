@@ -78,6 +78,7 @@ def test_training_on_latents_shows_pictures_and_measures_them(latents, tmp_path)
     assert lines[1]["nfe"]["1"]["fid"] == pytest.approx(frechet_distance(*of(generator, 20), *reference.pool), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_an_autoencoder_is_named_once(latents, vae, tmp_path, capsys):
     """Where that of the latents is not there, grids show latents; --vae says where it is, and the run remembers."""
     shutil.copytree(latents, tmp_path / "latents")

@@ -58,6 +58,7 @@ def test_a_forward_is_counted_as_it_runs(size):
     assert count_flops(lambda: model.network(x, t, t, condition)) == forward_flops(config.network())
 
 
+@pytest.mark.slow
 def test_steps_of_other_objectives_cost_what_their_forwards_and_backwards_do():
     """In forwards: a backward is two, a tangent doubles both; alpha-Flow ends as MeanFlow, PSD adds two forwards."""
     forward = forward_flops(CONFIG.network())
@@ -79,6 +80,7 @@ def test_known_sizes():
     assert least_step_flops(network) / forward_flops(network) == pytest.approx(11.1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_the_table_of_objectives_has_a_row_for_each(monkeypatch, capsys):
     monkeypatch.setattr(preset_costs, "OBJECTIVES", ("fm", "soflow"))
     monkeypatch.setattr(preset_costs, "PRESETS", {"digits": CONFIG, "imagenet256-w2": replace(CONFIG, depth=1)})

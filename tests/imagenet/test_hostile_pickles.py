@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
         *((read_arrays, "arrays", title, said) for title, (_, said) in HOSTILE_ARRAYS.items()),
     ],
 )
+@pytest.mark.slow
 def test_what_it_asks_for_is_said_in_one_printable_line(folder, read, kind, title, said):
     path = folder / kind / f"{title}.pkl"
     if said is None:
@@ -46,6 +47,7 @@ def test_what_it_asks_for_is_said_in_one_printable_line(folder, read, kind, titl
     assert len(message) < 300 + len(str(path))
 
 
+@pytest.mark.slow
 def test_none_takes_a_second_or_200_megabytes(folder):
     """In a process of its own, whose memory at its largest is compared with that before the first."""
     done = subprocess.run(
@@ -58,6 +60,7 @@ def test_none_takes_a_second_or_200_megabytes(folder):
 
 
 @pytest.mark.parametrize("title", HOSTILE_MODULES)
+@pytest.mark.slow
 def test_converting_says_it_in_one_line_too(folder, tmp_path, capsys, title):
     out = tmp_path / "out.safetensors"
     with pytest.raises(SystemExit) as stop:

@@ -31,6 +31,7 @@ for command in {commands}:
 """
 
 
+@pytest.mark.slow
 def test_help_and_bad_options_need_no_library_beside_torch():
     """Libraries that are optional, or slow to import, are loaded where they are used.
 

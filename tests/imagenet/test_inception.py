@@ -28,6 +28,7 @@ def accept(weights: Path, monkeypatch) -> None:
     monkeypatch.setattr(inception, "SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
 
 
+@pytest.mark.slow
 def test_features_are_the_library_s_and_those_of_the_middle(weights, monkeypatch):
     accept(weights, monkeypatch)
     extractor = Inception(weights)

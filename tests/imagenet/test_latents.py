@@ -62,6 +62,7 @@ def test_latents_are_read_across_shards(folder):
         assert label == latents.labels[index]
 
 
+@pytest.mark.slow
 def test_a_draw_has_the_posterior_s_moments_and_is_normalised(folder):
     latents = Latents(folder, seed=3)
     draws = torch.stack([latents.normalisation.denormalise(latents[4, k][0]) for k in range(2000)])

@@ -41,6 +41,7 @@ SIZES = {
 @pytest.mark.parametrize("tangent", [False, True], ids=["forward", "with tangent"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize(("precision", "attention"), [("float32", "plain"), ("bfloat16", "fused")])
+@pytest.mark.slow
 def test_activations_are_those_that_autograd_keeps_on_a_gpu(monkeypatch, precision, attention, checkpointing, tangent):
     """The fused kernels' own autograd.Function and CUDA's autocast run on tensors that have sizes alone."""
     config = replace(CONFIG, precision=precision, attention=attention, checkpointing=checkpointing)
@@ -58,6 +59,7 @@ def test_activations_are_those_that_autograd_keeps_on_a_gpu(monkeypatch, precisi
         ("deep", "bfloat16", "fused"),
     ],
 )
+@pytest.mark.slow
 def test_they_are_at_other_widths_and_depths(monkeypatch, size, precision, attention):
     config = replace(SIZES[size], precision=precision, attention=attention)
     counted = kept(config, 64, tangent=True, monkeypatch=monkeypatch)
@@ -76,6 +78,7 @@ def test_they_are_at_other_widths_and_depths(monkeypatch, size, precision, atten
         ("long", "bfloat16", True),
     ],
 )
+@pytest.mark.slow
 def test_a_step_holds_what_arithmetic_says(size, precision, checkpointing):
     """Real tensors, on the CPU: the most that live at once from the loss to the end of its backward."""
     config = replace(SIZES[size], precision=precision, checkpointing=checkpointing)
@@ -100,6 +103,7 @@ def test_a_detached_jvp_holds_no_more():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.slow
 def test_a_step_of_the_largest_network_does(monkeypatch, checkpointing):
     """XL/2 with 2 of its 28 blocks and the fused kernels, again without computing anything."""
     monkeypatch.setattr("jvp_attention.operators.why_not", lambda given: "")
@@ -112,6 +116,7 @@ def test_a_step_of_the_largest_network_does(monkeypatch, checkpointing):
 
 
 @pytest.mark.parametrize(("size", "precision"), [("small", "float32"), ("wide", "bfloat16"), ("long", "bfloat16")])
+@pytest.mark.slow
 def test_the_target_s_forward_holds_what_arithmetic_says(size, precision):
     config = replace(SIZES[size], precision=precision)
     counted = target_peak(config, 32)

@@ -11,7 +11,7 @@ from imagenet.parallel import World
 from imagenet.presets import Config, build_model
 from imagenet.training import StepMetrics, Training
 from tests.imagenet.commands import TINY, assert_same_run, command, same, state, status, stopping_at
-from tests.imagenet.workers import randomise
+from tests.imagenet.workers import fsdp_works, randomise
 
 SIZES = {"data": "synthetic", "hidden_size": 16, "depth": 1}
 
@@ -25,7 +25,10 @@ def given(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "kind",
+    ["ddp", pytest.param("fsdp", marks=pytest.mark.skipif(not fsdp_works(), reason="needs PyTorch 2.13"))],
+)
 def test_a_run_starts_from_given_weights(given, tmp_path, kind):
     """The model, and both averages; the configuration says so."""
     changes = SIZES | {"init": str(given), "optimizer": "adamw", "parallel": kind}
@@ -40,6 +43,7 @@ def test_a_run_starts_from_given_weights(given, tmp_path, kind):
     assert checkpoints.read_config(tmp_path / "run").init == str(given)
 
 
+@pytest.mark.slow
 def test_a_run_from_given_weights_resumes_bit_for_bit_without_them(given, tmp_path, monkeypatch):
     init = ["--steps", 12, "--init", given]
     assert command(tmp_path / "whole", *init) == 0
@@ -51,6 +55,7 @@ def test_a_run_from_given_weights_resumes_bit_for_bit_without_them(given, tmp_pa
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_checkpoint_starts_from_them_again(given, tmp_path):
     assert command(tmp_path / "whole", "--steps", 2, "--init", given) == 0
     (tmp_path / "run").mkdir()
@@ -79,6 +84,7 @@ def test_weights_of_another_network_are_refused(given, tmp_path, capsys, options
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_a_constant_rate_goes_on_for_longer_bit_for_bit(tmp_path, capsys):
     """As if it had been asked for all steps at once; its first weights stay, as a snapshot."""
     constant = ["--schedule", "constant", "--log-every", 3]

@@ -12,6 +12,7 @@ from imagenet.training import Training
 from tests.imagenet.commands import command, losses, same, status
 
 
+@pytest.mark.slow
 def test_a_run_leaves_every_file(tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--steps", "6", "--batch-size", "16", "--hidden-size", "16", "--depth", "1", "--log-every", "2"]
@@ -82,6 +83,7 @@ def test_logged_losses_are_means_since_the_line_before(whole, tmp_path):
             assert line[term] == pytest.approx(sum(row[term] for row in fine[5 * i : 5 * i + 5]) / 5, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_before_it_saved_makes_way_for_another(tmp_path, monkeypatch):
     """Its folder could once be entered by --resume alone, which keeps the learning rate that was its fault."""
 
@@ -101,6 +103,7 @@ def test_a_run_that_failed_before_it_saved_makes_way_for_another(tmp_path, monke
 
 
 @pytest.mark.parametrize("damage", ["no json\n", '{"step": "two"}\n', "[]\n", "\udcff\n", "[" * 10_000 + "\n"])
+@pytest.mark.slow
 def test_a_damaged_line_of_the_log_does_not_block_resuming(tmp_path, capsys, damage):
     folder = tmp_path / "run"
     assert command(folder, "--steps", 4, "--log-every", 1, "--schedule", "constant") == 0
@@ -118,6 +121,7 @@ def test_a_place_that_cannot_be_written_ends_with_one_line(capsys, out):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_refused_before_there_is_one(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "free_bytes", lambda device: 8e6)
     with pytest.raises(SystemExit) as stop:
@@ -133,6 +137,7 @@ def test_a_step_that_does_not_fit_is_refused_before_there_is_one(tmp_path, capsy
     )
 
 
+@pytest.mark.slow
 def test_a_run_is_never_overwritten_and_keeps_its_options(tmp_path, capsys):
     folder = tmp_path / "run"
     assert command(folder, "--steps", 4) == 0
@@ -226,6 +231,7 @@ def test_help_shows_presets_and_fields(capsys):
 
 
 @pytest.mark.parametrize("objective", ["fm", "meanflow", "pid"])
+@pytest.mark.slow
 def test_the_neighbours_train_too(tmp_path, objective):
     options = (
         ["--objective", objective, "--equal-share", "0.5"] if objective == "meanflow" else ["--objective", objective]
@@ -236,6 +242,7 @@ def test_the_neighbours_train_too(tmp_path, objective):
     assert (flow_matching == 0) == (objective == "meanflow")
 
 
+@pytest.mark.slow
 def test_tensorboard_is_optional(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert command(tmp_path / "run", "--steps", 2) == 0

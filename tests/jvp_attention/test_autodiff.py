@@ -50,12 +50,14 @@ def test_a_plain_call_keeps_no_more_than_ordinary_attention(case):
         ((False, False), DUAL_FORWARD),
     ],
 )
+@pytest.mark.slow
 def test_a_jvp_is_one_launch_and_its_gradient_one_set(launches, device, which, gradients, expected):
     case = Case((1, 2, 9, 12, 16), tangents=which, gradients=gradients, device=device)
     case.check(jvp_attention.attention)
     assert launches == expected
 
 
+@pytest.mark.slow
 def test_gradients_are_computed_for_what_asks_for_them(launches, case):
     """Frozen keys and values have no gradient, and the keys' side is not launched."""
     q, k, v, dq, dk, dv, *_ = case.tensors
@@ -117,6 +119,7 @@ def test_inputs_are_not_copied_where_channels_lie_side_by_side(device):
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["whole", "stopped-tangent"])
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.slow
 def test_lengths_compile_without_a_break(launches, device, stopped, causal):
     """Value, tangent and gradients are those of eager mode, and so are the launches."""
     case = Case((3, 2, 9, 40, 16), lengths=[0, 17, 40], device=device)
@@ -190,6 +193,7 @@ def exact() -> list[torch.Tensor]:
     return gradients(net, loss(net, *data("cpu", torch.float64)))
 
 
+@pytest.mark.slow
 def test_two_blocks_under_a_jvp_have_the_references_gradients(launches, device, exact):
     net = transformer(jvp_attention.attention, device)
     assert_near(gradients(net, loss(net, *data(device))), exact)
@@ -210,6 +214,7 @@ def test_two_blocks_under_a_jvp_have_the_references_gradients(launches, device, 
         ),
     ],
 )
+@pytest.mark.slow
 def test_the_whole_loss_compiles_without_a_break(launches, device, exact, backend):
     """And the compiled code launches no more than eager mode does."""
     net = transformer(jvp_attention.attention, device)
@@ -225,6 +230,7 @@ def checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return forward_ad.make_dual(y, dy)
 
 
+@pytest.mark.slow
 def test_checkpointing_runs_the_forward_twice_and_changes_nothing(launches, device, exact):
     net = transformer(jvp_attention.attention, device)
 
@@ -238,6 +244,7 @@ def test_checkpointing_runs_the_forward_twice_and_changes_nothing(launches, devi
     assert sorted(launches) == sorted(DUAL_FORWARD * 4 + DUAL_BACKWARD * 2)
 
 
+@pytest.mark.slow
 def test_forward_ad_without_torch_func(launches, case):
     q, k, v, dq, dk, dv, *_ = (x.clone().requires_grad_() for x in case.tensors)
     with forward_ad.dual_level():
@@ -249,6 +256,7 @@ def test_forward_ad_without_torch_func(launches, case):
     assert launches == DUAL_FORWARD + DUAL_BACKWARD
 
 
+@pytest.mark.slow
 def test_tangents_by_hand_equal_the_jvp(case):
     q, k, v, dq, dk, dv, *_ = (x.clone().requires_grad_() for x in case.tensors)
     results = []
@@ -264,6 +272,7 @@ def test_tangents_by_hand_equal_the_jvp(case):
     assert all(torch.equal(a, b) for a, b in zip(none, zeros, strict=True))
 
 
+@pytest.mark.slow
 def test_a_stopped_tangent_costs_a_plain_backward(launches, case):
     """As in MeanFlow's loss, inside torch.compile too."""
     q, k, v, dq, dk, dv, *_ = (x.clone().requires_grad_() for x in case.tensors)
@@ -297,6 +306,7 @@ def test_without_gradients_nothing_is_kept(case):
     assert not do.requires_grad
 
 
+@pytest.mark.slow
 def test_autocast_casts_the_inputs(launches, case):
     dtype = torch.float16
     q, k, v, dq, dk, dv, *_ = (x.clone().requires_grad_() for x in case.tensors)

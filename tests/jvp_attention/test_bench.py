@@ -116,6 +116,7 @@ def test_the_official_kernels_are_found_in_a_checkout(tmp_path, monkeypatch):
     assert bench.official_attention(tmp_path)(1, 2, 3) == 3
 
 
+@pytest.mark.slow
 def test_the_hosts_time_is_shown_beside_the_bare_operators(device, capsys):
     """And attention adds little to it; what torch.func.jvp takes for any function is the first row."""
     assert bench.main(["--host"]) == 0

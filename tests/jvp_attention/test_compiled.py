@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from jvp_attention import compile_report
 
+pytestmark = pytest.mark.slow  # some kernels compile for half a minute
+TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 PRODUCTS = {"forward": 2, "forward_dual": 6, "query": 3, "query_dual": 9, "key": 4, "key_dual": 12}
 PRODUCTS |= {"key_dual_k": 9, "key_dual_v": 6}  # as the README counts them
 SPILLED_AT_64 = {"forward_dual": 216, "query_dual": 24}  # bytes per thread, of 1020: for large tiles; others nothing
@@ -32,6 +35,7 @@ def reports(tmp_path_factory) -> list[dict]:
     return compiled(tmp_path_factory.mktemp("compiled") / "report.json", "--clocks")
 
 
+@pytest.mark.slow
 def test_lengths_take_no_more_products_and_spill_next_to_nothing(tmp_path):
     reports = compiled(tmp_path / "report.json", "--lengths", "--causal", "--dims", "64")
     assert {r["kernel"]: r["products"] for r in reports} == {r["kernel"]: PRODUCTS[r["kernel"]] for r in reports}
@@ -39,6 +43,7 @@ def test_lengths_take_no_more_products_and_spill_next_to_nothing(tmp_path):
     assert not any(r["stack"] > SPILLED_AT_64.get(r["kernel"], 0) for r in reports)
 
 
+@pytest.mark.slow
 def test_every_kernel_is_there(reports):
     names = [{r["kernel"] for r in reports if r["D"] == d} for d in (64, 128)]
     assert names[0] == PRODUCTS.keys() - {"key_dual_k", "key_dual_v"}
@@ -56,6 +61,7 @@ def test_hoppers_matrix_units_are_used(reports):
     assert all(r["wgmma"] >= r["products"] for r in reports)
 
 
+@pytest.mark.skipif(TRITON < (3, 9), reason="tiles are chosen for what triton 3.9 makes of them")
 def test_next_to_nothing_is_spilled_with_64_channels(reports):
     spilled = {r["kernel"]: r["stack"] for r in reports if r["D"] == 64}
     assert not {name: stack for name, stack in spilled.items() if stack > SPILLED_AT_64.get(name, 0)}

@@ -15,6 +15,7 @@ OLD = torch.__version__ < (2, 13)
 
 
 @pytest.mark.skipif(not interpreter_works(), reason="the interpreter of this triton needs numpy < 2.4")
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """FSDP2 too, in which a JVP needs PyTorch 2.13."""
     kinds = ["ddp"] if OLD else ["ddp", "fsdp"]

@@ -47,12 +47,14 @@ EDITS = [one_key_takes_all, equal_keys, zero_tangents, huge_tangents, tiny_value
 
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.slow
 def test_extremes_in_float32(guarded, device, small_tiles, edit, causal):
     small_tiles(16, 16)
     Case((1, 2, 35, 37, 16), causal=causal, device=device, edit=edit).check(jvp_attention.attention)
 
 
 @pytest.mark.parametrize("edit", [one_key_takes_all, equal_keys, zero_tangents, zero_queries])
+@pytest.mark.slow
 def test_extremes_in_float16(guarded, device, small_tiles, edit):
     small_tiles(16, 32)
     case = Case((1, 2, 35, 37, 16), torch.float16, device=device, edit=edit)
@@ -60,6 +62,7 @@ def test_extremes_in_float16(guarded, device, small_tiles, edit):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.slow
 def test_logits_of_ten_thousand(guarded, device, small_tiles, sign):
     """Rows are one-hot, so gradients of logits vanish; what float32 leaves of them meets keys of size 100.
 
@@ -76,6 +79,7 @@ def test_logits_of_ten_thousand(guarded, device, small_tiles, sign):
     assert max(errors[2:]) <= largest * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.slow
 def test_one_query_and_one_key_have_no_gradient_in_the_logits(device):
     """Softmax of one number is 1: o = v, do = dv, whatever q, k, dq and dk are."""
     case = Case((2, 2, 1, 1, 16), device=device)
@@ -97,6 +101,7 @@ def with_mean(mean):
 
 @pytest.mark.parametrize("mean", [0, 2, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.slow
 def test_values_with_a_mean_per_channel(device, mean, dtype):
     """Row sums of gdo * o cancel against that mean: they need o as it was before rounding.
 
@@ -109,6 +114,7 @@ def test_values_with_a_mean_per_channel(device, mean, dtype):
     assert all(a <= 1.5 * b for a, b in zip(ours, plain, strict=True)), (ours, plain)
 
 
+@pytest.mark.slow
 def test_the_rounding_residue_is_what_makes_row_sums_exact(device, monkeypatch):
     """The same without it: the gradients of q and dq are several times worse, so the test above sees the defect."""
     from jvp_attention import backward, launch
@@ -150,6 +156,7 @@ def a_late_key_takes_one_row(x):
     x[DQ] *= 16
 
 
+@pytest.mark.slow
 def test_what_tangents_of_a_row_have_in_common_cancels_early(device, small_tiles):
     """A number added to a row of T changes nothing; it must not take digits from do, and through do from gq.
 
@@ -176,6 +183,7 @@ def far_apart(x: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("axis", [1, 2], ids=["heads", "rows"])
+@pytest.mark.slow
 def test_offsets_beyond_32_bits(device, small_tiles, monkeypatch, axis):
     """Memory that is never touched is never taken, so gigabytes of address space do."""
     if device == "cpu":
@@ -194,6 +202,7 @@ def test_offsets_beyond_32_bits(device, small_tiles, monkeypatch, axis):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_the_kernels_are_deterministic(device):
     case = Case((1, 2, 70, 50, 64), torch.float16, causal=True, device=device)
     for a, b in zip(*(case.results(jvp_attention.attention) for _ in range(2)), strict=True):

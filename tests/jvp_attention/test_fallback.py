@@ -33,6 +33,7 @@ def gradients(attention, x):
 
 
 @pytest.mark.parametrize("call", [value, tangent, gradients])
+@pytest.mark.slow
 def test_memory_grows_with_the_length_not_its_square(call, monkeypatch):
     """Four times as many queries and keys take four times the memory; the reference's sixteen times."""
     monkeypatch.setattr(fallback, "LARGEST_CHUNK", 2**12)
@@ -66,6 +67,7 @@ def test_every_dtype(dtype):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
+@pytest.mark.slow
 def test_results_lie_as_those_of_the_kernels():
     """Or torch.compile, which is told so, would read them wrongly."""
     x = [y.half().requires_grad_() for y in torch.randn(6, 2, 3, 5, 8)]
@@ -98,6 +100,7 @@ class Exported(torch.nn.Module):
 
 @pytest.mark.parametrize("jvp", [False, True], ids=["value", "jvp"])
 @pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.slow
 def test_value_and_jvp_can_be_exported(strict, jvp):
     """torch.export keeps the operator in the graph. That of PyTorch 2.11 takes no JVP at all."""
     if jvp and torch.__version__ < (2, 12):

@@ -70,6 +70,7 @@ TANGENTS = [x for x in itertools.product([True, False], repeat=3) if any(x)]
 
 @pytest.mark.parametrize("tangents", TANGENTS)
 @pytest.mark.parametrize(("gradients", "split"), [((True, True), False), ((False, True), True)])
+@pytest.mark.slow
 def test_tangents_that_are_absent(guarded, device, small_tiles, tangents, gradients, split):
     small_tiles(16, 32, split=split)
     case = Case((1, 1, 20, 37, 16), device=device)
@@ -83,6 +84,7 @@ WANTED += [(True, False, False) * 2, (False, True, True) * 2, (True, True, True,
 
 
 @pytest.mark.parametrize("wanted", WANTED, ids=lambda w: " ".join(n for n, x in zip(NAMES, w, strict=True) if x))
+@pytest.mark.slow
 def test_gradients_that_are_not_wanted(guarded, device, small_tiles, wanted):
     small_tiles(16, 16, split=wanted[1])
     case = Case((1, 1, 20, 18, 16), device=device)
@@ -196,6 +198,7 @@ def test_masks(guarded, device, small_tiles, kind, shared, split):
     near(results, exact(case.tensors, (True,) * 3, (True, True), 0.25, mask.expand(b, h, n, m)))
 
 
+@pytest.mark.slow
 def test_masks_with_lengths_and_causal_and_any_strides(guarded, device, small_tiles):
     small_tiles(16, 32)
     b, h, n, m = 2, 2, 40, 35
@@ -242,6 +245,7 @@ def test_groups_of_heads_share_keys(guarded, device, small_tiles, group, causal)
     near(results, exact(tensors, (True,) * 3, (True, True), 0.25, seen))
 
 
+@pytest.mark.slow
 def test_negative_and_zero_scales_with_hidden_keys(device, small_tiles):
     """Zero times the infinity of a hidden key would be NaN."""
     small_tiles(16, 16)

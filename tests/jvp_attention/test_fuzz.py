@@ -165,6 +165,7 @@ def errors(seed: int, small_tiles: Function, device: str) -> tuple[torch.dtype, 
 
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10))])
+@pytest.mark.slow
 def test_drawn_problems(device, small_tiles, part):
     """In half precision a problem may be ill conditioned: then plain PyTorch is off as well."""
     for seed in range(part, COUNT, 10):

@@ -31,12 +31,14 @@ KINDS += [
 @pytest.mark.parametrize(
     ("n", "m", "d"), [(1, 1, 16), (33, 100, 60), (63, 31, 64), (100, 33, 72), (65, 64, 80), (70, 40, 96), (64, 96, 128)]
 )
+@pytest.mark.slow
 def test_outputs_and_all_six_gradients(guarded, device, n, m, d, dtype, causal):
     """With the tiles that are the default, at sizes that are no multiple of them."""
     Case((1, 2, n, m, d), dtype, causal, device=device).check(jvp_attention.attention)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.slow
 def test_the_widest_heads(guarded, device, dtype):
     Case((1, 1, 40, 24, 256), dtype, device=device).check(jvp_attention.attention)
 
@@ -44,12 +46,14 @@ def test_the_widest_heads(guarded, device, dtype):
 @pytest.mark.parametrize("n", [1, 15, 16, 17])
 @pytest.mark.parametrize("m", [1, 15, 16, 17])
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.slow
 def test_lengths_about_one_tile(guarded, device, small_tiles, n, m, causal):
     small_tiles(16, 16)
     Case((1, 1, n, m, 16), causal=causal, device=device).check(jvp_attention.attention)
 
 
 @pytest.mark.parametrize(("n", "m", "causal"), [(20, 36, False), (36, 20, True)])
+@pytest.mark.slow
 def test_keys_beyond_each_length_have_no_part(guarded, device, small_tiles, n, m, causal):
     """Lengths of nothing, one key, a tile and one more or less, all and, where that counts as all, more."""
     small_tiles(16, 16, split=causal)
@@ -63,6 +67,7 @@ def test_keys_beyond_each_length_have_no_part(guarded, device, small_tiles, n, m
 
 
 @pytest.mark.parametrize(("dtype", "causal"), KINDS, ids=str)
+@pytest.mark.slow
 def test_lengths_with_the_default_tiles(guarded, device, dtype, causal):
     case = Case((3, 1, 70, 200, 64), dtype, causal, lengths=[64, 129, 200], device=device)
     case.check(jvp_attention.attention)
@@ -105,6 +110,7 @@ orders = st.lists(st.sampled_from([(0, 1, 2), (0, 2, 1), (2, 1, 0)]), min_size=6
     ),
     seed=st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_any_problem(
     guarded, device, small_tiles, shape, dtype, causal, scale, tangents, gradients, orders, tiles, split, lengths, seed
 ):

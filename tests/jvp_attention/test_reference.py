@@ -88,6 +88,7 @@ def test_the_cpu_falls_back_and_says_so_once(monkeypatch, caplog):
     assert "plain PyTorch attention stands in" in caplog.text
 
 
+@pytest.mark.slow
 def test_works_without_triton():
     """As on macOS, where triton cannot be installed."""
     code = """

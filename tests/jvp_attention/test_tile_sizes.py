@@ -54,6 +54,7 @@ def check(reports: list[dict], sm: int, dtype: str, dims: list[int]) -> None:
     assert not spilled
 
 
+@pytest.mark.slow
 def test_tiles_fit_a_consumer_card(tmp_path):
     """Where once no tile for derivatives with 128 channels fitted."""
     check(compiled(tmp_path, 89, "bfloat16", [128]), 89, "bfloat16", [128])

@@ -166,6 +166,7 @@ def of_both(options: dict, which) -> tuple[Callable, Callable]:
 
 @pytest.mark.parametrize("options", ["none", "all"])
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.slow
 def test_plain_pytorch_is_right_or_refuses(name, options):
     """Where no kernel runs: here in float64, on the CPU."""
     x, given = problem(torch.float64, "cpu", groups=1 if options == "all" else 2), hidden(options)
@@ -211,6 +212,7 @@ def test_compiled_code_is_right_or_refuses(name):
     check(lambda: found, exact, 1e-10)
 
 
+@pytest.mark.slow
 def test_the_compiled_zero(device, small_tiles):
     """Once a dual attention under an outer JVP was silently zero when compiled."""
     small_tiles(16, 16)

@@ -20,6 +20,7 @@ def test_both_sides_start_from_one_noise_and_each_frame_is_one_jump(tmp_path):
         torch.testing.assert_close(jumps[i], model.jump(exact[0], ones, times[i] * ones))
 
 
+@pytest.mark.slow
 def test_the_file_is_small_and_moves(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(animation, "STEPS", 4)
     folder = make_run(tmp_path / "run", width=8, depth=1, dist="eight_gaussians")

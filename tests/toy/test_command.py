@@ -100,6 +100,7 @@ def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, option
     assert ("needs many" in out) == ("fm" in options)
 
 
+@pytest.mark.slow
 def test_own_points_come_back_as_samples_in_their_own_units(tmp_path, capsys):
     data, folder = tmp_path / "points.csv", tmp_path / "run"
     points = np.random.default_rng(0).normal(size=(50, 2)) * [1, 30] + [1000, 0]
@@ -135,6 +136,7 @@ def test_own_points_come_back_as_samples_in_their_own_units(tmp_path, capsys):
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == trained
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_own_points(tmp_path, capsys):
     """What is made of it later needs no table, and is of the points that were learned, whatever the table holds now."""
     data, folder = tmp_path / "points.csv", tmp_path / "run"
@@ -163,6 +165,7 @@ def test_a_run_keeps_its_own_points(tmp_path, capsys):
     assert not (folder / "samples-3.csv").exists()
 
 
+@pytest.mark.slow
 def test_samples_of_a_conditional_run_carry_their_class(tmp_path):
     assert run(tmp_path, "--dist", "circles", "--conditional") == 0
     assert not (tmp_path / "samples.csv").exists()
@@ -181,6 +184,7 @@ def test_default_folder_is_named_after_the_options():
     assert ToyConfig(data="some/where/points.csv").name == "points"
 
 
+@pytest.mark.slow
 def test_a_log_file_gets_few_lines_of_progress(finished):
     """It once got a bar redrawn a hundred times."""
     said = finished[1]
@@ -233,6 +237,7 @@ def test_the_log_is_written_as_it_goes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"conditional": True, "w": 2.0}, {"objective": "pid"}], ids=["", "w 2", "pid"])
+@pytest.mark.slow
 def test_the_least_loss_is_that_of_the_exact_velocity(tmp_path, options):
     """It once was the mean of 51,200 squared errors, uncertain by 0.007."""
     config = ToyConfig(**options)
@@ -339,6 +344,7 @@ def test_overwrite_looks_before_it_deletes_and_clears_what_was_measured_of_the_o
     assert not (folder / "bound.json").exists()
 
 
+@pytest.mark.slow
 def test_resume_refuses_points_that_have_changed(tmp_path, capsys):
     points = np.random.default_rng(0).normal(size=(50, 2))
     np.save(tmp_path / "points.npy", points)
@@ -398,6 +404,7 @@ def failure(folder, capsys, *options) -> str:
     return error
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_ends_with_one_line_and_status_1(tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -406,6 +413,7 @@ def test_a_disk_that_fails_ends_with_one_line_and_status_1(tmp_path, capsys, mon
     assert "No space left on device" in failure(tmp_path, capsys)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_while_drawing_ends_with_one_line_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -472,6 +480,7 @@ def press_at_step(monkeypatch, step, presses):
     monkeypatch.setattr(training_module.Training, "train_step", pressed)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_says_what_it_does_and_measures(tmp_path, capsys, monkeypatch):
     press_at_step(monkeypatch, 20, presses=1)
     assert run(tmp_path) == 130
@@ -499,6 +508,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_measuring_leaves_at_once_and_resume_measures(tmp_path, capsys, monkeypatch):
     solve = metrics.exact_samples
 
@@ -604,6 +614,7 @@ def test_a_sweep_goes_on_beyond_a_best_rate_at_its_edge(errors, rate):
     assert compare.beyond([*results, *other]) == rate
 
 
+@pytest.mark.slow
 def test_progress_is_counted_within_trainings_and_ends_at_their_number(monkeypatch):
     told = []
     for steps in (120, 50, 7):
@@ -633,6 +644,7 @@ def test_best_rate_judges_each_method_at_the_nfe_that_it_is_for():
         assert results[compare.best(results)]["lr"] == best
 
 
+@pytest.mark.slow
 def test_a_single_rate_is_not_swept_and_a_method_for_one_step_has_one_error(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compare, "ROUNDS", 2)
     monkeypatch.setattr(compare, "REPEATS", 5)
@@ -664,6 +676,7 @@ def test_seeds_counts_what_diverged():
     assert "0.500 (inf)" in lines[1]
 
 
+@pytest.mark.slow
 def test_benchmark_draws_no_data_while_it_times_gradients(monkeypatch):
     """Gradients once asked for step 0's batch, so that they and the steps drew each other's block anew every round."""
     drawn = []
@@ -694,6 +707,7 @@ def test_busy_programs_run_and_end():
     assert not any(child.is_running() for child in children)
 
 
+@pytest.mark.slow
 def test_benchmark_prints_ratios(tmp_path, capsys):
     options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--rounds", "2", "--repeats", "2", "--seeds", "0"]
     assert benchmark.main([*options, "--out", str(tmp_path / "benchmark.json")]) == 0
@@ -746,6 +760,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 def test_help_and_bad_options_answer_without_slow_imports():
     """Together they took three of five seconds. One command after the other, so that the first culprit shows."""
     code = f"""

@@ -49,6 +49,7 @@ def test_lagrangian_and_semigroup_losses_are_silent_at_the_solution_and_the_rand
     assert noise["MeanFlow"]["mean"] > 0.1
 
 
+@pytest.mark.slow
 def test_the_noise_of_mean_flow_is_that_of_v_carried_by_the_map():
     """At the solution F - v - (s - t) D F = (grad_x X) (u - v): for N(0, sigma^2 I), a number times u - v."""
     sigma = 0.5

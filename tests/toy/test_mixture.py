@@ -91,6 +91,7 @@ def test_density_integrates_to_one_and_satisfies_the_continuity_equation():
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.slow
 def test_flow_map_inverts_composes_and_follows_the_velocity(name):
     oracle, n = make_distribution(name), 100
     x1 = torch.randn(n, 2, dtype=torch.float64)
@@ -135,6 +136,7 @@ def test_one_gaussian_has_a_flow_in_closed_form():
     torch.testing.assert_close(oracle.jump(x, t, s), expected, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_flow_map_carries_noise_density_to_data_density():
     """log p_1(x) = log p_0(psi(x)) + log |det d psi / dx|."""
     oracle, n = make_distribution("pinwheel"), 30
@@ -184,6 +186,7 @@ def test_chunks_change_nothing(monkeypatch):
     torch.testing.assert_close(whole, parts, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_4096_points_and_centres_fit_in_memory():
     torch.manual_seed(0)
     oracle = GaussianMixture(torch.randn(4096, 2), 0.1)

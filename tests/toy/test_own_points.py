@@ -200,6 +200,7 @@ def test_an_outlier_widens_no_bandwidth():
     assert widths[1] == pytest.approx(widths[0], rel=0.08)
 
 
+@pytest.mark.slow
 def test_likely_bandwidth_is_near_the_best_for_a_gaussian():
     """For n points of N(0, I) in 2D the bandwidth that is best on average is about n^(-1/6)."""
     x = torch.randn(1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -252,6 +252,7 @@ STEPS = [*sorted(snapshot_steps(100)), None]
 
 
 @pytest.mark.parametrize(("run", "snapshot"), [(r, k) for r in range(3) for k in (0, 3, len(STEPS) - 1)])
+@pytest.mark.slow
 def test_the_models_numbers_are_pytorchs(opened, runs, run, snapshot):
     """F and dF/ds, the velocity, where the jump lands and d/ds f: to 1e-4 of float64."""
     x, t, s = some_points()
@@ -278,6 +279,7 @@ def test_the_exact_flow_is_the_mixtures(opened):
     torch.testing.assert_close(ask(opened, "mixture.path(x, y, t, s).at(-1)", x, t, s), oracle.jump(x, t, s), **TIGHT)
 
 
+@pytest.mark.slow
 def test_the_cloud_is_the_exact_flow_of_its_noise_at_any_time(opened):
     """Solved with fewer steps and interpolated, for speed: to 1e-3 of a data's standard deviation."""
     oracle, noise = make_distribution("moons"), opened.evaluate("[...noise]")
@@ -325,6 +327,7 @@ def handle(page, name: str) -> tuple[float, float]:
     return box["x"] + 14 + (box["width"] - 28) * (1 - state(page)[name]), box["y"] + box["height"] / 2
 
 
+@pytest.mark.slow
 def test_both_handles_follow_the_mouse_and_push_each_other(opened, runs):
     box = opened.locator("#t").bounding_box()
 
@@ -352,6 +355,7 @@ def test_at_either_end_the_handle_that_can_move_is_on_top(opened, end):
     assert opened.evaluate(f"document.elementFromPoint({x}, {y}).id") == ("s" if end else "t")
 
 
+@pytest.mark.slow
 def test_both_handles_move_by_keyboard(opened, runs):
     opened.evaluate("set({ t: 0.8, s: 0.3 })")
     opened.focus("#t")
@@ -377,6 +381,7 @@ def test_the_point_goes_with_the_exact_flow_as_t_moves(opened):
 
 
 @pytest.mark.parametrize("picture", ["jump", "exact", "euler"])
+@pytest.mark.slow
 def test_the_point_is_dragged_in_every_picture_and_moved_by_keys(opened, runs, picture):
     opened.evaluate("set({ s: 0.25 })")
     box = opened.locator(f"#{picture} canvas").bounding_box()
@@ -400,6 +405,7 @@ def test_the_point_is_dragged_in_every_picture_and_moved_by_keys(opened, runs, p
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "color_scheme": "dark"}
 
 
+@pytest.mark.slow
 def test_a_finger_drags_the_ring_scrolls_elsewhere_and_the_page_fits(browser, file):
     opened, complaints = open_page(browser, file, **PHONE)
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390
@@ -431,6 +437,7 @@ def test_a_finger_drags_the_ring_scrolls_elsewhere_and_the_page_fits(browser, fi
     assert complaints == []
 
 
+@pytest.mark.slow
 def test_runs_switch_training_is_scrubbed_and_every_control_says_what_it_did(opened, runs):
     opened.evaluate("set({ s: 0.3 })")
     for i, name in enumerate(["TVM", "flow matching", "MeanFlow"]):
@@ -457,6 +464,7 @@ def test_runs_switch_training_is_scrubbed_and_every_control_says_what_it_did(ope
     assert state(opened)["grid"] is False
 
 
+@pytest.mark.slow
 def test_suggestions_set_what_they_say_and_play_sweeps_to_the_data(opened):
     opened.evaluate("set({ t: 0.6, s: 0.5 })")
     for button in opened.locator("#tries button").all():

@@ -36,6 +36,7 @@ def test_samples_have_a_panel_for_noise_data_and_each_nfe(oracle, reference):
     np.testing.assert_allclose(one, exact, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_classes_have_colours_and_a_legend(oracle):
     guided = make_reference(oracle, w=2.0, points=20)
     figure = plots.plot_samples(oracle, oracle.jump, guided, nfes=(1,), points=20)
@@ -45,6 +46,7 @@ def test_classes_have_colours_and_a_legend(oracle):
     assert len({tuple(colour) for colour in model.collections[0].get_facecolors()}) == 2
 
 
+@pytest.mark.slow
 def test_own_points_are_drawn_as_they_are_in_their_own_units():
     points = torch.randn(30, 2, dtype=torch.float64) * torch.tensor([1.0, 500.0]) + 70
     oracle = OwnPoints(points, 0.1, ("height", "weight"))
@@ -68,6 +70,7 @@ def test_own_points_are_drawn_as_they_are_in_their_own_units():
     assert all(ax.get_ylabel() == "weight" for ax in (path, exact, carried))
 
 
+@pytest.mark.slow
 def test_points_outside_the_picture_are_counted():
     points = torch.randn(600, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     points[7] = 100.0
@@ -111,6 +114,7 @@ def test_trajectories_of_the_exact_flow_drawn_as_a_model_are_those_of_the_exact_
     np.testing.assert_allclose(ends, exact_ends, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_legend_of_trajectories_lies_beside_the_panels(oracle, reference):
     """It once lay on the paths."""
     figure = plots.plot_trajectories(oracle, oracle.jump, reference)
@@ -127,6 +131,7 @@ def test_few_points_have_large_dots():
     assert sizes[0] == 10 * sizes[-1]
 
 
+@pytest.mark.slow
 def test_the_map_of_the_exact_flow_drawn_as_a_model_is_the_exact_map(oracle, reference):
     _, exact, model = plots.plot_map(oracle, oracle.jump, reference).axes
     for a, b in zip(exact.lines, model.lines, strict=True):
@@ -153,6 +158,7 @@ def test_losses_show_the_term_that_is_trained_and_the_minimum():
     assert len(plots.plot_losses(log).axes[0].lines) == 1
 
 
+@pytest.mark.slow
 def test_the_bound_is_drawn_term_by_term(oracle, tmp_path):
     x0, x1 = torch.randn(2, 20, 2, dtype=torch.float64)
     bound = measure(oracle, oracle, x0, x1, scale=0.07, steps=8)

@@ -14,6 +14,7 @@ def fresh(folder) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_snapshots_are_the_evaluation_weights_of_their_steps(tmp_path):
     run, seen = fresh(tmp_path / "run"), fresh(tmp_path / "seen")
     assert run.train()

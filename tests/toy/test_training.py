@@ -54,6 +54,7 @@ def test_numbers_are_uniform_and_every_batch_fills_the_unit_cube_evenly():
     assert all((abs(d) * 2000**0.5 < 4.5).all() for d in deviations)
 
 
+@pytest.mark.slow
 def test_even_numbers_leave_the_mean_of_the_gradient_and_take_most_of_its_noise(monkeypatch):
     """Against independent numbers, on a network trained a little: equal within the error, a quarter of its variance."""
     config, oracle = ToyConfig(batch_size=256, width=16, depth=2), make_distribution("moons")

@@ -68,6 +68,7 @@ def test_its_times_follow_the_library_s_law(script):
         torch.testing.assert_close(a.quantile(levels), b.quantile(levels), rtol=0, atol=6e-3)
 
 
+@pytest.mark.slow
 def test_it_runs_and_draws_a_picture(tmp_path):
     result = subprocess.run([sys.executable, SCRIPT, "3"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("step 3: loss ")

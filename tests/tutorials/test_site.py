@@ -19,6 +19,7 @@ import pytest
 import yaml
 from PIL import Image
 
+pytestmark = pytest.mark.slow  # ten seconds of rendering
 ROOT = Path(__file__).parents[2]
 NAMES = [path.stem for path in sorted((ROOT / "tutorials").glob("*.ipynb"))]
 REPOSITORY = "someone/some-fork"

@@ -74,6 +74,7 @@ def test_it_runs_and_a_reader_sees_no_warning(path):
     assert len(figures) >= 2
 
 
+@pytest.mark.slow
 def test_a_warning_is_noticed(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import warnings\nwarnings.warn('look')")])
     NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}, kernel_name="python3").execute()
@@ -145,6 +146,7 @@ def defined(source: str) -> set[str]:
 
 
 @each
+@pytest.mark.slow
 def test_it_defines_nothing_that_the_packages_own(path):
     if path.stem.startswith("01"):
         pytest.skip("stands alone")
