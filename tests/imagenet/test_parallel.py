@@ -13,11 +13,10 @@ from torch import distributed
 from imagenet import checkpoints
 from imagenet.parallel import World, check_version, process_group
 from tests.imagenet.commands import same
-from tests.imagenet.workers import fsdp_works, steps
+from tests.imagenet.workers import needs_fsdp, steps
 
 ROOT = Path(__file__).parents[2]
 ALONE = World()
-needs_fsdp = pytest.mark.skipif(not fsdp_works(), reason="a JVP under FSDP is wrong before PyTorch 2.13")
 
 
 def torchrun(*arguments, processes=2, **options):

@@ -226,7 +226,7 @@ def test_torchrun_on_two_processes_equals_one_and_one_goes_on_where_two_stopped(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not workers.fsdp_works(), reason="a JVP under FSDP is wrong before PyTorch 2.13")
+@workers.needs_fsdp
 def test_fsdp_saves_samples_and_goes_on_as_one_plain_process(tmp_path, whole):
     folder = tmp_path / "run"
     options = ["--steps", 120, "--parallel", "fsdp", "--sample-every", 20]

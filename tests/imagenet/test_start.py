@@ -11,7 +11,7 @@ from imagenet.parallel import World
 from imagenet.presets import Config, build_model
 from imagenet.training import StepMetrics, Training
 from tests.imagenet.commands import TINY, assert_same_run, command, same, state, status, stopping_at
-from tests.imagenet.workers import fsdp_works, randomise
+from tests.imagenet.workers import needs_fsdp, randomise
 
 SIZES = {"data": "synthetic", "hidden_size": 16, "depth": 1}
 
@@ -25,10 +25,7 @@ def given(tmp_path):
     return path
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["ddp", pytest.param("fsdp", marks=pytest.mark.skipif(not fsdp_works(), reason="needs PyTorch 2.13"))],
-)
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=needs_fsdp)])
 def test_a_run_starts_from_given_weights(given, tmp_path, kind):
     """The model, and both averages; the configuration says so."""
     changes = SIZES | {"init": str(given), "optimizer": "adamw", "parallel": kind}

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from imagenet import checkpoints, parallel, sharded_state
@@ -26,6 +27,9 @@ def fsdp_works() -> bool:
     except ValueError:
         return False
     return True
+
+
+needs_fsdp = pytest.mark.skipif(not fsdp_works(), reason="a JVP under FSDP is wrong before PyTorch 2.13")
 
 
 def randomise(module, seed=0):
