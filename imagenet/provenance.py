@@ -5,7 +5,7 @@ another autoencoder or normalisation, is refused: it would give worse images wit
 """
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 
 from imagenet.latents import Normalisation
 from imagenet.pickle_scan import shown
@@ -51,12 +51,12 @@ class Provenance:
             ValueError: anything else.
         """
         try:
-            stored = Provenance(**json.loads(text))
-            if stored.normalisation is None:
-                return stored
-            mean, std = (tuple(stored.normalisation[key]) for key in ("mean", "std"))  # type: ignore[index]
-            return replace(stored, normalisation=Normalisation(mean, std))
-        except (TypeError, ValueError, KeyError, RecursionError):
+            values = json.loads(text)
+            if values.get("normalisation") is not None:
+                mean, std = (tuple(values["normalisation"][key]) for key in ("mean", "std"))
+                values["normalisation"] = Normalisation(mean, std)
+            return Provenance(**values)
+        except (AttributeError, TypeError, ValueError, KeyError, RecursionError):
             raise ValueError(f"no description of data: {shown(text)}") from None
 
     def check_same(self, other: "Provenance", what: str) -> None:

@@ -17,13 +17,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--check-shapes"):
+        packages = ["tvm_ref", "imagenet", "jvp_attention"]
+        if loaded := sorted(set(packages) & set(sys.modules)):
+            raise pytest.UsageError(f"a conftest imports {loaded[0]} before its shapes can be checked")
         from tests import shape_checker  # under a name of its own, as pytest imports the package `tests` anew
 
         sys.modules["shape_checker"] = shape_checker
         # of attention all but the kernels, whose functions are Triton's
         names = ["api", "fallback", "launch", "layout", "operators", "reference", "shapes", "tile_sizes"]
         attention = [f"jvp_attention.{name}" for name in names]
-        install_import_hook(["tvm_ref", "imagenet", *attention], "shape_checker.checker")
+        install_import_hook([*packages[:2], *attention], "shape_checker.checker")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

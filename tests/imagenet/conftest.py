@@ -1,4 +1,7 @@
-"""A run that nothing disturbs, one on latents, and processes that start in a moment."""
+"""A run that nothing disturbs, one on latents, and processes that start in a moment.
+
+The package is imported in the fixtures, after --check-shapes has been read.
+"""
 
 import multiprocessing
 import time
@@ -7,14 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagenet import encode
-from tests.imagenet import workers
-from tests.imagenet.commands import ON_LATENTS, command
-
 
 @pytest.fixture(scope="session")
 def forks():
     """Processes that start in a moment, as a server that has imported everything forks them."""
+    from tests.imagenet import workers
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["imagenet.train", "tests.imagenet.workers"])
     process = context.Process(target=workers.quiet, args=(["--help"],))
@@ -26,6 +27,8 @@ def forks():
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """A run of 120 steps that nothing disturbed, with every tenth step's checkpoint."""
+    from tests.imagenet.commands import command
+
     folder = tmp_path_factory.mktemp("whole") / "run"
     started = time.perf_counter()
     assert command(folder, "--steps", 120, "--save-every", 10, "--keep", 100) == 0
@@ -57,6 +60,8 @@ def vae(tmp_path_factory):
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory, pictures, vae):
     """Latents 4 x 8 x 8 of the pictures."""
+    from imagenet import encode
+
     out = tmp_path_factory.mktemp("encoded") / "latents"
     options = ["--image-size", "16", "--vae", vae, "--workers", 1, "--device", "cpu"]
     assert encode.main([str(a) for a in (pictures, "--out", out, *options)]) == 0
@@ -66,6 +71,8 @@ def latents(tmp_path_factory, pictures, vae):
 @pytest.fixture(scope="session")
 def latent_run(tmp_path_factory, latents):
     """A run of two steps on those latents."""
+    from tests.imagenet.commands import ON_LATENTS, command
+
     folder = tmp_path_factory.mktemp("on_latents") / "run"
     assert command(folder, *ON_LATENTS, "--data-path", latents, "--steps", 2) == 0
     return folder

@@ -80,6 +80,7 @@ BAD = {
 }
 
 
+@pytest.mark.bad_shapes
 @pytest.mark.parametrize("change", BAD.values(), ids=BAD)
 def test_stored_configurations_are_checked(change):
     stored = json.loads(Config().to_json()) | change

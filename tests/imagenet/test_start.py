@@ -101,7 +101,8 @@ def test_a_line_tells_the_speed_since_the_last_one_and_the_share_waited_for_data
     """By a clock that data move by 3 s and steps by 1 s, and then by 1 s and 4 s; saving between lines counts."""
     clock = [100.0]
     monkeypatch.setattr(training_log.time, "perf_counter", lambda: clock[0])
-    training = SimpleNamespace(config=Config(batch_size=10), world=World(), step=0)
+    training = object.__new__(Training)  # without a model
+    training.config, training.world, training.step = Config(batch_size=10), World(), 0
     log = training_log.Log(tmp_path, training)
     pace = [(3, 1)] * 2 + [(1, 4)] * 2
 

@@ -1,17 +1,19 @@
 """The kernels run on the GPU if there is one, else on the CPU in Triton's interpreter.
 
 The interpreter is chosen by an environment variable when the kernels are imported, so it is set for the tests of this
-folder alone, and nothing here imports jvp_attention.launch before.
+folder alone, and nothing here imports jvp_attention before; nor before --check-shapes has been read.
 """
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from tests.attention_cases import GuardedOutputs, interpreter_works
+if TYPE_CHECKING:
+    from tests.attention_cases import GuardedOutputs
 
 pytest.importorskip("triton", reason="the kernels need triton")
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
@@ -46,6 +48,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the kernels run."""
     if ON_GPU:
         return "cuda"
+    from tests.attention_cases import interpreter_works
+
     if not interpreter_works():
         pytest.skip("the interpreter of this triton needs numpy < 2.4")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -70,9 +74,10 @@ def launches(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def guarded(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[GuardedOutputs]:
+def guarded(device: str, monkeypatch: pytest.MonkeyPatch) -> "Iterator[GuardedOutputs]":
     """Results lie between guards, which are checked at the end."""
     from jvp_attention import launch
+    from tests.attention_cases import GuardedOutputs
 
     guards = GuardedOutputs()
     monkeypatch.setattr(launch, "empty_rows", guards.rows)

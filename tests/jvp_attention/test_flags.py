@@ -168,7 +168,7 @@ def test_products_of_the_backward(device, small_tiles, monkeypatch, tangents, gr
     o, do, o_low, do_low, lse, mu = launch.run(launch.forward_calls((q, k, v), dx, 1.0, False))
     saved = launch.Saved(o, lse, do, o_low, do_low, mu)
     given = (go if gradients[0] else None, gdo)
-    work = launch.backward_calls((q, k, v), dx, saved, *given, 1.0, False, wanted=wanted)
+    work = launch.backward_calls((q, k, v), dx, saved, *given, 1.0, False, wanted=[bool(w) for w in wanted])
     assert sum(dots(monkeypatch, work).values()) == products
 
 

@@ -104,6 +104,7 @@ print(o.shape == do.shape)
     assert run.stdout.split() == ["True"], run.stderr
 
 
+@pytest.mark.bad_shapes
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
@@ -121,6 +122,7 @@ def test_wrong_shapes_are_refused(shapes, message):
         jvp_attention.attention(*(torch.zeros(s) for s in shapes))
 
 
+@pytest.mark.bad_shapes
 @pytest.mark.parametrize(
     ("lengths", "error", "message"),
     [
@@ -139,6 +141,7 @@ def test_wrong_lengths_are_refused(lengths, error, message):
         jvp_attention.dual_attention(q, k, v, dq, dk, dv, lengths=lengths)
 
 
+@pytest.mark.bad_shapes
 def test_other_wrong_inputs_are_refused():
     q, k, v, dq, dk, dv, *_ = tensors()
     with pytest.raises(TypeError, match="one floating-point dtype"):
