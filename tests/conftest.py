@@ -10,6 +10,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 
+UNCHECKED = {"bad_shapes": "raises before the function's own check", "compiles": "cannot be compiled by torch.compile"}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--check-shapes", action="store_true", help="check every shape in a signature at run time")
@@ -33,8 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run it there with `pytest -m gpu`"))
-        if item.get_closest_marker("bad_shapes") and config.getoption("--check-shapes"):
-            item.add_marker(pytest.mark.skip(reason="--check-shapes raises before the function's own check"))
+        for marker, reason in UNCHECKED.items() if config.getoption("--check-shapes") else ():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"--check-shapes {reason}"))
 
 
 @pytest.fixture(autouse=True)

@@ -70,6 +70,7 @@ class Dying:
         return os._exit, (9,)
 
 
+@pytest.mark.bad_shapes
 @pytest.mark.slow
 def test_a_process_that_is_killed_fails_a_row_and_no_more():
     assert "killed" in measure_apart(Dying(), "cpu", 1, 0).failure

@@ -144,6 +144,7 @@ def test_bfloat16_keeps_float32_weights_and_comes_close():
     assert {p.grad.dtype for p in rounded.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.compiles
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="compiling needs C++")
 @pytest.mark.slow
 def test_the_compiled_loss_is_the_loss():

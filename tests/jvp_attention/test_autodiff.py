@@ -117,6 +117,7 @@ def test_inputs_are_not_copied_where_channels_lie_side_by_side(device):
     assert [calls[0].arguments[name][0].data_ptr() for name in "qkv"] == [x.data_ptr() for x in (q, k, v)]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("stopped", [False, True], ids=["whole", "stopped-tangent"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.slow
@@ -200,6 +201,7 @@ def test_two_blocks_under_a_jvp_have_the_references_gradients(launches, device, 
     assert launches == DUAL_FORWARD * 2 + DUAL_BACKWARD * 2
 
 
+@pytest.mark.compiles
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # inductor's own, in PyTorch 2.11
 @pytest.mark.parametrize(
     "backend",
@@ -272,6 +274,7 @@ def test_tangents_by_hand_equal_the_jvp(case):
     assert all(torch.equal(a, b) for a, b in zip(none, zeros, strict=True))
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 def test_a_stopped_tangent_costs_a_plain_backward(launches, case):
     """As in MeanFlow's loss, inside torch.compile too."""

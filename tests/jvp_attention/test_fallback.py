@@ -98,6 +98,7 @@ class Exported(torch.nn.Module):
         return torch.func.jvp(self.attention, x[:3], x[3:]) if self.jvp else self.attention(*x[:3])
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("jvp", [False, True], ids=["value", "jvp"])
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Tiles fit every card: the choice of tables, what is refused, what is fallen back to, and compilation for each card.
 
-The whole matrix takes about an hour of computing and runs only when asked for, in parts that may be chosen:
+The whole matrix takes the better part of an hour and runs only when asked for, in parts that may be chosen:
 
     pytest -m slow tests/jvp_attention/test_tile_sizes.py -k "sm_80 and bfloat16"
 """
@@ -67,7 +67,7 @@ def test_tiles_fit_a_consumer_card(tmp_path):
 def test_tiles_fit_every_card(request, tmp_path, dims, sm, dtype):
     """72 and 96 channels are padded to 128, 192 to 256."""
     if "slow" not in request.config.getoption("markexpr").replace("not slow", ""):
-        pytest.skip("an hour of computing; ask for it with -m slow")
+        pytest.skip("the better part of an hour; ask for it with -m slow")
     check(compiled(tmp_path, sm, dtype, dims), sm, dtype, dims)
 
 

@@ -192,6 +192,7 @@ def test_the_kernels_are_right_or_refuse(device, small_tiles, name):
     check(call, leaves(exact), 2 * TOLERANCE[torch.float32])
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.slow
 def test_compiled_code_is_right_or_refuses(name):
@@ -212,6 +213,7 @@ def test_compiled_code_is_right_or_refuses(name):
     check(lambda: found, exact, 1e-10)
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 def test_the_compiled_zero(device, small_tiles):
     """Once a dual attention under an outer JVP was silently zero when compiled."""

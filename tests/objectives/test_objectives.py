@@ -128,6 +128,7 @@ def test_two_micro_batches_make_one_batch():
         torch.testing.assert_close(a, (b + c) / 2)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.slow
 def test_compiles_whole_and_equals_the_eager_objective(name):
