@@ -202,7 +202,6 @@ def test_two_blocks_under_a_jvp_have_the_references_gradients(launches, device, 
 
 
 @pytest.mark.compiles
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # inductor's own, in PyTorch 2.11
 @pytest.mark.parametrize(
     "backend",
     [
