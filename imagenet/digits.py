@@ -1,6 +1,7 @@
 """The digits that ship with scikit-learn: 1437 images to learn from, 360 held out, and the judges of what is generated.
 
-Judged are as many samples as there are held-out images, of the same labels, each from noise:
+Judged are as many samples as there are held-out images, of the same labels, each from noise. So few leave their scores
+to chance; of a model they are averaged over SETS such sets, each from other noise:
 
     accuracy         share that a support vector machine, trained on the real images, gives the label asked for
     frechet          Frechet distance of the pixels (64 numbers in [0, 1]) to the real images'
@@ -11,6 +12,7 @@ Judged are as many samples as there are held-out images, of the same labels, eac
 
 import dataclasses
 import functools
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from imagenet.generator import Generator
 from imagenet.metrics import Gaussian, frechet_distance, gaussian_statistics, precision_recall
 
 TEST = 360  # images held out
+SETS = 8  # sets of as many samples whose scores are averaged
 NEIGHBOURS = 3  # k of the recall
 FEATURES = 64  # hidden units of the network that the recall looks through
 # what one-step samples must reach: at least, or at most for the distance; the controls do not
@@ -125,13 +128,20 @@ def accepted(figures: dict[str, float]) -> bool:
 
 
 def judge_model(generator: Generator, nfes: Sequence[int]) -> dict[int, dict[str, float]]:
-    """Measure a model of digits by the number of steps: samples 0, 1, ... of the held-out images' labels.
+    """Measure a model of digits by the number of steps: mean scores of SETS sets of samples of the held-out labels.
+
+    Set k consists of samples k * TEST, ..., (k + 1) * TEST - 1, so that each has other noise.
 
     Args:
         generator: the model; its classes are replaced by those labels.
         nfes: numbers of network evaluations per sample.
     """
     judges = trained_judges()
-    labels = judges.labels.tolist()
-    generator = dataclasses.replace(generator, classes=labels)
-    return {nfe: judges.judge(generator.samples(range(len(labels)), nfe)) for nfe in nfes}
+    generator = dataclasses.replace(generator, classes=judges.labels.tolist())
+
+    def mean(nfe: int) -> dict[str, float]:
+        """Average the scores over sets."""
+        scores = [judges.judge(generator.samples(range(k * TEST, (k + 1) * TEST), nfe)) for k in range(SETS)]
+        return {name: round(statistics.fmean(s[name] for s in scores), 4) for name in scores[0]}
+
+    return {nfe: mean(nfe) for nfe in nfes}

@@ -166,9 +166,11 @@ def measure(candidates: Candidates, reference: Reference, extractor: Extractor, 
 
 def measure_digits(generator: Generator, steps: list[int]) -> dict[str, Any]:
     """Score a model of digits (digits.py): {"reference": about it, "figures": by number of steps}."""
-    from imagenet.digits import TEST, judge_model
+    from imagenet.digits import SETS, TEST, judge_model
 
-    scores = {f"{n} NFE": {"samples": TEST, **found} for n, found in judge_model(generator, steps).items()}
+    scores = {
+        f"{n} NFE": {"samples": TEST, "sets": SETS, **found} for n, found in judge_model(generator, steps).items()
+    }
     return {"reference": {"name": "scikit-learn's digits"}, "figures": scores}
 
 
@@ -179,8 +181,9 @@ def table(report: dict[str, Any]) -> str:
     """Format the figures, what they were measured against, and what could not be measured."""
     lines, reference, measured = [], report["reference"], report["figures"]
     for name, row in measured.items():
-        cells = [f"{NAMES.get(key, key)} {value:.4g}" for key, value in row.items() if key != "samples"]
-        lines.append(f"{name:<8} {'   '.join(cells)}   ({row['samples']:,} samples)")
+        cells = [f"{NAMES.get(key, key)} {value:.4g}" for key, value in row.items() if key not in ("samples", "sets")]
+        sets = f"mean of {row['sets']} sets of " if "sets" in row else ""
+        lines.append(f"{name:<8} {'   '.join(cells)}   ({sets}{row['samples']:,} samples)")
     count = reference.get("images")
     lines.append(f"against {reference['name']}" + (f", {count:,} images" if count else ""))
     if "inception_score" in row:

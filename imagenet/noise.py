@@ -7,6 +7,7 @@ from torch import Tensor
 # the first integer of every key of random numbers in imagenet/: no stream is used for two purposes
 POSTERIOR, PRIOR = 1, 2  # latents drawn from their posteriors; the noise that samples start from
 PERMUTATION, FLIP, STEP = 101, 102, 103  # order of an epoch; mirrored images; noise, times and labels of a step
+EVEN = 104  # quasi-random noise and times of a span of steps
 
 
 def normal(shape: tuple[int, ...], *key: int) -> Tensor:

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from imagenet import batches as batches_module
 from imagenet.batches import Batches, loader
 from imagenet.image_datasets import Images, load_data
+from imagenet.parallel import World
 from imagenet.presets import PRESETS, Config
+from imagenet.training import Training
 
 
 def test_images_mirror_at_random_by_epoch():
@@ -58,6 +61,46 @@ def test_label_dropout_and_noise_have_their_distribution():
     assert float(batch.x1.mean()) == pytest.approx(0, abs=0.01)
     assert float(batch.x1.std()) == pytest.approx(1, abs=0.01)
     assert len(batch.x1.flatten(1).unique(dim=0)) == 4096  # no two samples share their noise
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_noise_and_times_of_small_images_are_even(size):
+    """Each of as many intervals of equal probability as a batch has samples holds one of them."""
+    config = Config(batch_size=128, input_size=size)
+    batches = Batches(config, Images(torch.zeros(256, 1, size, size), torch.zeros(256, dtype=torch.long)))
+    normal = torch.distributions.Normal(0.0, 1.0)
+    for step in (0, 1, 31, 32, 500):
+        batch = batches[step]
+        z = torch.logit(batch.times.s_prime) + 0.4  # N(0, 1), as s' is logit-normal
+        for column in torch.cat([z[:, None], batch.x1.flatten(1)], 1).T:
+            intervals = (normal.cdf(column.double()) * 128).floor()
+            assert (len(intervals.unique()) == 128) == (size == 8)
+
+
+@pytest.mark.slow
+def test_even_numbers_halve_the_variance_of_the_gradient_and_leave_its_mean(monkeypatch):
+    config = Config(w=1.0, hidden_size=16, depth=1, batch_size=256)
+    data, training = load_data(config), Training(config, World())
+    for step in range(40):
+        training.train_step(Batches(config, data)[step])
+
+    def gradients():
+        rows, batches = [], Batches(config, data)
+        for step in range(100, 164):
+            x0, x1, times, condition = batches[step]
+            training.optimizer.zero_grad()
+            training.objective(x0, x1, times, condition, training.target.module).total.mean().backward()
+            rows.append(torch.cat([p.grad.flatten() for p in training.model.parameters()]).double())
+        return torch.stack(rows)
+
+    even = gradients()
+    monkeypatch.setattr(batches_module, "SMALL", 0)
+    independent = gradients()
+    assert float(even.var(0).sum()) < 0.6 * float(independent.var(0).sum())
+    error = (even.mean(0) - independent.mean(0)).square() / (independent.var(0) / len(independent))
+    assert (
+        float(error.nanmean()) < 2
+    )  # 1 + what the even ones add, if the means are one; 0/0 where there is no gradient
 
 
 def test_reading_ahead_gives_the_same_batches():

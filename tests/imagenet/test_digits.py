@@ -9,7 +9,8 @@ import torch
 
 from imagenet import digit_seeds, digits, train
 from imagenet.digits import Judges, accepted, class_means, load_digits, pixels
-from imagenet.presets import PRESETS, Config
+from imagenet.generator import Generator
+from imagenet.presets import PRESETS, Config, build_model
 from tvm_ref import OBJECTIVES, command_line
 
 
@@ -62,6 +63,17 @@ def test_noise_and_blur_raise_the_distance(judges):
     assert distances == sorted(distances)
     assert distances[2] > 0.4
     assert judges.judge(0.7 * x + 0.3 * class_means(judges.labels))["frechet"] > distances[0] + 0.05
+
+
+def test_scores_of_a_model_are_means_over_sets_of_other_noise(judges):
+    config = Config(hidden_size=16, depth=1)
+    torch.manual_seed(0)
+    generator = Generator(build_model(config), config, classes=judges.labels.tolist())
+    sets = generator.samples(range(digits.SETS * digits.TEST), 1).split(digits.TEST)
+    assert not torch.equal(sets[0], sets[1])
+    scores = [judges.judge(x) for x in sets]
+    for name, value in digits.judge_model(generator, [1])[1].items():
+        assert value == pytest.approx(sum(s[name] for s in scores) / digits.SETS, abs=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def test_a_run_s_scores_are_those_that_evaluate_gives(run, tmp_path):
     scores = json.loads(out.read_text())["figures"]
     metrics = json.loads((run / "metrics.json").read_text())["nfe"]
     for nfe in ("1", "4"):
-        assert scores[f"{nfe} NFE"] == {"samples": 360, **metrics[nfe]}
+        assert scores[f"{nfe} NFE"] == {"samples": 360, "sets": 8, **metrics[nfe]}
 
 
 def test_a_sample_is_a_function_of_its_number(run):

@@ -14,6 +14,7 @@ from tvm_ref.guidance import Condition, drop_labels
 from tvm_ref.objectives import TERMS, LossTerms
 from tvm_ref.sampling import Jump, stepper
 from tvm_ref.seeding import generator as generator_of
+from tvm_ref.seeding import uniform_numbers
 from tvm_ref.time_samplers import Times
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.mixture import GaussianMixture
@@ -35,21 +36,10 @@ class Batch:
     condition: Condition | None
 
 
-def uniform_numbers(seed: int, block: int, n: int, columns: int) -> Tensor:
-    """Draw n quasi-random points of the unit cube, u [n, columns] (float64), a pure function of (seed, block).
-
-    Each is uniform, as torch.rand's are, but together they are spread evenly: a scrambled Sobol sequence, of which
-    batch after batch of 2^k points fills the cube without clumps and gaps. So gradients keep their mean and lose most
-    of their noise (Buchholz, Wenzel and Mandt, "Quasi-Monte Carlo variational inference", 1807.01604).
-    """
-    engine = torch.quasirandom.SobolEngine(columns, scramble=True, seed=generator_of(seed, block).initial_seed())
-    return engine.draw(n, dtype=torch.float64) + 2.0**-31  # multiples of 2^-30 from 0 on, to the middles of their cells
-
-
 def draw_block(config: ToyConfig, distribution: GaussianMixture, block: int) -> list[Batch]:
     """Draw the batches of steps block * BLOCK, ..., (block + 1) * BLOCK - 1, a pure function of (seed, block)."""
     n, dim = BLOCK * config.batch_size, distribution.dim
-    u = uniform_numbers(config.seed, block, n, 5 + 2 * dim)
+    u = uniform_numbers(n, 5 + 2 * dim, config.seed, block)
     x1 = torch.special.ndtri(u[:, :dim]).float()
     x0, label = distribution.from_uniform(u[:, dim : 2 * dim + 1])
     x0 = x0.float()
