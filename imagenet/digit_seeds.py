@@ -3,15 +3,16 @@
     python imagenet/digit_seeds.py                                               three seeds, two at a time
     python imagenet/digit_seeds.py --seeds 5 --jobs 1
     python imagenet/digit_seeds.py --objectives tvm lsd imf --rates 3e-3 1e-2    relatives, each at its best rate
+    python imagenet/digit_seeds.py --steps 2000 --options --noise-share 0.5      longer, half of the jumps from noise
 
 Each seed is a run of train.py; the controls are one-step samples of flow matching and the mean image of each class.
-Objectives other than TVM draw times by the law of their papers, and those whose papers define no guidance have none
-(w 1). With --rates, every objective is first trained with each on a seed of its own, and the rate with the least
-Frechet distance in one step is taken. All take the same number of steps, which cost some less than others.
-results.json in the folder has every score.
+Objectives other than TVM draw times by the law of their papers. With --rates, every objective is first trained with
+each on a seed of its own, and the rate with the least Frechet distance in one step is taken. All take the same number
+of steps, which cost some less than others. results.json in the folder has every score.
 The exit status is 0 if every seed of the first objective passes what digits.py accepts and every control fails, else 1.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -40,6 +41,9 @@ def parser() -> OneLineParser:
     p.add_argument("--steps", type=int, help="training steps (default: the preset's)")
     p.add_argument("--objectives", nargs="+", choices=CHOICES, default=["tvm"], help="what to minimise")
     p.add_argument("--rates", nargs="+", type=float, default=[], help="learning rates to sweep (default: the preset's)")
+    p.add_argument(
+        "--options", nargs=argparse.REMAINDER, default=[], help="put last: further options of train.py, for every run"
+    )
     return p
 
 
@@ -79,10 +83,10 @@ def train_all(out: Path, runs: Mapping[str, list[str]], jobs: int) -> dict[str, 
 
 
 def options_of(key: str) -> list[str]:
-    """Return the options that make the preset train an objective by the law of times, and guidance, of its paper."""
+    """Return the options that make the preset train an objective by the law of times of its paper."""
     if key in ("tvm", "fm"):
         return ["--objective", key]
-    return ["--objective", key, "--time-sampler", "own", *([] if OBJECTIVES[key].has_guidance else ["--w", "1"])]
+    return ["--objective", key, "--time-sampler", "own"]
 
 
 def sweep(out: Path, keys: Sequence[str], rates: Sequence[float], more: list[str], jobs: int) -> dict[str, float]:
@@ -164,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         judges = Judges()
     with command.failures():
         options.out.mkdir(parents=True, exist_ok=True)
-        more = [] if options.steps is None else ["--steps", str(options.steps)]
+        more = [*([] if options.steps is None else ["--steps", str(options.steps)]), *options.options]
         rates = sweep(options.out, options.objectives, options.rates, more, options.jobs)
         if rates:
             print("learning rates: " + ", ".join(f"{key} {rate:g}" for key, rate in rates.items()))

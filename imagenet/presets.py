@@ -46,7 +46,7 @@ class Config:
     scaled: bool = option(True, "scaled parameterisation f = (s - t) w F (sec. 4)")
     # Objective
     objective: str = option("tvm", "what to minimise: TVM, or what it is compared with", choices=OBJECTIVES)
-    w: float = option(1.1, "classifier-free guidance weight (eq. 15); the network learns this one")
+    w: float = option(1.0, "classifier-free guidance weight (eq. 15); the network learns this one; 1: none")
     w_max: float | None = option(None, "draw beta = 1/w between 1/w_max and 1/w (F.1); default: w alone")
     label_dropout: float = option(0.1, "share of labels replaced by 'no class' (sec. 3)")
     detach_jvp: bool = option(False, "no gradient through the JVP: cheaper, biased (sec. 7.4)", **SWITCH)

@@ -112,7 +112,7 @@ def test_a_run_that_fails_is_named_with_its_last_words(tmp_path):
         digit_seeds.train_and_judge(tmp_path / "seed0", ["--colour", "red"])
 
 
-def test_other_objectives_have_their_own_times_and_no_guidance_that_is_not_theirs():
+def test_other_objectives_have_the_times_of_their_papers_and_none_is_guided():
     runs = digit_seeds.plan(["tvm", "meanflow", "lsd"], {"lsd": 0.003}, 2, ["--steps", "5"])
     assert list(runs) == ["fm", *(f"{key}-seed{k}" for key in ("tvm", "meanflow", "lsd") for k in range(2))]
     for name, options in runs.items():
@@ -122,7 +122,7 @@ def test_other_objectives_have_their_own_times_and_no_guidance_that_is_not_their
         assert (config.objective, config.steps) == (key, 5)
         assert config.seed == (0 if name == "fm" else int(name[-1]))
         assert config.sampler() == (OBJECTIVES[key].default_times if key != "fm" else OBJECTIVES["tvm"].default_times)
-        assert config.guided == (key != "lsd")
+        assert not config.guided
         assert config.lr == (0.003 if key == "lsd" else PRESETS["digits"].lr)
 
 
