@@ -6,7 +6,7 @@
     python imagenet/digit_seeds.py --steps 2000 --options --noise-share 0.5      longer, half of the jumps from noise
 
 Each seed is a run of train.py; the controls are one-step samples of flow matching and the mean image of each class.
-Objectives other than TVM draw times by the law of their papers. With --rates, every objective is first trained with
+Every objective draws times by the law of its paper. With --rates, every objective is first trained with
 each on a seed of its own, and the rate with the least Frechet distance in one step is taken. All take the same number
 of steps, which cost some less than others. results.json in the folder has every score.
 The exit status is 0 if every seed of the first objective passes what digits.py accepts and every control fails, else 1.
@@ -82,13 +82,6 @@ def train_all(out: Path, runs: Mapping[str, list[str]], jobs: int) -> dict[str, 
     return {name: done[name] for name in runs}
 
 
-def options_of(key: str) -> list[str]:
-    """Return the options that make the preset train an objective by the law of times of its paper."""
-    if key in ("tvm", "fm"):
-        return ["--objective", key]
-    return ["--objective", key, "--time-sampler", "own"]
-
-
 def sweep(out: Path, keys: Sequence[str], rates: Sequence[float], more: list[str], jobs: int) -> dict[str, float]:
     """Train every objective with every learning rate; returns the rate of the least Frechet distance in one step.
 
@@ -100,7 +93,7 @@ def sweep(out: Path, keys: Sequence[str], rates: Sequence[float], more: list[str
     if not rates:
         return {}
     seed = ["--seed", str(SWEEP_SEED), *more]
-    runs = {f"{key}-lr{rate:g}": [*options_of(key), "--lr", str(rate), *seed] for key in keys for rate in rates}
+    runs = {f"{key}-lr{rate:g}": ["--objective", key, "--lr", str(rate), *seed] for key in keys for rate in rates}
     scores = train_all(out, runs, jobs)
     write_atomically(out / "sweep.json", json.dumps(scores, indent=2) + "\n")
     return {key: min(rates, key=lambda rate: scores[f"{key}-lr{rate:g}"]["1"]["frechet"]) for key in keys}
@@ -108,10 +101,10 @@ def sweep(out: Path, keys: Sequence[str], rates: Sequence[float], more: list[str
 
 def plan(keys: Sequence[str], rates: Mapping[str, float], seeds: int, more: list[str]) -> dict[str, list[str]]:
     """List the options of every run by name: KEY-seed0, KEY-seed1, ... of each objective, and fm."""
-    runs = {"fm": [*options_of("fm"), *more]}
+    runs = {"fm": ["--objective", "fm", *more]}
     for key in keys:
         rate = ["--lr", str(rates[key])] if key in rates else []
-        runs |= {f"{key}-seed{k}": [*options_of(key), *rate, "--seed", str(k), *more] for k in range(seeds)}
+        runs |= {f"{key}-seed{k}": ["--objective", key, *rate, "--seed", str(k), *more] for k in range(seeds)}
     return runs
 
 

@@ -51,10 +51,12 @@ class Config:
     label_dropout: float = option(0.1, "share of labels replaced by 'no class' (sec. 3)")
     detach_jvp: bool = option(False, "no gradient through the JVP: cheaper, biased (sec. 7.4)", **SWITCH)
     time_sampler: str = option(
-        "gap*", "how times are drawn (sec. 7.3); own: as the objective's paper does, its share t = s included",
+        "own", "how times are drawn (sec. 7.3); own: as the objective's paper does, gap* in TVM",
         choices=("own", *TIME_SAMPLERS),
     )  # fmt: skip
-    equal_share: float = option(0.0, "share of samples with t = s (table 4d)")
+    equal_share: float | None = option(
+        None, "share of samples with t = s, table 4d (default: the objective's own; 0 in TVM)"
+    )
     noise_share: float = option(
         0.0, "share of samples whose jump starts at t = 1, where one step does (not in the paper)"
     )
@@ -133,11 +135,7 @@ class Config:
 
     def sampler(self) -> TimeSampler:
         """Return the sampler of times."""
-        if self.time_sampler == "own":
-            if self.equal_share:
-                raise ValueError("--equal-share goes with a --time-sampler other than own, which has its share")
-            return replace(OBJECTIVES[self.objective].default_times, share_noise=self.noise_share)
-        return TimeSampler(self.time_sampler, share_equal=self.equal_share, share_noise=self.noise_share)
+        return OBJECTIVES[self.objective].make_times(self.time_sampler, self.equal_share, self.noise_share)
 
     def to_json(self) -> str:
         """Write one JSON object, a key per field."""

@@ -134,6 +134,11 @@ class TimeSampler:
         if not (self.share_equal >= 0 and self.share_noise >= 0 and self.share_equal + self.share_noise <= 1):
             raise ValueError("share_equal and share_noise must not be negative, nor exceed 1 together")
 
+    @property
+    def draws_equal_times(self) -> bool:
+        """Whether samples with t = s are drawn: a share of them, or where clamp cuts s at t."""
+        return self.share_equal > 0 or self.kind == "clamp"
+
     def draw(self, n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Times:
         """Draw the times of n samples, float32. They are drawn on the CPU, in float64, and moved to `device`."""
         u = torch.rand(3, n, generator=generator, dtype=torch.float64)

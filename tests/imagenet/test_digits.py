@@ -121,7 +121,7 @@ def test_other_objectives_have_the_times_of_their_papers_and_none_is_guided():
         key = name.split("-")[0]
         assert (config.objective, config.steps) == (key, 5)
         assert config.seed == (0 if name == "fm" else int(name[-1]))
-        assert config.sampler() == (OBJECTIVES[key].default_times if key != "fm" else OBJECTIVES["tvm"].default_times)
+        assert config.sampler() == OBJECTIVES[key].default_times
         assert not config.guided
         assert config.lr == (0.003 if key == "lsd" else PRESETS["digits"].lr)
 

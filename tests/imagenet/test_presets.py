@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from imagenet.presets import PRESETS, RESUMABLE, Config, build_model
-from tvm_ref import OBJECTIVES
+from tvm_ref import OBJECTIVES, TimeSampler
 
 IMAGENET = ("imagenet256-w2", "imagenet256-w1.75", "imagenet512-w2.5", "imagenet512-w2.25")
 
@@ -28,7 +28,8 @@ def test_table_6(name, side, w, scaled, time_init):
     assert (c.w, c.w_max, c.scaled, c.time_init, c.label_dropout) == (w, None, scaled, time_init, 0.1)
     assert (c.optimizer, c.lr, c.beta2, c.schedule, c.warmup, c.clip) == ("adamw", 1e-4, 0.95, "constant", 0, 0)
     assert (c.steps, c.batch_size, c.ema, c.target_ema) == (300_000, 2048, (0.9999,), 0.99)
-    assert (c.time_sampler, c.equal_share, c.noise_share, c.detach_jvp) == ("gap*", 0, 0, False)
+    assert c.sampler() == TimeSampler("gap*")
+    assert not c.detach_jvp
     assert (c.block_norm, c.qk_norm, c.modulation_norm, c.objective) == ("rms", True, True, "tvm")
     assert c.precision == "bfloat16"
 
@@ -44,12 +45,16 @@ def test_configurations_survive_json(name):
     assert Config.from_json(PRESETS[name].to_json()) == PRESETS[name]
 
 
-def test_times_of_its_own_are_those_of_an_objectives_paper():
+def test_times_are_those_of_an_objectives_paper_unless_told():
     for key, kind in OBJECTIVES.items():
-        assert Config(objective=key, time_sampler="own", w=1.0).sampler() == kind.default_times
-    assert Config(time_sampler="own").sampler() == Config().sampler()
-    with pytest.raises(ValueError, match="--equal-share goes with a --time-sampler other than own"):
-        Config(time_sampler="own", equal_share=0.5)
+        assert Config(objective=key).sampler() == kind.default_times
+    assert Config(objective="lsd", time_sampler="gap*").sampler() == TimeSampler("gap*", share_equal=0.75)
+    assert Config(equal_share=0.5).sampler() == TimeSampler("gap*", share_equal=0.5)
+
+
+def test_a_training_that_would_never_meet_the_data_is_refused():
+    with pytest.raises(ValueError, match=r"PSD meets the data where t = s alone: .*--equal-share"):
+        Config(objective="psd", equal_share=0.0)
 
 
 def test_the_default_is_digits():

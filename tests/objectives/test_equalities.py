@@ -216,9 +216,28 @@ def test_the_laws_of_times_give_every_method_what_it_needs():
             assert share > 0.2, f"{name} would never see the data's velocity"
 
 
+@pytest.mark.parametrize("kind", OBJECTIVES.values())
+def test_methods_that_meet_the_data_at_equal_times_alone_need_such_times(kind):
+    """Where s < t, their loss does not change with v = x1 - x0 as long as x_t stays; all others' does."""
+    model, target, x0, x1, times = setup()
+    t, change = times.t[:, None], 0.1
+
+    def jumps(x0, x1):
+        return kind(model)(x0, x1, times, target=target).total[times.s < times.t].detach()
+
+    moved = jumps(x0 + t * change, x1 - (1 - t) * change)
+    assert torch.allclose(jumps(x0, x1), moved, rtol=1e-9) == kind.needs_equal_times
+    kind.make_times("clamp", 0.0, 0.0)  # draws t = s by itself
+    if kind.needs_equal_times:
+        with pytest.raises(ValueError, match="--equal-share, must be above 0"):
+            kind.make_times("gap*", 0.0, 0.0)
+    else:
+        assert kind.make_times("gap*", 0.0, 0.0) == TimeSampler("gap*")
+
+
 @pytest.mark.parametrize("kind", [a for a in OBJECTIVES.values() if not a.has_guidance])
 def test_methods_without_guidance_refuse_a_null_label(kind):
-    with pytest.raises(ValueError, match="defines no guidance"):
+    with pytest.raises(ValueError, match="no guidance"):
         kind(FlowMap(Waves()), null_label=3)
 
 

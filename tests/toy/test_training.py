@@ -205,7 +205,8 @@ def test_folders_that_hold_no_finished_run_raise(tmp_path, prepare, message):
         ({"objective": "meanflow", "settings": "power='a'"}, "--settings"),
         ({"objective": "fm", "settings": "power=1"}, "it has none"),
         ({"objective": "lsd", "settings": "null_label=3"}, "no setting"),
-        ({"objective": "lsd", "conditional": True, "w": 2.0}, "defines no guidance"),
+        ({"objective": "lsd", "conditional": True, "w": 2.0}, "no guidance"),
+        ({"objective": "lsd", "equal_share": 0.0}, "LSD meets the data where t = s alone: .*--equal-share"),
     ],
 )
 def test_bad_settings_of_an_objective_raise(settings, message):

@@ -4,7 +4,7 @@ Every objective is a module called as objective(x0, x1, times, condition, target
 inside its forward, so that DDP, FSDP or torch.compile can wrap it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, NoReturn, Protocol, cast, runtime_checkable
 
 import torch
@@ -116,12 +116,13 @@ class Objective(nn.Module):
     Attributes:
         learns_jumps: whether f(x, t, s) is trained for s < t; without, a model takes Euler steps (see stepper).
         learns_all_jumps: whether that holds for every s; without, only for s = 0, and a model is for one step.
-        has_guidance: whether the method's paper defines guidance (classifier-free, inside the target).
+        has_guidance: whether guidance (classifier-free, inside the target) is implemented for the method.
         has_curriculum: whether set_progress changes it, so that it is shaped by the number of training steps.
         default_times: the law of times that the method's paper trains with.
+        needs_equal_times: whether the method meets the data where t = s alone; without such samples it learns nothing.
 
     Raises:
-        ValueError: a null label for a method whose paper defines no guidance.
+        ValueError: a null label for a method without guidance.
         TypeError: a network that is not wrapped in a FlowMap.
     """
 
@@ -130,15 +131,37 @@ class Objective(nn.Module):
     has_guidance: ClassVar[bool] = True
     has_curriculum: ClassVar[bool] = False
     default_times: ClassVar[TimeSampler] = TimeSampler()
+    needs_equal_times: ClassVar[bool] = False
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None):
         super().__init__()
         if null_label is not None and not self.has_guidance:
-            raise ValueError(f"{type(self).__name__} takes no null_label: its paper defines no guidance")
+            raise ValueError(f"{type(self).__name__} takes no null_label: it has no guidance here")
         if not hasattr(flow_map, "velocity"):
             raise TypeError(f"{type(self).__name__} trains a flow map; wrap the network: FlowMap(network)")
         self.flow_map = flow_map
         self.null_label = null_label
+
+    @classmethod
+    def make_times(cls, kind: str, share_equal: float | None, share_noise: float) -> TimeSampler:
+        """Make the law of times of a training of this method.
+
+        Args:
+            kind: a key of TIME_SAMPLERS, or "own": the law of default_times.
+            share_equal: share of samples with t = s; None is that of default_times.
+            share_noise: share of samples with t = 1.
+
+        Raises:
+            ValueError: see TimeSampler; no samples with t = s for a method that needs them.
+        """
+        law = cls.default_times if kind == "own" else TimeSampler(kind)
+        share = cls.default_times.share_equal if share_equal is None else share_equal
+        law = replace(law, share_equal=share, share_noise=share_noise)
+        if cls.needs_equal_times and not law.draws_equal_times:
+            raise ValueError(
+                f"{cls.__name__} meets the data where t = s alone: their share, --equal-share, must be above 0"
+            )
+        return law
 
     def set_progress(self, progress: float) -> None:
         """Tell how much of training is done, from 0 to 1, before a step; only a method with a curriculum listens."""

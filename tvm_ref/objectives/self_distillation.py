@@ -14,7 +14,7 @@ class SelfDistillation(ResidualObjective):
 
     Args:
         flow_map: the model.
-        null_label: refused, as the paper defines no guidance. TVM is LSD with guidance.
+        null_label: refused, as there is no guidance. TVM is LSD with guidance.
         stops: where gradients are stopped, one of STOPS.
         learned_weight: weigh by LearnedWeight, as the paper does; then optimise the objective's parameters.
 
@@ -24,6 +24,7 @@ class SelfDistillation(ResidualObjective):
 
     STOPS: ClassVar[tuple[str, ...]] = ("convex", "none")
     has_guidance = False
+    needs_equal_times = True
     default_times = TimeSampler("triangle", share_equal=0.75)
 
     def __init__(

@@ -3,7 +3,7 @@
 import ast
 import inspect
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,7 @@ class ToyConfig:
 
     def sampler(self) -> TimeSampler:
         """Make the sampler of training's times."""
-        own = OBJECTIVES[self.objective].default_times
-        share = own.share_equal if self.equal_share is None else self.equal_share
-        law = own if self.time_sampler == "own" else TimeSampler(self.time_sampler)
-        return replace(law, share_equal=share, share_noise=self.noise_share)
+        return OBJECTIVES[self.objective].make_times(self.time_sampler, self.equal_share, self.noise_share)
 
     def make_objective(self, model: Any, null_label: int | None) -> Objective:
         """Make the objective with its settings.
