@@ -3,13 +3,16 @@
 import itertools
 import json
 import math
+import statistics
+from pathlib import Path
 
 import pytest
 import torch
 
 from tvm_ref.flow_map import FlowMap
+from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.time_samplers import Times, TimeSampler
-from tvm_ref.toy import family, family_measures
+from tvm_ref.toy import compare, family, family_measures
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.family_measures import (
     MEMBERS,
@@ -27,6 +30,10 @@ from tvm_ref.toy.family_measures import (
 )
 from tvm_ref.toy.mixture import GaussianMixture
 from tvm_ref.toy.network import ToyNetwork
+
+PACKAGE = Path(family.__file__).parents[1]
+PAGE = (PACKAGE / "objectives" / "README.md").read_text()  # of the family
+STORED = {p.stem: json.loads(p.read_text()) for p in (PACKAGE / "objectives").glob("*.json")}
 
 
 def test_the_exact_network_is_the_exact_flow():
@@ -176,3 +183,34 @@ def test_the_command_writes_its_parts(tmp_path, capsys, monkeypatch):
         family.main(options)
     assert "already holds measurements" in capsys.readouterr().err
     assert family.main([*options, "--overwrite", "--parts", "picture"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "page"),
+    [
+        (compare.table(STORED["compare"]), (PACKAGE / "README.md").read_text()),
+        (compare.table(STORED["ablation"]), PAGE),
+        (family.jump_table(STORED["family"]["jumps"]), PAGE),
+        (family.scale_table(STORED["family"]["noise_scale"]), PAGE),
+    ],
+    ids=["compare", "ablation", "jumps", "scale"],
+)
+def test_tables_of_the_pages_are_those_of_the_stored_results(table, page):
+    lines = [line.rstrip() for line in page.splitlines()]
+    assert all(row.rstrip() in lines for row in table.splitlines()[1:])
+
+
+def test_costs_and_errors_of_the_one_table_are_stored():
+    lines = [line for line in PAGE.splitlines() if line.startswith("| `") and line.count("|") == 10]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(rows) == len(OBJECTIVES)
+    methods = {runs["runs"][0]["objective"]: runs for runs in reversed(STORED["compare"]["methods"].values())}
+    costs = {key: STORED["family"]["cost"][name] for name, key, _ in reversed(MEMBERS)}
+    for key, *_, cost_cell, _, errors, _ in rows:
+        key = key.strip("`")
+        dit = STORED["family"]["cost_dit"]["DiT-XL/2"][key]
+        assert cost_cell == f"{costs.get(key, STORED['family']['cost']['flow matching']):.1f} / {dit:.1f}"
+        for nfe, cell in zip((1, 2, 4, 64), errors.split(" / "), strict=True):
+            if cell != "-":
+                median = statistics.median(compare.error(result, nfe) for result in methods[key]["runs"])
+                assert float(cell) == pytest.approx(median, abs=0.0051 if median > 1 else 0.00051)

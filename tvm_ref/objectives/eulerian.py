@@ -109,7 +109,7 @@ class ContinuousConsistency(ResidualObjective):
     g is minus the tangent of the consistency function X(x, t, 0) along the path. Only jumps to s = 0 are trained, so a
     model is for one step; where the times have a share t = s, that share is flow matching, the anchor of FACM
     (2507.03738). The paper's TrigFlow path, warm-up of the tangent and learned weight are left out; its law of noise
-    levels (CIFAR-10: log sigma ~ N(-1, 1.4^2) for data of deviation 1/2) is kept, as logit(t) = log sigma.
+    levels (CIFAR-10: log sigma ~ N(-1, 1.4^2) for data of deviation 1/2) is kept, as logit(t) = log(sigma / deviation).
 
     Args:
         flow_map: the model.

@@ -7,7 +7,7 @@
     noise     ||dL/dF||^2 of every objective at the exact flow map, over that of flow matching
     cost      products of a training step, in plain forwards
     bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
-    jumps     which jumps TVM draws, beside the errors of the jumps of the default run
+    jumps     which jumps four laws of times draw, beside the errors of the jumps of the default run
     scale     at that run's network, by t - s: the batch at which a gradient's noise equals its signal
 Writes results.json, measured.png and, with `picture`, family.png; with `jumps`, times.png: the same by (t, s).
 """

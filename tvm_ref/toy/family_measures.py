@@ -230,7 +230,7 @@ def signal_to_noise(
 
     That is tr(covariance of one sample's gradient) / ||mean gradient||^2 (the simple noise scale of McCandlish and
     others, 1812.06162), of the term of the jumps, the model being its own target. Both are estimated without bias from
-    the gradients of `chunks` batches of `size`; None where no signal is left above the noise.
+    the gradients of `chunks` batches of `size`; None where it is as many samples as these, or more.
 
     Args:
         model: a trained flow map.

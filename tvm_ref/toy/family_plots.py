@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from tvm_ref.toy import plots
 
@@ -106,22 +107,28 @@ def plot_measured(report: dict[str, Any]) -> Figure:
 @matplotlib.rc_context(plots.STYLE)
 def plot_times(jumps: dict[str, Any]) -> Figure:
     """Draw, in the triangle of (t, s), how densely each law draws jumps, and how large the errors of jumps are."""
-    densities = {f"drawn by {name}": values for name, values in jumps["density_by_times"].items()}
-    figure, axes = plots.make_figure(len(densities) + 1, 4.4, plane=False)
-    figure.set_size_inches(4.6 * len(axes), 4.2)
-    low = LogNorm(1e-2, 10)
-    for ax, (title, values) in zip(axes, densities.items(), strict=False):
-        _plot_cells(ax, title, values, low, "density; all alike: 1")
-    _plot_cells(axes[-1], "error of TVM's network", jumps["error_by_times"], None, "RMSE")
-    axes[0].set_ylabel("s, where it ends")
+    figure = Figure(figsize=(11, 6.2), layout="constrained")
+    left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1.55, 1)))
+    axes = left.subplots(2, 2, sharex=True, sharey=True)
+    for ax, (name, values) in zip(axes.flat, jumps["density_by_times"].items(), strict=True):
+        density = _plot_cells(ax, name, values, LogNorm(1e-2, 10))
+    left.suptitle("how densely each law draws jumps")
+    left.colorbar(density, ax=axes, label="1: as if all (t, s) were alike", shrink=0.8)
+    last = right.subplots()
+    error = _plot_cells(last, "error of TVM's network", jumps["error_by_times"], LogNorm())
+    right.colorbar(error, ax=last, label="RMSE of jumps", shrink=0.6)
+    for ax in (*axes[:, 0], last):
+        ax.set_ylabel("s, where it ends")
+    for ax in (*axes[1], last):
+        ax.set_xlabel("t, where a jump starts")
     return figure
 
 
-def _plot_cells(ax: Axes, title: str, values: list[list[float | None]], scale: LogNorm | None, label: str) -> None:
+def _plot_cells(ax: Axes, title: str, values: list[list[float | None]], scale: LogNorm) -> AxesImage:
+    """Draw numbers by (t, s), and return their picture, for a colour bar."""
     cells = np.array([[np.nan if v is None else v for v in row] for row in values]).T
-    image = ax.imshow(cells, origin="lower", extent=(0, 1, 0, 1), norm=scale or LogNorm(), cmap="viridis")
-    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
-    ax.set(xlabel="t, where a jump starts", title=title)
+    ax.set_title(title)
+    return ax.imshow(cells, origin="lower", extent=(0, 1, 0, 1), norm=scale, cmap="viridis")
 
 
 def _plot_noise(ax: Axes, noise: dict[str, dict[str, float]]) -> None:
