@@ -182,7 +182,7 @@ BAD = {
     "patches that do not tile": ["--patch-size", "3"],
     "guidance that is not positive": ["--w", "0"],
     "guidance upside down": ["--w", "2", "--w-max", "1"],
-    "guidance without a null label": ["--label-dropout", "0"],
+    "guidance without a null label": ["--label-dropout", "0", "--w", "2"],
     "micro-batches that do not divide": ["--accumulate", "7"],
     "unknown objective": ["--objective", "gan"],
     "unknown attention": ["--attention", "linear"],
