@@ -371,6 +371,12 @@ def test_both_handles_move_by_keyboard(opened, runs):
     assert state(opened)["s"] == 0
 
 
+def test_controls_follow_at_once(opened):
+    """A key pressed before the next frame moves a handle from where it is now, not from where it was drawn last."""
+    shown = opened.evaluate("set({ t: 0.8, s: 0.3 }); ['t', 's'].map(name => document.getElementById(name).value)")
+    assert shown == ["20", "70"]
+
+
 def test_the_point_goes_with_the_exact_flow_as_t_moves(opened):
     before = state(opened)
     opened.evaluate("set({ t: 0.4 })")

@@ -152,7 +152,6 @@ function draw() { // at most once per frame
     drawJump(exact);
     pictures.exact.draw(exact, exact, mixture.path(state.x, state.y, state.t, state.s), "solved finely");
     drawEuler();
-    showControls();
   });
 }
 
@@ -189,6 +188,7 @@ function set(changes) {
   else state.s = Math.min(state.s, state.t);
   if (state.t !== before) [state.x, state.y] = mixture.path(state.x, state.y, before, state.t).at(-1); // along the flow
   [state.x, state.y] = [inside(state.x), inside(state.y)];
+  showControls(); // at once: the next key moves a handle from where it stands
   draw();
 }
 
