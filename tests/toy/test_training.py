@@ -17,6 +17,7 @@ VARIANTS = {
     "tvm": {},
     "detached": {"detach_jvp": True},
     **{name: {"objective": name} for name in OBJECTIVES if name != "tvm"},
+    "lsd, learned weight": {"objective": "lsd", "settings": "learned_weight=True"},
     "conditional": {"conditional": True},
     "meanflow, unweighted": {"objective": "meanflow", "settings": "power=0"},  # on the plane its weight is biased
     "guided": {"conditional": True, "w": 2.0, "noise_share": 0.2},
@@ -24,7 +25,7 @@ VARIANTS = {
 
 
 def tensors(training: Training) -> list[torch.Tensor]:
-    return [*training.model.parameters(), *training.target.module.parameters(), *training.ema.module.parameters()]
+    return [*training.objective.parameters(), *training.target.module.parameters(), *training.ema.module.parameters()]
 
 
 def test_data_are_a_pure_function_of_seed_and_block():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tvm_ref.ema import EMA
 from tvm_ref.flow_map import FlowMap
@@ -89,6 +89,8 @@ class Training:
         self.objective = config.make_objective(self.model, distribution.num_classes if config.guided else None).to(
             config.device
         )
+        weight = getattr(self.objective, "weight", None)
+        self.weight = weight if isinstance(weight, nn.Module) else nn.Module()  # a learned one, or nothing
         self.target = EMA(self.model, config.target_ema)
         self.ema = EMA(self.model, config.ema)
         self.optimizer = SOAP(
@@ -146,6 +148,7 @@ class Training:
         """Gather everything that continues this training bit for bit, as tensors and plain numbers."""
         return {
             "model": self.model.state_dict(),
+            "weight": self.weight.state_dict(),
             "target": self.target.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -156,6 +159,7 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what state_dict gave."""
         self.model.load_state_dict(state["model"])
+        self.weight.load_state_dict(state.get("weight", {}))
         self.target.load_state_dict(state["target"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
