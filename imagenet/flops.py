@@ -20,13 +20,13 @@ layers that s does not reach (patches, embeddings of t and of beta) those of tan
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from imagenet.dit import FREQUENCIES, DiTConfig
 from imagenet.presets import Config, build_model
-from tvm_ref import OBJECTIVES, Condition, Times
+from tvm_ref import Condition, Times
 
 # FLOP per second of dense bfloat16 matrix products (a multiplication and an addition are 2), by the makers' data sheets
 # and by what the device's name begins with
@@ -122,9 +122,7 @@ def counted_step_flops(config: Config) -> int:
     b, side = 2, config.input_size
     with torch.device("meta"):
         model, target = (build_model(config, attention="plain") for _ in range(2))
-        null_label = config.classes if config.guided else None
-        options: dict[str, Any] = {"detach_jvp": True} if config.detach_jvp else {}
-        objective = OBJECTIVES[config.objective](model, null_label=null_label, **options)
+        objective = config.make_objective(model)
         objective.set_progress(1.0)
         x, t = torch.empty(b, config.in_channels, side, side), torch.empty(b)
         condition = Condition(torch.empty(b, dtype=torch.long), t)

@@ -6,9 +6,13 @@ import json
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from torch import nn
+
 from imagenet.dit import ATTENTION, DiT, DiTConfig
 from tvm_ref import OBJECTIVES, TIME_SAMPLERS, FlowMap, TimeSampler
 from tvm_ref.command_line import check_types, flag, option, require_at_least
+from tvm_ref.objectives import Objective
+from tvm_ref.objectives.settings import make_objective
 
 SHOWN = 80  # letters of an unknown key that are printed
 # sizes far beyond what fits any machine, so that a bad file is noticed before its network is built
@@ -46,6 +50,7 @@ class Config:
     scaled: bool = option(True, "scaled parameterisation f = (s - t) w F (sec. 4)")
     # Objective
     objective: str = option("tvm", "what to minimise: TVM, or what it is compared with", choices=OBJECTIVES)
+    settings: str = option("", "the objective's own settings, NAME=VALUE,... as power=0 or stops='none'")
     w: float = option(1.0, "classifier-free guidance weight (eq. 15); the network learns this one; 1: none")
     w_max: float | None = option(None, "draw beta = 1/w between 1/w_max and 1/w (F.1); default: w alone")
     label_dropout: float = option(0.1, "share of labels replaced by 'no class' (sec. 3)")
@@ -115,14 +120,13 @@ class Config:
             raise ValueError("--label-dropout 0 leaves nothing to guide against; it goes with --w 1")
         if self.batch_size % self.accumulate:
             raise ValueError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
-        if self.objective not in ("tvm", "pid") and self.detach_jvp:
-            raise ValueError(f"--detach-jvp does nothing for --objective {self.objective}")
         if self.optimizer == "soap" and self.parallel == "fsdp":
             raise ValueError("--optimizer soap needs unsharded weights: it does not go with --parallel fsdp")
         if self.compile and self.parallel == "fsdp":
             raise ValueError("--compile has not been tried with --parallel fsdp: choose one")
         self.sampler()
         self.network()
+        self.make_objective(FlowMap(nn.Module()))
 
     @property
     def guided(self) -> bool:
@@ -132,6 +136,15 @@ class Config:
     def network(self) -> DiTConfig:
         """Return the sizes of the network."""
         return DiTConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DiTConfig)})
+
+    def make_objective(self, model: FlowMap) -> Objective:
+        """Build the objective with its settings.
+
+        Raises:
+            ValueError: see tvm_ref.objectives.settings.make_objective.
+        """
+        null_label = self.classes if self.guided else None
+        return make_objective(self.objective, model, self.settings, null_label=null_label, detach_jvp=self.detach_jvp)
 
     def sampler(self) -> TimeSampler:
         """Return the sampler of times."""

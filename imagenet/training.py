@@ -13,7 +13,7 @@ from imagenet.batches import Batch
 from imagenet.generator import Generator
 from imagenet.parallel import World
 from imagenet.presets import Config, build_model
-from tvm_ref import EMA, OBJECTIVES, FlowMap
+from tvm_ref import EMA, FlowMap
 from tvm_ref.objectives import TERMS
 
 
@@ -55,6 +55,7 @@ class Training:
 
     Attributes:
         model: the weights theta.
+        weight: a learned weight of the loss, with --settings learned_weight=True; else it holds nothing.
         target: their average theta*.
         averages: their averages theta**, one for each decay; `ema` is the first, which is evaluated.
     """
@@ -66,14 +67,13 @@ class Training:
         self.target = EMA(self.model, config.target_ema)
         self.averages = [EMA(self.model, decay) for decay in config.ema]
         self.ema = self.averages[0]
-        null_label = config.classes if config.guided else None
-        options: dict[str, Any] = {"detach_jvp": True} if config.detach_jvp else {}
-        objective = OBJECTIVES[config.objective](self.model, null_label=null_label, **options)
+        objective = config.make_objective(self.model).to(world.device)
+        self.weight = objective.learned_weight
         self._set_progress = objective.set_progress  # of what is wrapped below
         if config.compile:
             objective.compile(dynamic=False)
         self.objective = parallel.wrap(objective, [self.target, *self.averages], world, config.parallel)
-        self._parameters = list(self.model.parameters())
+        self._parameters = [*self.model.parameters(), *self.weight.parameters()]
         self.optimizer = make_optimizer(config, self._parameters)
         self.step = 0
 
@@ -149,6 +149,7 @@ class Training:
         """Return everything that continues this training: its own tensors, not copies, sharded where they are."""
         return {
             "model": self.model.state_dict(),
+            "weight": self.weight.state_dict(),
             "target": self.target.state_dict(),
             "ema": [average.state_dict() for average in self.averages],
             "optimizer": self.optimizer.state_dict(),
@@ -163,7 +164,7 @@ class Training:
         """
         kind, *path = name.split("/")
         if kind != "optimizer":
-            module = {"model": self.model, "target": self.target.module}.get(kind)
+            module = {"model": self.model, "weight": self.weight, "target": self.target.module}.get(kind)
             if kind == "ema" and int(path[0]) < len(self.averages):
                 module = self.averages[int(path[0])].module
             weights = {} if module is None else module.state_dict()
@@ -176,6 +177,7 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what state_dict gave, whatever the number of processes and however its tensors are sharded."""
         self.model.load_state_dict(parallel.reshard(state["model"], self.model.state_dict()))
+        self.weight.load_state_dict(parallel.reshard(state.get("weight", {}), self.weight.state_dict()))
         self.target.load_state_dict(parallel.reshard(state["target"], self.target.state_dict()))
         for average, stored in zip(self.averages, state["ema"], strict=True):
             average.load_state_dict(parallel.reshard(stored, average.state_dict()))

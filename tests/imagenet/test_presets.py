@@ -80,6 +80,10 @@ BAD = {
     "a fraction of nothing": {"lr": float("nan")},
     "a network beyond all memory": {"hidden_size": 2**40},
     "blocks without end": {"depth": 10**9},
+    "settings that are code": {"objective": "meanflow", "settings": "power=print(1)"},
+    "settings of another": {"settings": "power=1"},
+    "settings without end": {"objective": "meanflow", "settings": "power=" + "-" * 10**5 + "1"},
+    "settings in brackets without end": {"objective": "meanflow", "settings": "power=" + "(" * 10**5},
     "a long text": {"data": "a" * 10**6},
     "an escape sequence": {"\x1b[2J": 1},
 }

@@ -80,10 +80,15 @@ def test_two_micro_batches_are_one_batch():
                 torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "soap"])
+LEARNED = {"objective": "lsd", "w": 1.0, "settings": "learned_weight=True"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"optimizer": "adamw"}, {"optimizer": "soap"}, LEARNED], ids=["adamw", "soap", "learned weight"]
+)
 @pytest.mark.slow
-def test_a_loaded_state_goes_on_bit_for_bit(optimizer):
-    config = replace(SMALL, optimizer=optimizer)
+def test_a_loaded_state_goes_on_bit_for_bit(change):
+    config = replace(SMALL, **change)
     data = batches(config)
     whole, half, other = make(config), make(config), make(config, seed=7)
     for step in range(25):
@@ -95,11 +100,22 @@ def test_a_loaded_state_goes_on_bit_for_bit(optimizer):
         other.train_step(data[step])
     for a, b in (
         (whole.model, other.model),
+        (whole.weight, other.weight),
         (whole.target.module, other.target.module),
         (whole.ema.module, other.ema.module),
     ):
         for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
             assert torch.equal(x, y)
+
+
+def test_a_learned_weight_is_trained_beside_the_model():
+    config = replace(SMALL, **LEARNED)
+    training, data = make(config), batches(config)
+    for step in range(3):
+        training.train_step(data[step])
+    assert float(training.weight.output.bias.detach().abs()) > 0
+    assert list(training.objective.parameters())[-1] is training.weight.output.bias
+    assert not list(make().weight.parameters())
 
 
 def test_a_step_is_adamw_on_the_clipped_gradient_and_both_averages_follow():

@@ -142,6 +142,12 @@ class Objective(nn.Module):
         self.flow_map = flow_map
         self.null_label = null_label
 
+    @property
+    def learned_weight(self) -> nn.Module:
+        """The learned weight of the loss, to save beside the model; a module without tensors where there is none."""
+        weight = getattr(self, "weight", None)
+        return weight if isinstance(weight, nn.Module) else nn.Module()
+
     @classmethod
     def make_times(cls, kind: str, share_equal: float | None, share_noise: float) -> TimeSampler:
         """Make the law of times of a training of this method.

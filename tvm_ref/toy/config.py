@@ -1,7 +1,5 @@
 """The toy's settings: one frozen dataclass, each field with its reason, which is also its --help."""
 
-import ast
-import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from tvm_ref.command_line import check_types, flag, option, require_at_least
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.objectives import OBJECTIVES, Objective
+from tvm_ref.objectives.settings import make_objective
 from tvm_ref.time_samplers import TIME_SAMPLERS, TimeSampler
 from tvm_ref.toy.distributions import DISTRIBUTIONS
 
@@ -82,8 +81,6 @@ class ToyConfig:
             raise ValueError("--conditional needs classes, and points of --data have none")
         if self.bandwidth and self.data is None:
             raise ValueError("--bandwidth goes with --data")
-        if self.detach_jvp and self.objective not in ("tvm", "pid"):
-            raise ValueError(f"--detach-jvp does nothing for --objective {self.objective}")
         try:
             torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError) as error:
@@ -102,27 +99,9 @@ class ToyConfig:
         """Make the objective with its settings.
 
         Raises:
-            ValueError: settings that cannot be read, or that the objective does not have.
+            ValueError: see tvm_ref.objectives.settings.make_objective.
         """
-        kind = OBJECTIVES[self.objective]
-        options: dict[str, Any] = {"detach_jvp": True} if self.detach_jvp else {}
-        try:
-            call = ast.parse(f"dict({self.settings})", mode="eval").body
-            if not isinstance(call, ast.Call) or call.args:
-                raise ValueError(self.settings)
-            options |= {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        except (SyntaxError, ValueError):
-            raise ValueError(f"--settings must read NAME=VALUE,...; got {self.settings!r}") from None
-        known = [name for name in inspect.signature(kind).parameters if name not in ("flow_map", "null_label")]
-        for name in options:
-            if name not in known:
-                raise ValueError(
-                    f"--objective {self.objective} has no setting {name!r}; it has {', '.join(known) or 'none'}"
-                )
-        try:
-            return kind(model, null_label=null_label, **options)
-        except TypeError as error:
-            raise ValueError(f"--settings: {error}") from None
+        return make_objective(self.objective, model, self.settings, null_label=null_label, detach_jvp=self.detach_jvp)
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tvm_ref.ema import EMA
 from tvm_ref.flow_map import FlowMap
@@ -89,8 +89,7 @@ class Training:
         self.objective = config.make_objective(self.model, distribution.num_classes if config.guided else None).to(
             config.device
         )
-        weight = getattr(self.objective, "weight", None)
-        self.weight = weight if isinstance(weight, nn.Module) else nn.Module()  # a learned one, or nothing
+        self.weight = self.objective.learned_weight
         self.target = EMA(self.model, config.target_ema)
         self.ema = EMA(self.model, config.ema)
         self.optimizer = SOAP(
