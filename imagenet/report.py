@@ -15,6 +15,7 @@ from imagenet.generator import Generator
 from imagenet.image_files import save_png
 from imagenet.parallel import World, full_state
 from imagenet.run import Run
+from tvm_ref import OBJECTIVES
 from tvm_ref.command_line import write_atomically
 
 NFES = (1, 4)  # numbers of steps that are drawn and scored at the end
@@ -63,13 +64,15 @@ def write_report(run: Run, total_seconds: float) -> dict[str, Any]:
     """
     training, config = run.training, run.training.config
     generator = run.generator()
-    for nfe in NFES:
+    kind = OBJECTIVES[config.objective]
+    nfes = NFES[:1] if kind.learns_jumps and not kind.learns_all_jumps else NFES  # a consistency model is for one step
+    for nfe in nfes:
         draw_grid(run.folder / f"samples-{nfe}.png", generator, run.world, nfe)
     metrics: dict[str, Any] = {}
     if config.data == "digits":
         from imagenet.digits import judge_model
 
-        metrics["nfe"] = {str(nfe): scores for nfe, scores in judge_model(generator, NFES).items()}
+        metrics["nfe"] = {str(nfe): scores for nfe, scores in judge_model(generator, nfes).items()}
     metrics["seconds"] = {
         "training": round(run.log.seconds, 2),
         "total": round(total_seconds + run.log.before, 2),

@@ -307,6 +307,28 @@ def test_a_wrong_lambda_fails(wrong):
     assert chain.global_bound(fine, torch.full_like(fine.s, 3.0), wrong) < 0.8 * w2
 
 
+def test_eq_7_is_no_link_to_the_global_bound():
+    """u = 0 and u_theta = -L(s) x, of a slope H on a stretch of time 1 / H: eq. 7 grows with H, theorem 1 does not."""
+
+    def bounds(slope: float) -> tuple[float, float, float]:
+        s = torch.linspace(0, 1, 20_001, dtype=torch.float64)
+        L = torch.where((s >= 0.25) & (s < 0.25 + 1 / slope), slope, 0.0).double()
+        a, grown = (s > 0.5).double(), bound_paths.running_integral(L, s)
+        integral = bound_paths.running_integral(a * grown.exp(), s)
+        x = -(integral[-1] - integral) * torch.exp(-grown)  # solves dx/ds = a - L x back from x(1) = 0
+        column = {"x": x, "y": 0 * x, "df_ds": a - L * x, "u_x": -L * x, "u_y": 0 * x, "exact": 0 * x}
+        paths = bound_paths.Paths(s=s, **{name: value[:, None, None] for name, value in column.items()})
+        eq_7 = chain.rms(chain.terminal_velocity(paths))
+        return float(chain.rms(chain.displacement(paths))), float(eq_7), float(chain.global_bound(paths, L))
+
+    displacement, eq_7, whole = bounds(20.0)
+    steep_displacement, steep_eq_7, steep_whole = bounds(100.0)
+    assert displacement < whole < eq_7
+    assert steep_eq_7 > 2 * eq_7
+    assert steep_displacement == pytest.approx(displacement, rel=0.02)
+    assert steep_whole == pytest.approx(whole, rel=0.02)
+
+
 # Integrals and bad input ------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ def test_a_run_leaves_every_file(tmp_path, capsys):
         assert picture.read_bytes()[:4] == b"\x89PNG"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics["nfe"]) == {"1", "4"}
-    assert set(metrics["nfe"]["1"]) == {"accuracy", "frechet", "frechet_floor", "recall"}
+    assert set(metrics["nfe"]["1"]) == {"accuracy", "frechet", "frechet_held_out", "recall"}
     assert 0 < metrics["seconds"]["training"] < metrics["seconds"]["total"]
     assert metrics["steps"] == {"done": 6, "planned": 6}
     evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]

@@ -61,6 +61,7 @@ def folder(finished, tmp_path):
         ["--objective", "fm"],
         ["--objective", "meanflow", "--equal-share", "0.5"],
         ["--objective", "pid"],
+        ["--objective", "sct"],
         ["--objective", "lsd", "--settings", "stops='none',learned_weight=True"],
         ["--conditional", "--dist", "eight_gaussians"],
         ["--conditional", "--w", "2", "--time-sampler", "trunc"],
@@ -79,7 +80,8 @@ def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, option
         assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
         assert (folder / picture).stat().st_size > 10_000
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert set(metrics["nfe"]) == {str(n) for n in ((*NFES, 64) if "fm" in options else NFES)}
+    nfes = (*NFES, 64) if "fm" in options else (1,) if "sct" in options else NFES  # sct is for one step
+    assert set(metrics["nfe"]) == {str(n) for n in nfes}
     for figures in metrics["nfe"].values():
         assert tuple(figures) == FIGURES
         assert figures["paired_median"] > 0
@@ -98,6 +100,7 @@ def test_a_run_leaves_every_file_and_consistent_figures(tmp_path, capsys, option
     assert re.search(r"measuring and drawing: +100%", out)
     assert ("jump=" in out) == ("fm" not in options)  # only terms that there are
     assert ("needs many" in out) == ("fm" in options)
+    assert ("one step;" in out) == ("sct" in options)
 
 
 @pytest.mark.slow

@@ -158,8 +158,11 @@ def main(argv: list[str] | None = None) -> int:
         with command.failures("the same command with --resume measures and draws"):
             metrics = this.report(arguments.points)
     print(table(metrics["nfe"]))
-    if not OBJECTIVES[this.config.objective].learns_jumps:
+    kind = OBJECTIVES[this.config.objective]
+    if not kind.learns_jumps:
         print("flow matching learns no jumps: its steps are Euler's, of which it needs many")
+    elif not kind.learns_all_jumps:
+        print("a consistency model learns jumps to s = 0 alone: one step; pictures of other jumps show the untaught")
     seconds = metrics["seconds"]
     spent = f"{seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all"
     print(f"{spent}; pictures and figures: {this.folder}")
