@@ -7,6 +7,7 @@ from pathlib import Path
 from imagenet.presets import Config
 
 IMAGENET = 1000  # classes: a model of latents with as many is taken to be one of ImageNet, in its usual order
+FEW = 10  # names that an error message lists
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -42,6 +43,8 @@ def class_number(name: str | int, config: Config) -> int:
     close = difflib.get_close_matches(name.lower(), names, cutoff=0.5)
     close += [known for known in names if name.lower() in known.split() and known not in close]
     hint = f"; close are {', '.join(close[:5])}" if close else ""
+    if not close and len(names) <= FEW:
+        hint = f"; there are {', '.join(names)}"
     raise ValueError(f"--classes: no class is named {name!r}{hint}")
 
 

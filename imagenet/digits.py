@@ -91,8 +91,11 @@ class Judges:
         accuracy = float((self._machine.predict(samples) == self.labels.numpy()).mean())
         recall = precision_recall(self._features(self._train), self._features(samples), NEIGHBOURS)[1]
         figures = {
-            "accuracy": accuracy, "frechet": self._frechet(samples), "frechet_held_out": self.held_out, "recall": recall,
-        }  # fmt: skip
+            "accuracy": accuracy,
+            "frechet": self._frechet(samples),
+            "frechet_held_out": self.held_out,
+            "recall": recall,
+        }
         return {name: round(value, 4) for name, value in figures.items()}
 
     def _frechet(self, samples: Pixels) -> float:

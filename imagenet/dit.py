@@ -5,7 +5,8 @@ needs a network that is Lipschitz in its inputs, so
 
 - RMSNorm without parameters takes LayerNorm's place (appendix B.1), and normalises queries and keys too;
 - each modulation vector passes through an RMSNorm (eq. 16);
-- every linear layer starts with a largest singular value of 1.
+- every linear layer starts with a largest singular value of 1, but for modulation and output, which start at zero, and,
+  in some presets, the embeddings of times and beta (see initialise.py).
 
 Names in the state dict are those of the released weights.
 """

@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
         seconds = draw(generator, options.out, world, count=count, steps=options.steps, batch_size=options.batch_size)
         if world.first:
             w, rate = f"w = {generator.guidance:g}", f"{count / seconds:.3g} images per second"
-            print(f"{options.out}: {count} images, {options.steps} steps each, {w}, {rate}")
+            print(f"{options.out}: {count} images, {options.steps} step{'s' * (options.steps > 1)} each, {w}, {rate}")
     return 0
 
 

@@ -57,7 +57,8 @@ def plot_family() -> Figure:
 
     _triangle(
         eulerian, "Eulerian: the start moves",
-        "d/dt X + (grad X) u = 0\nESD, iMF: a model's u;  MeanFlow, sCT: random v\none JVP in (x, t), mostly stopped",
+        "d/dt X + (grad X) u = 0\nESD: a model's u;  MeanFlow, sCT: random v;  iMF: both\n"
+        "one JVP in (x, t), mostly stopped",
     )  # fmt: skip
     _dot(eulerian, 0.75, 0.3, "X(x, t, s)", (-30, -22))
     _arrow(eulerian, (0.9, 0.3), (0.5, 0.3), red)

@@ -338,6 +338,6 @@ def read_config(folder: Path) -> ToyConfig:
         stored = json.loads((folder / "config.json").read_text())
         return ToyConfig(**stored)
     except FileNotFoundError:
-        raise ValueError(f"{folder} holds no run (no config.json)") from None
+        raise ValueError(f"{folder} holds no run (no config.json); train one first") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a configuration of this program: {error}") from None
