@@ -108,5 +108,5 @@ def train_many(
                 while result is None:
                     with contextlib.suppress(multiprocessing.TimeoutError):
                         result = results.next(POLL)
-                    bar.update(min(done.value, len(configs)) - bar.n)  # shares add up to a little more
+                    bar.update(done.value - bar.n)
                 yield result
