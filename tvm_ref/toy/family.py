@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         report = earlier(out, made_with, arguments.parts, arguments.overwrite)
         out.mkdir(parents=True, exist_ok=True)
     report = {"dist": config.name, "made_with": made_with, "options": {}} | report
-    for part, options in report["options"].items():
+    for part, options in report["options"].items():  # which may be others than those of the parts to come
         print(f"{out} holds {part}" + "".join(f", {flag(name)} {value}" for name, value in options.items()))
     with command.failures("the parts that were printed are stored"):
         for part, numbers in measure(arguments.parts, config, distribution, arguments.samples, tuple(arguments.dims)):
