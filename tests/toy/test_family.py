@@ -210,10 +210,12 @@ def test_parts_measured_one_after_the_other_add_up(tmp_path, capsys):
     first = run("--parts", "noise", "cost", "--samples", "300")
     capsys.readouterr()
     report = run("--parts", "bias", "--dims", "1", "2")
-    assert "holds noise, --samples 300" in capsys.readouterr().out  # as --samples is 500 now
+    assert "holds noise --samples 300\n" in capsys.readouterr().out  # as --samples is 500 now
     assert {key: report[key] for key in ("noise", "cost")} == {key: first[key] for key in ("noise", "cost")}
     assert report["options"] == {"noise": {"samples": 300}, "cost": {}, "bias": {"dims": [1, 2]}}
     again = run("--parts", "noise", "--samples", "20", "--overwrite")
+    assert "holds cost\n" in (said := capsys.readouterr().out)
+    assert "holds bias --dims 1 2\n" in said
     assert again["noise"]["TVM"]["mean"] == 20
     assert again["options"] == report["options"] | {"noise": {"samples": 20}}
     assert {k: v for k, v in again.items() if k not in ("noise", "options")} == {

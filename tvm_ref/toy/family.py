@@ -216,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
     report = {"dist": config.name, "made_with": made_with, "options": {}} | report
     for part, options in report["options"].items():  # which may be others than those of the parts to come
-        print(f"{out} holds {part}" + "".join(f", {flag(name)} {value}" for name, value in options.items()))
+        values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+        print(" ".join([f"{out} holds {part}", *(" ".join(map(str, [flag(n), *v])) for n, v in values.items())]))
     with command.failures("the parts that were printed are stored"):
         for part, numbers in measure(arguments.parts, config, distribution, arguments.samples, tuple(arguments.dims)):
             key, names = PARTS[part]
