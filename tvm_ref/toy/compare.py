@@ -53,7 +53,7 @@ LADDER = [float(f"{digit}e{exponent}") for exponent in range(-9, 3) for digit in
 
 
 def step_seconds(configs: dict[str, ToyConfig]) -> dict[str, float]:
-    """Measure median CPU seconds per training step of each configuration, in turns: a load is then the same for all."""
+    """Measure median CPU seconds per training step of each configuration, in turns, as loads come and go."""
     trainings = {name: Training(config, distribution_of(config)) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
     turns = [turn for _ in range(ROUNDS) for turn in trainings.items()]
