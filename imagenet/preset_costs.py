@@ -1,7 +1,7 @@
 """Print what each preset costs, by arithmetic alone: nothing is run.
 
     python imagenet/preset_costs.py
-    python imagenet/preset_costs.py --objectives        a step of every objective, in plain forwards; minutes
+    python imagenet/preset_costs.py --objectives        a step of every objective, in plain forwards; three minutes
 
 First floating-point operations of matrix products per image, once forward, in a TVM step, and in one whose gradient
 through the JVP is detached (flops.py); and of the whole training. Then memory (memory.py): of the state (weights, two
@@ -19,6 +19,7 @@ from imagenet.flops import counted_step_flops, forward_flops, least_step_flops
 from imagenet.memory import smallest_that_fits, state_bytes, weights_of, working_bytes
 from imagenet.presets import PRESETS, Config
 from tvm_ref import OBJECTIVES
+from tvm_ref.progress import progress
 
 MACHINES = {"8 x 80 GB": (80e9, 8), "8 x 40 GB": (40e9, 8), "1 x 24 GB": (24e9, 1)}  # bytes of a card, and cards
 
@@ -26,7 +27,11 @@ MACHINES = {"8 x 80 GB": (80e9, 8), "8 x 40 GB": (40e9, 8), "1 x 24 GB": (24e9, 
 def parser() -> OneLineParser:
     """Build the command line."""
     p = OneLineParser("preset_costs.py", __doc__)
-    p.add_argument("--objectives", action="store_true", help="a step of every objective, without guidance, instead")
+    p.add_argument(
+        "--objectives",
+        action="store_true",
+        help="a step of every objective, without guidance, instead; takes some three minutes",
+    )
     return p
 
 
@@ -46,7 +51,7 @@ def operations() -> str:
 def objectives(presets: tuple[str, ...] = ("digits", "imagenet256-w2")) -> str:
     """Format the products of a step of every objective in forwards of the same batch, without guidance."""
     lines = [f"{'objective':<12}" + "".join(f"{name:>16}" for name in presets)]
-    for key in OBJECTIVES:
+    for key in progress(OBJECTIVES, unit="objective", desc="counting"):
         configs = [replace(PRESETS[name], objective=key, w=1.0) for name in presets]
         ratios = [counted_step_flops(config) / forward_flops(config.network()) for config in configs]
         lines.append(f"{key:<12}" + "".join(f"{ratio:>16.1f}" for ratio in ratios))

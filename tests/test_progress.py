@@ -1,11 +1,14 @@
 """Progress on a terminal, and in a log file."""
 
 import io
+import itertools
+import re
 
 import pytest
 
 from tvm_ref import progress as module
-from tvm_ref.progress import FIRST, progress
+from tvm_ref.progress import FIRST, LONGEST, progress
+from tvm_ref.toy.sweep import BAR
 
 
 class Terminal(io.StringIO):
@@ -30,16 +33,34 @@ def work(file, clock, steps: int = 1000, **options) -> str:
     return file.getvalue()
 
 
-def test_a_log_gets_lines_at_doubling_times_and_the_last_one(clock):
-    lines = work(io.StringIO(), clock).splitlines()
-    assert [int(line.split("|")[2].split("/")[0]) for line in lines] == [5, 10, 20, 40, 80, 160, 320, 640, 1000]
+def test_a_log_gets_lines_at_doubling_times_then_every_minute_and_the_last_one(clock):
+    """Times once doubled without end: work of some minutes was silent for half of them."""
+    lines = work(io.StringIO(), clock, 330).splitlines()
+    assert [int(line.split("|")[2].split("/")[0]) for line in lines] == [5, 10, 20, 40, 80, 140, 200, 260, 320, 330]
     assert all(line.startswith("work: ") and line.isascii() for line in lines)
 
 
-def test_a_day_of_work_still_has_few_lines(clock):
-    text = work(io.StringIO(), clock, 86_400 // 60)
+def test_a_day_of_work_has_a_line_a_minute(clock):
+    text = work(io.StringIO(), clock, 7200)
     assert "\r" not in text
-    assert text.count("\n") < 20
+    seen = [int(line.split("|")[2].split("/")[0]) for line in text.splitlines()]
+    assert max(after - before for before, after in itertools.pairwise(seen)) == LONGEST
+    assert len(seen) < 7200 / LONGEST + 10
+
+
+@pytest.mark.parametrize("make", [io.StringIO, Terminal])
+def test_fractions_that_add_up_to_a_little_more_than_the_total_are_the_total(clock, make):
+    """They once drew "3.0/3 [00:05<-00:00]" and warned of it."""
+    file = make()
+    with progress(total=3, file=file, mininterval=0, bar_format=BAR) as bar:
+        for share in [0.1] * 30:
+            clock[0] += 1
+            bar.update(share * (1 + 1e-9))
+        assert bar.n > 3
+    last = re.split(r"[\r\n]", file.getvalue().strip())[-1]
+    assert "100%" in last
+    assert "3.0/3" in last
+    assert "-" not in last
 
 
 def test_the_end_is_told_once(clock):
@@ -59,13 +80,16 @@ def test_short_work_has_one_line_and_none_where_the_bar_is_to_vanish(clock):
 
 
 def test_a_pause_is_not_made_up_for(clock):
-    """After one long step the next line waits for twice the time again."""
+    """After one long step the next line waits for its time again."""
     file = io.StringIO()
-    with progress(total=3, file=file, mininterval=0) as bar:
-        for seconds in (100, 1, 1):
+    with progress(total=5, file=file, mininterval=0) as bar:
+        for seconds in (100, 1, LONGEST - 2):
             clock[0] += seconds
             bar.update()
         assert file.getvalue().count("\n") == 1
+        clock[0] += 1
+        bar.update()
+        assert file.getvalue().count("\n") == 2
 
 
 def test_a_terminal_gets_a_bar_that_is_redrawn(clock):

@@ -6,7 +6,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-FIRST = 5.0  # seconds until a log's first line; each later one comes after twice the time, so that even a day has few
+FIRST = 5.0  # seconds until a log's first line; each later one comes after twice the time ...
+LONGEST = 60.0  # ... but no later than so many seconds after the one before, so that a log never looks dead
 
 
 class Lines:
@@ -32,13 +33,25 @@ class Lines:
             self._file.write(self._pending + "\n")
             self._file.flush()
             self._pending = ""
-            self._next = max(self._next, elapsed) * 2
+            now = max(self._next, elapsed)
+            self._next = now + min(now, LONGEST)
 
     def flush(self) -> None:
         """Do nothing: lines are flushed as they are written."""
 
 
-def progress(*arguments: Any, file: TextIO | None = None, **options: Any) -> tqdm:
+class Bar(tqdm):
+    """tqdm for fractions, too, which add up to a little more than the total: they are drawn as the total."""
+
+    @staticmethod
+    def format_meter(n: float, total: float | None, *arguments: Any, **options: Any) -> str:
+        """Draw the bar; from half a unit beyond the total on, tqdm itself takes the total for unknown."""
+        if total is not None and total < n < total + 0.5:
+            n = total
+        return tqdm.format_meter(n, total, *arguments, **options)
+
+
+def progress(*arguments: Any, file: TextIO | None = None, **options: Any) -> Bar:
     """Make a tqdm bar with its arguments and options, on standard error unless said otherwise."""
     file = sys.stderr if file is None else file
-    return tqdm(*arguments, file=file if file.isatty() else Lines(file), **options)
+    return Bar(*arguments, file=file if file.isatty() else Lines(file), **options)

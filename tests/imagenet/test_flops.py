@@ -85,7 +85,9 @@ def test_the_table_of_objectives_has_a_row_for_each(monkeypatch, capsys):
     monkeypatch.setattr(preset_costs, "OBJECTIVES", ("fm", "soflow"))
     monkeypatch.setattr(preset_costs, "PRESETS", {"digits": CONFIG, "imagenet256-w2": replace(CONFIG, depth=1)})
     assert preset_costs.main(["--objectives"]) == 0
-    head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    out, err = capsys.readouterr()
+    assert "2/2" in err.splitlines()[-1]  # it once took minutes without a word
+    head, *rows = (line.split() for line in out.splitlines())
     assert head == ["objective", "digits", "imagenet256-w2"]
     assert [row[0] for row in rows] == ["fm", "soflow"]
     assert float(rows[1][1]) == pytest.approx(float(rows[0][1]) + 1, abs=0.15)

@@ -22,7 +22,7 @@ from tvm_ref.objectives import FlowMatching
 from tvm_ref.sampling import sample
 from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy import __main__ as command
-from tvm_ref.toy import benchmark, compare, metrics, plots, seeds, sweep
+from tvm_ref.toy import benchmark, compare, methods, metrics, plots, seeds, sweep
 from tvm_ref.toy import training as training_module
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.distributions import make_distribution
@@ -559,7 +559,7 @@ def test_compare_writes_results_table_and_figure(tmp_path, capsys, monkeypatch):
     for name, method in report["methods"].items():
         assert [r["seed"] for r in method["runs"]] == [0, 1]
         assert all(r["lr"] == method["lr"] and r["setting"] == method["setting"] for r in method["runs"])
-        settings, swept = compare.SETTINGS.get(name, ({},)), report["sweeps"][name]
+        settings, swept = methods.SETTINGS.get(name, ({},)), report["sweeps"][name]
         planned = [(s, lr) for s in settings for lr in (1e-3, 1e-2)]
         assert [(r["setting"], r["lr"]) for r in swept[: len(planned)]] == planned
         assert len(swept) == len(planned) + 1  # of two rates one is the best, and at the edge
@@ -570,7 +570,7 @@ def test_compare_writes_results_table_and_figure(tmp_path, capsys, monkeypatch):
         nfes = compare.NFES[:1] if name == "sCT" else compare.NFES
         assert set(method["runs"][0]["figures"]) == {str(n) for n in nfes}
         per_step = report["step_milliseconds"]
-        budget = 10 * per_step[compare.UNIT] / per_step[compare.named(name, method["setting"])]
+        budget = 10 * per_step[compare.UNIT] / per_step[methods.named(name, method["setting"])]
         assert method["steps"] == pytest.approx(budget, abs=0.6)
     assert (tmp_path / "error.png").read_bytes()[:4] == b"\x89PNG"
     output = capsys.readouterr().out
@@ -582,15 +582,15 @@ def test_compare_writes_results_table_and_figure(tmp_path, capsys, monkeypatch):
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("table", [compare.METHODS, compare.ABLATION])
+@pytest.mark.parametrize("table", [methods.METHODS, methods.ABLATION])
 def test_what_is_compared_can_be_configured(table):
     """Each method and each setting is a configuration; the ablation keeps MeanFlow's law of times, and ends as TVM."""
     base = ToyConfig()
     for name, changes in table.items():
-        for setting in compare.SETTINGS.get(name, ({},)) if table is compare.METHODS else ({},):
+        for setting in methods.SETTINGS.get(name, ({},)) if table is methods.METHODS else ({},):
             replace(base, **changes | setting)
-    first, *_, last = (replace(base, **changes) for changes in compare.ABLATION.values())
-    assert replace(base, **compare.ABLATION["v to u"]).sampler() == first.sampler()
+    first, *_, last = (replace(base, **changes) for changes in methods.ABLATION.values())
+    assert replace(base, **methods.ABLATION["v to u"]).sampler() == first.sampler()
     assert last == base
 
 
@@ -715,7 +715,7 @@ def test_benchmark_prints_ratios(tmp_path, capsys):
     options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--rounds", "2", "--repeats", "2", "--seeds", "0"]
     assert benchmark.main([*options, "--out", str(tmp_path / "benchmark.json")]) == 0
     times = json.loads((tmp_path / "benchmark.json").read_text())["milliseconds"]
-    assert set(times) == set(compare.METHODS)
+    assert set(times) == set(methods.METHODS)
     ratio = times["TVM"]["step"] / times["flow matching"]["step"]
     assert f"{ratio:.2f}" in capsys.readouterr().out
 

@@ -7,7 +7,7 @@ import torch
 from tvm_ref.bound.chain import TERMS, measure
 from tvm_ref.bound.plots import plot_bound
 from tvm_ref.sampling import EulerStep
-from tvm_ref.toy import compare, plots
+from tvm_ref.toy import methods, plots
 from tvm_ref.toy.distributions import make_distribution
 from tvm_ref.toy.metrics import make_reference
 from tvm_ref.toy.own_points import OwnPoints
@@ -171,9 +171,9 @@ def test_the_bound_is_drawn_term_by_term(oracle, tmp_path):
 
 
 def test_errors_of_every_method_are_drawn_each_in_a_style_of_its_own():
-    errors = {name: [[0.1, 0.2, 0.3], [0.1, 0.1, 0.1]] for name in compare.METHODS}
+    errors = {name: [[0.1, 0.2, 0.3], [0.1, 0.1, 0.1]] for name in methods.METHODS}
     (ax,) = plots.plot_errors(errors, (1, 2), "").axes
-    assert [line.get_label() for line in ax.lines] == list(compare.METHODS)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(compare.METHODS)
+    assert [line.get_label() for line in ax.lines] == list(methods.METHODS)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(methods.METHODS)
     assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in ax.lines}) == len(errors)
     assert all(line.get_ydata()[0] == 0.2 for line in ax.lines)

@@ -30,8 +30,8 @@ from tvm_ref.command_line import (
     run,
     write_atomically,
 )
-from tvm_ref.toy.compare import METHODS
 from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.methods import METHODS
 from tvm_ref.toy.metrics import POINTS
 from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.seeds import one_step

@@ -3,15 +3,19 @@
     python -m tvm_ref.toy.compare --dist moons                                          all, an hour of one core
     python -m tvm_ref.toy.compare --dist moons --methods TVM MeanFlow "flow matching"   some
     python -m tvm_ref.toy.compare --dist moons --ablation                               from MeanFlow to TVM
+    python -m tvm_ref.toy.compare --dist moons --resume                                 go on after Ctrl-C
 
-Each method trains as long as TVM takes for --steps steps: step times are measured side by side first, and a load on the
-machine changes their ratios little. Each has its own law of times and its own sweep, of learning rates and of the one
-setting that its paper stresses, on a seed of its own, judged at the NFE that it is for (1; 64 for flow matching). While
-a method's best rate is the lowest or highest tried, one beyond it is tried as well; if it still is after four, an
-asterisk marks it. With the best rate and setting the method is then trained on --seeds seeds.
-Writes results.json, a table and error.png: error against the number of function evaluations (NFE).
+Each method trains as long as TVM takes for --steps steps: step times are measured side by side first. A load on the
+machine changes their ratios, by up to 45 % beside three busy programs: compare on an idle one. Each has its own law of
+times and its own sweep, of learning rates and of the one setting that its paper stresses, on a seed of its own, judged
+at the NFE that it is for (1; 64 for flow matching). While a method's best rate is the lowest or highest tried, one
+beyond it is tried as well; if it still is after four, an asterisk marks it. With the best rate and setting the method
+is then trained on --seeds seeds.
+Writes results.json, a table and error.png: error against the number of function evaluations (NFE). On the way
+comparison.json holds the step times, and each training as it finishes; --resume goes on from it, to the same results.
 """
 
+import argparse
 import json
 import math
 import statistics
@@ -31,72 +35,33 @@ from tvm_ref.command_line import (
     write_atomically,
 )
 from tvm_ref.objectives import OBJECTIVES
+from tvm_ref.progress import progress
+from tvm_ref.toy.comparison import FILE, SHARED, Plan, Stored
 from tvm_ref.toy.config import ToyConfig, use_one_thread
-from tvm_ref.toy.metrics import POINTS, Reference, paired_errors
-from tvm_ref.toy.run import distribution_of
-from tvm_ref.toy.sweep import train_many
+from tvm_ref.toy.methods import SETTINGS, named
+from tvm_ref.toy.metrics import Reference, paired_errors
+from tvm_ref.toy.run import distribution_of, fingerprint
+from tvm_ref.toy.sweep import train_as_finished
 from tvm_ref.toy.training import Training
 
 NFES = (1, 2, 4, 8, 16, 32, 64)
-SHARED = ("dist", "data", "bandwidth", "batch_size", "width", "depth", "time_sampler")
 UNIT = "a TVM step"  # in which the budget is counted
 SWEEP_SEED = 1000  # apart from the seeds that are reported
 ROUNDS, REPEATS = 8, 20  # of step times: turns of each method, and steps in a turn
 EXTRA = 4  # rates that a sweep is extended by at most
 LADDER = [float(f"{digit}e{exponent}") for exponent in range(-9, 3) for digit in (1, 3)]  # the rates beyond
-METHODS: dict[str, dict[str, Any]] = {
-    "TVM": {},
-    "TVM, noise 1/4": {"noise_share": 0.25},
-    "TVM, JVP detached": {"detach_jvp": True},
-    "LSD": {"objective": "lsd"},
-    "PID": {"objective": "pid"},
-    "ESD": {"objective": "esd"},
-    "MeanFlow": {"objective": "meanflow"},
-    "improved MeanFlow": {"objective": "imf"},
-    "sCT": {"objective": "sct"},
-    "alpha-Flow": {"objective": "alphaflow"},
-    "SoFlow": {"objective": "soflow"},
-    "PSD": {"objective": "psd"},
-    "shortcut": {"objective": "shortcut"},
-    "flow matching": {"objective": "fm"},
-}
-SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {  # what is swept beside the rate; the first is the method's default
-    "TVM": ({}, {"time_sampler": "trunc"}),
-    "LSD": ({}, {"settings": "learned_weight=True"}),
-    "PID": ({}, {"time_sampler": "trunc"}),
-    "ESD": ({}, {"settings": "stops='full'"}),
-    "MeanFlow": ({}, {"settings": "power=0"}),
-    "improved MeanFlow": ({}, {"settings": "power=0"}),
-    "sCT": ({}, {"settings": "constant=None"}),
-    "alpha-Flow": ({}, {"settings": "power=0"}),
-    "SoFlow": ({}, {"settings": "power=0"}),
-    "PSD": ({}, {"settings": "split='uniform'"}),
-    "shortcut": ({}, {"equal_share": 0.5}),
-}
-# From MeanFlow to TVM, one change at a time. With target_ema 0 the target is the model itself, stopped.
-_QUARTER = {"time_sampler": "sorted", "equal_share": 0.75}  # MeanFlow's law of times
-ABLATION: dict[str, dict[str, Any]] = {
-    "MeanFlow as published": {"objective": "meanflow"},
-    "- its weight": {"objective": "meanflow", "settings": "power=0"},
-    "v to u": {"objective": "esd", "settings": "stops='all'", "target_ema": 0.0, **_QUARTER},
-    "fewer stops": {"objective": "esd", "target_ema": 0.0, **_QUARTER},
-    "Lagrangian": {"objective": "lsd", "target_ema": 0.0, **_QUARTER},
-    "target EMA": {"objective": "lsd", **_QUARTER},
-    "gap*": {"objective": "lsd", "time_sampler": "gap*", "equal_share": 0.75},
-    "TVM: both terms": {},
-}
 
 
 def step_seconds(configs: dict[str, ToyConfig]) -> dict[str, float]:
-    """Measure median CPU seconds per training step of each configuration, in turns: a load is then the same for all."""
+    """Measure median CPU seconds per training step of each configuration, in turns, as loads come and go."""
     trainings = {name: Training(config, distribution_of(config)) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
-    for _ in range(ROUNDS):
-        for name, training in trainings.items():
-            begun = time.process_time()
-            for _ in range(REPEATS):
-                training.train_step()
-            seconds[name].append((time.process_time() - begun) / REPEATS)
+    turns = [turn for _ in range(ROUNDS) for turn in trainings.items()]
+    for name, training in progress(turns, unit="turn", desc="measuring step times"):
+        begun = time.process_time()
+        for _ in range(REPEATS):
+            training.train_step()
+        seconds[name].append((time.process_time() - begun) / REPEATS)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first round warms up
 
 
@@ -154,55 +119,47 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def named(name: str, setting: dict[str, Any]) -> str:
-    """Name a method, if it is given, with its setting."""
-    words = [str(value) if key == "settings" else f"{key}={value}" for key, value in setting.items()]
-    return ", ".join([name, *words] if name else words)
-
-
 class Comparison:
-    """Trainings of equal time, and the report that holds their results; results.json is rewritten after each.
+    """Trainings of equal time, each stored as it finishes, and the report of their results.
 
     Args:
-        base: what all have in common.
-        methods: what each changes.
-        steps: TVM steps that take as long as each training.
+        stored: what is compared, and what of it is done.
         jobs: trainings at a time, one thread each.
-        points: samples that errors are measured on.
-        out: folder of results.json.
+        out: folder of comparison.json.
     """
 
-    def __init__(
-        self, base: ToyConfig, methods: dict[str, dict[str, Any]], *, steps: int, jobs: int, points: int, out: Path
-    ):
-        self.settings = {name: SETTINGS.get(name, ({},)) for name in methods}
-        self.jobs, self.points, self.out = jobs, points, out
-        configs = {
-            named(name, setting): replace(base, **methods[name] | setting)
-            for name, settings in self.settings.items()
-            for setting in settings
+    def __init__(self, stored: Stored, *, jobs: int, out: Path):
+        base, plan, per_step = stored.base, stored.plan, stored.step_seconds
+        self.stored, self.jobs, self.out = stored, jobs, out
+        self.settings = {name: SETTINGS.get(name, ({},)) for name in plan.changes}
+        self.seconds = plan.steps * per_step[UNIT]
+        self.configs = {
+            name: replace(config, steps=max(1, round(self.seconds / per_step[name])))
+            for name, config in plan.configs(base).items()
         }
-        print("measuring step times")
-        per_step = step_seconds({UNIT: base, **configs})
-        self.seconds = steps * per_step[UNIT]
-        self.configs = {n: replace(c, steps=max(1, round(self.seconds / per_step[n]))) for n, c in configs.items()}
         self.report: dict[str, Any] = {
             "dist": base.name,
-            "tvm_steps": steps,
+            "tvm_steps": plan.steps,
             "step_milliseconds": {name: round(1e3 * value, 3) for name, value in per_step.items()},
-            "sweeps": {name: [] for name in methods},
+            "sweeps": {name: [] for name in plan.changes},
             "methods": {},
         }
 
     def train(self, plan: Sequence[tuple[str, dict[str, Any], float, int]], into: Any, label: str) -> None:
-        """Train each (method, setting, rate, seed) of a plan and append its result to into[method]."""
-        minutes = len(plan) * self.seconds / self.jobs / 60
-        print(f"{label}: {len(plan)} trainings of {self.seconds:.2g} s, {self.jobs} at a time: {minutes:.0f} minutes")
+        """Train each (method, setting, rate, seed) of a plan that is not done; append all results to into[method]."""
         runs = [replace(self.configs[named(name, setting)], lr=rate, seed=seed) for name, setting, rate, seed in plan]
-        results = train_many(runs, errors, jobs=self.jobs, points=self.points, label=label)
-        for (name, setting, _, _), result in zip(plan, results, strict=True):
-            into[name].append(result | {"setting": setting})
-            write_atomically(self.out / "results.json", json.dumps(self.report, indent=2) + "\n")
+        done = self.stored.trainings
+        left = [config for config in runs if config not in done]
+        if left:
+            minutes = len(left) * self.seconds / self.jobs / 60
+            each = f"{len(left)} trainings of {self.seconds:.2g} s"
+            print(f"{label}: {each}, {self.jobs} at a time: {minutes:.0f} minutes")
+            points = self.stored.plan.points
+            for number, result in train_as_finished(left, errors, jobs=self.jobs, points=points, label=label):
+                done[left[number]] = result
+                self.stored.write(self.out)
+        for (name, setting, _, _), config in zip(plan, runs, strict=True):
+            into[name].append(done[config] | {"setting": setting})
 
     def sweep(self, rates: Sequence[float]) -> None:
         """Choose each method's setting and rate, from `rates` and those beyond."""
@@ -246,33 +203,40 @@ def draw(report: dict[str, Any], path: Path) -> None:
     plots.save_figure(plots.plot_errors(values, NFES, title), path)
 
 
-def method_named(text: str) -> str:
-    """Find the method that a word names, which may be an objective's name, as in --objective of the toy."""
-    plain = {
-        options.get("objective", "tvm"): name for name, options in METHODS.items() if not {*options} - {"objective"}
-    }
-    return plain.get(text, text)
-
-
 def parser() -> OneLineParser:
     """Make the command line."""
     p = OneLineParser("python -m tvm_ref.toy.compare", __doc__)
     add_options(p, ToyConfig, SHARED)
-    p.add_argument(
-        "--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), metavar="METHOD", type=method_named,
-        help="of " + ", ".join(map(repr, METHODS)) + ", or names of --objective (default: all)",
-    )  # fmt: skip
-    p.add_argument(
-        "--ablation", action="store_true", help=f"in their place, from MeanFlow to TVM: {', '.join(ABLATION)}"
-    )
-    p.add_argument("--steps", type=int, default=1200, help="training time of each run, in steps of TVM")
-    p.add_argument("--seeds", type=int, default=3, help="seeds per method")
-    p.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.01, 0.03], help="learning rates to sweep first")
+    add_options(p, Plan)
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    p.add_argument("--points", type=int, default=POINTS, help="samples that errors are measured on")
     p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-compare, or -ablation)")
-    p.add_argument("--overwrite", action="store_true", help="replace results that are already there")
+    existing = p.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace a comparison that is already there")
+    existing.add_argument(
+        "--resume", action="store_true", help="go on with the comparison that is there, with its own options"
+    )
     return p
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[Path, Stored | None, ToyConfig, Plan]:
+    """Return the folder, the comparison in it if it is to go on, and what is compared.
+
+    Raises:
+        ValueError, OSError: bad options, a folder that is in the way or has nothing to resume, unusable points.
+    """
+    require_at_least(1, jobs=arguments.jobs)
+    base = ToyConfig(**{name: value for name, value in given(arguments, ToyConfig).items() if name in SHARED})
+    plan = Plan(**given(arguments, Plan))
+    out = arguments.out or Path("runs/toy") / f"{base.name}-{'ablation' if plan.ablation else 'compare'}"
+    if arguments.resume:
+        stored = Stored.resume(out, arguments)
+        return out, stored, stored.base, stored.plan
+    require_free(out, (FILE,), "a comparison", "--resume, --overwrite", overwrite=arguments.overwrite)
+    distribution_of(base)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (FILE, "results.json", "error.png"):  # of an earlier comparison
+        (out / name).unlink(missing_ok=True)
+    return out, None, base, plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -281,25 +245,21 @@ def main(argv: list[str] | None = None) -> int:
     arguments = command.parse_args(argv)
     use_one_thread()
     with command.bad_input():
-        shared = {name: value for name, value in given(arguments, ToyConfig).items() if name in SHARED}
-        base = ToyConfig(**shared)
-        require_at_least(1, steps=arguments.steps, seeds=arguments.seeds, jobs=arguments.jobs)
-        require_at_least(10, points=arguments.points)
-        if not all(0 < rate < float("inf") for rate in arguments.rates):
-            raise ValueError("--rates must be positive and finite")
-        kind = "ablation" if arguments.ablation else "compare"
-        out = arguments.out or Path("runs/toy") / f"{base.name}-{kind}"
-        require_free(out, ("results.json",), "a comparison", "--overwrite", overwrite=arguments.overwrite)
-        distribution_of(base)
-        out.mkdir(parents=True, exist_ok=True)
-    with command.failures(f"trainings that were finished are in {out}"):
-        methods = ABLATION if arguments.ablation else {name: METHODS[name] for name in arguments.methods}
-        size = {name: getattr(arguments, name) for name in ("steps", "jobs", "points")}
-        comparison = Comparison(base, methods, out=out, **size)
-        comparison.sweep(arguments.rates)
-        comparison.run(arguments.seeds)
+        out, stored, base, plan = prepare(arguments)
+    if stored is None:
+        with command.failures():
+            seconds = step_seconds({UNIT: base, **plan.configs(base)})
+            stored = Stored(base, plan, fingerprint(distribution_of(base)), seconds)
+            stored.write(out)
+    else:
+        print(f"{out}: {len(stored.trainings)} trainings are done")
+    with command.failures("the same command with --resume goes on after the trainings that are done"):
+        comparison = Comparison(stored, jobs=arguments.jobs, out=out)
+        comparison.sweep(plan.rates)
+        comparison.run(plan.seeds)
+        write_atomically(out / "results.json", json.dumps(comparison.report, indent=2) + "\n")
         draw(comparison.report, out / "error.png")
-    print(f"paired RMSE to the exact flow map, median over seeds (range), seeds: {arguments.seeds}")
+    print(f"paired RMSE to the exact flow map, median over seeds (range), seeds: {plan.seeds}")
     print(f"{table(comparison.report)}\n{out}")
     return 0
 

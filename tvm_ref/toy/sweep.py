@@ -81,6 +81,32 @@ def _workers(jobs: int) -> Iterator[tuple[Any, Any]]:
         yield pool, done
 
 
+def _train_numbered(numbered: tuple[int, ToyConfig], **options: Any) -> tuple[int, dict[str, Any]]:
+    number, config = numbered
+    return number, _train(config, **options)
+
+
+def train_as_finished(
+    configs: Sequence[ToyConfig], measure: Measure, *, jobs: int, points: int, label: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Train each configuration and yield its number in `configs` and its result as it finishes; see train_many."""
+    train = partial(_train_numbered, measure=measure, points=points)
+    with progress(total=len(configs), unit="run", desc=label, bar_format=BAR) as bar:
+        if jobs == 1:
+            use_one_thread()
+            yield from (train(numbered, report=bar.update) for numbered in enumerate(configs))
+            return
+        with _workers(jobs) as (pool, done):
+            results = pool.imap_unordered(train, enumerate(configs))
+            for _ in configs:
+                finished = None
+                while finished is None:
+                    with contextlib.suppress(multiprocessing.TimeoutError):
+                        finished = results.next(POLL)
+                    bar.update(done.value - bar.n)
+                yield finished
+
+
 def train_many(
     configs: Sequence[ToyConfig], measure: Measure, *, jobs: int, points: int, label: str
 ) -> Iterator[dict[str, Any]]:
@@ -95,18 +121,10 @@ def train_many(
         points: samples that figures are measured on.
         label: what the progress bar is called.
     """
-    train = partial(_train, measure=measure, points=points)
-    with progress(total=len(configs), unit="run", desc=label, bar_format=BAR) as bar:
-        if jobs == 1:
-            use_one_thread()
-            yield from (train(config, report=bar.update) for config in configs)
-            return
-        with _workers(jobs) as (pool, done):
-            results = pool.imap(train, configs)
-            for _ in configs:
-                result = None
-                while result is None:
-                    with contextlib.suppress(multiprocessing.TimeoutError):
-                        result = results.next(POLL)
-                    bar.update(min(done.value, len(configs)) - bar.n)  # shares add up to a little more
-                yield result
+    waiting: dict[int, dict[str, Any]] = {}
+    first = 0
+    for number, result in train_as_finished(configs, measure, jobs=jobs, points=points, label=label):
+        waiting[number] = result
+        while first in waiting:
+            yield waiting.pop(first)
+            first += 1

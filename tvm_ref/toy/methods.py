@@ -1,0 +1,59 @@
+"""What compare.py compares: each method and ablation by name, and what is swept beside the learning rate."""
+
+from typing import Any
+
+METHODS: dict[str, dict[str, Any]] = {
+    "TVM": {},
+    "TVM, noise 1/4": {"noise_share": 0.25},
+    "TVM, JVP detached": {"detach_jvp": True},
+    "LSD": {"objective": "lsd"},
+    "PID": {"objective": "pid"},
+    "ESD": {"objective": "esd"},
+    "MeanFlow": {"objective": "meanflow"},
+    "improved MeanFlow": {"objective": "imf"},
+    "sCT": {"objective": "sct"},
+    "alpha-Flow": {"objective": "alphaflow"},
+    "SoFlow": {"objective": "soflow"},
+    "PSD": {"objective": "psd"},
+    "shortcut": {"objective": "shortcut"},
+    "flow matching": {"objective": "fm"},
+}
+SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {  # what is swept beside the rate; the first is the method's default
+    "TVM": ({}, {"time_sampler": "trunc"}),
+    "LSD": ({}, {"settings": "learned_weight=True"}),
+    "PID": ({}, {"time_sampler": "trunc"}),
+    "ESD": ({}, {"settings": "stops='full'"}),
+    "MeanFlow": ({}, {"settings": "power=0"}),
+    "improved MeanFlow": ({}, {"settings": "power=0"}),
+    "sCT": ({}, {"settings": "constant=None"}),
+    "alpha-Flow": ({}, {"settings": "power=0"}),
+    "SoFlow": ({}, {"settings": "power=0"}),
+    "PSD": ({}, {"settings": "split='uniform'"}),
+    "shortcut": ({}, {"equal_share": 0.5}),
+}
+# From MeanFlow to TVM, one change at a time. With target_ema 0 the target is the model itself, stopped.
+_QUARTER = {"time_sampler": "sorted", "equal_share": 0.75}  # MeanFlow's law of times
+ABLATION: dict[str, dict[str, Any]] = {
+    "MeanFlow as published": {"objective": "meanflow"},
+    "- its weight": {"objective": "meanflow", "settings": "power=0"},
+    "v to u": {"objective": "esd", "settings": "stops='all'", "target_ema": 0.0, **_QUARTER},
+    "fewer stops": {"objective": "esd", "target_ema": 0.0, **_QUARTER},
+    "Lagrangian": {"objective": "lsd", "target_ema": 0.0, **_QUARTER},
+    "target EMA": {"objective": "lsd", **_QUARTER},
+    "gap*": {"objective": "lsd", "time_sampler": "gap*", "equal_share": 0.75},
+    "TVM: both terms": {},
+}
+
+
+def named(name: str, setting: dict[str, Any]) -> str:
+    """Name a method, if it is given, with its setting."""
+    words = [str(value) if key == "settings" else f"{key}={value}" for key, value in setting.items()]
+    return ", ".join([name, *words] if name else words)
+
+
+def method_named(text: str) -> str:
+    """Find the method that a word names, which may be an objective's name, as in --objective of the toy."""
+    plain = {
+        options.get("objective", "tvm"): name for name, options in METHODS.items() if not {*options} - {"objective"}
+    }
+    return plain.get(text, text)
