@@ -1,10 +1,12 @@
 """Pictures are figures, to be saved or shown in a notebook; the exact flow, drawn as a model, coincides with itself."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from tvm_ref.bound.chain import TERMS, measure
 from tvm_ref.bound.plots import plot_bound
@@ -205,13 +207,41 @@ def test_the_bound_is_drawn_term_by_term(oracle, tmp_path):
     assert dots == sorted((bound.values[name] for name in TERMS), reverse=True)  # upwards: the smallest is on top
     assert all(ax.get_xlim() == (1, 0) for ax in figure.axes[:2])  # from noise to data
     plots.save_figure(figure, tmp_path / "bound.png")
+    assert {"\N{MINUS SIGN}1", "0", "1", "10"} <= {text.get_text() for text in figure.axes[1].get_yticklabels()}
     assert (tmp_path / "bound.png").stat().st_size > 0
 
 
-def test_errors_of_every_method_are_drawn_each_in_a_style_of_its_own():
-    errors = {name: [[0.1, 0.2, 0.3], [0.1, 0.1, 0.1]] for name in compare.METHODS}
+def test_errors_of_a_few_methods_have_a_legend():
+    errors = {name: [[0.1, 0.2, 0.3], [0.1, 0.1, 0.1]] for name in list(compare.METHODS)[:7]}
     (ax,) = plots.plot_errors(errors, (1, 2), "").axes
-    assert [line.get_label() for line in ax.lines] == list(compare.METHODS)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(compare.METHODS)
-    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in ax.lines}) == len(errors)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [line.get_label() for line in ax.lines]
+    assert [line.get_label() for line in ax.lines] == list(errors)
     assert all(line.get_ydata()[0] == 0.2 for line in ax.lines)
+
+
+def test_errors_of_many_methods_are_named_at_their_ends():
+    """Fourteen once shared seven colours, unrelated methods one, and their bands covered each other."""
+    errors = {name: [[0.1, 0.2 + i / 1e3, 0.3], [0.1, 0.1, 0.1]] for i, name in enumerate(compare.METHODS)}
+    errors["sCT"][1] = [float("nan")] * 3
+    errors["shortcut"][1][2] = float("inf")  # a seed that diverged
+    families = compare.family_of(errors)
+    figure = plots.plot_errors(errors, (1, 2), "", families)
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    lines = {line.get_label(): line for line in ax.lines}
+    assert list(lines) == list(errors)
+    assert len({line.get_marker() for line in ax.lines}) == len(errors)
+    for a, first in lines.items():
+        assert first.get_ydata()[0] == sorted(errors[a][0])[1]
+        assert all((first.get_color() == lines[b].get_color()) == (families[a] == families[b]) for b in errors)
+    left, right = ([text for text in ax.texts if text.get_ha() == side] for side in ("right", "left"))
+    assert [text.get_text() for text in left] == list(errors)  # from the lowest error up
+    assert {text.get_text() for text in right} == set(errors) - {"sCT"}
+    for texts in (left, right):
+        boxes = [Text.get_window_extent(text) for text in texts]  # without the lines that lead to them
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_values_are_spread_no_farther_than_it_takes():
+    assert plots.spread([0.0, 5.0, 9.0], 1.0) == [0.0, 5.0, 9.0]
+    np.testing.assert_allclose(plots.spread([0.0, 5.0, 5.0, 5.2, 9.0], 1.0), [0.0, 61 / 15, 76 / 15, 91 / 15, 9.0])

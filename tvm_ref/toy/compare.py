@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -243,7 +243,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
     }
     seeds = len(next(iter(report["methods"].values()))["runs"])
     title = f"{report['dist']}: each trained as long as {report['tvm_steps']} steps of TVM, seeds: {seeds}"
-    plots.save_figure(plots.plot_errors(values, NFES, title), path)
+    families = None if set(values) <= set(ABLATION) else family_of(values)
+    plots.save_figure(plots.plot_errors(values, NFES, title, families), path)
+
+
+def family_of(methods: Iterable[str]) -> dict[str, str]:
+    """Name the family of each method, its identity of the flow map: the file that holds the objective."""
+    return {name: OBJECTIVES[METHODS[name].get("objective", "tvm")].__module__ for name in methods}
 
 
 def method_named(text: str) -> str:
