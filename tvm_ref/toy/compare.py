@@ -38,7 +38,7 @@ from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.progress import progress
 from tvm_ref.toy.comparison import FILE, SHARED, Plan, Stored
 from tvm_ref.toy.config import ToyConfig, use_one_thread
-from tvm_ref.toy.methods import SETTINGS, named
+from tvm_ref.toy.methods import ABLATION, SETTINGS, family_of, named
 from tvm_ref.toy.metrics import Reference, paired_errors
 from tvm_ref.toy.run import distribution_of, fingerprint
 from tvm_ref.toy.sweep import train_as_finished
@@ -200,7 +200,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     }
     seeds = len(next(iter(report["methods"].values()))["runs"])
     title = f"{report['dist']}: each trained as long as {report['tvm_steps']} steps of TVM, seeds: {seeds}"
-    plots.save_figure(plots.plot_errors(values, NFES, title), path)
+    families = None if set(values) <= set(ABLATION) else family_of(values)
+    plots.save_figure(plots.plot_errors(values, NFES, title, families), path)
 
 
 def parser() -> OneLineParser:

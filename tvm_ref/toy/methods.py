@@ -1,6 +1,9 @@
 """What compare.py compares: each method and ablation by name, and what is swept beside the learning rate."""
 
+from collections.abc import Iterable
 from typing import Any
+
+from tvm_ref.objectives import OBJECTIVES
 
 METHODS: dict[str, dict[str, Any]] = {
     "TVM": {},
@@ -49,6 +52,11 @@ def named(name: str, setting: dict[str, Any]) -> str:
     """Name a method, if it is given, with its setting."""
     words = [str(value) if key == "settings" else f"{key}={value}" for key, value in setting.items()]
     return ", ".join([name, *words] if name else words)
+
+
+def family_of(methods: Iterable[str]) -> dict[str, str]:
+    """Name the family of each method, its identity of the flow map: the file that holds the objective."""
+    return {name: OBJECTIVES[METHODS[name].get("objective", "tvm")].__module__ for name in methods}
 
 
 def method_named(text: str) -> str:

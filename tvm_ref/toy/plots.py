@@ -1,4 +1,4 @@
-"""The pictures of a run, as figures: samples, trajectories, the one-step map as a deformed grid, losses.
+"""The pictures of a run, as figures: samples, trajectories, losses (map_plot.py: the map), and of a comparison.
 
 A model that learned no jumps comes as an EulerStep, and is shown with as many Euler steps as it needs.
 """
@@ -29,7 +29,8 @@ from tvm_ref.toy.samples import EULER_STEPS
 # Okabe and Ito's palette, told apart with every common colour blindness
 BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#D55E00"
 CLASSES = (BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED, "#000000")
-MAP_STEPS = 24  # of the exact flow in pictures: an error below a line's width
+FEW_COLOURS = (BLUE, SKY, PINK, GREEN, ORANGE, GREY, RED)
+MANY_COLOURS = (BLUE, SKY, RED, PINK, GREEN, GREY, ORANGE, "#000000")
 EXTENT = 2.6  # half width of the window on the plane; data have unit variance
 STYLE: dict[Any, Any] = {
     "font.size": 13,
@@ -79,6 +80,13 @@ def name_steps(jump: Jump, steps: int) -> str:
     return f"{steps} {'Euler ' if isinstance(jump, EulerStep) else ''}step{'s' if steps > 1 else ''}"
 
 
+def name_data(reference: Reference) -> str:
+    """Name the points that a model's are drawn beside: with guidance they are the exact guided flow's, not data."""
+    if reference.condition is not None and reference.guided:
+        return f"samples of the exact flow, w = {1 / float(reference.condition.beta[0]):g}"
+    return "your points, blurred" if isinstance(reference.distribution, OwnPoints) else "data"
+
+
 def colours_of(condition: Condition | None, n: int) -> list[str]:
     """Choose the colours of n points: by class, if there are any."""
     return [BLUE] * n if condition is None else [CLASSES[c % len(CLASSES)] for c in condition.label.tolist()]
@@ -126,7 +134,7 @@ def plot_samples(
         ax.set_title(title)
         if own and ax is not axes[0]:
             _say_what_is_outside(ax, x)
-            _use_units(ax, distribution)
+            use_units(ax, distribution)
             x = distribution.units.restore(x)
         scatter(ax, x, s=dot_size(x), c=colours_of(condition, len(x)), alpha=0.5, linewidths=0, rasterized=True)
     if isinstance(jump, EulerStep) and 1 in nfes:
@@ -143,11 +151,11 @@ def _say_what_is_outside(ax: Axes, x: Tensor) -> None:
     """Note how many points [N, 2] a panel does not show."""
     outside = int((x.abs() > ax.get_xlim()[1]).any(1).sum())
     if outside:
-        note = f"{outside:,} outside"
+        note = f"{outside:,} of {len(x):,} outside the frame"
         ax.annotate(note, (0.98, 0.98), xycoords="axes fraction", ha="right", va="top", fontsize=9)
 
 
-def _use_units(ax: Axes, distribution: GaussianMixture) -> None:
+def use_units(ax: Axes, distribution: GaussianMixture) -> None:
     """Turn a panel of standardised data into one in the data's own units, with its axes."""
     corners = distribution.units.restore(torch.tensor([*zip(ax.get_xlim(), ax.get_ylim(), strict=True)]))
     ax.set(aspect="auto", box_aspect=1, xlim=corners[:, 0].tolist(), ylim=corners[:, 1].tolist())
@@ -182,12 +190,12 @@ def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Refe
     set_window(axes, reference.data)
     colours = colours_of(first, n)
     own, restore = isinstance(distribution, OwnPoints), distribution.units.restore
-    data, name = restore(reference.data), "your points, blurred" if own else "data"
+    data = restore(reference.data)
     for ax, (title, path_states) in zip(axes, panels.items(), strict=True):
         if own:
-            _use_units(ax, distribution)
+            use_units(ax, distribution)
         states = restore(path_states)
-        scatter(ax, data, s=dot_size(data), c=GREY, alpha=0.4, linewidths=0, label=name)
+        scatter(ax, data, s=dot_size(data), c=GREY, alpha=0.4, linewidths=0, label=name_data(reference))
         for path, colour in zip(states.transpose(0, 1), colours, strict=True):
             ax.plot(*path.T.numpy(), color=colour, lw=1, alpha=0.7)
         scatter(ax, states[0], s=18, c="white", edgecolors=colours, zorder=3, label="noise (t = 1)")
@@ -205,54 +213,6 @@ def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Refe
     )
     figure.set_size_inches(10, 5.5)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=11)
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference) -> Figure:
-    """Draw a polar grid on the noise, and where the exact flow map and the model carry it in one step."""
-    radii, lines = [0.5, 1.0, 1.5, 2.0, 2.5], 24
-    angle = torch.linspace(0, 2 * torch.pi, 181)
-    rings = [r * torch.stack([angle.cos(), angle.sin()], -1) for r in radii]
-    rays = [
-        torch.linspace(0.02, radii[-1], 46)[:, None] * torch.tensor([np.cos(a), np.sin(a)], dtype=torch.float32)
-        for a in 2 * np.pi * np.arange(lines) / lines
-    ]
-    curves = rays + rings
-    x1, steps = torch.cat(curves), EULER_STEPS if isinstance(jump, EulerStep) else 1
-    condition = None
-    if reference.condition is not None:  # the map of the first class
-        condition = Condition(torch.zeros(len(x1), dtype=torch.long), reference.condition.beta[:1].expand(len(x1)))
-    z = torch.linspace(0, math.asinh(1 / distribution.time_scale), MAP_STEPS + 1, dtype=torch.float64)
-    times = (distribution.time_scale * z.sinh()).clamp(0, 1)
-    exact = exact_path(distribution, x1.double(), times, distribution.time_scale, condition)[0]
-    of_class = "" if condition is None else ", class 0"
-    panels = {
-        "noise: rays and rings": x1,
-        f"carried by the exact flow{of_class}": exact,
-        f"carried by the model, {name_steps(jump, steps)}{of_class}": sample(jump, x1, steps, condition),
-    }
-    hues = matplotlib.colors.hsv_to_rgb([(i / lines, 0.9, 0.75) for i in range(lines)])  # a cycle without pale colours
-    figure, axes = make_figure(3, 4.5)
-    set_window(axes[1:], exact, reference.data)
-    for ax, (title, x) in zip(axes, panels.items(), strict=True):
-        if ax is not axes[0]:
-            if isinstance(distribution, OwnPoints):
-                _use_units(ax, distribution)
-            x, data = distribution.units.restore(x), distribution.units.restore(reference.data)
-            scatter(ax, data, s=dot_size(data), c=GREY, alpha=0.4, linewidths=0)
-        pieces = x.split([len(c) for c in curves])
-        for piece, hue in zip(pieces[:lines], hues, strict=True):
-            ax.plot(*piece.T.numpy(), color=hue, lw=1.2)
-        for piece in pieces[lines:]:
-            ax.plot(*piece.T.numpy(), color="black", lw=0.8, alpha=0.7)
-        ax.set_title(title)
-    figure.supxlabel(
-        "The same rays (coloured by direction) and rings (0.5 to 2.5 from the centre) everywhere; grey: data. Where "
-        "lines crowd, much noise\nbecomes the same data; where one bends sharply, noise on its two sides goes to "
-        "different parts of the data, and the flow stretches what lies between.",
-        fontsize=11,
-    )
     return figure
 
 
@@ -293,18 +253,24 @@ def plot_losses(log: Sequence[dict[str, float]], least: float | None = None) -> 
 
 
 @matplotlib.rc_context(STYLE)
-def plot_errors(errors: Mapping[str, Sequence[Sequence[float]]], nfes: Sequence[int], title: str) -> Figure:
+def plot_errors(
+    errors: Mapping[str, Sequence[Sequence[float]]],
+    nfes: Sequence[int],
+    title: str,
+    families: Mapping[str, str] | None = None,
+) -> Figure:
     """Draw each method's error against NFE: median and range over seeds.
 
-    `errors` holds, by method and NFE, a paired RMSE per seed.
+    Up to seven methods have a legend, and bands for the ranges; more have bars side by side, and names at their ends.
+
+    Args:
+        errors: by method and NFE, a paired RMSE per seed; NaN at an NFE that the method is not for.
+        nfes: the numbers of function evaluations.
+        title: of the figure.
+        families: by method, the name of its family, whose methods share a colour; by default each has its own.
     """
     figure, (ax,) = make_figure(1, plane=False)
     figure.set_size_inches(9, 6)
-    colours = (BLUE, SKY, PINK, GREEN, ORANGE, GREY, RED)
-    styles = itertools.cycle(zip("os^DvPX*<>hdp8", 2 * colours, 7 * ["-"] + 7 * ["--"], strict=True))
-    for (name, values), (marker, colour, dashes) in zip(errors.items(), styles, strict=False):
-        ax.plot(nfes, [statistics.median(v) for v in values], dashes, marker=marker, color=colour, label=name)
-        ax.fill_between(nfes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
     ax.set(xscale="log", yscale="log", xlabel="function evaluations (NFE)", ylabel="paired RMSE to the exact flow map")
     ax.set_xticks(nfes, [str(n) for n in nfes])
     ax.minorticks_off()
@@ -312,5 +278,55 @@ def plot_errors(errors: Mapping[str, Sequence[Sequence[float]]], nfes: Sequence[
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.grid(alpha=0.3)
     ax.set_title(title)
+    if len(errors) > 7:
+        figure.set_size_inches(12, 8)
+        _draw_many(ax, errors, nfes, families or {name: name for name in errors})
+        return figure
+    for (name, values), marker, colour in zip(errors.items(), "os^DvPX", FEW_COLOURS, strict=False):
+        ax.plot(nfes, [statistics.median(v) for v in values], marker=marker, color=colour, label=name)
+        ax.fill_between(nfes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
     ax.legend(fontsize=10, ncols=2)
     return figure
+
+
+def _draw_many(
+    ax: Axes, errors: Mapping[str, Sequence[Sequence[float]]], nfes: Sequence[int], families: Mapping[str, str]
+) -> None:
+    """Draw medians and ranges over seeds side by side at each NFE, and every name at both ends of its line."""
+    colours = dict(zip(dict.fromkeys(families.values()), itertools.cycle(MANY_COLOURS), strict=False))
+    dashes = {family: itertools.cycle(("-", "--", ":", "-.")) for family in colours}
+    shifts = np.geomspace(0.86, 1 / 0.86, len(errors))  # so that no bar covers another
+    drawn = {}
+    for (name, values), marker, shift in zip(errors.items(), itertools.cycle("os^DvPX*<>hdp8"), shifts, strict=False):
+        family, x, y = families[name], np.array(nfes) * shift, np.array([statistics.median(v) for v in values])
+        style: dict[str, Any] = {"color": colours[family], "lw": 1.3}
+        ax.plot(x, y, next(dashes[family]), marker=marker, label=name, **style)
+        ax.vlines(x, [min(v) for v in values], [max(v) for v in values], alpha=0.5, **style)
+        drawn[name] = x[np.isfinite(y)], y[np.isfinite(y)]
+    known = [v for values in errors.values() for seeds in values for v in seeds if math.isfinite(v)] or [1.0]
+    gap = 0.03 * math.log(1.2 * max(known) / min(known))  # a line of text
+    for end, at, side, towards in ((0, nfes[0] / 1.6, "right", 1), (-1, nfes[-1] * 1.6, "left", 0)):
+        reaching = [name for name, (x, _) in drawn.items() if len(x) and (end == 0 or x[-1] > nfes[-1] / 1.2)]
+        reaching.sort(key=lambda name: drawn[name][1][end])
+        heights = np.exp(spread([math.log(drawn[name][1][end]) for name in reaching], gap))
+        known += heights.tolist()
+        for name, height in zip(reaching, heights, strict=True):
+            (x, y), colour = drawn[name], colours[families[name]]
+            line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkB": 4, "relpos": (towards, 0.5)}
+            text: dict[str, Any] = {"ha": side, "va": "center", "fontsize": 10, "color": colour}
+            ax.annotate(name, (x[end], y[end]), (at, height), arrowprops=line, **text)
+    ax.set(xlim=(nfes[0] / 5.2, nfes[-1] * 5.2), ylim=(min(known) / 1.08, max(known) * 1.08))
+    shared = "; one colour: one family" if len(colours) < len(errors) else ""
+    ax.set_xlabel(f"{ax.get_xlabel()}\nmedian and range over seeds, methods side by side at each NFE{shared}")
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Move rising values to at least `gap` from each other, by the least sum of squares."""
+    pools: list[tuple[float, int]] = []  # mean and number of those values, less gap times rank, that are moved together
+    for rank, value in enumerate(values):
+        mean, number = value - gap * rank, 1
+        while pools and pools[-1][0] > mean:
+            before, several = pools.pop()
+            mean, number = (before * several + mean * number) / (several + number), several + number
+        pools.append((mean, number))
+    return [mean + gap * rank for rank, mean in enumerate(m for m, number in pools for _ in range(number))]

@@ -237,6 +237,7 @@ class Run:
     def report(self, points: int) -> dict[str, Any]:
         """Measure and draw with progress; write all results and return the metrics."""
         from tvm_ref.toy import plots  # matplotlib, which --help need not wait for
+        from tvm_ref.toy.map_plot import plot_map
 
         config, jump, data = self.config, self.training.evaluated, self.distribution
         weights = {name: a.cpu().contiguous() for name, a in self.training.ema.module.network.state_dict().items()}
@@ -255,7 +256,7 @@ class Run:
             draw = {
                 "samples.png": lambda: plots.plot_samples(data, jump, reference, nfes if one_step else None),
                 "trajectories.png": lambda: plots.plot_trajectories(data, jump, reference),
-                "map.png": lambda: plots.plot_map(data, jump, reference),
+                "map.png": lambda: plot_map(data, jump, reference),
                 "losses.png": lambda: plots.plot_losses(self.log, self.least_flow_matching_loss()),
             }
             for name in parts.of(PICTURES, "pictures"):
