@@ -65,7 +65,7 @@ def _rates(ax: Axes, bound: Bound) -> None:
     ax.axhline(0, color="black", lw=0.8)
     ax.set(ylabel="growth rate of the error")
     ax.set_yscale("symlog", linthresh=1)
-    ax.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}".replace("-", "\N{MINUS SIGN}", 1))  # for -10^0, 0, 10^0
+    ax.yaxis.set_major_formatter("{x:g}")  # -1, 0 and 1, not -10^0, 0 and 10^0
     ax.set_ylim(top=30 * max(1.0, float(bound.lipschitz.max())))  # room for the legend
     ax.set_title("rates")
     ax.grid(alpha=0.3)

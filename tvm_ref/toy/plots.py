@@ -270,7 +270,12 @@ def plot_errors(
         families: by method, the name of its family, whose methods share a colour; by default each has its own.
     """
     figure, (ax,) = make_figure(1, plane=False)
-    figure.set_size_inches(9, 6)
+    many = len(errors) > len(FEW_COLOURS)
+    figure.set_size_inches(*((12, 8) if many else (9, 6)))
+    few = () if many else errors.items()
+    for (name, values), marker, colour in zip(few, "os^DvPX", FEW_COLOURS, strict=False):
+        ax.plot(nfes, [statistics.median(v) for v in values], marker=marker, color=colour, label=name)
+        ax.fill_between(nfes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
     ax.set(xscale="log", yscale="log", xlabel="function evaluations (NFE)", ylabel="paired RMSE to the exact flow map")
     ax.set_xticks(nfes, [str(n) for n in nfes])
     ax.minorticks_off()
@@ -278,14 +283,10 @@ def plot_errors(
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.grid(alpha=0.3)
     ax.set_title(title)
-    if len(errors) > 7:
-        figure.set_size_inches(12, 8)
+    if many:
         _draw_many(ax, errors, nfes, families or {name: name for name in errors})
-        return figure
-    for (name, values), marker, colour in zip(errors.items(), "os^DvPX", FEW_COLOURS, strict=False):
-        ax.plot(nfes, [statistics.median(v) for v in values], marker=marker, color=colour, label=name)
-        ax.fill_between(nfes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
-    ax.legend(fontsize=10, ncols=2)
+    else:
+        ax.legend(fontsize=10, ncols=2)
     return figure
 
 
