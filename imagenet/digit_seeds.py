@@ -27,7 +27,7 @@ from tvm_ref.command_line import OneLineParser, require_at_least, require_free, 
 from tvm_ref.progress import progress
 
 Scores = dict[str, float]
-CHOICES = tuple(key for key, kind in OBJECTIVES.items() if kind.learns_jumps and kind.learns_all_jumps)
+CHOICES = tuple(key for key, kind in OBJECTIVES.items() if kind.learns_jumps and not kind.one_step_only)
 SWEEP_SEED = 1000  # apart from the seeds that are reported
 DIVERGED = {nfe: {"accuracy": 0.0, "frechet": float("inf"), "recall": 0.0} for nfe in ("1", "4")}
 

@@ -64,8 +64,7 @@ def write_report(run: Run, total_seconds: float) -> dict[str, Any]:
     """
     training, config = run.training, run.training.config
     generator = run.generator()
-    kind = OBJECTIVES[config.objective]
-    nfes = NFES[:1] if kind.learns_jumps and not kind.learns_all_jumps else NFES  # a consistency model is for one step
+    nfes = NFES[:1] if OBJECTIVES[config.objective].one_step_only else NFES
     for nfe in nfes:
         draw_grid(run.folder / f"samples-{nfe}.png", generator, run.world, nfe)
     metrics: dict[str, Any] = {}

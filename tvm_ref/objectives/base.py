@@ -115,7 +115,7 @@ class Objective(nn.Module):
 
     Attributes:
         learns_jumps: whether f(x, t, s) is trained for s < t; without, a model takes Euler steps (see stepper).
-        learns_all_jumps: whether that holds for every s; without, only for s = 0, and a model is for one step.
+        one_step_only: whether that holds for s = 0 alone, so that a model is for one step.
         has_guidance: whether guidance (classifier-free, inside the target) is implemented for the method.
         has_curriculum: whether set_progress changes it, so that it is shaped by the number of training steps.
         default_times: the law of times that the method's paper trains with.
@@ -127,7 +127,7 @@ class Objective(nn.Module):
     """
 
     learns_jumps: ClassVar[bool] = True
-    learns_all_jumps: ClassVar[bool] = True
+    one_step_only: ClassVar[bool] = False
     has_guidance: ClassVar[bool] = True
     has_curriculum: ClassVar[bool] = False
     default_times: ClassVar[TimeSampler] = TimeSampler()

@@ -118,7 +118,7 @@ class ContinuousConsistency(ResidualObjective):
     """
 
     has_guidance = False
-    learns_all_jumps = False
+    one_step_only = True
     default_times = TimeSampler("trunc", first=(-0.3, 1.4))
     one_term = True
 

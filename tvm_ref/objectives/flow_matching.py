@@ -16,7 +16,6 @@ class FlowMatching(Objective):
     """
 
     learns_jumps = False
-    learns_all_jumps = False
 
     def forward(
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None

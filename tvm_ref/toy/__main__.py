@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     kind = OBJECTIVES[this.config.objective]
     if not kind.learns_jumps:
         print("flow matching learns no jumps: its steps are Euler's, of which it needs many")
-    elif not kind.learns_all_jumps:
+    elif kind.one_step_only:
         print("a consistency model learns jumps to s = 0 alone: one step; pictures of other jumps show the untaught")
     seconds = metrics["seconds"]
     spent = f"{seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all"

@@ -67,8 +67,7 @@ def step_seconds(configs: dict[str, ToyConfig]) -> dict[str, float]:
 
 def errors(training: Training, reference: Reference) -> dict[str, float]:
     """Measure the paired RMSE at every NFE."""
-    kind = OBJECTIVES[training.config.objective]
-    nfes = NFES if kind.learns_all_jumps or not kind.learns_jumps else NFES[:1]
+    nfes = NFES[:1] if OBJECTIVES[training.config.objective].one_step_only else NFES
     return {str(n): float(paired_errors(training.evaluated, reference, n)[1].square().mean().sqrt()) for n in nfes}
 
 

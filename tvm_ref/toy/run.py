@@ -247,14 +247,13 @@ class Run:
         if isinstance(data, OwnPoints):
             write_atomically(self.path(SAMPLES), samples_table(config, jump, data.units, points))
         kind = OBJECTIVES[config.objective]
-        one_step = kind.learns_jumps and not kind.learns_all_jumps
-        nfes = NFES[:1] if one_step else NFES if kind.learns_jumps else (*NFES, EULER_STEPS)
+        nfes = NFES[:1] if kind.one_step_only else NFES if kind.learns_jumps else (*NFES, EULER_STEPS)
         with Parts((2 if config.guided else 1) * PARTS + len(nfes) + len(PICTURES)) as parts:
             w = config.w if config.conditional else None
             reference = make_reference(data, w=w, points=points, watch=parts.of)
             nfe = {n: evaluate(jump, reference, n) for n in parts.of(nfes, "distances to the exact flow")}
             draw = {
-                "samples.png": lambda: plots.plot_samples(data, jump, reference, nfes if one_step else None),
+                "samples.png": lambda: plots.plot_samples(data, jump, reference, nfes if kind.one_step_only else None),
                 "trajectories.png": lambda: plots.plot_trajectories(data, jump, reference),
                 "map.png": lambda: plot_map(data, jump, reference),
                 "losses.png": lambda: plots.plot_losses(self.log, self.least_flow_matching_loss()),
