@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imagenet.generator import Generator, load_generator
+    from imagenet.sampler import Generator, load_generator
 
 __all__ = ["Generator", "load_generator"]
 
@@ -13,5 +13,5 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         import importlib
 
-        return getattr(importlib.import_module("imagenet.generator"), name)
+        return getattr(importlib.import_module("imagenet.sampler"), name)
     raise AttributeError(f"module 'imagenet' has no attribute {name!r}")

@@ -33,21 +33,21 @@ from pathlib import Path
 from typing import Any
 
 # first, so that Ctrl-C is quiet while PyTorch is imported
-from tvm_ref.command_line import OneLineParser, add_options, require_at_least, require_new, run, write_atomically
+from tvm_ref.cli.command_line import OneLineParser, add_options, require_at_least, require_new, run, write_atomically
 
 # isort: split
 import torch
 
-from imagenet import parallel
-from imagenet.batches import Batches
-from imagenet.dit import ATTENTION
-from imagenet.flops import count_weights, counted_step_flops, least_step_flops
-from imagenet.image_datasets import Synthetic
-from imagenet.parallel import World
-from imagenet.presets import PRESETS, Config
-from imagenet.saving_speed import measure_saving, saving_table
-from imagenet.training import Training
-from tvm_ref.progress import progress
+from imagenet import distributed
+from imagenet.config import PRESETS, Config
+from imagenet.cost.flops import count_weights, counted_step_flops, least_step_flops
+from imagenet.cost.saving_speed import measure_saving, saving_table
+from imagenet.data.batches import Batches
+from imagenet.data.image_sets import Synthetic
+from imagenet.distributed import World
+from imagenet.model.dit import ATTENTION
+from imagenet.training.step import Training
+from tvm_ref.cli.progress import progress
 
 COMPUTED = ["precision", "compile", "checkpointing", "accumulate"]  # fields of Config that a row may change
 DETACHED = {"no": (False,), "yes": (True,), "both": (False, True)}
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         kinds = options.attention or ["plain" if options.saving else config.attention]
         configs = configurations(config, options.batch_size, kinds, DETACHED[options.detach_jvp])
-        with parallel.process_group(options.device) as world:
+        with distributed.process_group(options.device) as world:
             if options.saving is not None:
                 require_new(options.saving)
                 report = measure_saving(config, options.saving, world)

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 # first, so that Ctrl-C is quiet while PyTorch is imported
-from tvm_ref.command_line import OneLineParser, require_new, run
+from tvm_ref.cli.command_line import OneLineParser, require_new, run
 
 # isort: split
 import torch
 
-from imagenet.checkpoints import check_weights, save_weights
-from imagenet.latents import LATENT_SIDE, NORMALISATION, VAE
-from imagenet.pickle_scan import shown
-from imagenet.pickled_tensors import module_state, read_module, tensors_of
-from imagenet.presets import PRESETS, Config
-from imagenet.provenance import Provenance
+from imagenet.config import PRESETS, Config
+from imagenet.data.latents import LATENT_SIDE, NORMALISATION, VAE
+from imagenet.data.provenance import Provenance
+from imagenet.foreign.pickle_scan import shown
+from imagenet.foreign.pickled_tensors import module_state, read_module, tensors_of
+from imagenet.training.checkpoint import check_weights, save_weights
 
 RELEASED = {  # by name of the file
     "im256_w2": "imagenet256-w2",

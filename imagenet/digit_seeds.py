@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tvm_ref import OBJECTIVES
-from tvm_ref.command_line import OneLineParser, require_at_least, require_free, run, write_atomically
-from tvm_ref.progress import progress
+from tvm_ref.cli.command_line import OneLineParser, require_at_least, require_free, run, write_atomically
+from tvm_ref.cli.progress import progress
 
 Scores = dict[str, float]
 CHOICES = tuple(key for key, kind in OBJECTIVES.items() if kind.learns_jumps and not kind.one_step_only)
@@ -116,7 +116,7 @@ def table(runs: Mapping[str, Mapping[str, Scores]], test: Scores, means: Scores)
         test: scores of the held-out images.
         means: scores of the class means.
     """
-    from imagenet.digits import ACCEPTED, accepted
+    from imagenet.data.digits import ACCEPTED, accepted
 
     members: dict[str, list[Mapping[str, Scores]]] = {}
     for name, by_nfe in runs.items():
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         if not all(0 < rate < float("inf") for rate in options.rates):
             raise ValueError("--rates must be positive and finite")
         require_free(options.out, (f"{options.objectives[0]}-seed0/config.json",), "runs")
-        from imagenet.digits import Judges, class_means, load_digits
+        from imagenet.data.digits import Judges, class_means, load_digits
 
         judges = Judges()
     with command.failures():

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # first, so that Ctrl-C is quiet while PyTorch is imported
-from tvm_ref.command_line import (
+from tvm_ref.cli.command_line import (
     OneLineParser,
     add_options,
     given,
@@ -43,10 +43,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from imagenet import parallel
-from imagenet.fingerprints import fingerprint
-from imagenet.image_files import is_image
-from imagenet.latents import (
+from imagenet import distributed
+from imagenet.data.fingerprints import fingerprint
+from imagenet.data.image_files import is_image
+from imagenet.data.latents import (
     FORMAT,
     INDEX,
     NORMALISATION,
@@ -58,9 +58,9 @@ from imagenet.latents import (
     moments,
     write_shard,
 )
-from imagenet.parallel import World
-from imagenet.pictures import Pixels
-from tvm_ref.progress import progress
+from imagenet.data.pictures import Pixels
+from imagenet.distributed import World
+from tvm_ref.cli.progress import progress
 
 PLAN = "encode.json"  # what is being encoded, and how: an encoding goes on only if it is the same
 SKIPPED = "skipped.txt"
@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
     options = command.parse_args(argv)
     with command.failures("the same command goes on"), command.bad_input():
         settings = Settings(**given(options, Settings))
-        with parallel.process_group(options.device) as world:
+        with distributed.process_group(options.device) as world:
             index = encode_folder(options.source, options.out, settings, world=world, vae=vae)
     if index is not None:
         print(f"{index['count']} latents of {len(index['classes'])} classes: {options.out}")

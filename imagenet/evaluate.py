@@ -23,21 +23,21 @@ from pathlib import Path
 from typing import Any
 
 # first, so that Ctrl-C is quiet while PyTorch is imported
-from tvm_ref.command_line import OneLineParser, require_at_least, require_new, run, write_atomically
+from tvm_ref.cli.command_line import OneLineParser, require_at_least, require_new, run, write_atomically
 
 # isort: split
 import torch
 from torch import Tensor, nn
 
-from imagenet import parallel
-from imagenet.generator import BATCH, Generator
-from imagenet.image_files import ImageFiles
-from imagenet.inception import Extractor, Features, Inception
-from imagenet.metrics import frechet_distance, gaussian_statistics
+from imagenet import distributed
+from imagenet.data.image_files import ImageFiles
+from imagenet.distributed import World
+from imagenet.metrics.frechet import frechet_distance, gaussian_statistics
+from imagenet.metrics.inception import Extractor, Features, Inception
+from imagenet.metrics.references import Reference, check_reference, read_reference
 from imagenet.model_options import add_model_options, load_model
-from imagenet.parallel import World
-from imagenet.references import Reference, check_reference, read_reference
-from tvm_ref.progress import progress
+from imagenet.sampler import BATCH, Generator
+from tvm_ref.cli.progress import progress
 
 LEAST = 10  # images: the inception score is a mean over as many parts
 PUBLISHED = 50_000  # samples that published figures use
@@ -166,7 +166,7 @@ def measure(candidates: Candidates, reference: Reference, extractor: Extractor, 
 
 def measure_digits(generator: Generator, steps: list[int]) -> dict[str, Any]:
     """Score a model of digits (digits.py): {"reference": about it, "figures": by number of steps}."""
-    from imagenet.digits import SETS, TEST, judge_model
+    from imagenet.data.digits import SETS, TEST, judge_model
 
     scores = {
         f"{n} NFE": {"samples": TEST, "sets": SETS, **found} for n, found in judge_model(generator, steps).items()
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None, vae:
     """Run the command; `extractor` and `vae` replace Inception and the autoencoder. Returns the exit status, 0."""
     command = parser()
     options = command.parse_args(argv)
-    with command.failures(), command.bad_input(), parallel.process_group(options.device) as world:
+    with command.failures(), command.bad_input(), distributed.process_group(options.device) as world:
         report = measure_asked(options, world, extractor, vae)
         print(table(report))
         if options.out is not None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from imagenet.generator import BATCH, Generator, load_generator, untrained_guidance
-from imagenet.parallel import World
+from imagenet.distributed import World
+from imagenet.sampler import BATCH, Generator, load_generator, untrained_guidance
 
 
 def add_model_options(p: argparse._ActionsContainer) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 # first, so that Ctrl-C is quiet while PyTorch is imported
-from tvm_ref.command_line import (
+from tvm_ref.cli.command_line import (
     OneLineParser,
     require_at_least,
     require_free,
@@ -37,14 +37,14 @@ from tvm_ref.command_line import (
 import numpy as np
 from torch import nn
 
-from imagenet import parallel
-from imagenet.fingerprints import fingerprint
-from imagenet.generator import BATCH, ROWS, Generator
-from imagenet.image_files import EXTENSIONS, save_png, write_npz
+from imagenet import distributed
+from imagenet.data.fingerprints import fingerprint
+from imagenet.data.image_files import EXTENSIONS, save_png, write_npz
+from imagenet.data.pictures import Pixels, grid
+from imagenet.distributed import World
 from imagenet.model_options import add_model_options, load_model
-from imagenet.parallel import World
-from imagenet.pictures import Pixels, grid
-from tvm_ref.progress import progress
+from imagenet.sampler import BATCH, ROWS, Generator
+from tvm_ref.cli.progress import progress
 
 COUNT = 64  # images, where nothing else is said
 CHUNK = 256  # images put together at a time
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
     options = command.parse_args(argv)
     with command.bad_input():
         hint = "the same command goes on" if is_folder(options.out) else ""
-    with command.failures(hint), command.bad_input(), parallel.process_group(options.device) as world:
+    with command.failures(hint), command.bad_input(), distributed.process_group(options.device) as world:
         count: int = COUNT if options.count is None else options.count
         require_at_least(1, count=count, steps=options.steps, batch_size=options.batch_size)
         generator = load_model(options, world, vae)

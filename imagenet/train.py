@@ -19,30 +19,31 @@ from pathlib import Path
 from typing import Any
 
 # first, so that Ctrl-C is quiet while PyTorch is imported
-from tvm_ref import command_line
-from tvm_ref.command_line import OneLineParser, add_options, given, option, require_at_least, require_free
+from tvm_ref.cli import command_line
+from tvm_ref.cli.command_line import OneLineParser, add_options, given, option, require_at_least, require_free
 
 # isort: split
 import torch
 from torch import nn
 
-from imagenet import checkpoints, parallel
-from imagenet.batches import Batches, loader
-from imagenet.evaluation import Judge, make_judge
-from imagenet.fingerprints import fingerprint
-from imagenet.image_datasets import Data, load_data, provenance_of
-from imagenet.latents import load_vae
-from imagenet.memory import check_memory, free_bytes
-from imagenet.parallel import World
-from imagenet.presets import PRESETS, RESUMABLE, Config
-from imagenet.provenance import Provenance
-from imagenet.report import draw_grid, write_report, write_weights
-from imagenet.run import Run, saved_nothing, stored_config
-from imagenet.training import Training
-from imagenet.training_log import check_wandb
-from tvm_ref.interruption import INTERRUPTED, Interruption, SaveRequests
+from imagenet import distributed
+from imagenet.config import PRESETS, RESUMABLE, Config
+from imagenet.cost.memory import check_memory, free_bytes
+from imagenet.data.batches import Batches, loader
+from imagenet.data.fingerprints import fingerprint
+from imagenet.data.image_sets import Data, load_data, provenance_of
+from imagenet.data.latents import load_vae
+from imagenet.data.provenance import Provenance
+from imagenet.distributed import World
+from imagenet.metrics.fid import Judge, make_judge
+from imagenet.training import checkpoint
+from imagenet.training.log import check_wandb
+from imagenet.training.report import draw_grid, write_report, write_weights
+from imagenet.training.run import Run, saved_nothing, stored_config
+from imagenet.training.step import Training
+from tvm_ref.cli.progress import progress
+from tvm_ref.cli.stopping import INTERRUPTED, Interruption, SaveRequests
 from tvm_ref.objectives import TERMS
-from tvm_ref.progress import progress
 
 LEAST = 10  # images to measure
 GO_ON = "the same command with --resume goes on"
@@ -111,20 +112,20 @@ def prepare(
         ValueError, OSError: bad values, or a folder that is in the way.
     """
     config = dataclasses.replace(PRESETS[preset], **changes)
-    resumed = resume and (out / checkpoints.CONFIG).exists()
+    resumed = resume and (out / checkpoint.CONFIG).exists()
     if resumed:
         of_preset = {} if preset == "digits" else dataclasses.asdict(PRESETS[preset])  # digits may be unsaid
         kept = (*RESUMABLE, "steps", "init")  # as stored, where nothing else is said
         config = stored_config(out, {k: v for k, v in of_preset.items() if k not in kept} | changes)
     else:
-        require_free(out, (checkpoints.CONFIG,), ways="--resume", overwrite=saved_nothing(out))
+        require_free(out, (checkpoint.CONFIG,), ways="--resume", overwrite=saved_nothing(out))
     if config.batch_size % (world_size * config.accumulate):
         raise ValueError(
             f"--batch-size {config.batch_size} is no multiple of {world_size} processes times "
             f"--accumulate {config.accumulate}"
         )
     if config.parallel == "fsdp":
-        parallel.check_version()
+        distributed.check_version()
     return config, resumed
 
 
@@ -141,12 +142,12 @@ def described(config: Config, data: Data, folder: Path | None, vae: str | None =
         ValueError: they are others.
     """
     here = provenance_of(config, data)
-    before = None if folder is None else checkpoints.read_provenance(folder)
+    before = None if folder is None else checkpoint.read_provenance(folder)
     if before is not None:
         before.check_same(here, f"--resume: {folder} was trained on other data than --data-path holds")
         here = dataclasses.replace(here, autoencoder=before.autoencoder)
     start = config.init if folder is None else None  # of a run that goes on, its checkpoint holds all that is needed
-    source = None if start is None else checkpoints.read_provenance(start)
+    source = None if start is None else checkpoint.read_provenance(start)
     if source is not None:
         source.check_same_latents(here, f"--init: {start} was trained on other latents than --data-path holds")
     return here if vae is None else dataclasses.replace(here, autoencoder=vae)
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None, judge: Judge | None = None) -> int:
     with contextlib.ExitStack() as stack:
         with command.bad_input():
             options = Options(**given(arguments, Options))
-            world = stack.enter_context(parallel.process_group(options.device))
+            world = stack.enter_context(distributed.process_group(options.device))
             if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(THREADS)
             run, data = begin(arguments.preset, given(arguments, Config), options, world, judge)

@@ -55,20 +55,6 @@ def test_every_function_of_the_equation_table_exists_and_cites_its_place(place, 
     assert re.search(cited, documentation) or re.search(cited, module), f"{name} does not cite {place}"
 
 
-def test_the_file_tree_is_complete():
-    section = ROOM.split("## Files")[1].split("```")[1]
-    listed, stack = set(), []
-    for line in section.strip().splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 4
-        stack = [*stack[:depth], name.rstrip("/")]
-        path = ROOT.joinpath(*stack)
-        assert path.exists(), f"{path.relative_to(ROOT)} is listed and does not exist"
-        listed.add(path)
-    modules = {p for p in (ROOT / "tvm_ref").rglob("*.py") if p.name != "__init__.py"}
-    assert modules <= listed, f"not listed: {sorted(str(p.relative_to(ROOT)) for p in modules - listed)}"
-
-
 def test_every_toy_command_of_the_readme_parses():
     commands = re.findall(r"python -m tvm_ref\.toy ([^#\n`]*)", README + ROOM)
     assert len(commands) >= 6

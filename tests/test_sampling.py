@@ -5,7 +5,7 @@ import torch
 
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.sampling import EulerStep, sample, sample_path, uniform_times
-from tvm_ref.toy.distributions import make_distribution
+from tvm_ref.toy.data.distributions import make_distribution
 from tvm_ref.toy.network import ToyNetwork
 
 

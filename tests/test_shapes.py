@@ -11,7 +11,7 @@ WRONG = """
 import pytest, torch
 
 import imagenet.train, jvp_attention
-from imagenet.dit import modulate
+from imagenet.model.dit import modulate
 from tvm_ref.interpolant import interpolate
 
 x, t = torch.zeros(3, 2), torch.zeros(3)

@@ -17,8 +17,8 @@ from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.shapes import over
 from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.distributions import DISTRIBUTIONS, make_distribution
-from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.data.distributions import DISTRIBUTIONS, make_distribution
+from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.network import ToyNetwork
 from tvm_ref.toy.training import Training
 

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from tvm_ref.bound import __main__ as command
-from tvm_ref.bound import over_training, taming
 from tvm_ref.bound.chain import LINKS, TERMS
+from tvm_ref.experiments import bound_over_training, lipschitz_of_networks
 from tvm_ref.toy.__main__ import main as toy
 from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.distributions import make_distribution
+from tvm_ref.toy.data.distributions import make_distribution
 from tvm_ref.toy.network import ToyNetwork
 
 KEYS = {"t", *TERMS, "quadrature_error"}
@@ -133,7 +133,7 @@ def test_training_is_measured_and_drawn(tmp_path, capsys):
     assert command.main([*options, "--steps", "120"]) == 0
     result = json.loads((out / "training.json").read_text())
     steps = [record["step"] for record in result["records"]]
-    assert steps == over_training.measured_steps(120)
+    assert steps == bound_over_training.measured_steps(120)
     assert steps[-1] == 120
     assert all(record["violations"] == [] for record in result["records"])
     assert all(set(record) >= {*TERMS, "loss", "training_loss", "path_lipschitz"} for record in result["records"])
@@ -148,7 +148,7 @@ def test_training_that_diverges_is_reported(tmp_path, capsys, monkeypatch):
     def diverge(self):
         raise FloatingPointError("training diverged at step 0: the jump loss is NaN")
 
-    monkeypatch.setattr(over_training.Training, "train_step", diverge)
+    monkeypatch.setattr(bound_over_training.Training, "train_step", diverge)
     with pytest.raises(SystemExit) as stop:
         command.main(["--dist", "moons", "--train", "--out", str(tmp_path / "out"), *SMALL])
     assert stop.value.code == 1
@@ -163,28 +163,32 @@ def test_lipschitz_table(tmp_path, capsys):
     report = json.loads((out / "lipschitz.json").read_text())
     networks = report["networks"]
     assert report["exact_flow"]["path_lipschitz"] > networks["plain MLP"]["trained"]["path_lipschitz"]  # 10 steps
-    assert list(networks) == list(taming.TAMINGS)
+    assert list(networks) == list(lipschitz_of_networks.TAMINGS)
     assert all(figures["violations"] == [] for states in networks.values() for figures in states.values())
     printed = capsys.readouterr().out
-    assert all(name in printed for name in taming.TAMINGS)
+    assert all(name in printed for name in lipschitz_of_networks.TAMINGS)
     assert "--overwrite" in refusal([*options, *SMALL], capsys)
 
 
 def test_spectral_initialisation_and_rms_norm_do_what_they_say():
-    network = taming.tame(ToyNetwork(width=16, depth=3), taming.Taming(rms_norm=True, spectral=True))
+    network = lipschitz_of_networks.tame(
+        ToyNetwork(width=16, depth=3), lipschitz_of_networks.Taming(rms_norm=True, spectral=True)
+    )
     for layer, norm in network.hidden:
         expected = min(1.0, math.sqrt(layer.out_features / layer.in_features))
         assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(expected, rel=1e-5)
         assert not layer.bias.any()
         x = 5 * torch.randn(10, 16)
         torch.testing.assert_close(norm(x).square().mean(1), torch.ones(10))
-    plain = taming.tame(ToyNetwork(width=16), taming.TAMINGS["plain MLP"])
+    plain = lipschitz_of_networks.tame(ToyNetwork(width=16), lipschitz_of_networks.TAMINGS["plain MLP"])
     assert all(isinstance(layer, nn.Linear) for layer in plain.hidden)
 
 
 def test_tamed_networks_have_right_terminal_velocities():
     """A JVP passes through RMSNorm: against central differences."""
-    model = taming.at_random(ToyConfig(width=16, depth=2), make_distribution("moons"), taming.TAMINGS["both"]).double()
+    model = lipschitz_of_networks.at_random(
+        ToyConfig(width=16, depth=2), make_distribution("moons"), lipschitz_of_networks.TAMINGS["both"]
+    ).double()
     x, t, s = torch.randn(20, 2).double(), torch.full((20,), 0.9).double(), torch.full((20,), 0.4).double()
     df_ds = model.displacement_and_terminal_velocity(x, t, s)[1]
     difference = (model.jump(x, t, s + 1e-5) - model.jump(x, t, s - 1e-5)) / 2e-5
@@ -192,12 +196,12 @@ def test_tamed_networks_have_right_terminal_velocities():
 
 
 def test_rank_correlation_sees_order_alone():
-    names = [*over_training.LOSSES, *TERMS]
+    names = [*bound_over_training.LOSSES, *TERMS]
     records = [dict.fromkeys(names, float(x)) | {"loss": math.exp(x), "global": -x} for x in range(5)]
-    correlations = over_training.rank_correlations(records)
+    correlations = bound_over_training.rank_correlations(records)
     assert correlations["loss"] == pytest.approx(1)
     assert correlations["global"] == pytest.approx(-1)
-    assert all(math.isnan(value) for value in over_training.rank_correlations(records[:2]).values())
+    assert all(math.isnan(value) for value in bound_over_training.rank_correlations(records[:2]).values())
 
 
 def test_help_teaches(capsys):

@@ -6,7 +6,8 @@ import signal
 import torch
 from safetensors.torch import load_file
 
-from imagenet import checkpoints, train
+from imagenet import train
+from imagenet.training import checkpoint
 
 TINY = [
     "--data", "synthetic", "--patch-size", "4", "--hidden-size", "16", "--depth", "1", "--heads", "2",
@@ -52,13 +53,13 @@ def same(a, b):
 
 
 def state(path):
-    return {k: v for k, v in checkpoints.read_checkpoint(path).items() if k != "seconds"}
+    return {k: v for k, v in checkpoint.read_checkpoint(path).items() if k != "seconds"}
 
 
 def assert_same_run(a, b):
     assert same(weights(a), weights(b))
     assert losses(a) == losses(b)
-    newest = [checkpoints.checkpoints(folder / "checkpoints")[-1] for folder in (a, b)]
+    newest = [checkpoint.checkpoints(folder / "checkpoints")[-1] for folder in (a, b)]
     assert newest[0].name == newest[1].name
     assert same(state(newest[0]), state(newest[1]))
 

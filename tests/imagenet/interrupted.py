@@ -4,7 +4,7 @@ import signal
 import sys
 
 from imagenet import train
-from imagenet.training import Training
+from imagenet.training.step import Training
 from tests.imagenet.commands import stopping_at
 
 if __name__ == "__main__":

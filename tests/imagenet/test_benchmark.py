@@ -6,7 +6,7 @@ import torch
 
 from imagenet import benchmark
 from imagenet.benchmark import main, measure, measure_apart
-from imagenet.presets import PRESETS, Config, build_model
+from imagenet.config import PRESETS, Config, build_model
 from tests.imagenet.commands import status
 
 TINY = Config(data="synthetic", hidden_size=16, depth=1, heads=2, batch_size=4)

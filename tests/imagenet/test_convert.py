@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from imagenet.checkpoints import load_weights, read_provenance
+from imagenet.config import PRESETS, Config, build_model
 from imagenet.convert import data_of, main
-from imagenet.latents import NORMALISATION, VAE
-from imagenet.presets import PRESETS, Config, build_model
-from imagenet.provenance import Provenance
+from imagenet.data.latents import NORMALISATION, VAE
+from imagenet.data.provenance import Provenance
+from imagenet.training.checkpoint import load_weights, read_provenance
 from tests.imagenet.commands import status
 
 CONFIG = Config(data="latents", input_size=8, in_channels=4, classes=10, hidden_size=32, depth=2, heads=2, w=2.0)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from imagenet import parallel
+from imagenet import distributed
+from imagenet.data.latents import NORMALISATION, Latents
+from imagenet.distributed import World
 from imagenet.encode import Settings, centre_crop, main
-from imagenet.latents import NORMALISATION, Latents
-from imagenet.parallel import World
 
 pytest.importorskip("diffusers")
 from tests.autoencoders import tiny_vae
@@ -147,7 +147,7 @@ def test_two_processes_write_the_files_of_one(source, tmp_path, monkeypatch):
     encode(source, tmp_path / "one")
     two = tmp_path / "two"
     for rank in (0, 1, 0):  # rank 0 comes too early to the end, as if there were no barrier, and then again
-        monkeypatch.setattr(parallel, "process_group", lambda _, rank=rank: contextlib.nullcontext(World(rank, 2)))
+        monkeypatch.setattr(distributed, "process_group", lambda _, rank=rank: contextlib.nullcontext(World(rank, 2)))
         monkeypatch.setattr(World, "all_gather", lambda self, values: None)
         monkeypatch.setattr(World, "broadcast", lambda self, a: None if a is None else ["00000", "00001", "00002"])
         encode(source, two)

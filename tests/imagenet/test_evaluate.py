@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagenet.checkpoints import save_weights
-from imagenet.image_files import ImageFiles, save_png
-from imagenet.presets import Config, build_model
+from imagenet.config import Config, build_model
+from imagenet.data.image_files import ImageFiles, save_png
+from imagenet.training.checkpoint import save_weights
 
 pytest.importorskip("torch_fidelity")
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from imagenet import sample
 from imagenet.evaluate import figures, main
-from imagenet.generator import Generator
-from imagenet.inception import Features
-from imagenet.metrics import frechet_distance, gaussian_statistics, precision_recall
-from imagenet.references import Reference
+from imagenet.metrics.frechet import frechet_distance, gaussian_statistics, precision_recall
+from imagenet.metrics.inception import Features
+from imagenet.metrics.references import Reference
+from imagenet.sampler import Generator
 from tests.imagenet.commands import status
 
 CONFIG = Config(hidden_size=16, depth=1, heads=2)

@@ -11,7 +11,7 @@ import pytest
 from tests.imagenet.commands import status
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "sample", "evaluate", "encode", "convert", "benchmark", "digit_seeds", "preset_costs")
+COMMANDS = ("train", "sample", "evaluate", "encode", "convert", "benchmark", "digit_seeds")
 OPTIONAL = ("torchvision", "timm", "diffusers", "torch_fidelity", "sklearn", "jvp_attention", "triton")
 SLOW = (
     "ot", "pytorch_optimizer", "matplotlib", "scipy", "psutil", "sympy", "torch.distributed.tensor", "torch._dynamo",
@@ -44,7 +44,7 @@ def test_help_and_bad_options_need_no_library_beside_torch():
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("train", "preset_costs")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "train"])
 def test_help_teaches(command):
     """It begins with commands to copy, and says what every option means."""
     parser = importlib.import_module(f"imagenet.{command}").parser()
@@ -69,7 +69,7 @@ def test_a_library_that_is_not_there_ends_with_one_line(tmp_path, monkeypatch, c
     import numpy as np
 
     from imagenet import evaluate
-    from imagenet.image_files import write_npz
+    from imagenet.data.image_files import write_npz
 
     write_npz(tmp_path / "a.npz", 10, [np.zeros((10, 4, 4, 3), np.uint8)], np.arange(10))
     np.savez(tmp_path / "reference.npz", mu=np.zeros(2), sigma=np.eye(2))

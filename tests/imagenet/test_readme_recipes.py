@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from imagenet import train
-from imagenet.memory import fits
-from imagenet.presets import PRESETS, Config
-from tvm_ref.command_line import given
+from imagenet.config import PRESETS, Config
+from imagenet.cost.memory import fits
+from tvm_ref.cli.command_line import given
 
 README = Path(train.__file__).with_name("README.md").read_text()
 

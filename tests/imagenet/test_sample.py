@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from imagenet import parallel
-from imagenet.checkpoints import save_weights
-from imagenet.generator import Generator
-from imagenet.image_files import ImageFiles
-from imagenet.latents import NORMALISATION, decode
-from imagenet.noise import PRIOR, normal
-from imagenet.parallel import World
-from imagenet.pictures import grid
-from imagenet.presets import Config, build_model
+from imagenet import distributed
+from imagenet.config import Config, build_model
+from imagenet.data.image_files import ImageFiles
+from imagenet.data.latents import NORMALISATION, decode
+from imagenet.data.noise import PRIOR, normal
+from imagenet.data.pictures import grid
+from imagenet.distributed import World
 from imagenet.sample import main
+from imagenet.sampler import Generator
+from imagenet.training.checkpoint import save_weights
 from tests.imagenet.commands import status
 from tvm_ref import Condition
 
@@ -93,7 +93,7 @@ def test_processes_share_the_work(model, tmp_path, out, count, monkeypatch):
     monkeypatch.setattr(World, "all_gather", lambda self, values: None)
     monkeypatch.setattr(World, "broadcast", lambda self, value: value)
     for rank in (1, 2, 0):
-        monkeypatch.setattr(parallel, "process_group", lambda _, rank=rank: contextlib.nullcontext(World(rank, 3)))
+        monkeypatch.setattr(distributed, "process_group", lambda _, rank=rank: contextlib.nullcontext(World(rank, 3)))
         assert draw(model, tmp_path / out, "--count", str(count), "--batch-size", "2") == 0
     found, expected = (np.array(Image.open(a)) if out == "a.png" else pixels(a) for a in (tmp_path / out, whole))
     assert np.abs(found.astype(int) - expected).max() <= 1

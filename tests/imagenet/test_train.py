@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from imagenet import checkpoints, train, training_log
-from imagenet.presets import PRESETS, Config
-from imagenet.training import Training
+from imagenet import train
+from imagenet.config import PRESETS, Config
+from imagenet.training import checkpoint, log
+from imagenet.training.step import Training
 from tests.imagenet.commands import command, losses, same, status
 
 
@@ -41,16 +42,16 @@ def test_a_run_leaves_every_file(tmp_path, capsys):
         "samples-1.png", "samples-4.png", "metrics.json", "evaluations.jsonl", "weights-ema0.1.safetensors",
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "samples").iterdir())] == ["00000003.png", "00000006.png"]
-    assert [p.name for p in checkpoints.checkpoints(folder / "checkpoints")] == ["00000004", "00000006"]
+    assert [p.name for p in checkpoint.checkpoints(folder / "checkpoints")] == ["00000004", "00000006"]
     snapshots = [folder / "snapshots" / f"{step:08d}.safetensors" for step in (3, 6)]
     others = [path.with_stem(f"{path.stem}-ema0.1") for path in snapshots]
     assert sorted((folder / "snapshots").iterdir()) == sorted(snapshots + others)
     assert same(
-        *(checkpoints.load_weights(a)[0].state_dict() for a in (others[1], folder / "weights-ema0.1.safetensors"))
+        *(checkpoint.load_weights(a)[0].state_dict() for a in (others[1], folder / "weights-ema0.1.safetensors"))
     )
-    assert not same(*(checkpoints.load_weights(a)[0].state_dict() for a in (others[1], snapshots[1])))
-    first, last = (checkpoints.load_weights(path)[0].state_dict() for path in snapshots)
-    assert same(last, checkpoints.load_weights(folder)[0].state_dict())
+    assert not same(*(checkpoint.load_weights(a)[0].state_dict() for a in (others[1], snapshots[1])))
+    first, last = (checkpoint.load_weights(path)[0].state_dict() for path in snapshots)
+    assert same(last, checkpoint.load_weights(folder)[0].state_dict())
     assert not same(first, last)
     for picture in folder.rglob("*.png"):
         assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -68,9 +69,9 @@ def test_a_run_leaves_every_file(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 NFE: accuracy" in out
     assert str(folder) in out
-    model, config = checkpoints.load_weights(folder)
+    model, config = checkpoint.load_weights(folder)
     assert config == Config(steps=6, batch_size=16, hidden_size=16, depth=1, ema=(0.99, 0.1))
-    stored = checkpoints.read_checkpoint(folder / "checkpoints" / "00000006")["ema"][0]["module"]
+    stored = checkpoint.read_checkpoint(folder / "checkpoints" / "00000006")["ema"][0]["module"]
     assert same({f"network.{k}": v for k, v in model.network.state_dict().items()}, stored)
 
 
@@ -97,7 +98,7 @@ def test_a_run_that_failed_before_it_saved_makes_way_for_another(tmp_path, monke
     (folder / "samples").mkdir(exist_ok=True)
     (folder / "samples" / "00000009.png").write_bytes(b"of the run that failed")
     assert command(folder, "--steps", 2, "--lr", "1e-4") == 0
-    assert checkpoints.read_config(folder).lr == 1e-4
+    assert checkpoint.read_config(folder).lr == 1e-4
     assert not (folder / "samples").exists()
     assert status(command, folder, "--steps", 2) == 2  # now there is something to lose
 
@@ -155,9 +156,9 @@ def test_a_run_is_never_overwritten_and_keeps_its_options(tmp_path, capsys):
         assert error.count("\n") == 1
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert command(folder, "--steps", 4, "--resume", "--accumulate", "2") == 0  # how, not what: may change
-    assert checkpoints.read_config(folder).accumulate == 2
+    assert checkpoint.read_config(folder).accumulate == 2
     assert train.main(["--out", str(folder), "--resume"]) == 0  # what is not said stays
-    assert checkpoints.read_config(folder).accumulate == 2
+    assert checkpoint.read_config(folder).accumulate == 2
     with pytest.raises(SystemExit):
         train.main(["synthetic", "--out", str(folder), "--resume"])
     assert "has --input-size 8" in capsys.readouterr().err
@@ -250,7 +251,7 @@ def test_tensorboard_is_optional(tmp_path, monkeypatch):
 
 
 def test_weights_and_biases_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training_log, "find_spec", lambda name: None)
+    monkeypatch.setattr(log, "find_spec", lambda name: None)
     assert status(command, tmp_path / "run", "--steps", 2, "--wandb", "digits") == 2
     assert "--wandb needs its package: pip install wandb" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

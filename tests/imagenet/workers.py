@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from imagenet import checkpoints, parallel, sharded_state
-from imagenet.batches import Batches
-from imagenet.image_datasets import load_data
-from imagenet.presets import Config
-from imagenet.training import Training
+from imagenet import distributed
+from imagenet.config import Config
+from imagenet.data.batches import Batches
+from imagenet.data.image_sets import load_data
+from imagenet.training import checkpoint, sharded_state
+from imagenet.training.step import Training
 
 SMALL = Config(
     hidden_size=16, depth=2, batch_size=12, steps=50, w=2.0, warmup=3, optimizer="adamw", lr=1e-3, ema=(0.99, 0.5)
@@ -23,7 +24,7 @@ SMALL = Config(
 def fsdp_works() -> bool:
     """Whether this PyTorch has an FSDP whose JVP is right."""
     try:
-        parallel.check_version()
+        distributed.check_version()
     except ValueError:
         return False
     return True
@@ -43,10 +44,10 @@ def randomise(module, seed=0):
 
 def start_state(config):
     """The state of a training that is not at its zero start."""
-    training = Training(config, parallel.World())
+    training = Training(config, distributed.World())
     for module, seed in ((training.model, 0), (training.target.module, 1), (training.ema.module, 2)):
         randomise(module, seed)
-    return parallel.full_state(training.state_dict())
+    return distributed.full_state(training.state_dict())
 
 
 def steps(world, count=3, poison=None, **fields):
@@ -62,14 +63,14 @@ def steps(world, count=3, poison=None, **fields):
             batch.x0[1] = float("nan")
         result = training.train_step(batch, stop=(step, world.rank) == (1, 1))
         metrics.append([*result.losses, result.gradient_norm, result.asked_to_stop])
-    gradients = parallel.full_state({name: p.grad for name, p in training.model.named_parameters()})
-    return {"metrics": metrics, "gradients": gradients, "state": parallel.full_state(training.state_dict())}
+    gradients = distributed.full_state({name: p.grad for name, p in training.model.named_parameters()})
+    return {"metrics": metrics, "gradients": gradients, "state": distributed.full_state(training.state_dict())}
 
 
 def main(folder):
     """Under torchrun: every way of training together, results of rank 0 saved in `folder`."""
     torch.set_num_threads(1)
-    with parallel.process_group("cpu") as world:
+    with distributed.process_group("cpu") as world:
         train_in_every_way(folder, world)
 
 
@@ -105,13 +106,13 @@ def save_and_reshard(folder, kind, world):
     training.load_state_dict(start_state(SMALL))
     batches = Batches(training.config, load_data(training.config), world.rank, world.size)
     training.train_step(batches[0])
-    saved = copy.deepcopy(parallel.full_state(training.state_dict()))
-    with checkpoints.Saver(folder, 3, world) as saver:
+    saved = copy.deepcopy(distributed.full_state(training.state_dict()))
+    with checkpoint.Saver(folder, 3, world) as saver:
         saver.save(training.state_dict(), training.step)
         training.train_step(batches[1])
     other = Training(Config(**small | {"parallel": "fsdp" if kind == "ddp" and fsdp_works() else "ddp"}), world)
-    other.load_state_dict(checkpoints.read_checkpoint(folder / "00000001", other.place))
-    return {"saved": saved, "read": parallel.full_state(other.state_dict())}
+    other.load_state_dict(checkpoint.read_checkpoint(folder / "00000001", other.place))
+    return {"saved": saved, "read": distributed.full_state(other.state_dict())}
 
 
 def save_to_a_full_disk(folder, world):
@@ -124,7 +125,7 @@ def save_to_a_full_disk(folder, world):
     if not world.first:
         sharded_state._HashingStream.write = full
     try:
-        with checkpoints.Saver(folder, 3, world) as saver:
+        with checkpoint.Saver(folder, 3, world) as saver:
             saver.save({"a": torch.ones(9), "b": torch.ones(9)}, 2)
     except OSError as error:
         (folder.parent / f"full-{world.rank}.txt").write_text(str(error))

@@ -12,8 +12,8 @@ from tvm_ref.interpolant import conditional_velocity, interpolate
 from tvm_ref.objectives import OBJECTIVES, PID, TVM, FlowMatching, LossTerms, MeanFlow, Objective, mean_square
 from tvm_ref.shapes import over
 from tvm_ref.time_samplers import Times
-from tvm_ref.toy.distributions import make_distribution
-from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.data.distributions import make_distribution
+from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.network import ToyNetwork
 
 B = 16

@@ -18,15 +18,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tvm_ref.experiments import compare, methods, seeds, speed, sweep
 from tvm_ref.objectives import FlowMatching
 from tvm_ref.sampling import sample
 from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy import __main__ as command
-from tvm_ref.toy import benchmark, compare, methods, metrics, plots, seeds, sweep
 from tvm_ref.toy import training as training_module
 from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.distributions import make_distribution
-from tvm_ref.toy.metrics import FIGURES, NFES
+from tvm_ref.toy.data.distributions import make_distribution
+from tvm_ref.toy.report import metrics, plots
+from tvm_ref.toy.report.metrics import FIGURES, NFES
 from tvm_ref.toy.run import Run, load_run, read_config
 from tvm_ref.toy.training import draw_block
 
@@ -533,13 +534,13 @@ def test_ctrl_c_in_measuring_leaves_at_once_and_resume_measures(tmp_path, capsys
 # The other commands --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [command, compare, seeds, benchmark])
+@pytest.mark.parametrize("module", [command, compare, seeds, speed])
 def test_help_teaches(capsys, module):
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert text.count("python -m tvm_ref.toy") >= 2  # usage, and commands to copy
+    assert text.count("python -m tvm_ref.") >= 2  # usage, and commands to copy
     assert "default" in text
 
 
@@ -691,20 +692,20 @@ def test_benchmark_draws_no_data_while_it_times_gradients(monkeypatch):
     monkeypatch.setattr(training_module, "draw_block", counted)
     config = ToyConfig(batch_size=4, width=4, depth=1)
     training = training_module.Training(config, make_distribution("moons"))
-    benchmark.step_times({"TVM": training}, rounds=3, repeats=20)
+    speed.step_times({"TVM": training}, rounds=3, repeats=20)
     assert drawn == [0, 1]  # 80 steps, 50 to a block
 
 
 def test_benchmark_times_steps_beside_busy_programs(tmp_path, capsys):
     options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--rounds", "2", "--repeats", "2", "--busy"]
-    assert benchmark.main([*options, "--out", str(tmp_path / "busy.json")]) == 0
+    assert speed.main([*options, "--out", str(tmp_path / "busy.json")]) == 0
     times = json.loads((tmp_path / "busy.json").read_text())["busy"]
     assert times["ratio"] == times["busy"] / times["alone"]
     assert f"{times['ratio']:.2f} times as long" in capsys.readouterr().out
 
 
 def test_busy_programs_run_and_end():
-    with benchmark.busy_programs(2):
+    with speed.busy_programs(2):
         children = [child for child in psutil.Process().children() if "while True" in " ".join(child.cmdline())]
         assert len(children) == 2
     assert not any(child.is_running() for child in children)
@@ -713,7 +714,7 @@ def test_busy_programs_run_and_end():
 @pytest.mark.slow
 def test_benchmark_prints_ratios(tmp_path, capsys):
     options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--rounds", "2", "--repeats", "2", "--seeds", "0"]
-    assert benchmark.main([*options, "--out", str(tmp_path / "benchmark.json")]) == 0
+    assert speed.main([*options, "--out", str(tmp_path / "benchmark.json")]) == 0
     times = json.loads((tmp_path / "benchmark.json").read_text())["milliseconds"]
     assert set(times) == set(methods.METHODS)
     ratio = times["TVM"]["step"] / times["flow matching"]["step"]
@@ -728,8 +729,8 @@ def test_benchmark_prints_ratios(tmp_path, capsys):
         (compare, ["--seeds", "0"]),
         (seeds, ["--seeds", "0"]),
         (seeds, ["--dist", "moon"]),
-        (benchmark, ["--rounds", "0"]),
-        (benchmark, ["--width", "0"]),
+        (speed, ["--rounds", "0"]),
+        (speed, ["--width", "0"]),
     ],
 )
 def test_bad_input_to_the_other_commands(capsys, module, options):
@@ -753,12 +754,12 @@ SLOW = (
 )
 COMMANDS = {
     "tvm_ref.toy": ["--lr", "-1"],
-    "tvm_ref.toy.compare": ["--steps", "0"],
-    "tvm_ref.toy.seeds": ["--points", "1"],
-    "tvm_ref.toy.family": ["--samples", "1"],
-    "tvm_ref.toy.benchmark": ["--width", "0"],
-    "tvm_ref.toy.page": ["nowhere"],
-    "tvm_ref.toy.animation": ["nowhere"],
+    "tvm_ref.experiments.compare": ["--steps", "0"],
+    "tvm_ref.experiments.seeds": ["--points", "1"],
+    "tvm_ref.experiments.family": ["--samples", "1"],
+    "tvm_ref.experiments.speed": ["--width", "0"],
+    "tutorials.playground.page": ["nowhere"],
+    "tvm_ref.toy.report.animation": ["nowhere"],
     "tvm_ref.bound": ["nowhere"],
 }
 

@@ -4,7 +4,7 @@ import torch
 from tests.networks import some_times
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
-from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.network import ToyNetwork
 
 

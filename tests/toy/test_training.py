@@ -7,8 +7,8 @@ from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.time_samplers import TimeSampler
 from tvm_ref.toy import training as training_module
 from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.distributions import make_distribution
-from tvm_ref.toy.metrics import exact_samples, make_reference, paired_errors
+from tvm_ref.toy.data.distributions import make_distribution
+from tvm_ref.toy.report.metrics import exact_samples, make_reference, paired_errors
 from tvm_ref.toy.run import Run, load_run, read_config
 from tvm_ref.toy.training import BLOCK, Training, draw_block, learning_rate
 

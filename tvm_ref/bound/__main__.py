@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvm_ref.bound import over_training, taming
 from tvm_ref.bound.chain import Bound, measure
 from tvm_ref.bound.paths import STEPS
 from tvm_ref.bound.terms import LABELS, TERMS
-from tvm_ref.command_line import OneLineParser, add_options, flag, given, require_free, run, write_atomically
+from tvm_ref.cli.command_line import OneLineParser, add_options, flag, given, require_free, run, write_atomically
+from tvm_ref.cli.progress import progress
 from tvm_ref.distances import sampling_floor, wasserstein2
+from tvm_ref.experiments import bound_over_training, lipschitz_of_networks
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.objectives import OBJECTIVES
-from tvm_ref.progress import progress
 from tvm_ref.seeding import BOUND
 from tvm_ref.toy.config import ToyConfig, use_one_thread
-from tvm_ref.toy.distributions import DISTRIBUTIONS
-from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.data.distributions import DISTRIBUTIONS
+from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.run import distribution_of, load_run, read_config
 
 TRAINING_OPTIONS = ["dist", "data", "bandwidth", "objective", "steps", "batch_size", "width", "depth", "lr",
@@ -137,7 +137,7 @@ def measure_run(
         FloatingPointError: a model whose path, or whose bounds, are not finite.
     """
     from tvm_ref.bound.plots import plot_bound
-    from tvm_ref.toy.plots import save_figure
+    from tvm_ref.toy.report.plots import save_figure
 
     x0, x1, condition = draw(distribution, points, conditional=config.conditional)
     bound = measure(
@@ -225,20 +225,20 @@ def dumps(report: dict[str, Any]) -> str:
 def measure_training(config: ToyConfig, out: Path, t: float, points: int, steps: int) -> list[str]:
     """Train and measure; writes training.json (after every measurement) and training.png, returns violated links."""
     from tvm_ref.bound.plots import plot_training
-    from tvm_ref.toy.plots import save_figure
+    from tvm_ref.toy.report.plots import save_figure
 
     distribution = distribution_of(config)
     x0, x1, _ = draw(distribution, points)
-    records: list[over_training.Record] = []
-    for record in over_training.measure_over_training(config, distribution, x0, x1, t=t, steps=steps):
+    records: list[bound_over_training.Record] = []
+    for record in bound_over_training.measure_over_training(config, distribution, x0, x1, t=t, steps=steps):
         records.append(record)
         write_atomically(out / "training.json", dumps({"t": t, "points": points, "grid": steps, "records": records}))
-    correlations = over_training.rank_correlations(records)
+    correlations = bound_over_training.rank_correlations(records)
     known = {name: value if value == value else None for name, value in correlations.items()}
     report = {"t": t, "points": points, "grid": steps, "records": records, "rank_correlation_with_w2": known}
     write_atomically(out / "training.json", dumps(report))
     save_figure(plot_training(records, correlations, config.name), out / "training.png")
-    print(over_training.table(records, correlations))
+    print(bound_over_training.table(records, correlations))
     print(f"training.json and training.png: {out}")
     return [f"step {r['step']}: {link}" for r in records for link in r["violations"]]
 
@@ -247,12 +247,12 @@ def compare_tamings(config: ToyConfig, out: Path, t: float, points: int, steps: 
     """Compare networks by int L; prints a table, writes lipschitz.json, returns violated links."""
     distribution = distribution_of(config)
     x0, x1, _ = draw(distribution, points)
-    results = taming.diagnose(config, distribution, x0, x1, t=t, steps=steps)
-    exact = taming.exact_lipschitz(distribution, x0, x1, t=t, steps=steps)
+    results = lipschitz_of_networks.diagnose(config, distribution, x0, x1, t=t, steps=steps)
+    exact = lipschitz_of_networks.exact_lipschitz(distribution, x0, x1, t=t, steps=steps)
     report = {"t": t, "points": points, "grid": steps, "training_steps": config.steps, "networks": results}
     report["exact_flow"] = exact
     write_atomically(out / "lipschitz.json", dumps(report))
-    print(taming.table(results, exact))
+    print(lipschitz_of_networks.table(results, exact))
     print(f"L is the largest slope seen on the paths, an estimate from below; lipschitz.json: {out}")
     return [
         f"{name}, {state}: {link}"

@@ -63,7 +63,7 @@ from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import interpolate
 from tvm_ref.objectives import Flow
 from tvm_ref.shapes import Sample
-from tvm_ref.toy.mixture import exact_path
+from tvm_ref.toy.data.mixture import exact_path
 
 ROUNDING = 1e-9  # relative: what float64 costs the links that hold exactly on a grid
 COINCIDENT = 1e-12  # X and Y nearer than this count as the same point: a ratio of roundings says nothing

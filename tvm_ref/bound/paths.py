@@ -13,7 +13,7 @@ from tvm_ref.interpolant import conditional_velocity, interpolate
 from tvm_ref.objectives import TVM, Flow
 from tvm_ref.shapes import Sample, Time
 from tvm_ref.time_samplers import Times
-from tvm_ref.toy.mixture import exact_path
+from tvm_ref.toy.data.mixture import exact_path
 
 STEPS = 128  # intervals of the time grid
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]  # a loop over times and its name to the loop with a progress bar

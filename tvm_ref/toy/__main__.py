@@ -7,10 +7,14 @@
     python -m tvm_ref.toy --dist circles --conditional --w 2
     python -m tvm_ref.toy --dist moons --resume           go on after Ctrl-C, bit for bit
 
-Of a finished run: a page to play with, python -m tvm_ref.toy.page    a moving picture, python -m tvm_ref.toy.animation
-the Wasserstein bound, python -m tvm_ref.bound
-All objectives on equal terms: python -m tvm_ref.toy.compare    Quality over seeds: python -m tvm_ref.toy.seeds
-Speed: python -m tvm_ref.toy.benchmark
+Of a finished run:
+    python -m tvm_ref.toy.report.animation                a moving picture
+    python -m tvm_ref.bound                               the Wasserstein bound
+    python tutorials/playground/page.py                   a page to play with
+Of many:
+    python -m tvm_ref.experiments.compare                 all objectives on equal terms
+    python -m tvm_ref.experiments.seeds                   quality over seeds
+    python -m tvm_ref.experiments.speed                   time of a step
 """
 
 import argparse
@@ -18,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from tvm_ref.command_line import (
+from tvm_ref.cli.command_line import (
     OneLineParser,
     add_options,
     flag,
@@ -28,15 +32,15 @@ from tvm_ref.command_line import (
     run,
     write_atomically,
 )
-from tvm_ref.interruption import INTERRUPTED
+from tvm_ref.cli.stopping import INTERRUPTED
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.sampling import stepper
 from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy.config import ToyConfig, use_one_thread
-from tvm_ref.toy.metrics import POINTS, table
-from tvm_ref.toy.own_points import OwnPoints
+from tvm_ref.toy.data.points import OwnPoints
+from tvm_ref.toy.report.metrics import POINTS, table
+from tvm_ref.toy.report.samples import samples_table
 from tvm_ref.toy.run import MARKS, Run, distribution_of, distribution_of_run, load_model, read_config
-from tvm_ref.toy.samples import samples_table
 
 
 def parser() -> OneLineParser:

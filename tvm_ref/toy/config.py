@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from tvm_ref.command_line import check_types, flag, option, require_at_least
+from tvm_ref.cli.command_line import check_types, flag, option, require_at_least
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.objectives import OBJECTIVES, Objective
 from tvm_ref.objectives.settings import make_objective
 from tvm_ref.time_samplers import TIME_SAMPLERS, TimeSampler
-from tvm_ref.toy.distributions import DISTRIBUTIONS
+from tvm_ref.toy.data.distributions import DISTRIBUTIONS
 
 
 @dataclass(frozen=True)

@@ -27,22 +27,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_of
 
-from tvm_ref.command_line import first_line, write_atomically
+from tvm_ref.cli.command_line import first_line, write_atomically
+from tvm_ref.cli.progress import progress
+from tvm_ref.cli.stopping import Interruption
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.interpolant import interpolate
-from tvm_ref.interruption import Interruption
 from tvm_ref.objectives import OBJECTIVES, TERMS, ResidualObjective
-from tvm_ref.progress import progress
 from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.distributions import make_distribution
-from tvm_ref.toy.metrics import NFES, PARTS, evaluate, make_reference
-from tvm_ref.toy.mixture import GaussianMixture
-from tvm_ref.toy.own_points import OwnPoints, load_points
-from tvm_ref.toy.progress import Parts
-from tvm_ref.toy.samples import EULER_STEPS, samples_table
+from tvm_ref.toy.data.distributions import make_distribution
+from tvm_ref.toy.data.mixture import GaussianMixture
+from tvm_ref.toy.data.points import OwnPoints, load_points
+from tvm_ref.toy.data.units import Units
+from tvm_ref.toy.report.metrics import NFES, PARTS, evaluate, make_reference
+from tvm_ref.toy.report.progress import Parts
+from tvm_ref.toy.report.samples import EULER_STEPS, samples_table
 from tvm_ref.toy.snapshots import SNAPSHOTS, add_snapshot, load_snapshots, snapshot_steps
 from tvm_ref.toy.training import Training, draw_block, make_network
-from tvm_ref.toy.units import Units
 
 LOG_EVERY = 50  # steps per line of train.jsonl, and between updates of the progress bar
 SAVE_EVERY = 2000  # steps per checkpoint
@@ -236,8 +236,8 @@ class Run:
 
     def report(self, points: int) -> dict[str, Any]:
         """Measure and draw with progress; write all results and return the metrics."""
-        from tvm_ref.toy import plots  # matplotlib, which --help need not wait for
-        from tvm_ref.toy.map_plot import plot_map
+        from tvm_ref.toy.report import plots  # matplotlib, which --help need not wait for
+        from tvm_ref.toy.report.map_plot import plot_map
 
         config, jump, data = self.config, self.training.evaluated, self.distribution
         weights = {name: a.cpu().contiguous() for name, a in self.training.ema.module.network.state_dict().items()}

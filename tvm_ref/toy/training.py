@@ -17,7 +17,7 @@ from tvm_ref.seeding import generator as generator_of
 from tvm_ref.seeding import uniform_numbers
 from tvm_ref.time_samplers import Times
 from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.mixture import GaussianMixture
+from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.network import ToyNetwork
 
 BLOCK = 50  # steps whose data are drawn at once, to spare small calls

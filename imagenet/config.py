@@ -1,0 +1,214 @@
+"""Everything that decides a run: one frozen dataclass with a reason beside each field, and the table of presets."""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from imagenet.model.dit import ATTENTION, DiT, DiTConfig
+from tvm_ref import OBJECTIVES, TIME_SAMPLERS, FlowMap, TimeSampler
+from tvm_ref.cli.command_line import check_types, flag, option, require_at_least
+from tvm_ref.objectives import Objective
+from tvm_ref.objectives.settings import make_objective
+
+SHOWN = 80  # letters of an unknown key that are printed
+# sizes far beyond what fits any machine, so that a bad file is noticed before its network is built
+LARGEST = {
+    "input_size": 2**12, "in_channels": 2**12, "patch_size": 2**12, "classes": 2**24,
+    "hidden_size": 2**16, "depth": 2**8, "heads": 2**12,
+}  # fmt: skip
+SWITCH = {"action": argparse.BooleanOptionalAction}  # of what is off by default, but may be on in a stored run
+
+
+@dataclass(frozen=True)
+class Config:
+    """What decides a run; stored as JSON in its folder and beside its weights. The defaults are the preset `digits`.
+
+    Raises:
+        ValueError: a bad value, named by its option.
+    """
+
+    # Data
+    data: Literal["digits", "cifar10", "latents", "synthetic"] = option("digits", "what to learn")
+    input_size: int = option(8, "side of the images or latents")
+    in_channels: int = option(1, "channels of the images or latents")
+    classes: int = option(10, "classes of the data")
+    # Network
+    patch_size: int = option(4, "side of the square that becomes a token")
+    hidden_size: int = option(64, "numbers per token (S 384, B 768, L 1024, XL 1152)")
+    depth: int = option(4, "blocks (S 12, B 12, L 24, XL 28)")
+    heads: int = option(2, "heads of each attention (S 6, B 12, L 16, XL 18)")
+    time_init: Literal["normal", "spectral"] = option(
+        "normal", "initial weights of the embeddings of times and beta (table 6)"
+    )
+    block_norm: Literal["rms", "layer"] = option("rms", "norm in front of attention and MLP (ablation, fig. 4)")
+    qk_norm: bool = option(True, "normalise queries and keys (ablation, fig. 4)")
+    modulation_norm: bool = option(True, "normalise modulation vectors, eq. 16 (ablation, fig. 4)")
+    scaled: bool = option(True, "scaled parameterisation f = (s - t) w F (sec. 4)")
+    # Objective
+    objective: str = option("tvm", "what to minimise: TVM, or what it is compared with", choices=OBJECTIVES)
+    settings: str = option("", "the objective's own settings, NAME=VALUE,... as power=0 or stops='none'")
+    w: float = option(1.0, "classifier-free guidance weight (eq. 15); the network learns this one; 1: none")
+    w_max: float | None = option(None, "draw beta = 1/w between 1/w_max and 1/w (F.1); default: w alone")
+    label_dropout: float = option(0.1, "share of labels replaced by 'no class' (sec. 3)")
+    detach_jvp: bool = option(False, "no gradient through the JVP: cheaper, biased (sec. 7.4)", **SWITCH)
+    time_sampler: str = option(
+        "own", "how times are drawn (sec. 7.3); own: as the objective's paper does, gap* in TVM",
+        choices=("own", *TIME_SAMPLERS),
+    )  # fmt: skip
+    equal_share: float | None = option(
+        None, "share of samples with t = s, table 4d (default: the objective's own; 0 in TVM)"
+    )
+    noise_share: float = option(
+        0.0, "share of samples whose jump starts at t = 1, where one step does (not in the paper)"
+    )
+    # Optimisation
+    init: str | None = option(None, "start from these weights: a .safetensors file or a run's folder (default: new)")
+    steps: int = option(1000, "training steps")
+    batch_size: int = option(128, "samples per step, over all processes")
+    optimizer: Literal["adamw", "soap"] = option(
+        "soap", "AdamW as in the paper; SOAP (Adam in a basis learned from gradients) learns digits faster"
+    )
+    lr: float = option(1e-2, "learning rate, at its peak")
+    beta2: float = option(0.95, "decay of the second moment: 0.95 keeps TVM steady (sec. 4)")
+    warmup: int = option(50, "steps of linear warm-up (the paper: none)")
+    schedule: Literal["constant", "cosine"] = option("cosine", "learning rate after warm-up (the paper: constant)")
+    clip: float = option(1.0, "largest norm of the gradient; 0: no clipping, as in the paper")
+    target_ema: float = option(0.99, "decay of the target's weights theta* (table 4b)")
+    ema: tuple[float, ...] = option(
+        (0.99,), "decays of averages of the weights, theta**: the first is evaluated (the paper: 0.9999)", nargs="+"
+    )
+    seed: int = option(0, "of initial weights, order of the data, noise and times")
+    # How it is computed: --resume may change these
+    precision: Literal["float32", "bfloat16"] = option(
+        "float32", "of matrix products; weights stay float32", resume=True
+    )
+    attention: str = option(
+        "plain", "plain: any device; fused: one kernel for value and tangent", choices=ATTENTION, resume=True
+    )
+    compile: bool = option(False, "torch.compile the loss", resume=True, **SWITCH)
+    checkpointing: bool = option(
+        False, "keep each block's input alone for the backward: less memory, a third more time", resume=True, **SWITCH
+    )
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "ddp: a copy per process; fsdp: weights sharded over processes", resume=True
+    )
+    accumulate: int = option(1, "micro-batches per step and process: less memory", resume=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ema, list):  # as JSON has it
+            object.__setattr__(self, "ema", tuple(self.ema))
+        check_types(self)
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int) and abs(value) > (largest := LARGEST.get(name, 2**63 - 1)):
+                raise ValueError(f"{flag(name)} must be at most {largest}")
+        require_at_least(1, **{k: getattr(self, k) for k in ("steps", "batch_size", "accumulate")})
+        require_at_least(0, warmup=self.warmup, clip=self.clip, seed=self.seed)
+        if not (0 < self.lr < float("inf") and self.clip < float("inf")):
+            raise ValueError(f"--lr must be positive and finite, and --clip finite; got {self.lr} and {self.clip}")
+        if not 0 < self.w < float("inf") or not self.w <= (self.w_max or self.w) < float("inf"):
+            raise ValueError(f"--w must be positive and at most --w-max, got {self.w} and {self.w_max}")
+        if not all(0 <= decay <= 1 for decay in self.ema) or len(set(self.ema)) < len(self.ema):
+            raise ValueError(f"--ema must lie in [0, 1], each decay once, got {self.ema}")
+        for name in ("label_dropout", "beta2", "target_ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{flag(name)} must lie in [0, 1], got {getattr(self, name)}")
+        if self.label_dropout == 0 and self.guided:
+            raise ValueError("--label-dropout 0 leaves nothing to guide against; it goes with --w 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
+        if self.optimizer == "soap" and self.parallel == "fsdp":
+            raise ValueError("--optimizer soap needs unsharded weights: it does not go with --parallel fsdp")
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError("--compile has not been tried with --parallel fsdp: choose one")
+        self.sampler()
+        self.network()
+        self.make_objective(FlowMap(nn.Module()))
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance is learned, for which the target is called a second time, without a class."""
+        return self.w != 1 or self.w_max is not None
+
+    def network(self) -> DiTConfig:
+        """Return the sizes of the network."""
+        return DiTConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DiTConfig)})
+
+    def make_objective(self, model: FlowMap) -> Objective:
+        """Build the objective with its settings.
+
+        Raises:
+            ValueError: see tvm_ref.objectives.settings.make_objective.
+        """
+        null_label = self.classes if self.guided else None
+        return make_objective(self.objective, model, self.settings, null_label=null_label, detach_jvp=self.detach_jvp)
+
+    def sampler(self) -> TimeSampler:
+        """Return the sampler of times."""
+        return OBJECTIVES[self.objective].make_times(self.time_sampler, self.equal_share, self.noise_share)
+
+    def to_json(self) -> str:
+        """Write one JSON object, a key per field."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> "Config":
+        """Read what to_json wrote.
+
+        Raises:
+            ValueError: no JSON, unknown or missing keys, bad values.
+        """
+        names = [f.name for f in dataclasses.fields(Config)]
+        try:
+            stored = json.loads(text)
+        except RecursionError:
+            raise ValueError("not a configuration of this program: nested too deep") from None
+        if not isinstance(stored, dict):
+            raise ValueError("not a configuration of this program: no object of JSON")
+        missing = [name for name in names if name not in stored]
+        unknown = [repr(name[:SHOWN]) for name in stored if name not in names]
+        if missing or unknown:
+            wrong = [f"no {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown[:5])}"] * bool(unknown)
+            raise ValueError(f"not a configuration of this program: {'; '.join(wrong)}")
+        return Config(**stored)
+
+
+RESUMABLE = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("resume"))
+
+# table 6 of the paper, its first column: XL/2 with heads of 64
+_IMAGENET256_W2 = Config(
+    data="latents", input_size=32, in_channels=4, classes=1000, hidden_size=1152, depth=28, heads=18, patch_size=2,
+    time_init="spectral", scaled=True, w=2.0, steps=300_000, batch_size=2048, optimizer="adamw", lr=1e-4, warmup=0,
+    schedule="constant", clip=0.0, ema=(0.9999,), precision="bfloat16", attention="fused",
+)  # fmt: skip
+
+PRESETS = {
+    "digits": Config(),
+    "cifar10": replace(
+        Config(), data="cifar10", input_size=32, in_channels=3, hidden_size=384, depth=12, heads=6, patch_size=2,
+        w=1.5, steps=200_000, batch_size=256, lr=2e-4, warmup=2000, schedule="cosine", ema=(0.9999,), optimizer="adamw",
+        precision="bfloat16", attention="fused",
+    ),
+    "imagenet256-w2": _IMAGENET256_W2,
+    "imagenet256-w1.75": replace(_IMAGENET256_W2, w=1.75, time_init="normal"),
+    "imagenet512-w2.5": replace(_IMAGENET256_W2, input_size=64, w=2.5, scaled=False, time_init="normal"),
+    "imagenet512-w2.25": replace(_IMAGENET256_W2, input_size=64, w=2.25),
+    "synthetic": replace(_IMAGENET256_W2, data="synthetic", steps=100),
+}  # fmt: skip
+
+
+def build_model(config: Config, *, attention: str | None = None) -> FlowMap:
+    """Build the flow map of a configuration, with new weights.
+
+    Args:
+        config: sizes and parameterisation.
+        attention: a key of ATTENTION in place of the configuration's; the weights are the same for all.
+
+    Raises:
+        ValueError: attention that cannot be had here.
+    """
+    attend = ATTENTION[attention or config.attention]()
+    return FlowMap(DiT(config.network(), attend, checkpointing=config.checkpointing), scaled=config.scaled)

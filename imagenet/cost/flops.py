@@ -1,0 +1,140 @@
+"""The arithmetic of a TVM step: how much there must be, and how much there is.
+
+Only matrix products count; all else (norms, GELU, softmax, optimizer) is a few per cent of them and no product.
+
+A layer y = x W^T costs one product in a forward, and two in its backward: one for x, one for W. In the pass with a
+tangent, y' = x' W^T is a second product, and its backward two more. Attention has two products of two moving factors,
+S = Q K^T and O = P V, and S' = Q' K^T + Q K'^T: two products for the tangent, four more in its backward. So, in
+products per forward product,
+
+                                          a layer            attention
+    forward, value and tangent             1 + 1               1 + 2
+    backward of both                       2 + 2               2 + 4
+    flow matching, forward and backward    1 + 2               1 + 2
+    two forwards of the target             2                   2
+    TVM step                               11                  14
+    the same, gradient of JVP detached     9                   10
+
+Layers in front of which nothing is trained (patches, the first of each scalar embedding) save the product for x, and
+layers that s does not reach (patches, embeddings of t and of beta) those of tangents.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from imagenet.config import Config, build_model
+from imagenet.model.dit import FREQUENCIES, DiTConfig
+from tvm_ref import Condition, Times
+
+# FLOP per second of dense bfloat16 matrix products (a multiplication and an addition are 2), by the makers' data sheets
+# and by what the device's name begins with
+PEAKS = {
+    "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12,
+}  # fmt: skip
+
+
+class Part(NamedTuple):
+    """Some of a network's products.
+
+    Attributes:
+        macs: multiplications with addition in a forward of one sample.
+        moves: factors of each product that have a tangent once s has one: 0, 1 (a layer) or 2 (attention).
+        gradients: factors of each product that need a gradient: the weight, and what is in front if it is trained.
+    """
+
+    macs: int
+    moves: int
+    gradients: int
+
+
+def parts(config: DiTConfig) -> list[Part]:
+    """List the products of a DiT."""
+    d, patch = config.hidden_size, config.patch_size**2 * config.in_channels
+    tokens = (config.input_size // config.patch_size) ** 2
+    first, second = 2 * FREQUENCIES * d, d * d
+    return [
+        Part(config.depth * tokens * 12 * d**2, 1, 2),  # qkv, proj: 4 d^2; MLP: 8 d^2
+        Part(config.depth * 2 * tokens**2 * d, 2, 2),  # scores, and values weighted by them
+        Part((6 * config.depth + 2) * d**2, 1, 2),  # modulations
+        Part(tokens * d * patch, 1, 2),  # output
+        Part(tokens * patch * d, 0, 1),  # patches
+        Part(first, 1, 1),  # t - s
+        Part(second, 1, 2),
+        Part(2 * first, 0, 1),  # t and beta
+        Part(2 * second, 0, 2),
+    ]
+
+
+def forward_flops(config: DiTConfig) -> int:
+    """Return the floating-point operations of one forward of one sample."""
+    return 2 * sum(part.macs for part in parts(config))
+
+
+def least_step_flops(config: DiTConfig, *, detach_jvp: bool = False, guided: bool = True) -> int:
+    """Return the floating-point operations that a TVM step needs per sample, by the table above.
+
+    Args:
+        config: the network.
+        detach_jvp: no gradient through dF/ds.
+        guided: the target is called a second time, without a class, for classifier-free guidance.
+    """
+    total = 0
+    for macs, moves, gradients in parts(config):
+        dual = 1 + moves + gradients * (1 if detach_jvp else 1 + moves)
+        total += macs * (dual + 1 + gradients + 1 + guided)
+    return 2 * total
+
+
+def utilisation(config: Config, images_per_second: float, device: str, devices: int) -> float | None:
+    """Return the share of the devices' peak that the arithmetic of TVM steps needs (MFU); None if it is not known.
+
+    Args:
+        config: what is trained; known for TVM in bfloat16.
+        images_per_second: of all devices together.
+        device: name of the device, as torch.cuda.get_device_name has it.
+        devices: number of them.
+    """
+    peak = next((flops for name, flops in PEAKS.items() if device.startswith(name)), None)
+    if peak is None or config.objective != "tvm" or config.precision != "bfloat16":
+        return None
+    needed = least_step_flops(config.network(), detach_jvp=config.detach_jvp, guided=config.guided)
+    return images_per_second * needed / (devices * peak)
+
+
+def count_flops(step: Callable[[], object]) -> int:
+    """Count the floating-point operations of the matrix products that `step` runs; it may run on the device "meta"."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which commands that print help need not
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def counted_step_flops(config: Config) -> int:
+    """Count the floating-point operations that the training step of a configuration runs, per sample.
+
+    Nothing is computed (it runs on the device "meta"), and attention is plain: a fused kernel hides its products. A
+    curriculum is at its end, where alpha-Flow is MeanFlow.
+    """
+    b, side = 2, config.input_size
+    with torch.device("meta"):
+        model, target = (build_model(config, attention="plain") for _ in range(2))
+        objective = config.make_objective(model)
+        objective.set_progress(1.0)
+        x, t = torch.empty(b, config.in_channels, side, side), torch.empty(b)
+        condition = Condition(torch.empty(b, dtype=torch.long), t)
+
+        def step() -> None:
+            terms = objective(x, x, Times(t, t, t), condition, target.requires_grad_(False))
+            terms.total.mean().backward()
+
+        return count_flops(step) // b
+
+
+def count_weights(config: Config) -> int:
+    """Count the trained numbers of a configuration's network."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(config, attention="plain").parameters())

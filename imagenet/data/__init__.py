@@ -1,0 +1,1 @@
+"""Images and latents: reading, encoding, batches. Imported by training, metrics and commands."""

@@ -1,0 +1,149 @@
+"""The batch of every step as a pure function of (seed, step), whatever the number of processes.
+
+Each epoch visits the samples in a new order, decided by (seed, epoch). Noise, times and dropped labels are drawn in
+blocks of BLOCK samples decided by (seed, step, block), so that any process can draw any block alone. Noise and times
+of small images are quasi-random: points of one sequence for SPAN steps, decided by (seed, span), distributed as
+independent numbers are, but without their clumps and gaps, which halves the variance of the gradient.
+"""
+
+import math
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from imagenet.config import Config
+from imagenet.data.image_sets import Data
+from imagenet.data.noise import EVEN, PERMUTATION, STEP
+from tvm_ref import Condition, Times, draw_beta, drop_labels
+from tvm_ref.cli.stopping import SAVE_SIGNALS
+from tvm_ref.seeding import generator as generator_of
+from tvm_ref.seeding import uniform_numbers
+
+BLOCK = 32  # samples whose noise and times are drawn at once
+SPAN = 32  # steps whose quasi-random numbers are drawn at once
+SMALL = 64  # numbers of an image up to which they are used: points fill few dimensions evenly, not thousands
+
+
+class Batch(NamedTuple):
+    """A batch, or a micro-batch: data x0, noise x1, times and condition; tensors [B, ...]."""
+
+    x0: Tensor
+    x1: Tensor
+    times: Times
+    condition: Condition
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy the batch to a device."""
+        return self._map(lambda a: a.to(device, non_blocking=True))
+
+    def slice(self, start: int, stop: int) -> "Batch":
+        """Return samples start to stop - 1."""
+        return self._map(lambda a: a[start:stop])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply `change` to every tensor."""
+        times, condition = Times(*map(change, self.times)), Condition(*map(change, self.condition))
+        return Batch(change(self.x0), change(self.x1), times, condition)
+
+
+def concatenate(parts: Sequence[Batch]) -> Batch:
+    """Concatenate batches."""
+    return Batch(
+        torch.cat([part.x0 for part in parts]),
+        torch.cat([part.x1 for part in parts]),
+        Times(*(torch.cat(a) for a in zip(*(part.times for part in parts), strict=True))),
+        Condition(*(torch.cat(a) for a in zip(*(part.condition for part in parts), strict=True))),
+    )
+
+
+class Batches:
+    """The batches of a run: batches[step] is this process's part of the batch of a step, in order of rank.
+
+    Samples are visited in the order of a new permutation per epoch, without a gap between epochs.
+
+    Args:
+        config: batch size, seed, times, guidance.
+        data: the samples.
+        rank: this process.
+        world: how many there are; divides the batch size.
+    """
+
+    def __init__(self, config: Config, data: Data, rank: int = 0, world: int = 1):
+        self.config, self.data = config, data
+        self.start = config.batch_size * rank // world
+        self.stop = config.batch_size * (rank + 1) // world
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        self._numbers: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return self.config.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        first, last = self.start // BLOCK, -(-self.stop // BLOCK)
+        blocks = concatenate([self._block(step, block) for block in range(first, last)])
+        return blocks.slice(self.start - first * BLOCK, self.stop - first * BLOCK)
+
+    def _block(self, step: int, block: int) -> Batch:
+        """Draw samples block * BLOCK to (block + 1) * BLOCK - 1 of a step, fewer at its end."""
+        config = self.config
+        start, stop = block * BLOCK, min((block + 1) * BLOCK, config.batch_size)
+        x0, label = self._samples(step * config.batch_size + start, step * config.batch_size + stop)
+        generator, n = generator_of(STEP, config.seed, step, block), len(x0)
+        if x0[0].numel() <= SMALL:
+            u = self._uniform_numbers(step)[start:stop]
+            x1, times = torch.special.ndtri(u[:, 4:]).float().view_as(x0), config.sampler().from_uniform(u[:, :4].T)
+        else:
+            x1 = torch.randn(x0.shape, generator=generator)
+            times = config.sampler().draw(n, generator)
+        condition = Condition(label, draw_beta(n, config.w, config.w_max or config.w, generator=generator))
+        return Batch(x0, x1, times, drop_labels(condition, config.classes, config.label_dropout, generator=generator))
+
+    def _uniform_numbers(self, step: int) -> Tensor:
+        """Draw the quasi-random numbers of a step [batch size, 4 + D], for times and an image's noise of D numbers."""
+        size = self.config.batch_size
+        span, index = divmod(step, SPAN)
+        if self._numbers[0] != span:
+            columns = 4 + math.prod(self.data.shape)
+            self._numbers = span, uniform_numbers(SPAN * size, columns, EVEN, self.config.seed, span)
+        return self._numbers[1][index * size : (index + 1) * size]
+
+    def _samples(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return samples number start to stop - 1 of the run, counted over its epochs."""
+        parts = []
+        while start < stop:
+            epoch, place = divmod(start, len(self.data))
+            end = min(stop, (epoch + 1) * len(self.data))
+            parts.append(self.data.batch(self._permutation(epoch)[place : place + end - start].tolist(), epoch))
+            start = end
+        x, labels = zip(*parts, strict=True)
+        return torch.cat(x), torch.cat(labels)
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        """Return the order in which an epoch visits the samples."""
+        if self._order[0] != epoch:
+            generator = np.random.default_rng((PERMUTATION, self.config.seed, epoch))
+            self._order = epoch, generator.permutation(len(self.data))
+        return self._order[1]
+
+
+def loader(batches: Batches, start: int, workers: int, *, pin: bool = False) -> Iterator[Batch]:
+    """Iterate over the batches of steps start, start + 1, ..., read ahead by `workers` processes (0: by none)."""
+    if not workers:
+        return (batches[step] for step in range(start, len(batches)))
+    steps: Any = torch.utils.data.Subset(batches, range(start, len(batches)))  # type: ignore[arg-type]
+    return iter(
+        torch.utils.data.DataLoader(
+            steps, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_signals
+        )
+    )
+
+
+def _ignore_signals(_: int) -> None:
+    """Leave Ctrl-C, torchrun's SIGTERM and SIGUSR1, which reach every process of a group, to the trainer."""
+    for number in (signal.SIGINT, signal.SIGTERM, *SAVE_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)

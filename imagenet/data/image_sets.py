@@ -1,0 +1,179 @@
+"""Data sets of images and of latents.
+
+A data set is map-style, data[index] -> (x float32 [C, H, W], label), and gives many at once: data.batch(indices, draw).
+`draw` counts the epochs: what is drawn anew at each visit (flips, latents of a posterior) is decided by (seed, draw,
+index).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imagenet.config import Config
+from imagenet.data.fingerprints import fingerprint
+from imagenet.data.noise import FLIP
+from imagenet.data.provenance import Provenance
+
+
+@runtime_checkable
+class Data(Protocol):
+    """The interface of a data set.
+
+    Attributes:
+        shape: (C, H, W).
+    """
+
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return a sample x [C, H, W] and its label."""
+        ...
+
+    def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
+        """Return samples x [B, C, H, W] and labels [B]."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return digits that tell whether these are the same data (fingerprints.py)."""
+        ...
+
+
+class Images:
+    """Images that fit in memory.
+
+    Args:
+        x: [N, C, H, W], uint8 (0 to 255) or float in [-1, 1].
+        labels: [N].
+        flip: mirror half of them, drawn anew at each visit.
+        seed: of the flips.
+    """
+
+    def __init__(self, x: Tensor, labels: Tensor, *, flip: bool = False, seed: int = 0):
+        self.x, self.labels, self.flip, self.seed = x, labels, flip, seed
+        self.shape = (x.shape[1], x.shape[2], x.shape[3])
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        x, labels = self.batch([index], 0)
+        return x[0], int(labels[0])
+
+    def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
+        """Return images x [B, C, H, W] and labels [B]; `draw` decides which of them are mirrored."""
+        chosen = torch.as_tensor(indices)
+        x, labels = self.x[chosen], self.labels[chosen]
+        x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+        if self.flip:
+            flips = np.random.default_rng((FLIP, self.seed, draw)).random(len(self)) < 0.5
+            x = torch.where(torch.from_numpy(flips)[chosen].view(-1, 1, 1, 1), x.flip(-1), x)
+        return x, labels
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of images and labels."""
+        return fingerprint({"x": self.x, "labels": self.labels})
+
+
+class Synthetic:
+    """Normal noise with labels, for throughput: as many samples as ImageNet, drawn from a small store."""
+
+    STORE = 256
+
+    def __init__(self, shape: tuple[int, int, int], classes: int):
+        self.shape, self.classes = shape, classes
+        self._x = torch.randn(self.STORE, *shape, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return 1_281_167
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._x[index % self.STORE], index % self.classes
+
+    def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
+        """Return samples x [B, C, H, W] and labels [B], the same at every draw."""
+        chosen = torch.as_tensor(indices)
+        return self._x[chosen % self.STORE], chosen % self.classes
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the store."""
+        return fingerprint({"x": self._x, "classes": torch.tensor(self.classes)})
+
+
+def load_data(config: Config, folder: str | Path | None = None, *, download: bool = False) -> Data:
+    """Load the data of a configuration.
+
+    Args:
+        config: names the data.
+        folder: where cifar10 or latents lie.
+        download: fetch cifar10 into `folder` if it is not there.
+
+    Raises:
+        ValueError: no such data there, or of another shape or number of classes than the configuration says; an extra
+            of the package that is not installed.
+    """
+    shape = (config.in_channels, config.input_size, config.input_size)
+    if config.data == "synthetic":
+        return Synthetic(shape, config.classes)
+    data: Data
+    if config.data == "digits":
+        from imagenet.data.digits import load_digits
+
+        x, labels = load_digits().train
+        data = Images(x, labels)
+    elif folder is None:
+        raise ValueError(f"--data {config.data} needs --data-path, the folder that it lies in")
+    elif config.data == "cifar10":
+        data = Images(*_load_cifar10(folder, download), flip=True, seed=config.seed)
+    else:
+        from imagenet.data.latents import Latents
+
+        data = Latents(folder, config.seed)
+    if data.shape != shape:
+        raise ValueError(f"the data are of shape {list(data.shape)}, the configuration asks for {list(shape)}")
+    _check_labels(data, config.classes)
+    return data
+
+
+def provenance_of(config: Config, data: Data) -> Provenance:
+    """Describe the data that a configuration is trained on."""
+    from imagenet.data.latents import Latents
+
+    known = Provenance(config.data, len(data), data.fingerprint())
+    if not isinstance(data, Latents):
+        return known
+    return replace(
+        known,
+        autoencoder=data.autoencoder,
+        autoencoder_fingerprint=data.autoencoder_fingerprint,
+        normalisation=data.normalisation,
+    )
+
+
+def _check_labels(data: Data, classes: int) -> None:
+    """Raise ValueError for labels outside [0, classes)."""
+    labels = getattr(data, "labels", None)
+    if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"the data have labels up to {int(labels.max())}, the configuration {classes} classes")
+
+
+def _load_cifar10(folder: str | Path, download: bool) -> tuple[Tensor, Tensor]:
+    """Load the training split: images uint8 [50000, 3, 32, 32] and labels."""
+    try:
+        from torchvision.datasets import CIFAR10
+    except ImportError:
+        raise ValueError("cifar10 needs torchvision: pip install -e '.[imagenet]'") from None
+    try:
+        stored = CIFAR10(str(folder), train=True, download=download)
+    except (RuntimeError, OSError) as error:
+        advice = "" if download else " (--download fetches it)"
+        raise ValueError(f"no CIFAR-10 in {folder}: {str(error).splitlines()[0]}{advice}") from None
+    return torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(stored.targets)

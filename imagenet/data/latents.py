@@ -1,0 +1,293 @@
+"""Latents of images: how they lie on disk, how they are normalised, and the autoencoder that makes and reads them.
+
+A folder of latents, as encode.py writes it:
+
+    latents.json            image size, classes, normalisation, shards: what `Latents` reads
+    00000.latents.npy       float16 [n, 2, C, H, W]: mean and standard deviation of each image's posterior
+    00000.labels.npy        int64 [n]
+
+The shards are memory-mapped. An image's latent is drawn from its posterior anew whenever training visits it.
+"""
+
+import bisect
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from imagenet.data.fingerprints import fingerprint
+from imagenet.data.noise import POSTERIOR, normal
+from imagenet.foreign.pickle_scan import shown
+from tvm_ref.cli.command_line import first_line
+
+LATENT_SIDE = 8  # pixels of the image per number of the latent
+INDEX = "latents.json"
+FORMAT = "tvm-ref latents, version 1"
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Latents that the model sees are (raw - mean) / std, channel by channel; raw is what the autoencoder speaks.
+
+    Attributes:
+        mean: one number per channel.
+        std: one number per channel, positive.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        finite = all(math.isfinite(a) for a in (*self.mean, *self.std))
+        if len(self.mean) != len(self.std) or not finite or not all(s > 0 for s in self.std):
+            raise ValueError(f"a normalisation needs a finite mean and a finite, positive std per channel, got {self}")
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """Scale raw latents [..., C, H, W] to those that the model sees."""
+        return (raw - _over_channels(self.mean, raw)) / _over_channels(self.std, raw)
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """Undo normalise."""
+        return x * _over_channels(self.std, x) + _over_channels(self.mean, x)
+
+
+NORMALISATION = {  # of sd-vae-ft-ema on ImageNet, by image size
+    256: Normalisation((0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003)),
+    512: Normalisation((1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),
+}
+
+
+def _over_channels(values: Sequence[float], x: Tensor) -> Tensor:
+    """Shape a number per channel to be broadcast over x [..., C, H, W]."""
+    return x.new_tensor(values).view(-1, 1, 1)
+
+
+def moments(posteriors: NDArray[np.float16]) -> list[list[float]]:
+    """Compute first and second moment of the raw latents drawn from posteriors [n, 2, C, H, W], per channel."""
+    mean, std = posteriors.astype(np.float64).swapaxes(0, 1)
+    return [mean.mean((0, 2, 3)).tolist(), (mean**2 + std**2).mean((0, 2, 3)).tolist()]
+
+
+def measured_normalisation(reports: Iterable[dict[str, Any]]) -> Normalisation:
+    """Compute mean and standard deviation of all raw latents, per channel, from the moments of the shards."""
+    known = [report for report in reports if report["count"]]
+    first, second = np.average(
+        [report["moments"] for report in known], axis=0, weights=[report["count"] for report in known]
+    )
+    return Normalisation(tuple(first.tolist()), tuple(np.sqrt(second - first**2).tolist()))
+
+
+# On disk ------------------------------------------------------------------------------------------------------------
+
+
+class Latents:
+    """A folder of latents as a map-style data set: latents[index] is (x, label).
+
+    x float32 [C, H, W] is a draw from the image's posterior, normalised, and label its class. The draw is decided by
+    (seed, draw, index), so that a resumed training sees what an uninterrupted one would: latents[index, draw] with
+    draw the epoch or step, from a sampler that yields such pairs; latents[index] is draw 0.
+
+    Args:
+        folder: what encode.py wrote.
+        seed: of the draws.
+
+    Raises:
+        ValueError: no latents there, or damaged ones; the file is named.
+    """
+
+    def __init__(self, folder: str | Path, seed: int = 0):
+        self.folder, self.seed = Path(folder), seed
+        index = read_index(self.folder)
+        self.image_size: int = index["image_size"]
+        self.classes: list[str] = index["classes"]
+        self.normalisation = read_normalisation(self.folder)
+        self.autoencoder: str | None = _text(index.get("vae"))
+        self.autoencoder_fingerprint: str | None = _text(index.get("vae_fingerprint"))
+        opened = [self._open(shard["name"], shard["count"]) for shard in index["shards"] if shard["count"]]
+        if not opened:
+            raise ValueError(f"{self.folder} holds no latents: every image was skipped")
+        self._posteriors = [posteriors for posteriors, _ in opened]
+        self.labels = torch.from_numpy(np.concatenate([labels for _, labels in opened]))
+        if len({posteriors.shape[1:] for posteriors in self._posteriors}) > 1:
+            raise ValueError(f"{self.folder}: its shards hold latents of different shapes")
+        if not bool(((self.labels >= 0) & (self.labels < len(self.classes))).all()):
+            raise ValueError(f"{self.folder} holds labels beyond its {len(self.classes)} classes")
+        self._ends = list(itertools.accumulate(len(posteriors) for posteriors in self._posteriors))
+        _, _, c, h, w = self._posteriors[0].shape
+        self.shape: tuple[int, int, int] = (c, h, w)  # of a latent
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        """Draw the latent x [C, H, W], and return it with its label, for an index or a pair (index, draw).
+
+        Raises:
+            IndexError: an index outside [0, len).
+        """
+        index, draw = key if isinstance(key, tuple) else (key, 0)
+        mean, std = self.posterior(index)
+        raw = mean + std * normal(self.shape, POSTERIOR, self.seed, draw, index)
+        return self.normalisation.normalise(raw), int(self.labels[index])
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64], draw: int) -> tuple[Tensor, Tensor]:
+        """Draw latents x [B, C, H, W], and return them with labels [B], for many indices."""
+        pairs = [self[int(index), draw] for index in indices]
+        return torch.stack([x for x, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of all labels, and of the first and last posterior of each shard."""
+        ends = {
+            f"{i} {place}": torch.from_numpy(posteriors[place].copy())
+            for i, posteriors in enumerate(self._posteriors)
+            for place in (0, -1)
+        }
+        return fingerprint({"labels": self.labels, **ends})
+
+    def posterior(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of an image's raw latent, float32 [C, H, W] each."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} lies outside [0, {len(self)})")
+        shard = bisect.bisect_right(self._ends, index)
+        start = self._ends[shard - 1] if shard else 0
+        stored = torch.from_numpy(self._posteriors[shard][index - start].astype(np.float32))
+        return stored[0], stored[1]
+
+    def _open(self, name: str, count: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+        """Open the memory map [count, 2, C, H, W] and the labels [count] of a shard."""
+        latents, labels = (self.folder / file for file in shard_files(name))
+        try:
+            posteriors = np.load(latents, mmap_mode="r", allow_pickle=False)
+            classes = np.load(labels, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{self.folder}: shard {name} cannot be read: {str(error).splitlines()[0]}") from None
+        fits = posteriors.ndim == 5 and posteriors.shape[:2] == (count, 2) and posteriors.dtype == np.float16
+        if not fits or classes.shape != (count,) or classes.dtype != np.int64:
+            raise ValueError(f"{latents} and its labels do not hold {count} posteriors as {INDEX} says")
+        return posteriors, classes
+
+
+def _text(value: Any) -> str | None:
+    """Return a value of latents.json that is a text, or None."""
+    return value if isinstance(value, str) else None
+
+
+def shard_files(name: str) -> tuple[str, str]:
+    """Return the names of the files of posteriors and of labels of a shard."""
+    return f"{name}.latents.npy", f"{name}.labels.npy"
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read the latents.json of a folder.
+
+    Raises:
+        ValueError: none there, a damaged one, or one of another format.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no latents (no {INDEX}); imagenet/encode.py makes them")
+    try:
+        index = json.loads(path.read_text())
+        missing = {"format", "image_size", "classes", "normalisation", "shards"} - set(index)
+        index["shards"] = [{"name": str(a["name"]), "count": int(a["count"])} for a in index.get("shards", [])]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged: {shown(first_line(error))}") from None
+    if missing or index["format"] != FORMAT:
+        raise ValueError(
+            f"{path} is not in the format {FORMAT!r}" + (f": {min(missing)} is missing" if missing else "")
+        )
+    classes, size = index["classes"], index["image_size"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{path} is damaged: its classes are no list of names")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{path} is damaged: its image_size is no size")
+    if any(set(shard["name"]) & set("/\\") or shard["count"] < 0 for shard in index["shards"]):
+        raise ValueError(f"{path} is damaged: a shard without a name or count")
+    return index
+
+
+def read_normalisation(folder: Path) -> Normalisation:
+    """Read how the latents of a folder are normalised.
+
+    Raises:
+        ValueError: see read_index.
+    """
+    stored = read_index(folder)["normalisation"]
+    try:
+        return Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{folder / INDEX} is damaged: its normalisation is {shown(str(stored), 300)}") from None
+
+
+def write_shard(folder: Path, name: str, posteriors: NDArray[np.float16], labels: NDArray[np.int64]) -> None:
+    """Write posteriors [n, 2, C, H, W] and labels [n], each file complete or not at all."""
+    arrays: tuple[NDArray[Any], ...] = (posteriors, labels)
+    for file, array in zip(shard_files(name), arrays, strict=True):
+        partial = folder / f"{file}.{os.getpid()}.partial"
+        with partial.open("wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+        os.replace(partial, folder / file)
+
+
+def index_of(
+    image_size: int, classes: list[str], normalisation: Normalisation, shards: list[dict[str, Any]], **more: Any
+) -> dict[str, Any]:
+    """Return the content of latents.json; shards are {"name", "count"}."""
+    return {
+        "format": FORMAT,
+        "image_size": image_size,
+        "classes": classes,
+        "normalisation": asdict(normalisation),
+        "shards": shards,
+        **more,
+    }
+
+
+# The autoencoder ----------------------------------------------------------------------------------------------------
+
+VAE = "stabilityai/sd-vae-ft-ema"
+
+
+def load_vae(name: str = VAE, device: str | torch.device = "cpu") -> nn.Module:
+    """Load a diffusers AutoencoderKL from a folder or, where there is a network, by its name on the Hugging Face hub.
+
+    Raises:
+        ValueError: diffusers is not installed, or no such autoencoder can be loaded.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise ValueError("the autoencoder needs diffusers: pip install -e '.[imagenet]'") from None
+    try:
+        vae = AutoencoderKL.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"no autoencoder {name} here, and it could not be fetched: {reason}") from None
+    return vae.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(vae: nn.Module, images: Tensor) -> Tensor:
+    """Encode images uint8 [B, 3, H', W'] as posteriors [B, 2, C, H, W]: mean and standard deviation."""
+    posterior = vae.encode(images.to(_dtype(vae)) / 127.5 - 1).latent_dist  # type: ignore[operator]
+    return torch.stack([posterior.mean, posterior.std], 1)
+
+
+@torch.no_grad()
+def decode(vae: nn.Module, x: Tensor, normalisation: Normalisation) -> Tensor:
+    """Decode normalised latents x [B, C, H, W] as images [B, 3, H', W'] with values about [-1, 1]."""
+    return vae.decode(normalisation.denormalise(x).to(_dtype(vae))).sample.float()  # type: ignore[operator]
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Return the data type of a module's weights."""
+    return next(module.parameters()).dtype

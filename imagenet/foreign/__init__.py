@@ -1,0 +1,1 @@
+"""Weights and statistics that others published, read without executing anything. Imported by commands and metrics."""

@@ -1,0 +1,1 @@
+"""How good samples are: FID, precision and recall, and the digits' own. Imported by training and commands."""

@@ -1,0 +1,182 @@
+"""The sampler of a model: images as a function of their numbers, for commands, training and notebooks alike."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from imagenet.config import Config
+from imagenet.data import pictures
+from imagenet.data.class_names import class_number
+from imagenet.data.fingerprints import fingerprint
+from imagenet.data.latents import LATENT_SIDE, NORMALISATION, VAE, Normalisation, decode, load_vae, read_normalisation
+from imagenet.data.noise import PRIOR, normal
+from imagenet.data.pictures import Pixels, to_pixels
+from imagenet.data.provenance import Provenance
+from imagenet.training.checkpoint import load_weights, read_provenance
+from tvm_ref import Condition, FlowMap, sample
+from tvm_ref.sampling import stepper
+
+CPU = torch.device("cpu")
+BATCH = 64  # samples at a time, where nothing else is said
+DECODED = 8  # latents that the autoencoder decodes at a time: it needs far more memory per image than the model
+COLUMNS, ROWS = 10, 8  # of a grid, where nothing else is said: a class per column
+WIDEST = 20  # classes that get a column each
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model as a function from the numbers of samples to images.
+
+    Sample i has the class number i modulo the number of classes, and noise decided by (seed, i) alone.
+
+    Attributes:
+        flow_map: the model, on the device.
+        config: what it was trained as.
+        device: where it runs.
+        classes: sample i has class classes[i % len(classes)]; None is all classes in turn.
+        w: guidance weight; None is the one of the configuration.
+        seed: of the noise.
+        vae: of latents; None for models of pixels.
+        normalisation: of latents.
+    """
+
+    flow_map: FlowMap
+    config: Config
+    device: torch.device = CPU
+    classes: Sequence[int] | None = None
+    w: float | None = None
+    seed: int = 0
+    vae: nn.Module | None = None
+    normalisation: Normalisation | None = None
+
+    @property
+    def guidance(self) -> float:
+        """The guidance weight, in numbers."""
+        return self.config.w if self.w is None else self.w
+
+    @torch.no_grad()
+    def samples(self, numbers: Sequence[int], steps: int) -> Tensor:
+        """Draw samples [B, C, H, W] of the model: latents, or images in [-1, 1]."""
+        config = self.config
+        shape = (config.in_channels, config.input_size, config.input_size)
+        x1 = torch.stack([normal(shape, PRIOR, self.seed, i) for i in numbers]).to(self.device)
+        label = torch.tensor(self.labels(numbers), device=self.device)
+        condition = Condition(label, torch.full((len(x1),), 1 / self.guidance, device=self.device))
+        with self._autocast():
+            return sample(stepper(self.flow_map, config.objective), x1, steps, condition).float()
+
+    def images(self, numbers: Sequence[int], steps: int) -> Pixels:
+        """Draw images uint8 [B, H, W, 3]."""
+        x = self.samples(numbers, steps)
+        if self.vae is not None and self.normalisation is not None:
+            x = torch.cat([decode(self.vae, part, self.normalisation) for part in x.split(DECODED)])
+        return to_pixels(x)
+
+    def batches(self, numbers: Sequence[int], steps: int, size: int = BATCH) -> Iterator[Pixels]:
+        """Draw the images of many samples, `size` at a time."""
+        for start in range(0, len(numbers), size):
+            yield self.images(numbers[start : start + size], steps)
+
+    def with_columns(self) -> "Generator":
+        """Return the generator of a grid with a class per column: if all were asked for, at most 10, evenly spaced."""
+        if self.classes is not None:
+            return self
+        classes = self.config.classes
+        return replace(self, classes=torch.linspace(0, classes - 1, min(COLUMNS, classes)).round().long().tolist())
+
+    def columns(self, count: int) -> int:
+        """Return the columns of a grid of samples 0 to count - 1: a class each, or near a square for many classes."""
+        classes = self.config.classes if self.classes is None else len(self.classes)
+        return min(classes, count) if classes <= WIDEST else math.ceil(math.sqrt(count))
+
+    def grid(self, steps: int = 1, count: int | None = None) -> Pixels:
+        """Draw a grid uint8 [H, W, 3] of samples 0 to count - 1, a class per column; None: 8 samples per class."""
+        shown = self.with_columns()
+        count = ROWS * len(shown.classes or ()) if count is None else count
+        images = list(shown.batches(range(count), steps))
+        return pictures.grid(np.concatenate(images), shown.columns(count))
+
+    def labels(self, numbers: Sequence[int]) -> list[int]:
+        """Return the classes [B] of samples."""
+        classes = range(self.config.classes) if self.classes is None else self.classes
+        return [classes[i % len(classes)] for i in numbers]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Multiply in bfloat16 on a GPU, if the model was trained so; a CPU gains nothing by it."""
+        half = self.config.precision == "bfloat16" and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext()
+
+
+def load_generator(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    classes: Sequence[int | str] | None = None,
+    w: float | None = None,
+    seed: int = 0,
+    vae: str | nn.Module | None = None,
+    latents: Path | None = None,
+) -> Generator:
+    """Load the model of a run's folder or of a .safetensors file.
+
+    Args:
+        source: the folder or file.
+        device: where to run.
+        classes: see Generator; by number, or by name (class_names.py) as "golden retriever"; of digits "0" to "9".
+        w: see Generator; untrained_guidance says whether the model knows it.
+        seed: see Generator.
+        vae: the autoencoder of latents, by folder or name, or itself; None is the one that the weights name.
+        latents: folder of the latents trained on, for their normalisation; None is the one that the weights state.
+
+    Raises:
+        ValueError: no weights there, or arguments that do not go with them.
+    """
+    device = torch.device(device)
+    flow_map, config = load_weights(source, attention=None if device.type == "cuda" else "plain")
+    labels = None if classes is None else [class_number(name, config) for name in classes]
+    if w is not None and not 0 < w < float("inf"):
+        raise ValueError(f"--w must be positive and finite, got {w}")
+    if seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {seed}")
+    generator = Generator(flow_map.to(device), config, device, labels, w, seed)
+    if config.data not in ("latents", "synthetic"):
+        return generator
+    known = read_provenance(source) or Provenance(config.data)
+    normalisation = normalisation_of(config, known, latents)
+    name = vae or known.autoencoder or VAE
+    decoder = load_vae(name) if isinstance(name, str) else name
+    here = Provenance(config.data, normalisation=normalisation)
+    if known.autoencoder_fingerprint is not None:
+        here = replace(here, autoencoder_fingerprint=fingerprint(decoder.state_dict()))
+    known.check_same_latents(here, f"{source} was trained on other latents")
+    return replace(generator, vae=decoder.to(device), normalisation=normalisation)
+
+
+def untrained_guidance(config: Config, w: float) -> str | None:
+    """Return a warning if a model was not trained with the guidance weight w."""
+    if config.w <= w <= (config.w_max or config.w):
+        return None
+    trained = f"{config.w:g}" if config.w_max is None else f"{config.w:g} to {config.w_max:g}"
+    return f"warning: this model was trained with w = {trained}; with w = {w:g} it does not work well"
+
+
+def normalisation_of(config: Config, known: Provenance, latents: Path | None = None) -> Normalisation:
+    """Return how a model's latents are normalised, by the folder of latents if one is given, else by the weights.
+
+    Raises:
+        ValueError: neither says it, and it is not known for latents of this size.
+    """
+    if latents is not None:
+        return read_normalisation(latents)
+    if known.normalisation is not None:
+        return known.normalisation
+    size = LATENT_SIDE * config.input_size
+    if size not in NORMALISATION:
+        raise ValueError(f"the normalisation of latents of {size} x {size} images is not known: say --latents FOLDER")
+    return NORMALISATION[size]

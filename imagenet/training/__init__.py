@@ -1,0 +1,1 @@
+"""Training: one step, its checkpoints, its log, its folder. Imported by commands only."""

@@ -1,0 +1,175 @@
+"""The log of a run: train.jsonl, TensorBoard's log if it is installed, and Weights & Biases if asked for."""
+
+import json
+import math
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imagenet.cost.flops import utilisation
+from imagenet.data.batches import Batch
+from imagenet.training.step import StepMetrics, Training, learning_rate
+from tvm_ref.cli.command_line import write_atomically
+from tvm_ref.objectives import TERMS
+
+WANDB = "wandb-id.txt"  # which run of Weights & Biases goes on when this one does
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the bytes that a GPU has held at most, or that this process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil  # which --help need not wait for
+
+    return int(psutil.Process().memory_info().rss)
+
+
+class Log:
+    """Losses averaged between lines, and the time that training took. Only the first process writes.
+
+    Args:
+        folder: of the run.
+        training: what is logged.
+        wandb: project of Weights & Biases to log to as well.
+    """
+
+    def __init__(self, folder: Path, training: Training, wandb: str | None = None):
+        self.folder, self.training, self.project = folder, training, wandb
+        self.seconds = 0.0  # of training, in all programs that worked on it
+        self.before = 0.0  # the part of that before this program
+        self._sums, self._summed = [0.0] * len(TERMS), 0  # losses since the last line, and the number of steps
+        self._waited = 0.0  # seconds for data since the last line
+        self._lines: Any = None
+        self._board: Any = None
+        self._wandb: Any = None
+
+    def open(self) -> None:
+        """Start the clock, and open the files; lines of train.jsonl beyond the training's step are removed."""
+        self._first, self._started = self.training.step, time.perf_counter()
+        self._last_line = self._first, self.seconds  # step and clock at the last line, or at the start
+        if not self.training.world.first:
+            return
+        path = self.folder / "train.jsonl"
+        keep_lines(path, self._first)
+        self._lines = path.open("a")
+        if self.project is not None:
+            self._wandb = join_wandb(self.project, self.folder, asdict(self.training.config))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._first + 1)
+
+    def close(self) -> None:
+        """Close what `open` opened."""
+        for log in (self._lines, self._board):
+            if log is not None:
+                log.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._lines = self._board = self._wandb = None
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Iterate over batches, and add up how long each was waited for."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def note(self, metrics: StepMetrics) -> None:
+        """Add a step's losses to the means of the next line, and read the clock."""
+        self._sums = [a + b for a, b in zip(self._sums, metrics.losses, strict=True)]
+        self._summed += 1
+        self.seconds = self.before + time.perf_counter() - self._started
+
+    def write(self, metrics: StepMetrics) -> dict[str, float]:
+        """Write a line of what was since the last one: mean losses, speed, share of the time waited for data.
+
+        Returns the line.
+        """
+        config, step, device = self.training.config, self.training.step, self.training.world.device
+        steps, seconds = step - self._last_line[0], self.seconds - self._last_line[1]
+        speed = steps * config.batch_size / seconds
+        cuda, world_size = device.type == "cuda", self.training.world.size
+        mfu = utilisation(config, speed, torch.cuda.get_device_name(device), world_size) if cuda else None
+        line = {
+            "step": step,
+            **{name: a / self._summed for name, a in zip(TERMS, self._sums, strict=True)},
+            "gradient_norm": metrics.gradient_norm,
+            "lr": learning_rate(config, step - 1),
+            "images_per_second": round(speed, 1),
+            **({} if mfu is None else {"mfu": round(mfu, 4)}),
+            "data_wait": round(self._waited / seconds, 3),
+            "gib": round(peak_memory(device) / 2**30, 3),
+            "seconds": round(self.seconds, 3),
+        }
+        self._sums, self._summed = [0.0] * len(TERMS), 0
+        self._last_line, self._waited = (step, self.seconds), 0.0
+        if self._lines is not None:
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
+        self.show({name: value for name, value in line.items() if name != "step"})
+        return line
+
+    def show(self, values: dict[str, float]) -> None:
+        """Send numbers of the training's step to TensorBoard and Weights & Biases."""
+        for name, value in values.items() if self._board is not None else ():
+            self._board.add_scalar(name, value, self.training.step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=self.training.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold, so that the next line is the same."""
+        return {"seconds": self.seconds, "sums": self._sums, "summed": self._summed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what state_dict gave."""
+        self.seconds = self.before = state["seconds"]
+        self._sums, self._summed = state["sums"], state["summed"]
+
+
+def check_wandb() -> None:
+    """Raise ValueError where Weights & Biases is not installed."""
+    if find_spec("wandb") is None:
+        raise ValueError("--wandb needs its package: pip install wandb")
+
+
+def join_wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
+    """Begin a run of Weights & Biases, or go on with that of the folder; WANDB_MODE=offline writes it there alone."""
+    import wandb
+
+    path = folder / WANDB
+    if not path.exists():
+        write_atomically(path, uuid.uuid4().hex[:16] + "\n")
+    return wandb.init(
+        project=project, id=path.read_text().strip(), name=folder.name, dir=folder, config=config, resume="allow"
+    )
+
+
+def keep_lines(path: Path, step: int) -> None:
+    """Remove lines beyond a step from a log, which a run that goes on writes again; damaged ones are told."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    steps = [_step_of(line) for line in lines]
+    if lines:
+        write_atomically(path, "".join(line for line, known in zip(lines, steps, strict=True) if known <= step))
+    if damaged := sum(known == math.inf for known in steps[:-1]):  # the last may have been cut by a crash
+        print(f"{path}: {damaged} damaged lines are removed", file=sys.stderr, flush=True)
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line of train.jsonl; infinity if it is damaged, or cut."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf

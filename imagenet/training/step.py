@@ -1,0 +1,185 @@
+"""One step of training (paper, algorithm 1) on one screen, and the state that continues it bit for bit."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imagenet import distributed
+from imagenet.config import Config, build_model
+from imagenet.data.batches import Batch
+from imagenet.distributed import World
+from imagenet.sampler import Generator
+from tvm_ref import EMA, FlowMap
+from tvm_ref.objectives import TERMS
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """The metrics of one step, over all processes.
+
+    Attributes:
+        losses: mean of each of TERMS over all processes.
+        gradient_norm: before clipping.
+        asked_to_stop: any process was asked to stop.
+        asked_to_save: any process was asked to save.
+    """
+
+    losses: tuple[float, float]
+    gradient_norm: float
+    asked_to_stop: bool
+    asked_to_save: bool
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Return the learning rate: linear warm-up, then constant, or a cosine that reaches zero at the last step."""
+    warmup = min(1.0, (step + 1) / (config.warmup + 1))
+    decay = 0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.schedule == "cosine" else 1.0
+    return config.lr * warmup * decay
+
+
+def make_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the optimizer, without weight decay."""
+    if config.optimizer == "soap":
+        from pytorch_optimizer import SOAP
+
+        return SOAP(parameters, config.lr, (0.95, config.beta2), weight_decay=0, precondition_frequency=10)
+    return torch.optim.AdamW(parameters, config.lr, (0.9, config.beta2), weight_decay=0, fused=True)
+
+
+class Training:
+    """A model being trained: weights, target EMA, averages to evaluate, optimizer, and how far it has come.
+
+    Attributes:
+        model: the weights theta.
+        weight: a learned weight of the loss, with --settings learned_weight=True; else it holds nothing.
+        target: their average theta*.
+        averages: their averages theta**, one for each decay; `ema` is the first, which is evaluated.
+    """
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world = config, world
+        torch.manual_seed(config.seed)
+        self.model: FlowMap = build_model(config).to(world.device)
+        self.target = EMA(self.model, config.target_ema)
+        self.averages = [EMA(self.model, decay) for decay in config.ema]
+        self.ema = self.averages[0]
+        objective = config.make_objective(self.model).to(world.device)
+        self.weight = objective.learned_weight
+        self._set_progress = objective.set_progress  # of what is wrapped below
+        if config.compile:
+            objective.compile(dynamic=False)
+        self.objective = distributed.wrap(objective, [self.target, *self.averages], world, config.parallel)
+        self._parameters = [*self.model.parameters(), *self.weight.parameters()]
+        self.optimizer = make_optimizer(config, self._parameters)
+        self.step = 0
+
+    def train_step(self, batch: Batch, *, stop: bool = False, save: bool = False) -> StepMetrics:
+        """Take one step of algorithm 1 on this process's part of a batch.
+
+        Args:
+            batch: this process's part.
+            stop: this process was asked to stop.
+            save: this process was asked to save.
+
+        Raises:
+            FloatingPointError: in every process, if a loss or gradient of any is NaN or infinite; the weights are those
+                before the step.
+        """
+        config, device = self.config, self.world.device
+        n = len(batch.x0) // config.accumulate
+        losses = torch.zeros(len(TERMS), device=device)
+        self._set_progress(self.step / config.steps)  # for objectives with a curriculum
+        self.optimizer.zero_grad()
+        for i in range(config.accumulate):  # micro-batches, whose gradients add up to that of the batch
+            # data x0, noise x1, times t, s, s' and the condition (class, beta), drawn by Batches
+            x0, x1, times, condition = batch.slice(i * n, (i + 1) * n).to(device)
+            last = i == config.accumulate - 1
+            with contextlib.nullcontext() if last else distributed.no_sync(self.objective):
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                    # both terms of eq. 15 per sample; the target theta* gives u*, without a gradient (eq. 12)
+                    terms = self.objective(x0, x1, times, condition, self.target.module)
+                # the expectation over samples and times; the last backward averages gradients over processes
+                (terms.total.mean() / config.accumulate).backward()
+            losses += torch.stack([getattr(terms, name).detach().mean() for name in TERMS]) / config.accumulate
+        norm = self._clip()
+        metrics = self._gather_metrics(losses, norm, stop, save)  # NaN anywhere raises here, before the weights move
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        self.optimizer.step()  # theta
+        self.target.update(self.model)  # theta*, the target of the loss: EMA of a short memory
+        for average in self.averages:  # theta**, the weights that are sampled from: EMA of a long one
+            average.update(self.model)
+        self.step += 1
+        return metrics
+
+    def _clip(self) -> Tensor:
+        """Clip the gradient's norm, and return what it was."""
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip or float("inf"), foreach=True)
+        return distributed.full_tensor(norm)
+
+    def _gather_metrics(self, losses: Tensor, norm: Tensor, stop: bool, save: bool) -> StepMetrics:
+        """Average losses and the gradient's norm over all processes; learn whether any was asked to stop or save.
+
+        Raises:
+            FloatingPointError: in every process, if any holds a number that is not finite.
+        """
+        rows = self.world.all_gather([*losses.tolist(), float(norm), float(stop), float(save)])
+        for name, column in zip((*(f"{name} loss" for name in TERMS), "gradient"), rows.T, strict=False):
+            bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
+            if bad:
+                ranks = f"rank{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}"
+                raise FloatingPointError(f"step {self.step}: the {name} is NaN or infinite on {ranks}")
+        jump, flow_matching, gradient_norm, stops, saves = rows.mean(0).tolist()
+        return StepMetrics((jump, flow_matching), gradient_norm, stops > 0, saves > 0)
+
+    def generator(self) -> Generator:
+        """Return the sampler of the evaluation weights, as sample.py has it by default."""
+        return Generator(self.ema.module, self.config, self.world.device)
+
+    def load_initial(self, weights: dict[str, Tensor]) -> None:
+        """Start from weights, the state dict of a FlowMap: the model and all averages."""
+        for model in (self.model, self.target.module, *(average.module for average in self.averages)):
+            model.load_state_dict(distributed.reshard(weights, model.state_dict()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that continues this training: its own tensors, not copies, sharded where they are."""
+        return {
+            "model": self.model.state_dict(),
+            "weight": self.weight.state_dict(),
+            "target": self.target.state_dict(),
+            "ema": [average.state_dict() for average in self.averages],
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+
+    def place(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return a tensor to read one of a stored state into, by its path: of weights themselves, of moments new ones.
+
+        Raises:
+            ValueError: there is no such tensor in this training.
+        """
+        kind, *path = name.split("/")
+        if kind != "optimizer":
+            module = {"model": self.model, "weight": self.weight, "target": self.target.module}.get(kind)
+            if kind == "ema" and int(path[0]) < len(self.averages):
+                module = self.averages[int(path[0])].module
+            weights = {} if module is None else module.state_dict()
+            if path[-1] not in weights:
+                raise ValueError(f"it holds {name}, which this run has not")
+            return weights[path[-1]]
+        like = self._parameters[int(path[1])]
+        return torch.empty_like(like, dtype=dtype) if like.shape == size else torch.empty(size, dtype=dtype)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what state_dict gave, whatever the number of processes and however its tensors are sharded."""
+        self.model.load_state_dict(distributed.reshard(state["model"], self.model.state_dict()))
+        self.weight.load_state_dict(distributed.reshard(state.get("weight", {}), self.weight.state_dict()))
+        self.target.load_state_dict(distributed.reshard(state["target"], self.target.state_dict()))
+        for average, stored in zip(self.averages, state["ema"], strict=True):
+            average.load_state_dict(distributed.reshard(stored, average.state_dict()))
+        self.optimizer.load_state_dict(distributed.reshard_optimizer(state["optimizer"], self.optimizer))
+        self.step = state["step"]

@@ -1,0 +1,287 @@
+"""The measurements of the family, on cases where their values are known or can be had another way."""
+
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from tvm_ref.experiments import compare, family, family_measures
+from tvm_ref.experiments.family_measures import (
+    MEMBERS,
+    ExactNetwork,
+    adaptive_bias,
+    adaptive_minimiser,
+    batch,
+    cost,
+    gradient_at_the_solution,
+    jump_errors,
+    length_shares,
+    noise_at_the_solution,
+    signal_to_noise,
+    time_density,
+)
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.objectives import OBJECTIVES
+from tvm_ref.time_samplers import Times, TimeSampler
+from tvm_ref.toy.data.distributions import make_distribution
+from tvm_ref.toy.data.mixture import GaussianMixture
+from tvm_ref.toy.network import ToyNetwork
+
+PACKAGE = Path(family.__file__).parents[1]
+PAGE = (PACKAGE / "objectives" / "README.md").read_text()  # of the family
+STORED = {p.stem: json.loads(p.read_text()) for p in (PACKAGE / "objectives").glob("*.json")}
+
+
+def test_the_exact_network_is_the_exact_flow():
+    oracle = make_distribution("moons")
+    x0, x1, (t, s, _) = batch(oracle, 20, TimeSampler())
+    x, model = x0 + t[:, None] * (x1 - x0), FlowMap(ExactNetwork(oracle))
+    torch.testing.assert_close(model.jump(x, t, s), oracle.jump(x, t, s), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.velocity(x, t), oracle.velocity(x, t), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_lagrangian_and_semigroup_losses_are_silent_at_the_solution_and_the_random_velocity_is_heard(monkeypatch):
+    silent = ("TVM", "LSD", "ESD, stops convex", "PSD, midpoint")
+    shown = [member for member in MEMBERS if member[0] in (*silent, "improved MeanFlow", "MeanFlow")]
+    monkeypatch.setattr(family_measures, "MEMBERS", shown)
+    noise = noise_at_the_solution(make_distribution("moons"), 20)
+    for name in silent:
+        assert noise[name]["mean"] < 1e-8, name
+    assert noise["improved MeanFlow"]["mean"] == pytest.approx(1, abs=1e-6)  # its residual is u - v: flow matching's
+    assert noise["MeanFlow"]["mean"] > 0.1
+
+
+@pytest.mark.slow
+def test_the_noise_of_mean_flow_is_that_of_v_carried_by_the_map():
+    """At the solution F - v - (s - t) D F = (grad_x X) (u - v): for N(0, sigma^2 I), a number times u - v."""
+    sigma = 0.5
+    oracle = GaussianMixture(torch.zeros(1, 2), sigma)
+    x0, x1, times = batch(oracle, 30, TimeSampler())
+    t, s, _ = times
+    x = x0 + t[:, None] * (x1 - x0)
+
+    def std(t):
+        return ((1 - t) ** 2 * sigma**2 + t**2).sqrt()
+
+    actual = gradient_at_the_solution("meanflow", {"power": 0}, oracle, x0, x1, times)
+    residual = (std(s) / std(t))[:, None] * (oracle.velocity(x, t) - (x1 - x0))
+    torch.testing.assert_close(actual, residual, rtol=1e-4, atol=1e-5)  # 2 R / D with D = 2
+
+
+def test_costs_are_ordered_as_their_products_are():
+    """Flow matching: forward and backward less the first layer's gradient for x. A JVP doubles a forward's products."""
+    products = cost(width=64, depth=4)
+    assert 2.5 < products["flow matching"] < 3
+    assert products["MeanFlow"] == pytest.approx(products["flow matching"] + 1, abs=0.05)
+    assert products["alpha-Flow, alpha 0.5"] == pytest.approx(products["flow matching"] + 1, abs=0.05)
+    assert products["PSD, midpoint"] == pytest.approx(products["flow matching"] + 2, abs=0.05)
+    assert products["TVM"] == pytest.approx(products["LSD"] + products["flow matching"], abs=0.05)
+    assert products["TVM, JVP detached"] < products["TVM"]
+
+
+# Bias of adaptive weights ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.1])
+def test_the_minimiser_under_adaptive_weights_against_enumeration(eps):
+    """Three coordinates of two values are eight velocities: the weighted residuals of all eight cancel."""
+    v = torch.tensor([[[1.0, -0.5], [0.3, 2.0], [-1.0, -0.2]]], dtype=torch.float64)
+    p = torch.tensor([[[0.6, 0.4], [0.8, 0.2], [0.5, 0.5]]], dtype=torch.float64)
+    F = adaptive_minimiser(v, p, eps, iterations=2000)
+    total = torch.zeros(3, dtype=torch.float64)
+    for corner in itertools.product(range(2), repeat=3):
+        chosen = torch.stack([v[0, i, k] for i, k in enumerate(corner)])
+        mass = math.prod(float(p[0, i, k]) for i, k in enumerate(corner))
+        residual = F[0] - chosen
+        total += mass * residual / (residual.square().mean() + eps)
+    assert float(total.abs().max()) < 1e-4
+
+
+def test_a_large_eps_is_no_weight_and_many_dimensions_make_the_bias_small():
+    assert adaptive_bias(2, 0.8, 8, eps=1e6) < 1e-5
+    few, many = adaptive_bias(2, 0.8, 8), adaptive_bias(64, 0.8, 8)
+    assert few > 0.3
+    assert many < few / 5
+
+
+# At a network ----------------------------------------------------------------------------------------------------
+
+
+def test_jump_errors_are_zero_for_the_exact_map_and_known_for_one_that_stays():
+    oracle = GaussianMixture(torch.zeros(1, 2), 1.0)
+    model = FlowMap(ToyNetwork())  # untrained: the exact flow of N(0, I)
+    by_length, by_times = jump_errors(model, oracle, 400, bins=4)
+    assert max(by_length) < 1e-4
+    assert bool(by_times.isnan()[0, 1:].all())  # s > t
+    assert not bool(by_times.isnan().diagonal().any())
+
+
+def test_shares_of_jumps_are_those_of_the_law():
+    triangle = length_shares(TimeSampler("triangle"), bins=5)
+    assert triangle == pytest.approx([(1 - i / 5) ** 2 - (0.8 - i / 5) ** 2 for i in range(5)], abs=2e-3)
+    assert length_shares(TimeSampler(), bins=10)[9] < 3e-3  # gap* rarely draws long jumps
+
+
+def test_densities_are_one_where_all_jumps_are_alike_and_integrate_to_one():
+    triangle = time_density(TimeSampler("triangle"), bins=4)
+    assert [value for row in triangle for value in row if value is not None] == pytest.approx([1] * 10, abs=0.02)
+    law = time_density(TimeSampler(), bins=10)
+    areas = [[0.5 if i == j else 1.0 for j in range(i + 1)] for i in range(10)]
+    whole = sum(d * a for row, r in zip(law, areas, strict=True) for d, a in zip(row, r, strict=False)) / 50
+    assert whole == pytest.approx(1, abs=1e-6)
+    assert law[9][0] < 1 < law[4][1]  # gap* rarely draws long jumps
+    assert law[0][1] is None
+
+
+@pytest.mark.slow
+def test_the_noise_scale_is_that_of_gradients_sample_by_sample():
+    """Mean and covariance of single samples' gradients, for one method; the estimates agree within their errors."""
+    oracle = make_distribution("moons")
+    torch.manual_seed(0)
+    model = FlowMap(ToyNetwork(2, 0, width=8, depth=1))
+    torch.nn.init.normal_(model.network.output.weight, std=0.3)
+    gap, size, chunks = 0.5, 16, 64
+    scale = signal_to_noise(model, oracle, [gap], chunks=chunks, size=size)["TVM"][0]
+    x0, x1, (u, _, fraction) = batch(oracle, 512, TimeSampler("triangle"), 3, dtype=torch.float32)
+    s = u.square() * (1 - gap)
+    times = Times(s + gap, s, fraction)
+    objective = family_measures.OBJECTIVES["tvm"](model)
+    single = torch.stack(
+        [
+            family_measures._gradient(
+                objective, model, x0[i : i + 1], x1[i : i + 1], Times(*(a[i : i + 1] for a in times))
+            )
+            for i in range(512)
+        ]
+    ).double()
+    expected = single.var(0).sum() / (single.mean(0).square().sum() - single.var(0).sum() / 512)
+    assert scale == pytest.approx(float(expected), rel=0.5)
+
+
+@pytest.mark.slow
+def test_the_command_writes_its_parts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(family_measures, "MEMBERS", MEMBERS[:2])
+    monkeypatch.setattr(family, "GAPS", (0.2, 0.8))
+    out = tmp_path / "family"
+    options = ["--out", str(out), "--steps", "3", "--batch-size", "8", "--width", "8", "--depth", "2"]
+    assert family.main([*options, "--samples", "4", "--dims", "1", "4"]) == 0
+    report = json.loads((out / "results.json").read_text())
+    measured = {"noise", "cost", "adaptive_bias", "jumps", "noise_scale"}
+    assert set(report) == {"dist", "made_with", "options", *measured}
+    assert set(report["noise"]) == {name for name, _, _ in MEMBERS[:2]}
+    assert (out / "measured.png").is_file()
+    assert (out / "times.png").is_file()
+    assert (out / "family.png").is_file()
+    printed = capsys.readouterr().out
+    assert "noise at the solution" in printed
+    assert "batch where noise = signal" in printed
+    with pytest.raises(SystemExit):
+        family.main(options)
+    assert "already holds picture, noise, cost, bias, jumps, scale: --overwrite, or" in capsys.readouterr().err
+    assert family.main([*options, "--overwrite", "--parts", "picture"]) == 0
+    assert json.loads((out / "results.json").read_text()) == report  # which once lost all the rest
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Parts that take no time and tell what they were measured with."""
+    monkeypatch.setattr(family_measures, "noise_at_the_solution", lambda _, n: {"TVM": dict.fromkeys(NOISE, float(n))})
+    monkeypatch.setattr(family_measures, "cost", lambda width, depth: {"TVM": float(width)})
+    monkeypatch.setattr(family_measures, "adaptive_bias", lambda dim, mass, n: mass / dim)
+    monkeypatch.setattr(family, "draw", lambda report, out, picture: None)
+
+
+NOISE = ("mean", "error", "median")
+
+
+@pytest.mark.usefixtures("quick")
+def test_parts_measured_one_after_the_other_add_up(tmp_path, capsys):
+    """The second was once refused, and with --overwrite it dropped the first."""
+
+    def run(*options):
+        assert family.main(["--out", str(tmp_path), *options]) == 0
+        return json.loads((tmp_path / "results.json").read_text())
+
+    first = run("--parts", "noise", "cost", "--samples", "300")
+    capsys.readouterr()
+    report = run("--parts", "bias", "--dims", "1", "2")
+    assert "holds noise --samples 300\n" in capsys.readouterr().out  # as --samples is 500 now
+    assert {key: report[key] for key in ("noise", "cost")} == {key: first[key] for key in ("noise", "cost")}
+    assert report["options"] == {"noise": {"samples": 300}, "cost": {}, "bias": {"dims": [1, 2]}}
+    again = run("--parts", "noise", "--samples", "20", "--overwrite")
+    assert "holds cost\n" in (said := capsys.readouterr().out)
+    assert "holds bias --dims 1 2\n" in said
+    assert again["noise"]["TVM"]["mean"] == 20
+    assert again["options"] == report["options"] | {"noise": {"samples": 20}}
+    assert {k: v for k, v in again.items() if k not in ("noise", "options")} == {
+        k: v for k, v in report.items() if k not in ("noise", "options")
+    }
+    new = run("--parts", "noise", "cost", "bias", "--overwrite", "--dist", "circles")  # nothing of moons stays
+    assert new["dist"] == new["made_with"]["dist"] == "circles"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--parts", "cost", "noise"], "already holds noise: --overwrite, or another --out"),
+        (["--parts", "cost", "--dist", "circles"], "holds noise measured with --dist moons"),
+        (["--parts", "cost", "--dist", "circles", "--overwrite"], "holds noise measured with --dist moons"),
+        (["--parts", "cost", "--width", "8"], "holds noise measured with --width 64"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(tmp_path, capsys, options, words):
+    assert family.main(["--out", str(tmp_path), "--parts", "noise"]) == 0
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        family.main(["--out", str(tmp_path), *options])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("content", ['{"dist": "moons", "methods": {}}', "[]", "none"])
+def test_results_of_another_command_are_never_merged_or_replaced(tmp_path, capsys, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        family.main(["--out", str(tmp_path), "--parts", "cost", "--overwrite"])
+    assert stop.value.code == 2
+    assert "without what they were measured with" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("table", "page"),
+    [
+        (compare.table(STORED["compare"]), (PACKAGE / "README.md").read_text()),
+        (compare.table(STORED["ablation"]), PAGE),
+        (family.jump_table(STORED["family"]["jumps"]), PAGE),
+        (family.scale_table(STORED["family"]["noise_scale"]), PAGE),
+    ],
+    ids=["compare", "ablation", "jumps", "scale"],
+)
+def test_tables_of_the_pages_are_those_of_the_stored_results(table, page):
+    lines = [line.rstrip() for line in page.splitlines()]
+    assert all(row.rstrip() in lines for row in table.splitlines()[1:])
+
+
+def test_costs_and_errors_of_the_one_table_are_stored():
+    lines = [line for line in PAGE.splitlines() if line.startswith("| `") and line.count("|") == 10]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(rows) == len(OBJECTIVES)
+    methods = {runs["runs"][0]["objective"]: runs for runs in reversed(STORED["compare"]["methods"].values())}
+    costs = {key: STORED["family"]["cost"][name] for name, key, _ in reversed(MEMBERS)}
+    for key, *_, cost_cell, _, errors, _ in rows:
+        key = key.strip("`")
+        dit = STORED["family"]["cost_dit"]["DiT-XL/2"][key]
+        assert cost_cell == f"{costs.get(key, STORED['family']['cost']['flow matching']):.1f} / {dit:.1f}"
+        for nfe, cell in zip((1, 2, 4, 64), errors.split(" / "), strict=True):
+            if cell != "-":
+                median = statistics.median(compare.error(result, nfe) for result in methods[key]["runs"])
+                assert float(cell) == pytest.approx(median, abs=0.0051 if median > 1 else 0.00051)

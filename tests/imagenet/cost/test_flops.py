@@ -1,0 +1,134 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from imagenet.config import PRESETS, Config, build_model
+from imagenet.cost import table
+from imagenet.cost.flops import count_flops, counted_step_flops, forward_flops, least_step_flops, utilisation
+from imagenet.cost.memory import smallest_that_fits, state_bytes
+from tvm_ref import EMA, TVM, Condition, Linear, TimeSampler
+
+CONFIG = Config(data="latents", input_size=8, in_channels=4, classes=10, hidden_size=64, depth=2, heads=2, w=2.0)
+SIZES = {
+    "small": CONFIG,
+    "long": replace(CONFIG, input_size=32, hidden_size=32),  # attention outweighs layers
+    "wide": replace(CONFIG, input_size=4, hidden_size=256, depth=1),
+    "digits": Config(),
+}
+
+
+def step_flops(config: Config, batch: int = 3) -> int:
+    """Of a TVM step as training runs it, on real numbers."""
+    model = build_model(config)
+    objective = TVM(model, null_label=config.classes if config.w != 1 else None, detach_jvp=config.detach_jvp)
+    target = EMA(model, 0.99)
+    x = torch.randn(batch, config.in_channels, config.input_size, config.input_size)
+    condition = Condition(torch.zeros(batch, dtype=torch.long), torch.full((batch,), 1 / config.w))
+    times = TimeSampler().draw(batch)
+    return count_flops(lambda: objective(x, x, times, condition, target.module).total.mean().backward()) // batch
+
+
+CASES = [(size, detached, 2.0) for size in SIZES for detached in (False, True)] + [("small", False, 1.0)]
+
+
+@pytest.mark.parametrize(("size", "detached", "w"), CASES)
+@pytest.mark.slow
+def test_a_step_has_no_needless_arithmetic(size, detached, w):
+    config = replace(SIZES[size], detach_jvp=detached, w=w)
+    least = least_step_flops(config.network(), detach_jvp=detached, guided=w != 1)
+    assert least <= step_flops(config) <= 1.02 * least
+    assert counted_step_flops(config) == step_flops(config)
+
+
+def test_the_count_would_show_needless_products(monkeypatch):
+    """With nn.Linear a JVP runs its product rule's empty half: 13 forwards' worth of layers in place of 11."""
+    monkeypatch.setattr(Linear, "forward", nn.Linear.forward)
+    config = SIZES["wide"]
+    assert step_flops(config) > 1.15 * least_step_flops(config.network())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_forward_is_counted_as_it_runs(size):
+    config = SIZES[size]
+    model = build_model(config).requires_grad_(False)
+    x, t = torch.randn(1, config.in_channels, config.input_size, config.input_size), torch.ones(1)
+    condition = Condition(torch.zeros(1, dtype=torch.long), t)
+    assert count_flops(lambda: model.network(x, t, t, condition)) == forward_flops(config.network())
+
+
+@pytest.mark.slow
+def test_steps_of_other_objectives_cost_what_their_forwards_and_backwards_do():
+    """In forwards: a backward is two, a tangent doubles both; alpha-Flow ends as MeanFlow, PSD adds two forwards."""
+    forward = forward_flops(CONFIG.network())
+    cost = {
+        key: counted_step_flops(replace(CONFIG, objective=key, w=1.0)) / forward
+        for key in ("tvm", "fm", "lsd", "meanflow", "alphaflow", "psd")
+    }
+    assert cost["fm"] == pytest.approx(3, abs=0.15)
+    assert cost["meanflow"] == pytest.approx(cost["fm"] + 1, abs=0.1)
+    assert cost["alphaflow"] == cost["meanflow"]
+    assert cost["psd"] == pytest.approx(cost["fm"] + 2, abs=0.1)
+    assert cost["tvm"] == pytest.approx(cost["lsd"] + cost["fm"], abs=0.1)
+
+
+def test_known_sizes():
+    """DiT-XL/2 at 256: 118.6 G multiplications with addition, as its paper says."""
+    network = PRESETS["imagenet256-w2"].network()
+    assert forward_flops(network) / 2e9 == pytest.approx(118.6, abs=0.1)
+    assert least_step_flops(network) / forward_flops(network) == pytest.approx(11.1, abs=0.05)
+
+
+@pytest.mark.slow
+def test_the_table_of_objectives_has_a_row_for_each(monkeypatch, capsys):
+    monkeypatch.setattr(table, "OBJECTIVES", ("fm", "soflow"))
+    monkeypatch.setattr(table, "PRESETS", {"digits": CONFIG, "imagenet256-w2": replace(CONFIG, depth=1)})
+    assert table.main(["--objectives"]) == 0
+    out, err = capsys.readouterr()
+    assert "2/2" in err.splitlines()[-1]  # it once took minutes without a word
+    head, *rows = (line.split() for line in out.splitlines())
+    assert head == ["objective", "digits", "imagenet256-w2"]
+    assert [row[0] for row in rows] == ["fm", "soflow"]
+    assert float(rows[1][1]) == pytest.approx(float(rows[0][1]) + 1, abs=0.15)
+
+
+def test_the_tables_have_the_numbers(monkeypatch, capsys):
+    monkeypatch.setattr(table, "PRESETS", {"one": replace(CONFIG, batch_size=128, steps=1000)})
+    assert table.main([]) == 0
+    operations, memory = capsys.readouterr().out.split("\n\n")
+    head, row = (line.split() for line in operations.splitlines())
+    assert head == ["preset", "weights", "forward", "step", "detached", "training"]
+    network = CONFIG.network()
+    weights = sum(p.numel() for p in build_model(CONFIG).parameters())
+    assert float(row[1]) * 1e6 == pytest.approx(weights, rel=1e-3)
+    assert float(row[5]) * 1e9 == pytest.approx(least_step_flops(network), rel=1e-3)
+    assert float(row[9]) == pytest.approx(128e3 * least_step_flops(network), rel=0.05)
+    row = memory.splitlines()[1].split()
+    assert float(row[1]) * 1e9 == pytest.approx(state_bytes(CONFIG), rel=0.01)
+    images = [table.image_bytes(replace(CONFIG, checkpointing=on)) for on in (False, True)]
+    assert [float(row[i]) * 1e6 for i in (3, 5)] == pytest.approx(images, rel=0.01)
+    assert row[7:] == ["1", "1", "1"]
+
+
+def test_what_is_said_to_fit_is_the_smallest(monkeypatch):
+    monkeypatch.setattr(table, "MACHINES", {"8 x 80 GB": (80e9, 8), "1 x 24 GB": (24e9, 1), "1 x 1 GB": (1e9, 1)})
+    monkeypatch.setattr(table, "PRESETS", {"one": PRESETS["imagenet256-w2"]})
+    row = table.memory().splitlines()[1]
+    found = [smallest_that_fits(PRESETS["imagenet256-w2"], *machine) for machine in ((80e9, 8), (24e9, 1))]
+    assert row.split("MB")[2].split() == [
+        f"{found[0].accumulate}",
+        f"{found[1].accumulate},",
+        "checkpointed",
+        "nothing",
+    ]
+
+
+def test_utilisation_is_the_needed_arithmetic_over_that_of_the_data_sheet():
+    """XL/2 needs 2635 GFLOP per image and TVM step (README), an H100 does 989 TFLOP per second."""
+    config = PRESETS["imagenet256-w2"]
+    share = utilisation(config, 1000.0, "NVIDIA H100 80GB HBM3", 8)
+    assert share == pytest.approx(1000 * 2635e9 / (8 * 989e12), rel=1e-3)
+    for changed in (replace(config, objective="fm"), replace(config, precision="float32")):
+        assert utilisation(changed, 1000.0, "NVIDIA H100 80GB HBM3", 8) is None
+    assert utilisation(config, 1000.0, "NVIDIA Abacus", 8) is None

@@ -1,0 +1,57 @@
+"""Classes by name, and `from imagenet import load_generator`."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from imagenet.config import Config
+from imagenet.data.class_names import CIFAR10, class_names, class_number
+
+DIGITS = Config()
+IMAGENET = replace(DIGITS, data="latents", classes=1000)
+
+
+def test_imagenet_s_names_have_the_numbers_of_the_data_set():
+    """Facts about ILSVRC 2012 in its usual order; torchvision lists them."""
+    names = class_names(IMAGENET)
+    assert len(set(names)) == 1000
+    known = {"tench": 0, "goldfish": 1, "golden retriever": 207, "Tabby": 281, "tiger cat": 282, "toilet tissue": 999}
+    assert {name: class_number(name, IMAGENET) for name in known} == known
+    assert class_number("282", IMAGENET) == class_number(282, IMAGENET) == 282
+
+
+def test_small_data_sets_have_names_too():
+    assert [class_number(str(i), DIGITS) for i in range(10)] == list(range(10))
+    cifar = replace(DIGITS, data="cifar10")
+    assert [class_number(name, cifar) for name in CIFAR10] == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("golden retreiver", IMAGENET, "close are golden retriever"),
+        ("retriever", IMAGENET, "close are .*labrador retriever"),
+        ("1000", IMAGENET, "must lie in 0 to 999, got 1000"),
+        (-1, IMAGENET, "must lie in 0 to 999, got -1"),
+        ("cat", replace(DIGITS, data="latents", classes=7), "have no names: say --classes by numbers"),
+        ("ten", DIGITS, "no class is named 'ten'; there are 0, 1, .* 9$"),
+    ],
+)
+def test_a_class_that_is_not_there_is_refused_with_advice(name, config, message):
+    with pytest.raises(ValueError, match=message):
+        class_number(name, config)
+
+
+def test_without_torchvision_names_are_refused_and_numbers_serve(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="need torchvision"):
+        class_number("tabby", IMAGENET)
+    assert class_number(281, IMAGENET) == 281
+
+
+def test_the_package_is_light_until_something_is_asked_of_it():
+    code = "import imagenet, sys; assert 'torch' not in sys.modules; imagenet.no_such_thing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "has no attribute 'no_such_thing'" in done.stderr, done.stderr

@@ -1,0 +1,135 @@
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imagenet.data.image_files import ImageFiles, save_png, write_npz
+
+rng = np.random.default_rng(0)
+PIXELS = rng.integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    write_npz(tmp_path / "images.npz", 7, iter([PIXELS[:4], PIXELS[4:]]), np.arange(7))
+    return tmp_path / "images.npz"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images" / "below").mkdir(parents=True)
+    for i, image in enumerate(PIXELS):
+        save_png(tmp_path / "images" / ("below" if i == 6 else "") / f"{i:03d}.png", image)
+    (tmp_path / "images" / "notes.txt").write_text("")
+    return tmp_path / "images"
+
+
+def test_an_npz_is_what_numpy_reads(npz):
+    with np.load(npz) as stored:
+        np.testing.assert_array_equal(stored["arr_0"], PIXELS)
+        assert stored["arr_1"].tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+def test_images_are_read_as_they_were_written(kind, size, request):
+    images = ImageFiles(request.getfixturevalue(kind))
+    assert len(images) == 7
+    batches = list(images.batches(size))
+    assert all(len(batch) == size for batch in batches[:-1])
+    order = [0, 1, 2, 3, 4, 5, 6]
+    np.testing.assert_array_equal(torch.cat(batches).permute(0, 2, 3, 1), PIXELS[order])
+    assert len(torch.cat(list(images.batches(size, limit=5)))) == 5
+
+
+def test_an_npz_with_fewer_images_than_announced_is_not_left_behind(tmp_path):
+    with pytest.raises(ValueError, match="7 images came where 8"):
+        write_npz(tmp_path / "images.npz", 8, [PIXELS], np.arange(8))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("copies", [1, 1000])  # found on opening, and on the way
+def test_a_damaged_npz_is_named(tmp_path, copies):
+    write_npz(tmp_path / "images.npz", 7 * copies, [PIXELS] * copies, np.arange(7 * copies))
+    data = bytearray((tmp_path / "images.npz").read_bytes())
+    data[data.rindex(PIXELS[3].tobytes())] ^= 1
+    (tmp_path / "images.npz").write_bytes(data)
+    with pytest.raises(ValueError, match=r"images.npz is damaged: Bad CRC"):
+        list(ImageFiles(tmp_path / "images.npz").batches(3))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: np.savez(p / "a.npz", mu=np.zeros(3)), "holds no images"),
+        (lambda p: np.savez(p / "a.npz", arr_0=np.zeros((2, 4, 4, 3))), "must be uint8"),
+        (lambda p: np.savez(p / "a.npz", arr_0=np.zeros((0, 4, 4, 3), np.uint8)), "holds no images"),
+        (lambda p: (p / "a.npz").write_bytes(b"PK\x03\x04"), "is damaged"),
+        (lambda p: (p / "a.npz").mkdir(), "holds no images"),
+        (lambda p: None, "neither a folder"),
+    ],
+)
+def test_what_holds_no_images_is_named(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        ImageFiles(tmp_path / "a.npz")
+
+
+def test_images_that_cannot_be_read_or_differ_in_size_are_named(folder):
+    save_png(folder / "003.png", PIXELS[3, :4])
+    with pytest.raises(ValueError, match=r"003.png cannot be read: it is 6 x 4, and others are 6 x 5"):
+        list(ImageFiles(folder).batches(2))
+    cut(folder / "002.png")
+    with pytest.raises(ValueError, match=r"002.png cannot be read"):
+        list(ImageFiles(folder).batches(2))
+
+
+def bomb(path: Path) -> None:
+    """A PNG of 100 bytes that says that it has 10^10 pixels."""
+    save_png(path, np.zeros((1, 1, 3), np.uint8))
+    data = bytearray(path.read_bytes())
+    data[16:24] = (100_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+def test_an_image_of_too_many_pixels_is_named(folder):
+    bomb(folder / "000.png")
+    with pytest.raises(ValueError, match=r"000.png cannot be read: Image size .* exceeds limit"):
+        list(ImageFiles(folder).batches(2))
+
+
+def test_an_image_of_another_size_is_refused_before_it_is_decoded(folder, monkeypatch):
+    """64 photographs of 100 megapixels among samples would fill the memory before their sizes were compared."""
+    save_png(folder / "004.png", np.zeros((50, 50, 3), np.uint8))
+    decoded = []
+    monkeypatch.setattr(Image.Image, "convert", lambda self, mode: decoded.append(self.size) or self)
+    with pytest.raises(ValueError, match="it is 50 x 50"):
+        list(ImageFiles(folder).batches(2))
+    assert (50, 50) not in decoded
+
+
+@pytest.mark.parametrize("ending", ["tif", "tiff", "gif"])
+def test_tiff_and_gif_are_images(tmp_path, ending):
+    """They once were skipped without a word."""
+    Image.fromarray(PIXELS[0]).save(tmp_path / f"a.{ending}")
+    with Image.open(tmp_path / f"a.{ending}") as stored:
+        expected = np.array(stored.convert("RGB"))
+    found = next(ImageFiles(tmp_path).batches(1))[0].permute(1, 2, 0)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_files_that_are_no_images_are_counted(folder):
+    assert ImageFiles(folder).warning is None  # notes.txt is a note
+    for name in ("a.heic", "b.HEIC", "c.jp2", "noend", ".hidden"):
+        (folder / name).write_text("")
+    assert ImageFiles(folder).warning == (
+        "warning: 4 files are left out, as they are no images by their endings (.heic, .jp2, none)"
+    )

@@ -1,0 +1,163 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from imagenet.data.latents import (
+    INDEX,
+    NORMALISATION,
+    Latents,
+    Normalisation,
+    decode,
+    encode,
+    index_of,
+    load_vae,
+    write_shard,
+)
+from imagenet.data.noise import normal
+
+COUNTS = [3, 0, 5]  # the middle shard is empty: all its images were damaged
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for i, n in enumerate(COUNTS):
+        if n:
+            posteriors = rng.random((n, 2, 4, 3, 3)).astype(np.float16)
+            write_shard(tmp_path, f"{i:05d}", posteriors, np.arange(n) % 3)
+    shards = [{"name": f"{i:05d}", "count": n} for i, n in enumerate(COUNTS)]
+    (tmp_path / INDEX).write_text(json.dumps(index_of(256, ["a", "b", "c"], NORMALISATION[256], shards)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", NORMALISATION)
+def test_normalisation_is_undone(size):
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    norm = NORMALISATION[size]
+    torch.testing.assert_close(norm.denormalise(norm.normalise(x)), x)
+    mean, std = (torch.tensor(a, dtype=torch.float64).view(4, 1, 1) for a in (norm.mean, norm.std))
+    torch.testing.assert_close(norm.normalise(mean + 2 * std), torch.full((4, 1, 1), 2.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (0.0, float("inf")), (float("nan"), 1.0), (0.0, -1.0)])
+def test_normalisation_refuses_what_divides_by_nothing_or_everything(mean, std):
+    with pytest.raises(ValueError, match="positive std"):
+        Normalisation((mean,), (std,))
+
+
+def test_latents_are_read_across_shards(folder):
+    latents = Latents(folder)
+    assert len(latents) == 8
+    assert latents.shape == (4, 3, 3)
+    assert latents.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    for index, (shard, row) in enumerate([("00000", i) for i in range(3)] + [("00002", i) for i in range(5)]):
+        stored = torch.from_numpy(np.load(folder / f"{shard}.latents.npy")[row].astype(np.float32))
+        mean, std = latents.posterior(index)
+        torch.testing.assert_close(torch.stack([mean, std]), stored, rtol=0, atol=0)
+        x, label = latents[index]
+        assert x.dtype == torch.float32
+        assert label == latents.labels[index]
+
+
+@pytest.mark.slow
+def test_a_draw_has_the_posterior_s_moments_and_is_normalised(folder):
+    latents = Latents(folder, seed=3)
+    draws = torch.stack([latents.normalisation.denormalise(latents[4, k][0]) for k in range(2000)])
+    mean, std = latents.posterior(4)
+    z = (draws - mean) / std  # N(0, 1): 36 elements, 2,000 draws
+    assert z.mean(0).abs().max() < 5 / 2000**0.5
+    assert (z.var(0) - 1).abs().max() < 5 * (2 / 2000) ** 0.5
+
+
+def test_a_draw_is_a_function_of_seed_draw_and_index_alone(folder):
+    latents = Latents(folder, seed=1)
+    x, labels = latents.batch([5, 0, 5], draw=7)
+    assert torch.equal(x[0], x[2])
+    assert torch.equal(x[1], Latents(folder, seed=1)[0, 7][0])
+    assert labels.tolist() == [2, 0, 2]
+    assert not torch.equal(x[0], latents[5, 8][0])
+    assert not torch.equal(x[0], Latents(folder, seed=2)[5, 7][0])
+
+
+def test_noise_of_different_keys_is_uncorrelated():
+    noise = torch.stack([normal((4096,), *key) for key in ((1, 0, 0, 1), (1, 0, 1, 0), (2, 0, 0, 1), (1, 1, 0, 0))])
+    assert (torch.corrcoef(noise) - torch.eye(4)).abs().max() < 5 / 4096**0.5
+
+
+def test_a_data_loader_of_several_workers_gives_the_same(folder):
+    latents = Latents(folder)
+    keys = [(index, 11) for index in (7, 2, 4, 0)]
+    loader = torch.utils.data.DataLoader(latents, batch_size=2, sampler=keys, num_workers=2)
+    torch.testing.assert_close(torch.cat([x for x, _ in loader]), latents.batch([7, 2, 4, 0], 11)[0], rtol=0, atol=0)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "00000.latents.npy"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def change(folder: Path, **entries: object) -> None:
+    (folder / INDEX).write_text(json.dumps(json.loads((folder / INDEX).read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / INDEX).unlink(), "no latents.json"),
+        (lambda f: (f / INDEX).write_text("{"), "is damaged"),
+        (lambda f: (f / INDEX).write_text("{}"), "classes is missing"),
+        (lambda f: (f / INDEX).write_text("[]"), "is damaged"),
+        (lambda f: (f / INDEX).write_text((f / INDEX).read_text().replace('"count"', '"c"')), "is damaged"),
+        (lambda f: (f / INDEX).write_text((f / INDEX).read_text().replace('"std"', '"s"')), "is damaged"),
+        (lambda f: change(f, classes=5), "its classes are no list of names"),
+        (lambda f: change(f, classes=[1, 2, 3]), "its classes are no list of names"),
+        (lambda f: change(f, image_size="256"), "its image_size is no size"),
+        (lambda f: change(f, shards=[{"name": "../../x", "count": 1}]), "a shard without a name"),
+        (lambda f: change(f, shards=[{"name": "x", "count": -1}]), "a shard without a name or count"),
+        (lambda f: change(f, shards=5), "is damaged"),
+        (lambda f: change(f, normalisation={"mean": [0.0] * 4, "std": [float("inf")] * 4}), "its normalisation is"),
+        (lambda f: change(f, normalisation={"mean": ["a"] * 4, "std": [1.0] * 4}), "its normalisation is"),
+        (lambda f: change(f, normalisation=5), "its normalisation is 5"),
+        (lambda f: (f / INDEX).write_text("[" * 100_000), "is damaged"),
+        (lambda f: (f / "00002.labels.npy").unlink(), "shard 00002 cannot be read"),
+        (truncate, "shard 00000 cannot be read"),
+        (lambda f: np.save(f / "00000.labels.npy", np.array([0, 1, 3])), "beyond its 3 classes"),
+        (lambda f: np.save(f / "00000.latents.npy", np.zeros((3, 2, 4, 3, 3))), "do not hold 3 posteriors"),
+    ],
+)
+def test_damaged_latents_are_named(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        Latents(folder)
+
+
+def test_an_index_beyond_the_end_is_refused(folder):
+    for index in (-1, 8):
+        with pytest.raises(IndexError, match="outside"):
+            Latents(folder)[index]
+
+
+def test_encode_and_decode_call_the_autoencoder_on_its_own_scales():
+    pytest.importorskip("diffusers")
+    from tests.autoencoders import tiny_vae
+
+    vae, images = tiny_vae(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    posterior = vae.encode(images / 127.5 - 1).latent_dist
+    torch.testing.assert_close(encode(vae, images), torch.stack([posterior.mean, posterior.std], 1))
+    x = NORMALISATION[256].normalise(posterior.mean)
+    torch.testing.assert_close(decode(vae, x, NORMALISATION[256]), vae.decode(posterior.mean).sample)
+
+
+def test_an_autoencoder_is_loaded_from_a_folder(tmp_path):
+    pytest.importorskip("diffusers")
+    from tests.autoencoders import tiny_vae
+
+    vae = tiny_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    loaded = load_vae(str(tmp_path / "vae"))
+    assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), loaded.parameters(), strict=True))
+    with pytest.raises(ValueError, match="no autoencoder"):
+        load_vae(str(tmp_path / "absent"))

@@ -1,0 +1,126 @@
+"""The presets are the paper's table 6, and configurations survive JSON and refuse what they do not know."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from imagenet.config import PRESETS, RESUMABLE, Config, build_model
+from tvm_ref import OBJECTIVES, TimeSampler
+
+IMAGENET = ("imagenet256-w2", "imagenet256-w1.75", "imagenet512-w2.5", "imagenet512-w2.25")
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "w", "scaled", "time_init"),
+    [
+        ("imagenet256-w2", 32, 2.0, True, "spectral"),
+        ("imagenet256-w1.75", 32, 1.75, True, "normal"),
+        ("imagenet512-w2.5", 64, 2.5, False, "normal"),
+        ("imagenet512-w2.25", 64, 2.25, True, "spectral"),
+    ],
+)
+def test_table_6(name, side, w, scaled, time_init):
+    c = PRESETS[name]
+    assert (c.data, c.input_size, c.in_channels, c.classes) == ("latents", side, 4, 1000)
+    assert (c.hidden_size, c.depth, c.heads, c.patch_size) == (1152, 28, 18, 2)
+    assert (c.w, c.w_max, c.scaled, c.time_init, c.label_dropout) == (w, None, scaled, time_init, 0.1)
+    assert (c.optimizer, c.lr, c.beta2, c.schedule, c.warmup, c.clip) == ("adamw", 1e-4, 0.95, "constant", 0, 0)
+    assert (c.steps, c.batch_size, c.ema, c.target_ema) == (300_000, 2048, (0.9999,), 0.99)
+    assert c.sampler() == TimeSampler("gap*")
+    assert not c.detach_jvp
+    assert (c.block_norm, c.qk_norm, c.modulation_norm, c.objective) == ("rms", True, True, "tvm")
+    assert c.precision == "bfloat16"
+
+
+def test_the_largest_is_the_papers_size():
+    with torch.device("meta"):
+        network = build_model(PRESETS["imagenet256-w2"], attention="plain").network
+    assert sum(a.numel() for a in network.state_dict().values()) == pytest.approx(678.363e6, abs=500)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configurations_survive_json(name):
+    assert Config.from_json(PRESETS[name].to_json()) == PRESETS[name]
+
+
+def test_times_are_those_of_an_objectives_paper_unless_told():
+    for key, kind in OBJECTIVES.items():
+        assert Config(objective=key).sampler() == kind.default_times
+    assert Config(objective="lsd", time_sampler="gap*").sampler() == TimeSampler("gap*", share_equal=0.75)
+    assert Config(equal_share=0.5).sampler() == TimeSampler("gap*", share_equal=0.5)
+
+
+def test_a_training_that_would_never_meet_the_data_is_refused():
+    with pytest.raises(ValueError, match=r"PSD meets the data where t = s alone: .*--equal-share"):
+        Config(objective="psd", equal_share=0.0)
+
+
+def test_the_default_is_digits():
+    assert PRESETS["digits"] == Config()
+
+
+BAD = {
+    "an unknown key": {"colour": "red"},
+    "text for a number": {"steps": "many"},
+    "a number for a switch": {"qk_norm": 1},
+    "a switch for a number": {"steps": True},
+    "nothing for a number": {"lr": None},
+    "an unknown choice": {"objective": "gan"},
+    "a fraction of a step": {"steps": 1.5},
+    "a list": {"w": [1, 2]},
+    "a number for a list": {"ema": 0.9},
+    "an empty list": {"ema": []},
+    "a list of text": {"ema": [0.9, "b"]},
+    "a list of lists": {"ema": [[0.9]]},
+    "a number beyond all floats": {"lr": 10**400},
+    "a number beyond all integers": {"steps": 10**400},
+    "a number below all integers": {"accumulate": -(10**30)},
+    "a fraction of nothing": {"lr": float("nan")},
+    "a network beyond all memory": {"hidden_size": 2**40},
+    "blocks without end": {"depth": 10**9},
+    "settings that are code": {"objective": "meanflow", "settings": "power=print(1)"},
+    "settings of another": {"settings": "power=1"},
+    "settings without end": {"objective": "meanflow", "settings": "power=" + "-" * 10**5 + "1"},
+    "settings in brackets without end": {"objective": "meanflow", "settings": "power=" + "(" * 10**5},
+    "a long text": {"data": "a" * 10**6},
+    "an escape sequence": {"\x1b[2J": 1},
+}
+
+
+@pytest.mark.bad_shapes
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_stored_configurations_are_checked(change):
+    stored = json.loads(Config().to_json()) | change
+    with pytest.raises(ValueError, match=r".+") as error:
+        Config.from_json(json.dumps(stored))
+    assert len(str(error.value)) < 200
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"steps": ', "[" * 100_000, '{"a": ' * 100_000, "9" * 10_000])
+def test_what_is_no_configuration(text):
+    with pytest.raises(ValueError, match=r".+") as error:
+        Config.from_json(text)
+    assert len(str(error.value)) < 1500
+
+
+def test_a_lost_field_is_no_default():
+    """Without this, {} is the digits' configuration, and a lost w another w in silence."""
+    with pytest.raises(ValueError, match=r"no data, input_size, .*accumulate"):
+        Config.from_json("{}")
+    for name in (f.name for f in fields(Config)):
+        stored = json.loads(Config().to_json())
+        del stored[name]
+        with pytest.raises(ValueError, match=f"not a configuration of this program: no {name}$"):
+            Config.from_json(json.dumps(stored))
+
+
+def test_what_may_change_on_resuming_changes_no_weights_names():
+    """Nothing that decides what is learned is among the fields that --resume may change."""
+    assert set(RESUMABLE) == {"precision", "attention", "compile", "checkpointing", "parallel", "accumulate"}
+    small = replace(Config(), hidden_size=16, depth=1)
+    names = set(build_model(small).state_dict())
+    assert names == set(build_model(replace(small, checkpointing=True, precision="bfloat16")).state_dict())
+    assert {f.name for f in fields(Config)} > set(RESUMABLE)

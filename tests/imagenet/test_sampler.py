@@ -1,0 +1,112 @@
+"""One sampler of a model, for training, sampling and evaluating alike."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imagenet import evaluate, sample, train
+from imagenet.config import Config, build_model
+from imagenet.data.pictures import grid
+from imagenet.sampler import Generator, load_generator, untrained_guidance
+from tests.imagenet.workers import randomise
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def run(request, tmp_path_factory):
+    """A run whose seed and precision are not the defaults; on a CPU samples are float32 either way."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("generator") / "run"
+    size = ["--steps", "4", "--batch-size", "8", "--hidden-size", "16", "--depth", "1", "--optimizer", "adamw"]
+    options = ["--seed", "3", "--precision", request.param, "--sample-every", "4", "--device", "cpu"]
+    assert train.main([*size, *options, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_run_s_grids_are_the_images_that_sample_draws(run, tmp_path, steps):
+    """They once had noise of their own, so that no command could draw them again."""
+    out = tmp_path / "samples.npz"
+    assert sample.main([str(run), "--out", str(out), "--count", "80", "--steps", str(steps), "--device", "cpu"]) == 0
+    with np.load(out) as stored:
+        expected = grid(stored["arr_0"], 10)
+        assert stored["arr_1"].tolist() == list(range(10)) * 8  # a class per column
+    np.testing.assert_array_equal(np.array(Image.open(run / f"samples-{steps}.png")), expected)
+    if steps == 1:  # the last grid drawn while training
+        np.testing.assert_array_equal(np.array(Image.open(run / "samples" / "00000004.png")), expected)
+
+
+def test_a_run_s_scores_are_those_that_evaluate_gives(run, tmp_path):
+    pytest.importorskip("torch_fidelity")
+    out = tmp_path / "scores.json"
+    assert evaluate.main([str(run), "--steps", "1", "4", "--out", str(out), "--device", "cpu"]) == 0
+    scores = json.loads(out.read_text())["figures"]
+    metrics = json.loads((run / "metrics.json").read_text())["nfe"]
+    for nfe in ("1", "4"):
+        assert scores[f"{nfe} NFE"] == {"samples": 360, "sets": 8, **metrics[nfe]}
+
+
+def test_a_sample_is_a_function_of_its_number(run):
+    generator = load_generator(run)
+    together, apart = generator.samples([5, 0, 12], 2), generator.samples([12], 2)
+    torch.testing.assert_close(together[2:], apart, rtol=1e-5, atol=1e-6)
+    assert generator.labels([5, 0, 12]) == [5, 0, 2]
+    other = load_generator(run, seed=1).samples([12], 2)
+    assert (other - apart).abs().max() > 0.1
+
+
+def test_guidance_is_the_model_s_own_unless_it_is_given():
+    config = Config(hidden_size=16, depth=1, w=2.0)
+    model = randomise(build_model(config))
+    plain, same, more = (Generator(model, config, w=w).samples([0], 1) for w in (None, 2.0, 3.0))
+    assert torch.equal(plain, same)
+    assert not torch.equal(plain, more)
+
+
+@pytest.mark.parametrize(
+    ("w_max", "w", "warns"), [(None, 2.0, False), (None, 2.1, True), (3.0, 2.5, False), (3.0, 3.5, True)]
+)
+def test_untrained_guidance_is_named(w_max, w, warns):
+    assert (untrained_guidance(Config(w=2.0, w_max=w_max), w) is not None) == warns
+
+
+def test_arguments_that_do_not_fit_the_model_are_refused(run):
+    for bad in ({"classes": [10]}, {"w": 0.0}, {"seed": -1}):
+        with pytest.raises(ValueError, match=f"--{next(iter(bad))} must"):
+            load_generator(run, **bad)
+
+
+def test_the_readme_s_lines_from_weights_to_images(run, tmp_path, monkeypatch):
+    """As printed, on a run at the place that they name."""
+    (tmp_path / "runs" / "imagenet").mkdir(parents=True)
+    (tmp_path / "runs" / "imagenet" / "digits").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(evaluate.__file__).parent / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(from imagenet import .*?)```", readme, re.DOTALL)
+    assert sum(bool(line.strip()) for line in lines.splitlines()) == 3
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    assert names["images"].shape == (8, 8, 8, 3)
+    expected = load_generator(run, classes=[3, 8]).images(range(8), 1)
+    np.testing.assert_array_equal(names["images"], expected)
+    np.testing.assert_array_equal(
+        names["generator"].grid(), grid(load_generator(run, classes=[3, 8]).images(range(16), 1), 2)
+    )
+
+
+def test_a_grid_without_more_is_the_run_s_own(run, tmp_path):
+    assert sample.main([str(run), "--out", str(tmp_path / "a.png"), "--device", "cpu"]) == 0
+    expected = np.array(Image.open(run / "samples-1.png"))
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a.png")), expected)
+    np.testing.assert_array_equal(load_generator(run).grid(), expected)
+
+
+def test_of_many_classes_a_grid_shows_ten_evenly_spaced():
+    generator = Generator(randomise(build_model(Config(hidden_size=16, depth=1))), Config(classes=1000))
+    assert generator.with_columns().classes == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    assert generator.columns(64) == 8

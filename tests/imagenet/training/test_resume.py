@@ -1,0 +1,240 @@
+"""Runs that are stopped, killed, damaged or starved of space go on as if nothing had been."""
+
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from imagenet import train
+from imagenet.training import checkpoint
+from imagenet.training.checkpoint import find_checkpoint
+from imagenet.training.step import Training
+from tests.imagenet import workers
+from tests.imagenet.commands import TINY, assert_same_run, command, losses, same, state, stopping_at
+from tests.imagenet.test_distributed import ROOT, torchrun
+
+
+@pytest.mark.slow
+def test_a_line_of_the_log_is_a_mean_though_the_interval_changed(tmp_path, whole, monkeypatch):
+    """Resuming at step 53 with another interval once divided the sum of the wrong number of losses."""
+    folder = tmp_path / "run"
+    monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 52))
+    assert command(folder, "--steps", 120) == 130
+    monkeypatch.undo()
+    assert command(folder, "--steps", 120, "--log-every", 20, "--resume") == 0
+    coarse, fine = ({line[0]: line for line in losses(run)} for run in (folder, whole[0]))
+    assert coarse[60][2] == pytest.approx((fine[55][2] + fine[60][2]) / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.slow
+def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(tmp_path, whole, monkeypatch, capsys, stop):
+    monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 52, stop))
+    folder = tmp_path / "run"
+    assert command(folder, "--steps", 120) == 130
+    monkeypatch.undo()
+    assert "stopped at step 53, and saved" in capsys.readouterr().out
+    assert [p.name for p in checkpoint.checkpoints(folder / "checkpoints")] == ["00000053"]
+    assert not (folder / "weights.safetensors").exists()
+    model, _ = checkpoint.load_weights(folder)  # of a run under way: those of the checkpoint
+    assert any(p.any() for p in model.network.final_layer.parameters())
+
+    assert train.main(["--out", str(folder), "--resume", "--log-every", "5"]) == 0  # its configuration is stored
+    assert_same_run(folder, whole[0])
+
+
+@pytest.mark.slow
+def test_sigusr1_saves_and_training_goes_on(tmp_path, whole, monkeypatch):
+    """A scheduler sends it some minutes before it ends a job."""
+    monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 52, signal.SIGUSR1))
+    folder = tmp_path / "run"
+    before = signal.getsignal(signal.SIGUSR1)
+    assert command(folder, "--steps", 120) == 0
+    assert [p.name for p in checkpoint.checkpoints(folder / "checkpoints")] == ["00000053", "00000120"]
+    assert same(*(state(a / "checkpoints" / "00000120") for a in (folder, whole[0])))
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.slow
+def test_sigusr1_to_all_of_a_torchrun_saves_and_ends_nothing(tmp_path):
+    """As Slurm sends it to every process of a job step: torchrun itself must ignore it, by the README's trap.
+
+    torchrun gives each worker a session of its own, so that a process group would not reach them.
+    """
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--steps", "100000", "--save-every", "100000", "--workers", "1", "--out", str(folder)]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(ROOT / "imagenet" / "train.py")]
+    process = subprocess.Popen(
+        ["bash", "-c", f"trap '' USR1; {shlex.join([*line, *arguments])}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_for(process, lambda: (folder / "train.jsonl").exists() and (folder / "train.jsonl").stat().st_size > 0)
+        assert send_to_all(process, signal.SIGUSR1) >= 3  # torchrun, the trainer, the process that reads ahead
+        wait_for(process, lambda: checkpoint.checkpoints(folder / "checkpoints"))
+        lines = len(losses(folder))
+        wait_for(process, lambda: len(losses(folder)) > lines)
+    finally:
+        if process.poll() is None:
+            send_to_all(process, signal.SIGKILL)
+        process.communicate()
+
+
+def send_to_all(process, number):
+    """Send a signal to a process and all that it started; returns how many they are."""
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in tree:
+        member.send_signal(number)
+    return len(tree)
+
+
+def wait_for(process, condition):
+    """Wait until a running process has brought about a condition."""
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_spares_the_processes_that_read_ahead(tmp_path, stop):
+    """A terminal's Ctrl-C and torchrun's SIGTERM go to them too; they once died of it, and the trainer with them."""
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--steps", "100000", "--workers", "2", "--out", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "imagenet" / "train.py", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while process.poll() is None and not (folder / "train.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    os.killpg(process.pid, stop)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error[-2000:]
+    assert "and saved" in out
+    assert "Traceback" not in error
+    assert find_checkpoint(folder / "checkpoints")[0] is not None
+
+
+@pytest.mark.slow
+def test_ten_sigkills_at_random_moments_change_nothing(tmp_path, whole, forks):
+    """In and out of checkpoint writing: every tenth step writes one, which takes a good part of the time."""
+    reference, seconds = whole
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--steps", "120", "--save-every", "10", "--keep", "2", "--out", str(folder), "--resume"]
+    chance = random.Random(0)
+    reached = []
+    for kill in range(10):
+        process = forks.Process(target=workers.quiet, args=(arguments,))
+        newest = checkpoint.checkpoints(folder / "checkpoints")[-1:]
+        process.start()
+        while kill > 1 and process.is_alive() and checkpoint.checkpoints(folder / "checkpoints")[-1:] == newest:
+            time.sleep(0.002)  # the first two are killed at any moment, the others once they have come further
+        process.join(chance.uniform(0.0, 0.1 * seconds))
+        process.kill()
+        process.join()
+        whole_ones = checkpoint.checkpoints(folder / "checkpoints") if folder.exists() else []
+        reached.append(int(whole_ones[-1].name) if whole_ones else 0)
+        for path in whole_ones:
+            assert find_checkpoint(folder / "checkpoints")[1] == []
+            assert same(state(path), state(reference / "checkpoints" / path.name)), path
+    assert reached == sorted(reached)
+    assert reached[-1] > 0
+    assert train.main(arguments) == 0
+    assert_same_run(folder, reference)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "corrupted", "no checkpoint.json", "no state.json", "no tensors"])
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, whole, capsys, damage):
+    folder = tmp_path / "run"
+    assert command(folder, "--steps", 120, "--save-every", 50, "--keep", 5) == 0
+    newest = folder / "checkpoints" / "00000120"
+    path = newest / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "corrupted":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        (path if damage == "no tensors" else newest / damage.removeprefix("no ")).unlink()
+    (folder / "weights.safetensors").unlink()
+    assert command(folder, "--steps", 120, "--resume") == 0
+    error = capsys.readouterr().err
+    assert "00000120 is damaged" in error
+    assert "going on from" in error
+    assert "00000100" in error
+    assert_same_run(folder, whole[0])
+
+
+def test_no_whole_checkpoint_left(tmp_path, capsys):
+    assert command(tmp_path / "run", "--steps", 3) == 0
+    (tmp_path / "run" / "checkpoints" / "00000003" / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        command(tmp_path / "run", "--steps", 3, "--resume")
+    assert stop.value.code == 2
+    assert "no other checkpoint is left" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_with_a_clear_error_and_the_last_good_checkpoint(tmp_path, whole, forks, monkeypatch):
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--steps", "120", "--save-every", "60", "--out", str(folder)]
+    monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 50))
+    assert command(folder, "--steps", 120, "--save-every", 60) == 130
+    monkeypatch.undo()
+    before = {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
+    size = next(len(content) for path, content in before.items() if path.name == "__0_0.distcp")
+    monkeypatch.chdir(tmp_path)
+    process = forks.Process(target=workers.short_of_space, args=([*arguments, "--resume"], size // 2))
+    process.start()
+    process.join()
+    assert process.exitcode == 1
+    error = (tmp_path / "stderr.txt").read_text()
+    assert "the checkpoint of step 60 could not be written: File too large" in error
+    assert "00000051 is whole" in error
+    assert error.count("error: ") == 1
+    assert {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()} == before
+    assert train.main([*arguments, "--resume"]) == 0
+    assert_same_run(folder, whole[0])
+
+
+def test_resume_begins_where_there_is_nothing(tmp_path, capsys):
+    assert command(tmp_path / "new", "--steps", 2, "--resume") == 0
+    assert "holds no run to resume: beginning one" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_processes_equals_one_and_one_goes_on_where_two_stopped(tmp_path, whole):
+    """Another number of processes goes on with the same global batches: losses agree to rounding."""
+    folder = tmp_path / "run"
+    options = [*TINY, "--steps", "120", "--save-every", "1000", "--out", str(folder)]
+    done = torchrun("-m", "tests.imagenet.interrupted", "SIGTERM", 60, *options, cwd=ROOT)
+    assert "stopped at step 61, and saved" in done.stdout, done.stderr[-3000:]
+    assert done.stdout.count("stopped at step") == 1  # one process speaks
+    assert train.main([*options, "--resume"]) == 0
+    for a, b in zip(losses(folder), losses(whole[0]), strict=True):
+        assert a[:3] == pytest.approx(b[:3], rel=1e-5)
+
+
+@pytest.mark.slow
+@workers.needs_fsdp
+def test_fsdp_saves_samples_and_goes_on_as_one_plain_process(tmp_path, whole):
+    folder = tmp_path / "run"
+    options = ["--steps", 120, "--parallel", "fsdp", "--sample-every", 20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "train_step", stopping_at(Training.train_step, 50))
+        assert command(folder, *options) == 130
+    assert len(list((folder / "samples").iterdir())) == 2
+    assert command(folder, "--steps", 120, "--resume", "--parallel", "ddp") == 0
+    for a, b in zip(losses(folder), losses(whole[0]), strict=True):
+        assert a[:3] == pytest.approx(b[:3], rel=1e-5)

@@ -1,0 +1,129 @@
+"""Runs that start from given weights, runs that go on for longer, and what their log says of speed."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+
+from imagenet import train
+from imagenet.config import Config, build_model
+from imagenet.distributed import World
+from imagenet.training import checkpoint
+from imagenet.training import log as log_module
+from imagenet.training.step import StepMetrics, Training
+from tests.imagenet.commands import TINY, assert_same_run, command, same, state, status, stopping_at
+from tests.imagenet.workers import needs_fsdp, randomise
+
+SIZES = {"data": "synthetic", "hidden_size": 16, "depth": 1}
+
+
+@pytest.fixture
+def given(tmp_path):
+    """Weights of a model of flow matching, none of them zero."""
+    path = tmp_path / "given.safetensors"
+    config = Config(**SIZES, objective="fm", lr=0.5, seed=7)
+    checkpoint.save_weights(path, randomise(build_model(config).network).state_dict(), config)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=needs_fsdp)])
+def test_a_run_starts_from_given_weights(given, tmp_path, kind):
+    """The model, and both averages; the configuration says so."""
+    changes = SIZES | {"init": str(given), "optimizer": "adamw", "parallel": kind}
+    options = train.Options(out=str(tmp_path / "run"))
+    with train.distributed.process_group("cpu") as world:
+        run, _ = train.begin("digits", changes, options, world)
+        start = train.distributed.full_state(run.training.state_dict())
+    expected = {f"network.{name}": a for name, a in load_file(given).items()}
+    for model in (start["model"], start["target"]["module"], start["ema"][0]["module"]):
+        assert same(dict(model), expected)
+    assert start["step"] == 0
+    assert checkpoint.read_config(tmp_path / "run").init == str(given)
+
+
+@pytest.mark.slow
+def test_a_run_from_given_weights_resumes_bit_for_bit_without_them(given, tmp_path, monkeypatch):
+    init = ["--steps", 12, "--init", given]
+    assert command(tmp_path / "whole", *init) == 0
+    monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 5))
+    assert command(tmp_path / "run", *init) == 130
+    monkeypatch.undo()
+    given.unlink()  # the checkpoint holds all that is needed
+    assert command(tmp_path / "run", *init, "--resume") == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_before_its_first_checkpoint_starts_from_them_again(given, tmp_path):
+    assert command(tmp_path / "whole", "--steps", 2, "--init", given) == 0
+    (tmp_path / "run").mkdir()
+    config = (tmp_path / "whole" / "config.json").read_text()
+    (tmp_path / "run" / "config.json").write_text(config)
+    assert train.main(["--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert same(*(state(tmp_path / a / "checkpoints" / "00000002")["model"] for a in ("run", "whole")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--hidden-size", "32"], "has --hidden-size 16, this run 32"),
+        (["--depth", "2"], "has --depth 1, this run 2"),
+        (["--classes", "11"], "has --classes 10, this run 11"),
+        (["--no-scaled"], "has --scaled True, this run False"),
+        (["--no-qk-norm"], "has --qk-norm True, this run False"),
+    ],
+)
+def test_weights_of_another_network_are_refused(given, tmp_path, capsys, options, message):
+    arguments = [*TINY, "--init", str(given), *options, "--out", str(tmp_path / "run")]
+    assert status(train.main, arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_a_constant_rate_goes_on_for_longer_bit_for_bit(tmp_path, capsys):
+    """As if it had been asked for all steps at once; its first weights stay, as a snapshot."""
+    constant = ["--schedule", "constant", "--log-every", 3]
+    assert command(tmp_path / "whole", "--steps", 12, *constant) == 0
+    assert command(tmp_path / "run", "--steps", 6, *constant) == 0
+    first = load_file(tmp_path / "run" / "weights.safetensors")
+    assert status(command, tmp_path / "run", "--steps", 5, *constant, "--resume") == 2
+    assert "can raise a run's --steps, not lower them" in capsys.readouterr().err
+    assert command(tmp_path / "run", "--steps", 12, *constant, "--resume") == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert same(load_file(tmp_path / "run" / "snapshots" / "00000006.safetensors"), first)
+    assert checkpoint.read_config(tmp_path / "run").steps == 12
+    assert train.main(["--out", str(tmp_path / "run"), "--resume"]) == 0  # what is not said stays
+
+
+def test_a_line_tells_the_speed_since_the_last_one_and_the_share_waited_for_data(tmp_path, monkeypatch):
+    """By a clock that data move by 3 s and steps by 1 s, and then by 1 s and 4 s; saving between lines counts."""
+    clock = [100.0]
+    monkeypatch.setattr(log_module.time, "perf_counter", lambda: clock[0])
+    training = object.__new__(Training)  # without a model
+    training.config, training.world, training.step = Config(batch_size=10), World(), 0
+    log = log_module.Log(tmp_path, training)
+    pace = [(3, 1)] * 2 + [(1, 4)] * 2
+
+    def data():
+        for wait, _ in pace:
+            clock[0] += wait
+            yield SimpleNamespace()
+
+    log.open()
+    for _ in log.timed(data()):
+        clock[0] += pace[training.step][1]
+        training.step += 1
+        metrics = StepMetrics((1.0, 2.0), 0.5, False, False)
+        log.note(metrics)
+        if training.step % 2 == 0:
+            log.write(metrics)
+            clock[0] += 10
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [line["images_per_second"] for line in lines] == [20 / 8, 20 / 20]
+    assert [line["data_wait"] for line in lines] == [6 / 8, 2 / 20]
+    assert [line["seconds"] for line in lines] == [8, 28]

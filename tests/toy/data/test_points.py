@@ -1,0 +1,209 @@
+"""Own points: tables as people have them, units that round-trip, a bandwidth, outliers, samples in the user's units."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tvm_ref.toy.data.distributions import standardise
+from tvm_ref.toy.data.points import MAX_CENTRES, OwnPoints, far_points, likely_bandwidth, load_points, parse, read_table
+from tvm_ref.toy.data.units import Units
+
+
+@pytest.fixture
+def points():
+    rng = np.random.default_rng(0)
+    return np.concatenate([rng.normal([3, 10], [0.2, 2], (60, 2)), rng.normal([7, -10], [0.2, 2], (40, 2))])
+
+
+@pytest.mark.parametrize("form", ["npy", "csv", "csv with header", "csv with byte order mark", "CSV", "tsv", "txt"])
+def test_points_are_read_back(tmp_path, points, form):
+    path = tmp_path / f"points.{form[:3]}"
+    if form == "npy":
+        np.save(path, points)
+    else:
+        delimiter = {"tsv": "\t", "txt": "  "}.get(form, ",")
+        np.savetxt(path, points, delimiter=delimiter, header="a,b" if "header" in form else "", comments="")
+        if "mark" in form:
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    table, columns = read_table(path)
+    torch.testing.assert_close(table, torch.from_numpy(points))
+    assert columns == (("a", "b") if "header" in form else ("x", "y"))
+    oracle = load_points(path, 0.2)
+    torch.testing.assert_close(oracle.centres, standardise(torch.from_numpy(points), 0.2))
+    assert len(oracle.centres) == 100
+
+
+TABLES = {  # of the points (1.5, -2), (3, 400)
+    "commas": ("1.5,-2\n3,400\n", ()),
+    "blanks": ("  1.5   -2\n3 4e2", ()),
+    "semicolons": ("1.5;-2\n3;400", ()),
+    "decimal commas": ("x;y\n1,5;-2\n3,0;400", ("x", "y")),
+    "tabs and decimal commas": ("1,5\t-2\n3\t400", ()),
+    "quotes and blank lines": ('"length", "width"\n\n"1.5", "-2"\n"3","400"\n\n', ("length", "width")),
+    "a comment, as np.savetxt heads a table": ("# x y\n1.5 -2\n3 400", ()),
+    "a header of numbers, as pandas heads unnamed columns": ("0,1\n1.5,-2.0\n3.0,400.0", ("0", "1")),
+    "a header with blanks in it": ("petal length;petal width\n1.5;-2\n3;400", ("petal length", "petal width")),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_understood_as_people_have_them(name):
+    text, columns = TABLES[name]
+    numbers, found = parse(text)
+    np.testing.assert_array_equal(numbers, [[1.5, -2], [3, 400]])
+    assert found == columns
+
+
+def test_whole_numbers_may_begin_with_0_and_1():
+    """Then "0,1" is a point, not pandas's header."""
+    assert len(parse("0,1\n5,7\n3,4")[0]) == 3
+
+
+def bad_files():
+    yield "missing.csv", None, "no such file"
+    yield "points.xlsx", "1,2\n" * 20, "points come as .csv .tsv .txt .dat or .npy, not '.xlsx'"
+    yield "points", "1,2\n" * 20, "not 'a file without extension'"
+    yield "three.csv", "1,2,3\n" * 20, "N x 2, got 20 x 3; .* TVM in your own loop, which takes any shape"
+    yield "index.csv", "".join(f"{i},5,{i}\n" for i in range(20)), "got 20 x 3; the first column counts the rows"
+    yield "one.csv", "1\n" * 20, "got 20 x 1; columns are separated by"
+    yield "bars.csv", "1|2\n" * 20, "not a table of numbers"
+    yield "header.csv", "x,y\n", "nothing but a header"
+    yield "text.csv", "x,y\n1,2\n\n" + "1,a\n" * 20, r"not a table of numbers \(line 4, column 2: 'a' is no number\)"
+    yield "hole.csv", "1,2\n" * 20 + "1,\n", "line 21, column 2: an empty cell"
+    yield "ragged.csv", "1,2\n" * 20 + "1\n", "line 21 has 1 column, and the lines before it 2"
+    yield "wide.tsv", "# a comment\n" + "1\t2\n" * 20 + "1\t2\t3\n", "line 22 has 3 columns, and the lines before it 2"
+    yield "nan.csv", "1,2\n" * 20 + "nan,1\n", "points that are NaN or infinite: 1, first point 21"
+    yield "few.csv", "1,2\n2,3\n", "at least 10 points are needed, got 2"
+    yield "empty.csv", "", "empty"
+    yield "flat.csv", "".join(f"{i},5\n" for i in range(20)), "column 2 is constant"
+    yield "pickle.npy", np.array([{"a": 1}], dtype=object), "not a table of numbers"
+    yield "line.npy", np.zeros(20), "N x 2, got 20"
+    yield "words.npy", np.array([["a", "b"]] * 20), "not a table of numbers"
+    yield "complex.npy", np.zeros((20, 2), dtype=complex), "its type is complex128"
+    yield "huge.csv", "1e200,1\n-1e200,2\n" * 10, "beyond 1e100"
+    yield "junk.npy", "not numpy", "not a table of numbers"
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [pytest.param(*c, id=c[0]) for c in bad_files()])
+def test_unusable_points_raise_one_clear_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, str):
+        path.write_text(content)
+    elif content is not None:
+        np.save(path, content, allow_pickle=True)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        load_points(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, 0.01, 1.0, 2.0])
+def test_bandwidth_out_of_range_raises(tmp_path, points, bandwidth):
+    path = tmp_path / "points.npy"
+    np.save(path, points)
+    with pytest.raises(ValueError, match="bandwidth"):
+        load_points(path, bandwidth)
+
+
+def test_many_points_are_thinned_and_it_says_so():
+    oracle = OwnPoints(torch.randn(MAX_CENTRES + 1, 2, dtype=torch.float64), 0.2)
+    assert len(oracle.centres) == MAX_CENTRES
+    assert "4,097 points, of which a random 4,096 are used" in oracle.describe()[0]
+
+
+@pytest.mark.parametrize("bandwidth", [0.03, 0.3, 0.9])
+def test_units_lead_back_to_the_points(points, bandwidth):
+    """The centres are the points, and the moments of samples theirs, but for what the Gaussians widen."""
+    points = torch.from_numpy(points) * torch.tensor([1e-3, 1e4]) + torch.tensor([5e2, 0.0])
+    oracle = OwnPoints(points, bandwidth)
+    torch.testing.assert_close(oracle.units.restore(oracle.centres), points, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(oracle.units.standardise(points), oracle.centres, rtol=1e-9, atol=1e-9)
+    x = torch.randn(50, 2, dtype=torch.float64)
+    torch.testing.assert_close(oracle.units.standardise(oracle.units.restore(x)), x, rtol=1e-6, atol=1e-6)
+    samples = oracle.units.restore(oracle.sample(40_000, torch.Generator().manual_seed(0))[0])
+    deviation = points.std(0, correction=0)
+    assert (((samples.mean(0) - points.mean(0)) / deviation).abs() < 0.05).all()
+    torch.testing.assert_close(samples.std(0), deviation / math.sqrt(1 - bandwidth**2), rtol=0.03, atol=0)
+    again = Units.from_metadata(oracle.units.metadata())
+    assert again == oracle.units  # to the last bit
+
+
+def test_units_that_are_not_stored_are_the_standardised_ones():
+    x = torch.randn(5, 2, dtype=torch.float64)
+    assert torch.equal(Units.from_metadata({}).restore(x), x)
+
+
+def test_outliers_are_found_farthest_first_and_told(points):
+    oracle = OwnPoints(torch.from_numpy(points))
+    assert oracle.summary["outliers"] == 0
+    assert not any("far from" in line for line in oracle.describe())
+    points[17] = [5, 1e4]
+    points[4] = [-400, 0]
+    assert far_points(torch.from_numpy(points)).tolist() == [17, 4]
+    oracle = OwnPoints(torch.from_numpy(points))
+    assert oracle.summary["outliers"] == 2
+    assert "2 points lie far from the others, the farthest at (5, 10000)" in oracle.describe()[-1]
+    points[:60, 0] = 7.0  # an axis of which most values are equal has no scale to judge by
+    assert far_points(torch.from_numpy(points)).tolist() == [17]
+
+
+def test_what_is_told_of_the_points(points):
+    oracle = OwnPoints(torch.from_numpy(points), 0.1, ("width", "height"))
+    first, second, few = oracle.describe()
+    mean, deviation = points.mean(0), points.std(0)
+    shown = f"mean {mean[0]:.3f} and {mean[1]:.2f}".rstrip("0")  # to a thousandth of their deviations, 2 and 10
+    assert first.startswith(f"100 points; {shown}, standard deviation {deviation[0]:.4g} and")
+    assert "(width, height)" in first
+    widths = f"{deviation[0] / 10:.4g} and {deviation[1] / 10:.4g} in your units"
+    assert second == f"bandwidth 0.1 standard deviations, as given: {widths}"
+    assert (
+        few == "warning: 100 points are few: the model learns them blurred by that bandwidth, not the points themselves"
+    )
+    assert "the likeliest" in OwnPoints(torch.from_numpy(points)).describe()[1]
+    assert len(OwnPoints(torch.from_numpy(points).repeat(5, 1), 0.1).describe()) == 2  # 500 points
+
+
+def test_means_are_told_no_finer_than_they_matter():
+    """The mean of centred data is 1e-17 by rounding, and is told as 0; that of narrow ones keeps its digits."""
+    points = torch.randn(600, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    points = (points - points.mean(0)) * torch.tensor([1.0, 1e-3]) + torch.tensor([0.0, 1000.0])
+    assert OwnPoints(points, 0.1).describe()[0].startswith("600 points; mean 0 and 1000, standard deviation ")
+    assert OwnPoints(points + 0.0123, 0.1).describe()[0].startswith("600 points; mean 0.012 and 1000.0123, ")
+
+
+def test_the_widest_bandwidth_that_is_tried_is_named():
+    corners = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)).double()
+    assert any("the widest that is tried" in line for line in OwnPoints(corners).describe())
+    assert not any("the widest that is tried" in line for line in OwnPoints(corners, 0.5).describe())
+    fine = torch.cat([0.001 * corners, 0.001 * corners + 9])
+    assert any("the narrowest there is" in line for line in OwnPoints(fine).describe())
+
+
+def test_the_likely_bandwidth_is_the_best_of_all_candidates():
+    """Not all are tried; over 40, none would have been better."""
+    for seed, n in enumerate((30, 100, 400)):
+        x = torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        x[: n // 2] *= 0.2
+        square = torch.cdist(x, x).square() + torch.diag(torch.full((n,), math.inf))
+        scores = {
+            h: float((-square / (2 * h**2)).logsumexp(1).mean()) - 2 * math.log(h) for h in np.geomspace(0.03, 0.5, 40)
+        }
+        assert likely_bandwidth(x) == pytest.approx(max(scores, key=scores.get))
+
+
+def test_an_outlier_widens_no_bandwidth():
+    """In units of the points it stays, but for the grid of candidates, 7 % apart."""
+    points = torch.randn(400, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with_one = torch.cat([points, torch.tensor([[20.0, 20.0]])])
+    widths = [OwnPoints(p).summary["bandwidth"] * float(p.std()) for p in (points, with_one)]
+    assert widths[1] == pytest.approx(widths[0], rel=0.08)
+
+
+@pytest.mark.slow
+def test_likely_bandwidth_is_near_the_best_for_a_gaussian():
+    """For n points of N(0, I) in 2D the bandwidth that is best on average is about n^(-1/6)."""
+    x = torch.randn(1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert 0.6 < likely_bandwidth(x) / 1000 ** (-1 / 6) < 1.3
+    doubled = torch.cat([x, x])  # duplicates make every bandwidth but the smallest look too wide
+    assert likely_bandwidth(doubled) == pytest.approx(0.03)

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from PIL import Image
+
+from tests.tutorials.playground.test_page import make_run
+from tvm_ref.toy.report import animation, frames
+from tvm_ref.toy.run import load_run
+
+
+@pytest.mark.slow
+def test_both_sides_start_from_one_noise_and_each_frame_is_one_jump(tmp_path):
+    folder = make_run(tmp_path / "run", width=8, depth=1, dist="eight_gaussians")
+    times, exact, jumps = animation.paths(folder)
+    _, oracle, model = load_run(folder)
+    assert (times[0], times[-1], len(times)) == (1, 0, animation.STEPS + 1)
+    assert torch.equal(exact[0], jumps[0])
+    ones = torch.ones(animation.POINTS)
+    for i in (10, 40):
+        torch.testing.assert_close(exact[i], oracle.jump(exact[0], ones, times[i] * ones), rtol=0, atol=1e-3)
+        torch.testing.assert_close(jumps[i], model.jump(exact[0], ones, times[i] * ones))
+
+
+@pytest.mark.slow
+def test_the_file_is_small_and_moves(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(animation, "STEPS", 4)
+    folder = make_run(tmp_path / "run", width=8, depth=1, dist="eight_gaussians")
+    assert animation.main([str(folder)]) == 0
+    with Image.open(folder / "animation.gif") as gif:
+        assert gif.n_frames == 5
+        assert gif.info["loop"] == 0
+        shown = [gif.seek(i) or gif.convert("RGB").tobytes() for i in range(5)]
+    assert len(set(shown)) == 5
+    assert (folder / "animation.gif").stat().st_size < 2e6 / animation.STEPS
+    assert "animation.gif" in capsys.readouterr().out
+
+
+def test_a_frame_says_what_is_seen_on_each_side_and_at_which_time(monkeypatch):
+    """Within its panel, in letters that are read at the width of a README."""
+    seen = []
+    real = frames.make_figure
+    monkeypatch.setattr(frames, "make_figure", lambda *args: seen.append(real(*args)) or seen[-1])
+    cloud = torch.zeros(5, 16, 2)
+    image = frames.draw_frame([1, 0.75, 0.5, 0.25, 0], cloud, cloud, 3)
+    axes = seen[0][1]
+    assert 700 < image.width < 800
+    said = "exact flow: 3 of 4 small steps", "model: one jump, one evaluation"
+    assert [ax.get_title() for ax in axes] == [f"{what}\nfrom t = 1 to s = 0.25" for what in said]
+    for ax in axes:
+        for text in (ax.title, *ax.texts):
+            box = text.get_window_extent()
+            assert box.height / (1 + text.get_text().count("\n")) > 13  # pixels
+            assert 0 <= box.x0 < box.x1 <= image.width
+            assert 0 <= box.y0 < box.y1 <= image.height
+    left, right = (ax.title.get_window_extent() for ax in axes)
+    assert left.x1 < right.x0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "fm"}, "teaches no jumps"),
+        ({"conditional": True}, "conditioned on classes"),
+        (None, "holds no run"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, options, message):
+    folder = tmp_path / "run"
+    if options is not None:
+        make_run(folder, width=8, depth=1, **options)
+    with pytest.raises(SystemExit) as exit:
+        animation.main([str(folder)])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1

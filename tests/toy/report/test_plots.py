@@ -1,0 +1,248 @@
+"""Pictures are figures, to be saved or shown in a notebook; the exact flow, drawn as a model, coincides with itself."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.text import Text
+
+from tvm_ref.bound.chain import TERMS, measure
+from tvm_ref.bound.plots import plot_bound
+from tvm_ref.experiments import methods
+from tvm_ref.guidance import Condition
+from tvm_ref.sampling import EulerStep
+from tvm_ref.toy.data.distributions import make_distribution
+from tvm_ref.toy.data.points import OwnPoints
+from tvm_ref.toy.report import plots
+from tvm_ref.toy.report.map_plot import cartesian, follow, plot_map, polar_grid
+from tvm_ref.toy.report.metrics import make_reference
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return make_distribution("moons")
+
+
+@pytest.fixture(scope="module")
+def reference(oracle):
+    return make_reference(oracle, points=60)
+
+
+def distance_to_line(x, line):
+    """Measure how far points x [N, 2] are from a line through points [M, 2]: [N]."""
+    begin, piece = line[:-1], line.diff(dim=0)
+    along = ((x[:, None] - begin) * piece).sum(-1) / piece.square().sum(-1)  # [N, M - 1]
+    return (x[:, None] - begin - along.clamp(0, 1)[..., None] * piece).norm(dim=-1).amin(1)
+
+
+def offsets(ax):
+    return ax.collections[0].get_offsets()
+
+
+def test_samples_have_a_panel_for_noise_data_and_each_nfe(oracle, reference):
+    figure = plots.plot_samples(oracle, oracle.jump, reference, nfes=(1, 2), points=20)
+    assert [ax.get_title() for ax in figure.axes] == ["noise", "data", "model, 1 step", "model, 2 steps"]
+    one, two = (offsets(ax) for ax in figure.axes[2:])
+    np.testing.assert_allclose(one, two, atol=1e-3)  # the exact map does not care in how many steps
+    exact = oracle.jump(torch.tensor(offsets(figure.axes[0])), torch.ones(20), torch.zeros(20))
+    np.testing.assert_allclose(one, exact, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_classes_have_colours_and_a_legend(oracle):
+    guided = make_reference(oracle, w=2.0, points=20)
+    figure = plots.plot_samples(oracle, oracle.jump, guided, nfes=(1,), points=20)
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["class 0", "class 1"]
+    exact, model = figure.axes[1:]
+    np.testing.assert_allclose(offsets(exact), offsets(model), atol=1e-4)
+    assert len({tuple(colour) for colour in model.collections[0].get_facecolors()}) == 2
+
+
+@pytest.mark.slow
+def test_own_points_are_drawn_as_they_are_in_their_own_units():
+    points = torch.randn(30, 2, dtype=torch.float64) * torch.tensor([1.0, 500.0]) + 70
+    oracle = OwnPoints(points, 0.1, ("height", "weight"))
+    reference = make_reference(oracle, points=20)
+    noise, own, model = plots.plot_samples(oracle, oracle.jump, reference, nfes=(1,), points=40).axes
+    assert own.get_title() == "your 30 points"
+    np.testing.assert_allclose(offsets(own), points, rtol=1e-9)
+    exact = oracle.jump(torch.tensor(offsets(noise)), torch.ones(40), torch.zeros(40))
+    np.testing.assert_allclose(offsets(model), oracle.units.restore(exact), rtol=1e-4)
+    assert (own.get_xlabel(), own.get_ylabel()) == ("height", "weight")
+    assert own.get_ylim()[1] > 500
+    assert not own.texts
+    _, path = plots.plot_trajectories(oracle, oracle.jump, reference).axes
+    np.testing.assert_allclose(
+        path.collections[-1].get_offsets()[0], oracle.units.restore(reference.exact)[0], rtol=1e-3
+    )
+    _, exact, carried = plot_map(oracle, oracle.jump, reference).axes
+    for lines in zip(exact.lines, carried.lines, strict=True):
+        a, b = (oracle.units.standardise(torch.tensor(line.get_xydata())) for line in lines)
+        assert distance_to_line(a, b).max() < 1e-3
+    assert all(ax.get_ylabel() == "weight" for ax in (path, exact, carried))
+
+
+@pytest.mark.slow
+def test_points_outside_the_picture_are_counted():
+    points = torch.randn(600, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    points[7] = 100.0
+    oracle = OwnPoints(points, 0.1)
+    reference = make_reference(oracle, points=20)
+    own = plots.plot_samples(oracle, oracle.jump, reference, nfes=(1,), points=40).axes[1]
+    assert [text.get_text() for text in own.texts] == ["1 of 600 outside the frame"]
+
+
+def test_the_window_holds_guided_data_and_leaves_outliers_out():
+    near, wide = torch.zeros(1000, 2), 4 * torch.ones(1000, 2)
+    near[0] = 1e4
+    for cloud, extent in ((near, plots.EXTENT), (wide, 4.2)):
+        axes = plots.make_figure(1)[1]
+        plots.set_window(axes, cloud)
+        assert axes[0].get_xlim() == pytest.approx((-extent, extent))
+
+
+def test_flow_matching_is_shown_in_the_steps_that_it_needs(oracle, reference):
+    """One Euler step carries all noise to one point, and its pictures once were blank."""
+    euler = EulerStep(oracle)
+    samples = plots.plot_samples(oracle, euler, reference, points=20)
+    assert [ax.get_title() for ax in samples.axes[2:]] == [
+        "model, 1 Euler step", "model, 8 Euler steps", "model, 64 Euler steps"
+    ]  # fmt: skip
+    assert offsets(samples.axes[2]).std(0).max() < 1e-3
+    _, exact, model = plot_map(oracle, euler, reference).axes
+    assert model.get_title() == "carried by the model, 64 Euler steps"
+    spread = [np.concatenate([line.get_xydata() for line in ax.lines]).std(0) for ax in (exact, model)]
+    np.testing.assert_allclose(*spread, rtol=0.1)
+    _, path = plots.plot_trajectories(oracle, euler, reference).axes
+    assert path.get_title() == "model: 64 Euler steps"
+
+
+def test_trajectories_of_the_exact_flow_drawn_as_a_model_are_those_of_the_exact_flow(oracle, reference):
+    exact, model = plots.plot_trajectories(oracle, oracle.jump, reference).axes
+    assert len(exact.lines) == len(model.lines) > 0
+    for a, b in zip(exact.lines, model.lines, strict=True):
+        np.testing.assert_allclose(a.get_xydata(), b.get_xydata(), atol=1e-3)  # pictures take larger steps
+    ends, exact_ends = (c.get_offsets() for c in model.collections[-2:])
+    np.testing.assert_allclose(ends, exact_ends, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_legend_of_trajectories_lies_beside_the_panels(oracle, reference):
+    """It once lay on the paths."""
+    figure = plots.plot_trajectories(oracle, oracle.jump, reference)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["data", "noise (t = 1)", "end (t = 0)", "end of the exact flow"]
+    assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
+
+
+@pytest.mark.slow
+def test_what_lies_below_a_guided_map_is_the_exact_guided_flow_of_its_class(oracle, reference):
+    """It once was called data, and was of both classes."""
+    guided = replace(reference, condition=Condition(torch.arange(60) % 2, torch.full((60,), 0.5, dtype=torch.float64)))
+    figure = plot_map(oracle, lambda x, t, s, c: x, guided)
+    assert "grey: samples of the exact flow, w = 2, class 0." in figure.get_supxlabel()
+    np.testing.assert_array_equal(offsets(figure.axes[1]), reference.data[::2])
+    _, path = plots.plot_trajectories(oracle, lambda x, t, s, c: x, guided).axes
+    assert path.collections[0].get_label() == "samples of the exact flow, w = 2"
+
+
+def test_few_points_have_large_dots():
+    sizes = [plots.dot_size(torch.zeros(n, 2)) for n in (10, 100, 1000, 4000, 100_000)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 10 * sizes[-1]
+
+
+@pytest.mark.slow
+def test_the_map_of_the_exact_flow_drawn_as_a_model_is_the_exact_map(oracle, reference):
+    _, exact, model = plot_map(oracle, oracle.jump, reference).axes
+    for lines in zip(exact.lines, model.lines, strict=True):
+        a, b = (torch.tensor(line.get_xydata()) for line in lines)
+        assert distance_to_line(a, b).max() < 1e-3
+        assert distance_to_line(b, a).max() < 1e-3
+
+
+@pytest.mark.slow
+def test_lines_of_the_map_cut_no_corners(oracle):
+    """With points evenly spaced on the noise, the exact flow's rays between the moons once were broken lines."""
+
+    def carry(x):  # by the exact map, and by one that tears other rays than it does
+        return torch.stack([oracle.jump(sign * x, torch.ones(len(x)), torch.zeros(len(x))) for sign in (1, -1)])
+
+    grid = polar_grid()
+    lines, images = follow([grid[1], grid[7], grid[24]], carry)  # two rays and a ring
+    for line, image in zip(lines, images.split([len(line) for line in lines], dim=1), strict=True):
+        true = carry(cartesian((line[1:] + line[:-1]) / 2))
+        assert max(distance_to_line(x, y).max() for x, y in zip(true, image, strict=True)) < 0.01  # a line's width
+
+
+def test_a_loss_that_rises_first_is_explained_beside_its_curve():
+    log = [{"step": i, "jump": j, "flow_matching": 1.0} for i, j in enumerate((0.0, 0.2, 0.1), 1)]
+    figure = plots.plot_losses(log, least=0.9)
+    figure.draw_without_rendering()
+    assert "rises first" in figure.get_supxlabel()
+    assert "Dashed" in figure.get_supxlabel()
+    box = figure._supxlabel.get_window_extent()
+    assert not any(box.overlaps(ax.get_tightbbox()) for ax in figure.axes)
+    assert plots.plot_losses(log[1:]).get_supxlabel() == ""
+
+
+def test_losses_show_the_term_that_is_trained_and_the_minimum():
+    log = [{"step": i, "jump": 0.0, "flow_matching": 2.0 - i / 10} for i in range(1, 9)]
+    (ax,) = plots.plot_losses(log, least=1.5).axes
+    trained, minimum = ax.lines
+    np.testing.assert_allclose(trained.get_xydata(), [(i, 2 - i / 10) for i in range(1, 9)])
+    assert set(minimum.get_ydata()) == {1.5}
+    assert len(plots.plot_losses(log).axes[0].lines) == 1
+
+
+@pytest.mark.slow
+def test_the_bound_is_drawn_term_by_term(oracle, tmp_path):
+    x0, x1 = torch.randn(2, 20, 2, dtype=torch.float64)
+    bound = measure(oracle, oracle, x0, x1, scale=0.07, steps=8)
+    figure = plot_bound(bound, "moons")
+    dots = figure.axes[2].collections[-1].get_offsets()[:, 0].tolist()
+    assert dots == sorted((bound.values[name] for name in TERMS), reverse=True)  # upwards: the smallest is on top
+    assert all(ax.get_xlim() == (1, 0) for ax in figure.axes[:2])  # from noise to data
+    plots.save_figure(figure, tmp_path / "bound.png")
+    assert {"\N{MINUS SIGN}1", "0", "1", "10"} <= {text.get_text() for text in figure.axes[1].get_yticklabels()}
+    assert (tmp_path / "bound.png").stat().st_size > 0
+
+
+def test_errors_of_a_few_methods_have_a_legend():
+    errors = {name: [[0.1, 0.2, 0.3], [0.1, 0.1, 0.1]] for name in list(methods.METHODS)[:7]}
+    (ax,) = plots.plot_errors(errors, (1, 2), "").axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [line.get_label() for line in ax.lines]
+    assert [line.get_label() for line in ax.lines] == list(errors)
+    assert all(line.get_ydata()[0] == 0.2 for line in ax.lines)
+
+
+def test_errors_of_many_methods_are_named_at_their_ends():
+    """Fourteen once shared seven colours, unrelated methods one, and their bands covered each other."""
+    errors = {name: [[0.1, 0.2 + i / 1e3, 0.3], [0.1, 0.1, 0.1]] for i, name in enumerate(methods.METHODS)}
+    errors["sCT"][1] = [float("nan")] * 3
+    errors["shortcut"][1][2] = float("inf")  # a seed that diverged
+    families = methods.family_of(errors)
+    figure = plots.plot_errors(errors, (1, 2), "", families)
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    lines = {line.get_label(): line for line in ax.lines}
+    assert list(lines) == list(errors)
+    assert len({line.get_marker() for line in ax.lines}) == len(errors)
+    for a, first in lines.items():
+        assert first.get_ydata()[0] == sorted(errors[a][0])[1]
+        assert all((first.get_color() == lines[b].get_color()) == (families[a] == families[b]) for b in errors)
+    left, right = ([text for text in ax.texts if text.get_ha() == side] for side in ("right", "left"))
+    assert [text.get_text() for text in left] == list(errors)  # from the lowest error up
+    assert {text.get_text() for text in right} == set(errors) - {"sCT"}
+    for texts in (left, right):
+        boxes = [Text.get_window_extent(text) for text in texts]  # without the lines that lead to them
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_values_are_spread_no_farther_than_it_takes():
+    assert plots.spread([0.0, 5.0, 9.0], 1.0) == [0.0, 5.0, 9.0]
+    np.testing.assert_allclose(plots.spread([0.0, 5.0, 5.0, 5.2, 9.0], 1.0), [0.0, 61 / 15, 76 / 15, 91 / 15, 9.0])

@@ -1,0 +1,526 @@
+"""The page to play with: one file that loads nothing; in a browser, its numbers are PyTorch's and its controls work."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tutorials.playground import page as command
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.objectives import OBJECTIVES
+from tvm_ref.sampling import EulerStep, sample_path
+from tvm_ref.toy.config import ToyConfig
+from tvm_ref.toy.data.distributions import make_distribution
+from tvm_ref.toy.run import Run
+from tvm_ref.toy.snapshots import add_snapshot, load_snapshots, snapshot_steps
+
+OWN_POINTS = "x,y\n" + "".join(f"{np.cos(a):.4f},{np.sin(2 * a):.4f}\n" for a in np.linspace(0, 6, 40))
+
+
+def make_run(folder, **options):
+    """A run's folder with random weights, as if trained: the last layer and the biases are not zero."""
+    run = Run(folder, ToyConfig(**({"steps": 100} | options)))
+    run.create()
+    network = run.training.ema.module.network
+    torch.manual_seed(len(folder.name))
+    for step in sorted(snapshot_steps(100)):
+        add_snapshot(folder, step, network)
+        for p in network.parameters():
+            torch.nn.init.normal_(p, std=0.1 + 0.9 / p.shape[-1] ** 0.5)
+    save_file(network.state_dict(), folder / "weights.safetensors", run.distribution.units.metadata())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three runs on moons: TVM of the default size, flow matching, and MeanFlow of an odd size."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [
+        make_run(folder / "tvm"),
+        make_run(folder / "fm", objective="fm", width=32),
+        make_run(folder / "meanflow", objective="meanflow", width=17, depth=3),
+    ]
+
+
+def flow_map(run, step: int | None = None) -> FlowMap:
+    """The model of a folder, at the end or after `step`, in float64."""
+    _, _, model = command.load_run(run)
+    if step is not None:
+        model.network.load_state_dict(load_snapshots(run)[step])
+    return model.double()
+
+
+# The file ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_one_small_file_that_loads_nothing(runs, tmp_path, capsys):
+    out = tmp_path / "new" / "page.html"
+    assert command.main([*map(str, runs), "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    text = out.read_text()
+    assert len(text.encode()) < 3e6
+    assert "default-src 'none'" in text  # the browser itself refuses what is not in the file
+    assert not re.findall(r"https?://|\bsrc=|url\(|@import|\bimport\b|fetch\(|XMLHttp|{{", text)
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("name", ["moons", "heart"])
+def test_the_finished_pages_are_of_these_sources(name):
+    """One once kept the words of an earlier version; tutorials/pages/README.md says how they are made."""
+    page = (command.PARTS.parents[2] / "tutorials" / "pages" / f"{name}.html").read_text(encoding="utf-8")
+    for part in ("page.css", "model.js", "view.js"):
+        assert (command.PARTS / part).read_text(encoding="utf-8") in page
+    for words in re.split(r"{{\w+}}", (command.PARTS / "page.html").read_text(encoding="utf-8")):
+        assert words in page
+
+
+def test_the_page_lies_in_the_first_run_by_default_and_goes_with_it(tmp_path):
+    from tvm_ref.toy.run import OWN_FILES
+
+    folder = make_run(tmp_path / "run", width=8, depth=2)
+    assert command.main([str(folder)]) == 0
+    assert (folder / "page.html").is_file()
+    assert "page.html" in OWN_FILES
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_runs_of_every_objective_have_a_page(objective, tmp_path):
+    text = command.make_page([make_run(tmp_path / objective, objective=objective, width=8, depth=2)])
+    name, what = command.NAMED[objective]
+    assert name in text
+    assert what in text
+
+
+def test_equal_weights_are_stored_once_and_runs_of_one_objective_are_told_apart(tmp_path):
+    a, b = make_run(tmp_path / "aa", width=8), make_run(tmp_path / "bb", width=8)  # the same weights
+    text = command.make_page([a, b])
+    data = json.loads(re.search(r"const DATA = (.*);\n", text)[1])
+    assert len(data["weights"]) == len(snapshot_steps(100)) + 1
+    assert [run["name"] for run in data["runs"]] == ["TVM: aa", "TVM: bb"]
+
+
+def test_a_name_is_text_and_no_markup(tmp_path):
+    """Also inside the script, where "<!--<script>" would hide its end."""
+    points = tmp_path / "<!--<script>.csv"
+    points.write_text(OWN_POINTS)
+    folder = make_run(tmp_path / "<!--<script>", data=str(points), width=8, depth=1)
+    text = command.make_page([folder, folder])
+    assert "<!--" not in text
+    assert text.count("<script>") == text.count("</script>") == 1
+
+
+def test_an_interrupted_run_shows_how_far_it_came(tmp_path):
+    folder = make_run(tmp_path / "run", width=8, depth=1)
+    (folder / "metrics.json").write_text(json.dumps({"steps": {"done": 20, "planned": 100}}))
+    _, run = command.describe_run(folder, [])
+    assert [entry["step"] for entry in run["snapshots"]] == [0, 1, 3, 10, 20]
+
+
+@pytest.mark.parametrize(
+    "case", ["no run", "no model", "classes", "other data", "damaged metrics", "damaged snapshots"]
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, case):
+    first = make_run(tmp_path / "run", width=8, depth=1)
+    second, message = first, case
+    if case == "no run":
+        second, message = tmp_path / "nothing", "nothing holds no run"
+    elif case == "no model":
+        (first / "weights.safetensors").unlink()
+        message = "holds no model yet"
+    elif case == "classes":
+        second = make_run(tmp_path / "classes", width=8, depth=1, conditional=True)
+        message = "conditioned on classes"
+    elif case == "other data":
+        second = make_run(tmp_path / "circles", width=8, depth=1, dist="circles")
+        message = "different data"
+    else:
+        name = {"damaged metrics": "metrics.json", "damaged snapshots": "snapshots.safetensors"}[case]
+        (first / name).write_text("{")
+        message = f"{name} is damaged"
+    with pytest.raises(SystemExit) as exit:
+        command.main([str(first), str(second), "--out", str(tmp_path / "page.html")])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()
+
+
+# In a browser --------------------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium")
+ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="driving a browser needs the package playwright")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        instance = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield instance
+        instance.close()
+
+
+@pytest.fixture(scope="module")
+def file(runs, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    path.write_text(command.make_page(runs))
+    return path
+
+
+def open_page(browser, file, **options):
+    """The page in a window of its own, drawn, and the list that everything goes into that should not be."""
+    page, complaints = browser.new_context(**options).new_page(), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else complaints.append(r.url))
+    page.goto(file.as_uri())
+    page.wait_for_selector("body[data-drawn]", timeout=60_000)
+    return page, complaints
+
+
+@pytest.fixture(scope="module")
+def window(browser, file):
+    page, complaints = open_page(browser, file, viewport={"width": 1200, "height": 1000})
+    yield page, complaints, page.evaluate("({ ...state })")
+    page.context.close()
+
+
+@pytest.fixture
+def opened(window):
+    """The page as at first; nothing may have been written to the console, thrown, or asked of the network."""
+    page, complaints, first = window
+    page.evaluate("changes => { if (sweeping) play(); set(changes); scrollTo(0, 0); }", first)
+    settle(page)
+    yield page
+    settle(page)
+    assert complaints == []
+
+
+def wait(page, condition: str, seconds: int = 60):
+    """Wait until an expression holds. (playwright's own way evaluates text, which the page's policy forbids.)"""
+    assert page.evaluate(f"""async () => {{
+        const end = performance.now() + {1000 * seconds};
+        while (!({condition}) && performance.now() < end) await new Promise(resolve => setTimeout(resolve, 10));
+        return Boolean({condition});
+    }}"""), f"not within {seconds} s: {condition}"
+
+
+def settle(page):
+    """Wait until every picture shows the present state."""
+    wait(page, "!asked && !eulerBusy")
+
+
+def state(page) -> dict:
+    settle(page)
+    return page.evaluate("({ ...state })")
+
+
+def numbers(page, selector: str) -> list[float]:
+    """The numbers that an element shows."""
+    settle(page)
+    text = page.inner_text(selector).replace("\N{MINUS SIGN}", "-")
+    return [float(a) for a in re.findall(r"-?\d+\.?\d*", text)]
+
+
+def some_points(n: int = 40):
+    """x, t, s: points of the window, and times in order, with both ends and t = s among them."""
+    generator = torch.Generator().manual_seed(3)
+    x = 2 * torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    s, t = torch.rand(n, 2, generator=generator, dtype=torch.float64).sort(dim=1).values.unbind(1)
+    t[0], s[0], t[1], s[1], s[2] = 1, 0, 0, 0, t[2]
+    return x, t, s
+
+
+def ask(page, expression: str, *arrays: torch.Tensor) -> torch.Tensor:
+    """An expression in x, y, t, s of the page's own functions, at every sample."""
+    rows = torch.cat([a.reshape(len(a), -1) for a in arrays], dim=1).tolist()
+    return torch.tensor(page.evaluate(f"rows => rows.map(([x, y, t, s]) => {expression})", rows), dtype=torch.float64)
+
+
+TIGHT = {"rtol": 1e-4, "atol": 1e-4}
+STEPS = [*sorted(snapshot_steps(100)), None]
+
+
+@pytest.mark.parametrize(("run", "snapshot"), [(r, k) for r in range(3) for k in (0, 3, len(STEPS) - 1)])
+@pytest.mark.slow
+def test_the_models_numbers_are_pytorchs(opened, runs, run, snapshot):
+    """F and dF/ds, the velocity, where the jump lands and d/ds f: to 1e-4 of float64."""
+    x, t, s = some_points()
+    model = flow_map(runs[run], STEPS[snapshot])
+    net = f"models[{run}][{snapshot}]"
+    F, dF = torch.func.jvp(lambda s: model.network(x, t, s), (s,), (torch.ones_like(s),))
+    scale = F.abs().max()  # random weights give numbers up to 30
+    actual = ask(opened, f"{net}.network.at(t, s, true)(x, y)", x, t, s)
+    torch.testing.assert_close(actual / scale, torch.cat([F, dF], 1) / scale, **TIGHT)
+    torch.testing.assert_close(
+        ask(opened, f"{net}.velocity(t)(x, y).slice(0, 2)", x, t, s) / scale, model.velocity(x, t) / scale, **TIGHT
+    )
+    landing, rate = model.jump(x, t, s), model.displacement_and_terminal_velocity(x, t, s)[1]
+    if run == 1:  # flow matching teaches no jumps
+        landing, rate = EulerStep(model)(x, t, s), model.velocity(x, t)
+    actual = ask(opened, f"{net}.jump(t, s, true)(x, y)", x, t, s)
+    torch.testing.assert_close(actual / scale, torch.cat([landing, rate], 1) / scale, **TIGHT)
+
+
+def test_the_exact_flow_is_the_mixtures(opened):
+    x, t, s = some_points()
+    oracle = make_distribution("moons")
+    torch.testing.assert_close(ask(opened, "mixture.velocity(x, y, t)", x, t, s), oracle.velocity(x, t), **TIGHT)
+    torch.testing.assert_close(ask(opened, "mixture.path(x, y, t, s).at(-1)", x, t, s), oracle.jump(x, t, s), **TIGHT)
+
+
+@pytest.mark.slow
+def test_the_cloud_is_the_exact_flow_of_its_noise_at_any_time(opened):
+    """Solved with fewer steps and interpolated, for speed: to 1e-3 of a data's standard deviation."""
+    oracle, noise = make_distribution("moons"), opened.evaluate("[...noise]")
+    x = torch.tensor(noise, dtype=torch.float64).view(-1, 2)
+    assert len(x) == command.POINTS
+    for time in (1.0, 0.93, 0.5, 0.111, 0.03, 0.0):
+        actual = torch.tensor(opened.evaluate(f"[...cloud.at({time})]"), dtype=torch.float64).view(-1, 2)[: len(x)]
+        expected = oracle.jump(x, torch.ones(len(x)), torch.full((len(x),), time))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
+
+
+def expected_readout(runs, now: dict) -> tuple[torch.Tensor, float, float]:
+    """d/ds f, TVM's loss and the distance to the exact landing at the page's state, by PyTorch."""
+    model, oracle = flow_map(runs[now["run"]]), make_distribution("moons")
+    x, t, s = (torch.tensor([now[k]], dtype=torch.float64) for k in ("x", "t", "s"))
+    x = torch.stack([x, torch.tensor([now["y"]], dtype=torch.float64)], dim=1)
+    f, df = model.displacement_and_terminal_velocity(x, t, s)
+    loss = (df - model.velocity(x + f, s)).square().mean()
+    return df[0], float(loss), float((x + f - oracle.jump(x, t, s)).norm())
+
+
+def check_readout(page, runs):
+    df, loss, distance = expected_readout(runs, state(page))
+    assert numbers(page, "#df") == pytest.approx(df.tolist(), rel=1e-3, abs=0.006)
+    assert numbers(page, "#loss") == pytest.approx([loss], rel=1e-3, abs=1e-4)
+    assert numbers(page, "#gap") == numbers(page, "#loss")
+    assert numbers(page, "#off") == pytest.approx([distance], rel=1e-3, abs=1e-3)
+
+
+def test_errors_shown_are_those_of_metrics(opened, runs):
+    """From the same noise: RMSE and median of the distances to the exact flow, for one jump and for Euler's steps."""
+    opened.evaluate("set({ steps: 8 })")
+    model, oracle = flow_map(runs[0]), make_distribution("moons")
+    x = torch.tensor(opened.evaluate("[...noise]"), dtype=torch.float64).view(-1, 2)
+    exact = oracle.jump(x, torch.ones(len(x)), torch.zeros(len(x)))
+    for picture, jump, steps in (("#jump", model.jump, 1), ("#euler", EulerStep(model), 8)):
+        distances = (sample_path(jump, x, steps)[-1] - exact).norm(dim=1)
+        expected = [float(distances.square().mean().sqrt()), float(distances.median())]
+        assert numbers(opened, f"{picture} .error") == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def handle(page, name: str) -> tuple[float, float]:
+    """Where a handle's middle is on the screen."""
+    box = page.locator(f"#{name}").bounding_box()
+    return box["x"] + 14 + (box["width"] - 28) * (1 - state(page)[name]), box["y"] + box["height"] / 2
+
+
+@pytest.mark.slow
+def test_both_handles_follow_the_mouse_and_push_each_other(opened, runs):
+    box = opened.locator("#t").bounding_box()
+
+    def drag(name: str, to: float):
+        opened.mouse.move(*handle(opened, name))
+        opened.mouse.down()
+        opened.mouse.move(box["x"] + 14 + (box["width"] - 28) * (1 - to), box["y"] + 14, steps=5)
+        opened.mouse.up()
+        now = state(opened)
+        assert opened.inner_text(f"#{name}-label") == f"{name} = {now[name]:.2f}"
+        check_readout(opened, runs)
+        return now["t"], now["s"]
+
+    assert drag("s", 0.4) == pytest.approx((1, 0.4), abs=0.011)
+    assert drag("t", 0.7) == pytest.approx((0.7, 0.4), abs=0.011)
+    assert drag("t", 0.2) == pytest.approx((0.2, 0.2), abs=0.011)  # past s, which goes along
+    assert drag("t", 0.6) == pytest.approx((0.6, 0.2), abs=0.011)
+    assert drag("s", 0.9) == pytest.approx((0.9, 0.9), abs=0.011)  # past t
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_at_either_end_the_handle_that_can_move_is_on_top(opened, end):
+    opened.evaluate(f"set({{ t: {end}, s: {end} }})")
+    x, y = handle(opened, "t")
+    assert opened.evaluate(f"document.elementFromPoint({x}, {y}).id") == ("s" if end else "t")
+
+
+@pytest.mark.slow
+def test_both_handles_move_by_keyboard(opened, runs):
+    opened.evaluate("set({ t: 0.8, s: 0.3 })")
+    opened.focus("#t")
+    opened.keyboard.press("ArrowRight")  # towards data
+    opened.focus("#s")
+    opened.keyboard.press("ArrowLeft")
+    opened.keyboard.press("ArrowLeft")
+    now = state(opened)
+    assert (now["t"], now["s"]) == pytest.approx((0.79, 0.32))
+    assert opened.get_attribute("#s", "aria-valuetext") == "s = 0.32"
+    check_readout(opened, runs)
+    opened.keyboard.press("End")
+    assert state(opened)["s"] == 0
+
+
+def test_controls_follow_at_once(opened):
+    """A key pressed before the next frame moves a handle from where it is now, not from where it was drawn last."""
+    shown = opened.evaluate("set({ t: 0.8, s: 0.3 }); ['t', 's'].map(name => document.getElementById(name).value)")
+    assert shown == ["20", "70"]
+
+
+def test_the_point_goes_with_the_exact_flow_as_t_moves(opened):
+    before = state(opened)
+    opened.evaluate("set({ t: 0.4 })")
+    now = state(opened)
+    x = torch.tensor([[before["x"], before["y"]]], dtype=torch.float64)
+    expected = make_distribution("moons").jump(x, torch.ones(1), torch.full((1,), 0.4))
+    assert [now["x"], now["y"]] == pytest.approx(expected[0].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("picture", ["jump", "exact", "euler"])
+@pytest.mark.slow
+def test_the_point_is_dragged_in_every_picture_and_moved_by_keys(opened, runs, picture):
+    opened.evaluate("set({ s: 0.25 })")
+    box = opened.locator(f"#{picture} canvas").bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    opened.mouse.move(middle[0] - 40, middle[1])
+    opened.mouse.down()
+    opened.mouse.move(*middle, steps=4)
+    opened.mouse.up()
+    now = state(opened)
+    assert (now["x"], now["y"]) == pytest.approx((0, 0), abs=0.02)
+    check_readout(opened, runs)
+    opened.focus(f"#{picture} canvas")
+    opened.keyboard.press("ArrowUp")
+    opened.keyboard.press("ArrowLeft")
+    moved = state(opened)
+    assert moved["y"] > now["y"]
+    assert moved["x"] < now["x"]
+    check_readout(opened, runs)
+
+
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "color_scheme": "dark"}
+
+
+@pytest.mark.slow
+def test_a_finger_drags_the_ring_scrolls_elsewhere_and_the_page_fits(browser, file):
+    opened, complaints = open_page(browser, file, **PHONE)
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 390
+    opened.locator("#jump canvas").scroll_into_view_if_needed()
+    box, before = opened.locator("#jump canvas").bounding_box(), state(opened)
+    scale = box["width"] / 2 / opened.evaluate("EXTENT")
+    ring = box["x"] + box["width"] / 2 + scale * before["x"], box["y"] + box["height"] / 2 - scale * before["y"]
+    fingers = opened.context.new_cdp_session(opened)
+
+    def drag(x, y, dx, dy):
+        for i, kind in enumerate(["touchStart", "touchMove", "touchMove", "touchMove", "touchMove"]):
+            point = {"x": x + dx * i / 4, "y": y + dy * i / 4}
+            fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [point]})
+        fingers.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+    scrolled = opened.evaluate("scrollY")
+    drag(*ring, -60, 30)
+    now = state(opened)
+    assert opened.evaluate("scrollY") == scrolled
+    assert (now["x"] - before["x"], now["y"] - before["y"]) == pytest.approx((-60 / scale, -30 / scale), abs=0.03)
+    drag(box["x"] + 30, box["y"] + box["height"] - 60, 0, -100)
+    assert state(opened) == now
+    assert opened.evaluate("scrollY") > scrolled
+    opened.locator("#jump canvas").scroll_into_view_if_needed()
+    settle(opened)
+    opened.locator("#jump canvas").tap()  # in its middle
+    assert state(opened)["x"] == pytest.approx(0, abs=0.05)
+    opened.context.close()
+    assert complaints == []
+
+
+@pytest.mark.slow
+def test_runs_switch_training_is_scrubbed_and_every_control_says_what_it_did(opened, runs):
+    opened.evaluate("set({ s: 0.3 })")
+    for i, name in enumerate(["TVM", "flow matching", "MeanFlow"]):
+        opened.get_by_label(name, exact=True).check()
+        assert state(opened)["run"] == i
+        assert len(opened.inner_text("#run-help")) > 40
+        assert opened.inner_text("#jump-title") == ("One Euler step" if name == "flow matching" else "One jump")
+        if name != "flow matching":
+            check_readout(opened, runs)
+    shown = set()
+    opened.focus("#snapshot")
+    for step in sorted(snapshot_steps(100), reverse=True):
+        opened.keyboard.press("ArrowLeft")
+        settle(opened)
+        assert opened.inner_text("#snapshot-label") == f"{step} / 100"
+        shown.add(opened.inner_text("#jump .error"))
+    assert len(shown) > 1
+    opened.focus("#steps")
+    opened.keyboard.press("End")
+    settle(opened)
+    assert opened.inner_text("#steps-label") == "32"
+    assert opened.inner_text("#euler .cost") == "32 evaluations"
+    opened.get_by_label("grid").uncheck()
+    assert state(opened)["grid"] is False
+
+
+@pytest.mark.slow
+def test_suggestions_set_what_they_say_and_play_sweeps_to_the_data(opened):
+    opened.evaluate("set({ t: 0.6, s: 0.5 })")
+    for button in opened.locator("#tries button").all():
+        button.click()
+        asked = json.loads(button.get_attribute("data-set"))
+        now = state(opened)
+        assert {k: now[k] for k in asked} == asked
+    opened.evaluate("set({ t: 0.8, s: 0.2, run: 0 })")
+    opened.click("#play")
+    wait(opened, "sweeping && state.s > 0.1")
+    wait(opened, "!sweeping && state.s === 0")
+    clicks = (
+        "() => { const play = document.querySelector('#play'); play.click(); const on = sweeping > 0; play.click(); "
+    )
+    assert opened.evaluate(clicks + "return [on, sweeping]; }") == [True, 0]  # the second stops
+
+
+@pytest.mark.slow
+def test_pictures_are_drawn_in_light_and_dark(browser, file):
+    """The corner of a picture has the page's colour, and some pixel each the dots' and the ring's."""
+    inks = {}
+    seen = """["jump", "exact", "euler"].map(name => {
+        const { canvas } = pictures[name], seen = new Set(); // a copy, as reading often makes the browser complain
+        const pen = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d");
+        pen.drawImage(canvas, 0, 0);
+        const { data } = pen.getImageData(0, 0, canvas.width, canvas.height);
+        for (let i = 0; i < data.length; i += 4) if (data[i + 3] === 255)
+            seen.add("#" + [0, 1, 2].map(k => data[i + k].toString(16).padStart(2, "0")).join(""));
+        return [...seen];
+    })"""
+    for scheme in ("light", "dark"):
+        page, complaints = open_page(browser, file, color_scheme=scheme, viewport={"width": 1200, "height": 1000})
+        page.evaluate("set({ t: 0.3, s: 0.3 })")  # where a jump of any weights stays in the window
+        settle(page)
+        inks[scheme] = page.evaluate(f"() => {seen}")
+        if scheme == "light":  # begin anew, and look before anything is solved
+            first = page.evaluate(f"""() => {{
+                solved = false, cloud.states.length = 1, cloud.slopes.length = 0, delete document.body.dataset.drawn;
+                for (const {{ canvas }} of Object.values(pictures)) canvas.width = 0;
+                begin();
+                return {seen};
+            }}""")
+            wait(page, "document.querySelector('#exact .error').textContent.startsWith('solving: ')")
+            wait(page, "document.body.dataset.drawn")
+            assert page.inner_text("#exact .error") == "what the others aim at"
+        page.context.close()
+        assert complaints == []
+    for name in range(3):
+        assert {"#0072b2", "#e6e6e6"} <= set(first[name])  # noise and its mass, at once
+        assert {"#0072b2", "#1a1a1a", "#e6e6e6"} <= set(inks["light"][name])
+        assert {"#56b4e9", "#ffffff", "#303030"} <= set(inks["dark"][name])
+    assert {"#7a1fd1", "#007a59"} <= set(inks["light"][0])  # both arrows, though one lies over the other
+    assert {"#e27dff", "#2fd98b"} <= set(inks["dark"][0])

@@ -1,0 +1,201 @@
+"""Write a page to play with: a trained model and the exact flow in one HTML file, which opens by double click.
+
+    python tutorials/playground/page.py runs/toy/moons                       writes runs/toy/moons/page.html
+    python tutorials/playground/page.py runs/toy/moons runs/toy/moons-fm     several runs on the same data, to compare
+    python tutorials/playground/page.py runs/toy/points --out points.html    your own points, from tvm_ref.toy --data
+
+The page needs nothing else: no server, no network, no Python. It holds the weights (at the end of training and at a few
+earlier steps) and computes jumps, their derivatives and the exact flow itself, as tests compare with PyTorch.
+"""
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tvm_ref.cli.command_line import OneLineParser, require_suffix, write_atomically
+from tvm_ref.cli.command_line import run as run_command
+from tvm_ref.objectives import OBJECTIVES
+from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.data.mixture import GaussianMixture
+from tvm_ref.toy.run import fingerprint, load_run
+from tvm_ref.toy.snapshots import load_snapshots
+
+PARTS = Path(__file__).parent / "web"  # the page, its style and its two scripts
+POINTS = 256  # noise points; a page computes all of them anew for every frame
+START = (1.5, 1.6)  # the noise of the point that is followed at first
+NAMED: dict[str, tuple[str, str]] = {  # objective: its name, and what it does
+    "tvm": ("TVM", "Terminal Velocity Matching trains d/ds f towards u at the landing point, and u by flow matching."),
+    "fm": (
+        "flow matching",
+        "Flow matching learns u alone. Its one step is Euler's, a straight line; d/ds f is u where it starts.",
+    ),
+    "lsd": ("LSD", "Lagrangian self-distillation trains d/ds f towards u at the landing point, as TVM does."),
+    "pid": (
+        "PID",
+        "Physics Informed Distillation is TVM whose jumps all start at t = 1: others were never trained.",
+    ),
+    "esd": (
+        "ESD",
+        "Eulerian self-distillation keeps the landing point where it is while the start moves along the flow.",
+    ),
+    "meanflow": ("MeanFlow", "MeanFlow trains by the velocity where a jump starts; TVM by the velocity where it ends."),
+    "imf": ("improved MeanFlow", "Improved MeanFlow trains by the velocity where a jump starts, as its own u has it."),
+    "sct": ("sCT", "A continuous-time consistency model jumps to s = 0 alone: others were never trained."),
+    "alphaflow": ("alpha-Flow", "alpha-Flow trains a jump by one from a point a part of the way on; the part shrinks."),
+    "soflow": ("SoFlow", "SoFlow trains a jump by one from a point a part of the way on; the part shrinks."),
+    "psd": ("PSD", "Progressive self-distillation trains a jump by two shorter ones, one after the other."),
+    "shortcut": ("shortcut", "A shortcut model trains a jump by two of half its length; lengths are powers of 1/2."),
+}
+
+
+def encode(numbers: Tensor) -> str:
+    """Base64 of numbers as little-endian float32."""
+    return base64.b64encode(numbers.detach().cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def flatten(weights: dict[str, Tensor], depth: int) -> Tensor:
+    """List a ToyNetwork's numbers as model.js takes them: the projection, then each layer's weight and bias."""
+    layers = [*(f"hidden.{i}" for i in range(depth)), "output"]
+    names = ["projection", *(f"{layer}.{part}" for layer in layers for part in ("weight", "bias"))]
+    return torch.cat([weights[name].flatten() for name in names])
+
+
+def describe_run(folder: Path, blobs: list[str]) -> tuple[GaussianMixture, dict[str, Any]]:
+    """Describe a run's data, and what the page holds of the run; weights that `blobs` lacks are added to it.
+
+    Raises:
+        ValueError, OSError: a folder without a finished run, or one that is conditioned on classes.
+    """
+    config, distribution, model = load_run(folder)
+    if config.conditional:
+        raise ValueError(f"{folder} is conditioned on classes; this page shows runs without --conditional")
+    snapshots = {step: w for step, w in load_snapshots(folder).items() if step < (done := steps_done(folder, config))}
+    snapshots[done] = model.network.state_dict()
+    name, what = NAMED[config.objective]
+    entries = []
+    for step, weights in snapshots.items():
+        blob = encode(flatten(weights, config.depth))
+        if blob not in blobs:
+            blobs.append(blob)
+        entries.append({"step": step, "weights": blobs.index(blob)})
+    return distribution, {
+        "folder": folder.name,
+        "objective": config.objective,
+        "name": name + (" (detached)" if config.detach_jvp else ""),
+        "help": what,
+        "learns_jumps": OBJECTIVES[config.objective].learns_jumps,
+        "width": config.width,
+        "depth": config.depth,
+        "steps": config.steps,
+        "snapshots": entries,
+    }
+
+
+def steps_done(folder: Path, config: ToyConfig) -> int:
+    """After how many steps the run's weights.safetensors was written.
+
+    Raises:
+        ValueError: a damaged metrics.json.
+    """
+    try:
+        return int(json.loads((folder / "metrics.json").read_text())["steps"]["done"])
+    except FileNotFoundError:
+        return config.steps
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'metrics.json'} is damaged") from None
+
+
+def choices(runs: Sequence[dict[str, Any]]) -> str:
+    """Write the switch between runs as HTML."""
+    return "".join(
+        f'<label><input type="radio" name="run" value="{i}">{html.escape(run["name"])}</label>'
+        for i, run in enumerate(runs)
+    )
+
+
+def suggestions(runs: Sequence[dict[str, Any]]) -> str:
+    """Things to try, as HTML: buttons and what they set."""
+    whole = {"run": 0, "back": 0, "t": 1, "s": 0}
+    tries = {
+        "One step from noise to data": whole,
+        "Part of the way: drag the ring in a picture, compare the two arrows": whole | {"s": 0.4},
+        "Small jumps are easy: t and s close together": whole | {"t": 0.5, "s": 0.4},
+        "Two Euler steps beside one jump": whole | {"steps": 2},
+    }
+    before = len(runs[0]["snapshots"]) - 1
+    if before:
+        tries["Before training: jumps agree with a wrong velocity, no loss"] = whole | {"back": before, "s": 0.2}
+    for i, run in enumerate(runs):
+        if not run["learns_jumps"]:
+            tries["A model that learned no jumps, only velocities"] = whole | {"run": i}
+    return "".join(
+        f'<button data-set="{html.escape(json.dumps(changes))}">{html.escape(text)}</button>'
+        for text, changes in tries.items()
+    )
+
+
+def make_page(folders: list[Path]) -> str:
+    """Write the page of one or more runs on the same data, as HTML.
+
+    Raises:
+        ValueError, OSError: see describe_run; runs on different data.
+    """
+    blobs: list[str] = []
+    distributions, runs = zip(*(describe_run(folder, blobs) for folder in folders), strict=True)
+    for folder, distribution in zip(folders, distributions, strict=True):
+        if fingerprint(distribution) != fingerprint(distributions[0]):
+            raise ValueError(f"{folder} and {folders[0]} were trained on different data; a page shows one")
+    if len({run["name"] for run in runs}) < len(runs):
+        for run in runs:
+            run["name"] += f": {run['folder']}"
+    distribution = distributions[0]
+    data = {
+        "sigma": distribution.sigma,
+        "centres": encode(torch.cat([distribution.centres, distribution.log_weights[:, None]], dim=1)),
+        "noise": encode(torch.randn(POINTS, 2, generator=torch.Generator().manual_seed(2**40))),
+        "start": START,
+        "runs": runs,
+        "weights": blobs,
+    }
+    page = (PARTS / "page.html").read_text(encoding="utf-8")
+    config = load_run(folders[0])[0]
+    parts = {
+        "name": html.escape(Path(config.data).stem if config.data is not None else config.dist.replace("_", " ")),
+        "points": str(POINTS),
+        "runs": choices(runs),
+        "tries": suggestions(runs),
+        "style": (PARTS / "page.css").read_text(encoding="utf-8"),
+        "model": (PARTS / "model.js").read_text(encoding="utf-8"),
+        "view": (PARTS / "view.js").read_text(encoding="utf-8"),
+        "data": json.dumps(data).replace("<", "\\u003c"),  # a name must not open or end a script
+    }
+    for name, text in parts.items():
+        page = page.replace("{{" + name + "}}", text)
+    return page
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = OneLineParser("python tutorials/playground/page.py", __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs on the same data")
+    parser.add_argument("--out", type=Path, help="file to write, replaced if it is there (default: RUN/page.html)")
+    options = parser.parse_args(argv)
+    out = options.out or options.runs[0] / "page.html"
+    use_one_thread()
+    with parser.bad_input():
+        require_suffix(out, ".html")
+        page = make_page(options.runs)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, page)
+    print(f"{out}: {len(page.encode()) / 1e3:,.0f} kB; open it in a browser")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

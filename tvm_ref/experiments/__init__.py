@@ -1,0 +1,1 @@
+"""Experiments: many trainings, one question each. Commands, imported by nobody outside this folder."""

@@ -1,0 +1,235 @@
+"""Measure every objective of the family at the exact flow map and at a trained network, and draw the family.
+
+    python -m tvm_ref.experiments.family                             all of it, some five minutes of one idle core
+    python -m tvm_ref.experiments.family --parts picture noise cost  chosen parts
+
+    picture   who matches what where in the triangle of (t, s): family.png
+    noise     ||dL/dF||^2 of every objective at the exact flow map, over that of flow matching
+    cost      products of a training step, in plain forwards
+    bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
+    jumps     which jumps four laws of times draw, beside the errors of the jumps of the default run
+    scale     at that run's network, by t - s: the batch at which a gradient's noise equals its signal
+Writes results.json, measured.png and, with `picture`, family.png; with `jumps`, times.png: the same by (t, s).
+Parts may be measured one after the other into one folder, on the same data and for the same network and training;
+results.json says of each part its --samples or --dims. --overwrite replaces the chosen parts, and no other.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tvm_ref.cli.command_line import (
+    OneLineParser,
+    add_options,
+    flag,
+    given,
+    require_at_least,
+    require_free,
+    run,
+    write_atomically,
+)
+from tvm_ref.cli.progress import progress
+from tvm_ref.experiments import family_measures
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.time_samplers import TimeSampler
+from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.data.mixture import GaussianMixture
+from tvm_ref.toy.run import distribution_of, fingerprint
+from tvm_ref.toy.training import Training
+
+# Each part's key in results.json, and which options beside the configuration decide it; the picture has no numbers.
+PARTS: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "picture": (None, ()), "noise": ("noise", ("samples",)), "cost": ("cost", ()), "bias": ("adaptive_bias", ("dims",)),
+    "jumps": ("jumps", ("samples",)), "scale": ("noise_scale", ("samples",)),
+}  # fmt: skip
+COORDINATES = {"masses 0.8 and 0.2": 0.8, "masses 0.5 and 0.5": 0.5}  # of a coordinate's two values
+LAWS = {
+    "gap*": TimeSampler(), "gap*, 1/4 at t = 1": TimeSampler(share_noise=0.25),
+    "two uniform times": TimeSampler("triangle"), "MeanFlow's": TimeSampler("sorted"),
+}  # fmt: skip
+DIMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+GAPS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
+
+
+def trained(config: ToyConfig) -> FlowMap:
+    """Train a network and return its evaluation weights."""
+    training = Training(config, distribution_of(config))
+    for _ in progress(range(config.steps), unit="step", desc="training"):
+        training.train_step()
+    return training.ema.module
+
+
+def measure(
+    parts: list[str], config: ToyConfig, distribution: GaussianMixture, samples: int, dims: tuple[int, ...]
+) -> Iterator[tuple[str, Any]]:
+    """Measure the parts that are asked for; print each, and yield its name and its numbers."""
+    if "noise" in parts:
+        noise = family_measures.noise_at_the_solution(distribution, samples)
+        print(noise_table(noise))
+        yield "noise", noise
+    if "cost" in parts:
+        products = family_measures.cost(config.width, config.depth)
+        print(column("products of a step, in plain forwards", products, ".1f"))
+        yield "cost", products
+    if "bias" in parts:
+        bias = {
+            name: {str(dim): family_measures.adaptive_bias(dim, mass, max(8, min(64, 4096 // dim))) for dim in dims}
+            for name, mass in COORDINATES.items()
+        }
+        for name, values in bias.items():
+            print(column(f"bias of the adaptive weight by dimension, {name}", values, ".4f"))
+        yield "bias", bias
+    if "jumps" in parts or "scale" in parts:
+        model = trained(config)
+    if "jumps" in parts:
+        error, by_times = family_measures.jump_errors(model, distribution, 20 * samples)
+        jumps = {
+            "shares": {name: family_measures.length_shares(times) for name, times in LAWS.items()},
+            "density_by_times": {name: family_measures.time_density(times) for name, times in LAWS.items()},
+            "error": error,
+            "error_by_times": [[None if a != a else a for a in row] for row in by_times.tolist()],
+        }
+        print(jump_table(jumps))
+        yield "jumps", jumps
+    if "scale" in parts:
+        scale = family_measures.signal_to_noise(model, distribution, GAPS, size=max(2, samples // 2))
+        measured = {"gaps": list(GAPS), "scale": scale}
+        print(scale_table(measured))
+        yield "scale", measured
+
+
+def earlier(out: Path, made_with: dict[str, Any], parts: list[str], overwrite: bool) -> dict[str, Any]:
+    """Read what a folder holds beside the parts that are to be measured.
+
+    Args:
+        out: the folder.
+        made_with: the configuration and a hash of the data; what stays must have been measured with the same.
+        parts: what is to be measured.
+        overwrite: whether these parts may be there already.
+
+    Raises:
+        ValueError: a part that is there, or others that were measured with something else.
+    """
+    path = out / "results.json"
+    if not path.is_file():
+        return {}
+    try:
+        report = json.loads(path.read_text())
+        before, options = report["made_with"], report["options"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{out} holds results without what they were measured with: choose another --out") from None
+    there = [p for p, (key, _) in PARTS.items() if (key in report if key else (out / "family.png").is_file())]
+    again = [part for part in there if part in parts]
+    if again and not overwrite:
+        raise ValueError(f"{out} already holds {', '.join(again)}: --overwrite, or another --out")
+    kept = [part for part in there if part not in parts and part != "picture"]
+    other = next((name for name, value in made_with.items() if before.get(name) != value), None)
+    if kept and other is not None:
+        value = f"{flag(other)} {before.get(other)}" if other != "points" else "other points of --data"
+        raise ValueError(f"{out} holds {', '.join(kept)} measured with {value}: choose another --out")
+    keys = [PARTS[part][0] for part in kept]
+    return {key: report[key] for key in report if key in keys} | {
+        "options": {part: options[part] for part in kept if part in options}
+    }
+
+
+def column(title: str, values: dict[str, float], form: str) -> str:
+    """Format one number per name."""
+    return "\n".join([title, *(f"  {name:<32} {value:>10{form}}" for name, value in values.items())])
+
+
+def noise_table(noise: dict[str, dict[str, float]]) -> str:
+    """Format the noise at the solution."""
+    lines = [f"{'noise at the solution, over flow matching':<44} {'mean':>9} {'error':>9} {'median':>9}"]
+    lines += [f"  {name:<42} " + " ".join(f"{value:>9.2g}" for value in row.values()) for name, row in noise.items()]
+    return "\n".join(lines)
+
+
+def jump_table(jumps: dict[str, Any]) -> str:
+    """Format shares of draws and errors by t - s."""
+    bins = len(jumps["error"])
+    lines = [f"{'t - s':<10} {'RMSE':>8} " + " ".join(f"{name:>18}" for name in jumps["shares"])]
+    for i, error in enumerate(jumps["error"]):
+        shares = " ".join(f"{100 * s[i]:>16.3f} %" for s in jumps["shares"].values())
+        lines.append(f"{i / bins:.1f}-{(i + 1) / bins:.1f}    {'' if error is None else f'{error:.3f}':>8} {shares}")
+    return "\n".join(lines)
+
+
+def scale_table(measured: dict[str, Any]) -> str:
+    """Format the noise scale by t - s."""
+    lines = [f"{'batch where noise = signal, t - s':<34}" + " ".join(f"{gap:>8}" for gap in measured["gaps"])]
+    for name, values in measured["scale"].items():
+        lines.append(f"{name:<34}" + " ".join(f"{'none' if v is None else f'{v:.3g}':>8}" for v in values))
+    return "\n".join(lines)
+
+
+def draw(report: dict[str, Any], out: Path, *, picture: bool) -> None:
+    """Draw what was measured, and the family's picture if it is asked for."""
+    from tvm_ref.experiments import family_plots  # matplotlib, which --help need not wait for
+    from tvm_ref.toy.report import plots
+
+    if picture:
+        plots.save_figure(family_plots.plot_family(), out / "family.png")
+    if {"noise", "adaptive_bias", "jumps", "noise_scale"} & {*report}:
+        plots.save_figure(family_plots.plot_measured(report), out / "measured.png")
+    if "jumps" in report:
+        plots.save_figure(family_plots.plot_times(report["jumps"]), out / "times.png")
+
+
+def write(out: Path, report: dict[str, Any]) -> None:
+    """Write results.json into a folder."""
+    write_atomically(out / "results.json", json.dumps(report, indent=2) + "\n")
+
+
+def parser() -> OneLineParser:
+    """Make the command line."""
+    p = OneLineParser("python -m tvm_ref.experiments.family", __doc__)
+    add_options(p, ToyConfig, ["dist", "data", "bandwidth", "steps", "batch_size", "width", "depth", "seed"])
+    p.add_argument(
+        "--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="what to measure (default: all)"
+    )
+    p.add_argument(
+        "--samples", type=int, default=500,
+        help="samples at the exact flow map; 20 times as many for jumps, 16 times as many for scale",
+    )  # fmt: skip
+    p.add_argument("--dims", type=int, nargs="+", default=DIMS, help="dimensions of the part bias")
+    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-family)")
+    p.add_argument("--overwrite", action="store_true", help="replace these parts where they are already there")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    command = parser()
+    arguments = command.parse_args(argv)
+    use_one_thread()
+    with command.bad_input():
+        config = ToyConfig(**given(arguments, ToyConfig))
+        distribution = distribution_of(config)
+        require_at_least(2, samples=arguments.samples)
+        require_at_least(1, dims=min(arguments.dims))
+        out = arguments.out or Path("runs/toy") / f"{config.name}-family"
+        require_free(out, ["results.json"], "measurements", overwrite=True)  # parts that are there: see earlier
+        made_with = asdict(config) | {"points": fingerprint(distribution)}
+        report = earlier(out, made_with, arguments.parts, arguments.overwrite)
+        out.mkdir(parents=True, exist_ok=True)
+    report = {"dist": config.name, "made_with": made_with, "options": {}} | report
+    for part, options in report["options"].items():  # which may be others than those of the parts to come
+        values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+        print(" ".join([f"{out} holds {part}", *(" ".join(map(str, [flag(n), *v])) for n, v in values.items())]))
+    with command.failures("the parts that were printed are stored"):
+        for part, numbers in measure(arguments.parts, config, distribution, arguments.samples, tuple(arguments.dims)):
+            key, names = PARTS[part]
+            report[str(key)] = numbers
+            report["options"][part] = {name: getattr(arguments, name) for name in names}
+            write(out, report)
+        write(out, report)  # of the picture alone, too, so that the folder is known as one of measurements
+        draw(report, out, picture="picture" in arguments.parts)
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,272 @@
+"""Measure the objectives of the family where the exact flow map is known: their noise, cost, bias and signal.
+
+Residuals and gradients are those of the objectives' own code; nothing here knows a formula of theirs.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tvm_ref.flow_map import FlowMap
+from tvm_ref.guidance import Condition
+from tvm_ref.objectives import OBJECTIVES, Objective, ResidualObjective
+from tvm_ref.seeding import EVALUATION, generator
+from tvm_ref.shapes import Sample, Time, over
+from tvm_ref.time_samplers import Times, TimeSampler
+from tvm_ref.toy.data.mixture import GaussianMixture
+from tvm_ref.toy.network import ToyNetwork
+
+# What is measured: name, key of OBJECTIVES, settings. Without weights, unless the name says so.
+MEMBERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("TVM", "tvm", {}),
+    ("LSD", "lsd", {}),
+    ("PID", "pid", {}),
+    ("ESD, stops convex", "esd", {}),
+    ("ESD, stops full", "esd", {"stops": "full"}),
+    ("PSD, midpoint", "psd", {}),
+    ("PSD, uniform (SplitMeanFlow)", "psd", {"split": "uniform"}),
+    ("shortcut", "shortcut", {}),
+    ("improved MeanFlow", "imf", {"power": 0}),
+    ("MeanFlow", "meanflow", {"power": 0}),
+    ("MeanFlow, adaptive weight", "meanflow", {}),
+    ("sCT", "sct", {"constant": None}),
+    ("sCT, tangent normalised", "sct", {}),
+    ("alpha-Flow, alpha 0.5", "alphaflow", {"alpha": 0.5, "power": 0}),
+    ("alpha-Flow, alpha 0.05", "alphaflow", {"alpha": 0.05, "power": 0}),
+    ("SoFlow, alpha 0.002", "soflow", {"first": 0.002, "last": 0.002, "power": 0}),
+)
+
+
+class ExactNetwork(nn.Module):
+    """The exact average velocity F = (psi(x, t, s) - x) / (s - t), u at t = s, plus an offset per sample.
+
+    Args:
+        distribution: its flow.
+        offset: [B, D] added to F at every (x, t, s); the gradient with respect to it is dL/dF.
+    """
+
+    def __init__(self, distribution: GaussianMixture, offset: Tensor | None = None):
+        super().__init__()
+        self.distribution = distribution
+        self.offset = offset
+
+    def forward(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
+        """Return F [B, D]; one call of the velocity where all t = s, else a solution of the flow."""
+        if bool((t == s).all()):
+            F = self.distribution.velocity(x, t)
+        else:
+            F = self.distribution.displacement(x, t, s) / over(s - t, x)
+        return F if self.offset is None else F + self.offset
+
+
+def batch(
+    distribution: GaussianMixture, n: int, times: TimeSampler, *key: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Times]:
+    """Draw data [n, D], noise [n, D] and times, decided by `key`."""
+    source = generator(EVALUATION, *key)
+    x0 = distribution.sample(n, source)[0].to(dtype)
+    x1 = torch.randn(x0.shape, generator=source, dtype=torch.float64).to(dtype)
+    return x0, x1, Times(*(a.to(dtype) for a in times.draw(n, source)))
+
+
+# Noise at the solution --------------------------------------------------------------------------------------------
+
+
+def gradient_at_the_solution(
+    key: str, settings: dict[str, Any], distribution: GaussianMixture, x0: Tensor, x1: Tensor, times: Times
+) -> Tensor:
+    """Return dL/dF [B, D] of every sample's loss, the model and the target being the exact flow map."""
+    offset = torch.zeros_like(x0, requires_grad=True)
+    objective = OBJECTIVES[key](FlowMap(ExactNetwork(distribution, offset)), **settings)
+    terms = objective(x0, x1, times, target=FlowMap(ExactNetwork(distribution)))
+    loss = terms.jump if bool((times.t != times.s).any()) else terms.total
+    return torch.autograd.grad(loss.sum(), offset)[0]
+
+
+def noise_at_the_solution(distribution: GaussianMixture, samples: int) -> dict[str, dict[str, float]]:
+    """Measure ||dL/dF||^2 of the jump term at the exact flow map, over flow matching's mean at the same x_t.
+
+    Jumps are TVM's (gap*) for all. The expectation of dL/dF is zero for a method whose solution this is; what is
+    measured is what single samples add. Returns mean, its standard error, and median of every member: where a jump
+    tears modes apart its derivative in x is large, and so are the few samples that decide MeanFlow's mean.
+    """
+    x0, x1, times = batch(distribution, samples, TimeSampler())
+    diagonal = Times(times.t, times.t, times.t)
+    unit = gradient_at_the_solution("fm", {}, distribution, x0, x1, diagonal).square().sum(1).mean()
+    noise = {}
+    for name, key, settings in MEMBERS:
+        square = gradient_at_the_solution(key, settings, distribution, x0, x1, times).square().sum(1) / unit
+        error = square.std() / math.sqrt(samples)
+        noise[name] = {"mean": float(square.mean()), "error": float(error), "median": float(square.median())}
+    return noise
+
+
+# Cost -------------------------------------------------------------------------------------------------------------
+
+
+def count_products(work: Callable[[], Any]) -> int:
+    """Count the products of some work."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which --help need not wait for
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def step_flops(objective: Objective, target: FlowMap, x0: Tensor, x1: Tensor, times: Times) -> int:
+    """Count the products of forward and backward of a loss."""
+    return count_products(lambda: objective(x0, x1, times, target=target).total.mean().backward())
+
+
+def cost(width: int = 64, depth: int = 4) -> dict[str, float]:
+    """Return the products of a training step of every objective in plain forwards of the same batch, toy network."""
+    x0, x1, times = torch.randn(64, 2), torch.randn(64, 2), TimeSampler().draw(64)
+    model = FlowMap(ToyNetwork(2, 0, width, depth))
+    target = copy.deepcopy(model).requires_grad_(False)
+    with torch.no_grad():
+        forward = count_products(lambda: model.velocity(x0, times.t))
+    members = [("flow matching", "fm", {}), *MEMBERS]
+    members.insert(2, ("TVM, JVP detached", "tvm", {"detach_jvp": True}))
+    flops = {
+        name: step_flops(OBJECTIVES[key](model, **settings), target, x0, x1, times) for name, key, settings in members
+    }
+    return {name: value / forward for name, value in flops.items()}
+
+
+# Bias of adaptive weights by dimension ----------------------------------------------------------------------------
+
+
+def adaptive_minimiser(v: Tensor, p: Tensor, eps: float, iterations: int = 300) -> Tensor:
+    """Solve E[(F - v) / (||F - v||^2 / D + eps)] = 0 for F [N, D], where the D coordinates of v are independent.
+
+    Coordinate i of sample n is v[n, i, k] with probability p[n, i, k]. As 1/a is the integral of exp(-a y) over y > 0,
+    an expectation over the D coordinates becomes a product, and one integral is left. F is found by iterating the
+    weighted mean, from E v.
+    """
+    y = torch.linspace(-28, 0, 400, dtype=torch.float64).exp() * 30 / eps  # exp(-a y) from 1 to 0 for all a >= eps
+    log_measure = y.log() - eps * y  # dy = y d(log y), in equal steps of log y
+    F = (p * v).sum(-1)
+    for _ in range(iterations):
+        square = (F[..., None] - v).square() / v.shape[1]  # [N, D, K]
+        log_terms = p.log()[..., None] - square[..., None] * y  # [N, D, K, Y]
+        log_factor = torch.logsumexp(log_terms, dim=2)  # [N, D, Y]
+        mean = ((log_terms - log_factor[:, :, None]).exp() * v[..., None]).sum(2)  # [N, D, Y]
+        weight = (log_factor.sum(1) + log_measure).softmax(-1)  # [N, Y], of the y that the D coordinates agree on
+        F, before = (mean * weight[:, None]).sum(-1), F
+        if float((F - before).abs().max()) < 1e-9:
+            break
+    return F
+
+
+def adaptive_bias(dim: int, mass: float, samples: int, *, t: float = 0.8, eps: float = 1e-3) -> float:
+    """Return the bias of MeanFlow's adaptive weight at s = t: RMS of F - u over the deviation of v given x_t.
+
+    Each coordinate of the data is one of two values, of probability `mass` and 1 - mass, of mean 0 and variance 1,
+    independent of the others: given x_t, so is each coordinate of v.
+    """
+    a, b = -math.sqrt((1 - mass) / mass), math.sqrt(mass / (1 - mass))
+    source = generator(EVALUATION, dim)
+    points, masses = torch.tensor([a, b], dtype=torch.float64), torch.tensor([mass, 1 - mass], dtype=torch.float64)
+    x0 = points[torch.multinomial(masses, samples * dim, replacement=True, generator=source)].view(samples, dim)
+    x = (1 - t) * x0 + t * torch.randn(x0.shape, generator=source, dtype=torch.float64)
+    p = (masses.log() - (x[..., None] - (1 - t) * points).square() / (2 * t**2)).softmax(-1)
+    v = (x[..., None] - points) / t
+    u = (p * v).sum(-1)
+    deviation = (p * (v - u[..., None]).square()).sum(-1).mean().sqrt()
+    return float((adaptive_minimiser(v, p, eps) - u).square().mean().sqrt() / deviation)
+
+
+# At a trained network ---------------------------------------------------------------------------------------------
+
+
+def jump_errors(
+    model: FlowMap, distribution: GaussianMixture, samples: int, bins: int = 10
+) -> tuple[list[float | None], Tensor]:
+    """Measure a model's jumps from x_t, (t, s) uniform on the triangle, against the exact flow's.
+
+    Returns the root mean square error by t - s, in equal bins, and by (t, s) [bins, bins], NaN where s > t.
+    """
+    x0, x1, (t, s, _) = batch(distribution, samples, TimeSampler("triangle"), 1, dtype=torch.float32)
+    x = over(1 - t, x0) * x0 + over(t, x0) * x1
+    with torch.no_grad():
+        square = (model.jump(x, t, s) - distribution.jump(x, t, s)).square().sum(1).double()
+    lengths = ((t - s) * bins).long().clamp(max=bins - 1)
+    by_length = [float(square[lengths == i].mean().sqrt()) if bool((lengths == i).any()) else None for i in range(bins)]
+    cell = (t * bins).long().clamp(max=bins - 1) * bins + (s * bins).long().clamp(max=bins - 1)
+    count = torch.bincount(cell, minlength=bins**2)
+    by_times = (torch.bincount(cell, square, bins**2) / count).sqrt().view(bins, bins)
+    return by_length, by_times
+
+
+def length_shares(times: TimeSampler, bins: int = 10, n: int = 1_000_000) -> list[float]:
+    """Return the shares of jumps by t - s, in equal bins, among those with s < t."""
+    t, s, _ = times.draw(n, generator(EVALUATION, 2))
+    gap = (t - s)[t > s]
+    return (torch.histc(gap, bins, 0, 1) / len(gap)).tolist()
+
+
+def time_density(times: TimeSampler, bins: int = 10, n: int = 1_000_000) -> list[list[float | None]]:
+    """Return the density of the jumps that a law draws, s < t, by (t, s) [bins, bins]: 1 if all (t, s) were alike.
+
+    None where s > t in the whole cell. A cell on the diagonal is half a cell: its density is over that half.
+    """
+    t, s, _ = times.draw(n, generator(EVALUATION, 2))
+    t, s = t[t > s], s[t > s]
+    cell = (t * bins).long().clamp(max=bins - 1) * bins + (s * bins).long().clamp(max=bins - 1)
+    area = torch.ones(bins, bins).tril() / bins**2
+    area.diagonal().mul_(0.5)
+    density = torch.bincount(cell, minlength=bins**2).view(bins, bins) / len(t) / area * area.sum()
+    return [[value if j <= i else None for j, value in enumerate(row)] for i, row in enumerate(density.tolist())]
+
+
+def signal_to_noise(
+    model: FlowMap, distribution: GaussianMixture, gaps: Sequence[float], chunks: int = 32, size: int = 256
+) -> dict[str, list[float | None]]:
+    """Return, by t - s, the batch at which a gradient's noise is as large as its signal.
+
+    That is tr(covariance of one sample's gradient) / ||mean gradient||^2 (the simple noise scale of McCandlish and
+    others, 1812.06162), of the term of the jumps, the model being its own target. Both are estimated without bias from
+    the gradients of `chunks` batches of `size`; None where it is as many samples as these, or more.
+
+    Args:
+        model: a trained flow map.
+        distribution: the data.
+        gaps: t - s of the jumps; s is uniform on what is left.
+        chunks: batches.
+        size: samples of each.
+    """
+    model = copy.deepcopy(model).requires_grad_(True)
+    target = copy.deepcopy(model).requires_grad_(False)
+    scales: dict[str, list[float | None]] = {}
+    for name, key, settings in MEMBERS:
+        if key in ("pid", "sct"):  # their jumps do not start, or end, where these do
+            continue
+        objective = OBJECTIVES[key](model, **settings)
+        scales[name] = []
+        for gap in gaps:
+            x0, x1, (u, _, fraction) = batch(
+                distribution, chunks * size, TimeSampler("triangle"), 3, dtype=torch.float32
+            )
+            s = u.square() * (1 - gap)  # u^2 is uniform: u is the larger of two uniform times
+            times = Times(s + gap, s, fraction)
+            gradients = torch.stack(
+                [
+                    _gradient(objective, target, x0[part], x1[part], Times(*(a[part] for a in times)))
+                    for part in torch.arange(chunks * size).split(size)
+                ]
+            ).double()
+            variance = gradients.var(0).sum()  # of a mean over `size` samples
+            signal = gradients.mean(0).square().sum() - variance / chunks
+            scales[name].append(float(size * variance / signal) if signal > variance / chunks else None)
+    return scales
+
+
+def _gradient(objective: Objective, target: FlowMap, x0: Tensor, x1: Tensor, times: Times) -> Tensor:
+    terms = objective(x0, x1, times, target=target)
+    loss = terms.total if isinstance(objective, ResidualObjective) else terms.jump
+    gradients = torch.autograd.grad(loss.mean(), list(objective.flow_map.parameters()), allow_unused=True)  # type: ignore[attr-defined]
+    return torch.cat([g.flatten() for g in gradients if g is not None])

@@ -1,0 +1,183 @@
+"""Draw the family of objectives: who matches what in the triangle of (t, s), and what was measured of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from tvm_ref.toy.report import plots
+
+
+def _triangle(ax: Axes, title: str, members: str) -> None:
+    """Draw the triangle 0 <= s <= t <= 1, its diagonal, and names."""
+    ax.fill([0, 1, 1], [0, 1, 0], color=plots.SKY, alpha=0.12, lw=0)
+    ax.plot([0, 1], [0, 1], color=plots.GREEN, lw=4, solid_capstyle="round")
+    ax.text(-0.03, 0.03, "s = t: flow matching", rotation=45, ha="left", va="bottom", color=plots.GREEN, fontsize=9)
+    ax.set(xlim=(-0.05, 1.12), ylim=(-0.12, 1.12), aspect="equal", xlabel="t, where a jump starts")
+    ax.set_xticks([0, 1])
+    ax.set_yticks([0, 1])
+    ax.set_title(title)
+    ax.text(0.5, -0.27, members, transform=ax.transAxes, ha="center", va="top", fontsize=10.5, linespacing=1.5)
+
+
+def _dot(ax: Axes, t: float, s: float, text: str, place: tuple[float, float], colour: str = "black") -> None:
+    ax.plot(t, s, "o", color=colour, ms=9, zorder=3)
+    ax.annotate(text, (t, s), xytext=place, textcoords="offset points", color=colour, fontsize=11)
+
+
+def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, style: str = "-|>") -> None:
+    ax.annotate(
+        "", end, start, arrowprops={"arrowstyle": style, "color": colour, "lw": 2.2, "shrinkA": 5, "shrinkB": 5}
+    )
+
+
+@matplotlib.rc_context(plots.STYLE)
+def plot_family() -> Figure:
+    """Draw one panel per identity of the flow map: which (t, s) an objective compares, and how it moves."""
+    figure, (lagrangian, eulerian, finite, semigroup) = plots.make_figure(4, 4.2, plane=False)
+    figure.set_size_inches(17, 5.6)
+    red, blue = plots.RED, plots.BLUE
+
+    _triangle(
+        lagrangian, "Lagrangian: the end moves",
+        "d/ds X(x, t, s) = u(X, s)\nTVM, LSD: everywhere;  PID: t = 1\none JVP in s, differentiated",
+    )  # fmt: skip
+    _dot(lagrangian, 0.8, 0.45, "X(x, t, s)", (-70, -24))
+    _arrow(lagrangian, (0.8, 0.6), (0.8, 0.2), red)
+    _dot(lagrangian, 0.45, 0.45, "u(X, s)", (-52, 8), blue)
+    _arrow(lagrangian, (0.77, 0.45), (0.48, 0.45), blue, "<|-|>")
+    lagrangian.plot([1, 1], [0, 1], color="black", ls=":", lw=2)
+    lagrangian.text(1.02, 0.5, "PID", fontsize=11)
+    lagrangian.set_ylabel("s, where it ends")
+
+    _triangle(
+        eulerian, "Eulerian: the start moves",
+        "d/dt X + (grad X) u = 0\nESD: a model's u;  MeanFlow, sCT: random v;  iMF: both\n"
+        "one JVP in (x, t), mostly stopped",
+    )  # fmt: skip
+    _dot(eulerian, 0.75, 0.3, "X(x, t, s)", (-30, -22))
+    _arrow(eulerian, (0.9, 0.3), (0.5, 0.3), red)
+    _dot(eulerian, 0.75, 0.75, "u(x, t) or v", (-86, 4), blue)
+    _arrow(eulerian, (0.75, 0.33), (0.75, 0.72), blue, "<|-|>")
+    eulerian.plot([0, 1], [0, 0], color="black", ls=":", lw=2)
+    eulerian.text(0.42, -0.1, "sCT: s = 0", fontsize=11)
+
+    _triangle(
+        finite, "Eulerian, by a finite step",
+        "X(x_t, t, s) = X(x_t - (t - r) v, r, s)\nalpha-Flow, SoFlow\nno derivative; a bias of order t - r",
+    )  # fmt: skip
+    _dot(finite, 0.85, 0.25, "X(x, t, s)", (-22, -22))
+    _dot(finite, 0.62, 0.25, "X(x_r, r, s)", (-66, -22), blue)
+    _arrow(finite, (0.83, 0.25), (0.64, 0.25), red)
+    _dot(finite, 0.85, 0.85, "v", (-18, 4), blue)
+    _arrow(finite, (0.85, 0.29), (0.85, 0.81), blue, "<|-|>")
+
+    _triangle(
+        semigroup, "Semigroup: two jumps make one",
+        "X(X(x, t, r), r, s) = X(x, t, s)\nPSD, shortcut, SplitMeanFlow\nno derivative; long jumps from short ones",
+    )  # fmt: skip
+    _dot(semigroup, 0.85, 0.15, "X(x, t, s)", (-22, -22))
+    _dot(semigroup, 0.85, 0.5, "X(x, t, r)", (4, 8), blue)
+    _dot(semigroup, 0.5, 0.15, "X(X, r, s)", (-66, -22), blue)
+    _arrow(semigroup, (0.85, 0.18), (0.85, 0.47), red, "<|-|>")
+    _arrow(semigroup, (0.82, 0.15), (0.53, 0.15), red, "<|-|>")
+    for x, y in ((0.85, 0.5), (0.5, 0.15)):
+        semigroup.plot([0.5, x], [0.5, y], color="black", ls=":", lw=1)
+    return figure
+
+
+@matplotlib.rc_context(plots.STYLE)
+def plot_measured(report: dict[str, Any]) -> Figure:
+    """Draw noise at the solution, the bias of adaptive weights, jump errors beside draws, and the noise scale."""
+    panels: dict[str, Callable[[Axes, Any], None]] = {
+        "noise": _plot_noise, "adaptive_bias": _plot_bias, "jumps": _plot_jumps, "noise_scale": _plot_scale,
+    }  # fmt: skip
+    shown = [key for key in panels if key in report]
+    figure, axes = plots.make_figure(len(shown), 5, plane=False)
+    figure.set_size_inches(6.4 * len(shown), 5.2)
+    for key, ax in zip(shown, axes, strict=True):
+        panels[key](ax, report[key])
+    return figure
+
+
+@matplotlib.rc_context(plots.STYLE)
+def plot_times(jumps: dict[str, Any]) -> Figure:
+    """Draw, in the triangle of (t, s), how densely each law draws jumps, and how large the errors of jumps are."""
+    figure = Figure(figsize=(11, 6.2), layout="constrained")
+    left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1.55, 1)))
+    axes = left.subplots(2, 2, sharex=True, sharey=True)
+    for ax, (name, values) in zip(axes.flat, jumps["density_by_times"].items(), strict=True):
+        density = _plot_cells(ax, name, values, LogNorm(1e-2, 10))
+    left.suptitle("how densely each law draws jumps")
+    left.colorbar(density, ax=axes, label="1: as if all (t, s) were alike", shrink=0.8)
+    last = right.subplots()
+    error = _plot_cells(last, "error of TVM's network", jumps["error_by_times"], LogNorm())
+    right.colorbar(error, ax=last, label="RMSE of jumps", shrink=0.6)
+    for ax in (*axes[:, 0], last):
+        ax.set_ylabel("s, where it ends")
+    for ax in (*axes[1], last):
+        ax.set_xlabel("t, where a jump starts")
+    return figure
+
+
+def _plot_cells(ax: Axes, title: str, values: list[list[float | None]], scale: LogNorm) -> AxesImage:
+    """Draw numbers by (t, s), and return their picture, for a colour bar."""
+    cells = np.array([[np.nan if v is None else v for v in row] for row in values]).T
+    ax.set_title(title)
+    return ax.imshow(cells, origin="lower", extent=(0, 1, 0, 1), norm=scale, cmap="viridis")
+
+
+def _plot_noise(ax: Axes, noise: dict[str, dict[str, float]]) -> None:
+    names = list(noise)[::-1]
+    mean, error, median = (np.array([noise[name][key] for name in names]) for key in ("mean", "error", "median"))
+    ax.barh(
+        names, np.maximum(mean, 1e-10), color=[plots.BLUE if v < 1e-4 else plots.ORANGE for v in mean],
+        xerr=np.where(mean < 1e-4, 0, error), label="mean",
+    )  # fmt: skip
+    ax.plot(np.maximum(median, 1e-10), names, "|", color="black", ms=12, mew=2, label="median")
+    ax.set(xscale="log", xlim=(1e-10, 1e2), xlabel="||dL/dF||² over flow matching's mean")
+    ax.legend(fontsize=9)
+    ax.tick_params(axis="y", labelsize=9)
+    ax.set_title("noise at the exact flow map")
+
+
+def _plot_bias(ax: Axes, bias: dict[str, dict[str, float]]) -> None:
+    for (name, values), colour in zip(bias.items(), (plots.BLUE, plots.ORANGE), strict=False):
+        ax.plot([int(d) for d in values], list(values.values()), "o-", color=colour, label=name)
+    ax.set(xscale="log", yscale="log", xlabel="dimension D", ylabel="RMS of F - u over the deviation of v")
+    ax.set_title("bias of the adaptive weight")
+    ax.grid(alpha=0.3)
+    ax.legend(title="data in each coordinate")
+
+
+def _plot_jumps(ax: Axes, jumps: dict[str, Any]) -> None:
+    bins = len(jumps["error"])
+    middles = (np.arange(bins) + 0.5) / bins
+    for (name, shares), colour in zip(
+        jumps["shares"].items(), (plots.BLUE, plots.PINK, plots.SKY, plots.GREEN), strict=False
+    ):
+        ax.step(middles, np.maximum(shares, 1e-6), where="mid", color=colour, label=f"draws, {name}")
+    ax.set(yscale="log", xlabel="t - s", ylabel="share of jumps drawn", ylim=(1e-5, 1))
+    other = ax.twinx()
+    other.plot(middles, jumps["error"], "o-", color=plots.ORANGE, label="RMSE of a jump")
+    other.set(yscale="log", ylabel="RMSE to the exact flow map")
+    other.spines["right"].set_visible(True)
+    ax.set_title("what is drawn, and what goes wrong")
+    ax.legend(*(a + b for a, b in zip(*(x.get_legend_handles_labels() for x in (ax, other)), strict=True)), fontsize=9)
+
+
+def _plot_scale(ax: Axes, measured: dict[str, Any]) -> None:
+    styles = [
+        (c, m) for m in ("o-", "s--", "^:") for c in (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PINK, plots.GREY)
+    ]
+    for (name, values), (colour, marker) in zip(measured["scale"].items(), styles, strict=False):
+        ax.plot(measured["gaps"], [np.nan if v is None else v for v in values], marker, color=colour, label=name, ms=5)
+    ax.set(yscale="log", xlabel="t - s", ylabel="batch at which noise equals signal")
+    ax.set_title("gradients at a trained network")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, ncols=2)

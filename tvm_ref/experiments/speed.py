@@ -1,0 +1,186 @@
+"""Measure how fast training is: time per step beside a flow-matching step, and time to a quality.
+
+    python -m tvm_ref.experiments.speed
+    python -m tvm_ref.experiments.speed --busy               what other programs on half of the cores cost
+
+First the step times of every objective, taken in turns, as ratios to flow matching on the same network: as they are,
+and of the loss and its gradients alone, without optimizer and data. Then trainings of growing length, until the median
+over seeds reaches the quality that the default is held to on moons.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tvm_ref.cli.command_line import (
+    OneLineParser,
+    add_options,
+    given,
+    require_at_least,
+    require_new,
+    run,
+    write_atomically,
+)
+from tvm_ref.experiments.methods import METHODS
+from tvm_ref.experiments.seeds import one_step
+from tvm_ref.experiments.sweep import train_many
+from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.report.metrics import POINTS
+from tvm_ref.toy.run import distribution_of
+from tvm_ref.toy.training import Batch, Training
+
+QUALITY = {"paired_rmse": 0.07, "w2_same_noise": 0.06, "low_density": 0.04}  # one step, moons, median over seeds
+BUDGETS = (500, 1000, 2000, 3000, 4000)  # training steps
+
+
+def gradients(training: Training, batch: Batch) -> None:
+    """Compute loss and gradients of one batch."""
+    terms = training.objective(batch.x0, batch.x1, batch.times, batch.condition, training.target.module)
+    terms.total.mean().backward()
+
+
+def step_times(trainings: dict[str, Training], rounds: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Measure milliseconds per step, and per loss with gradients: medians over rounds, in which all take turns."""
+    times: dict[str, dict[str, list[float]]] = {name: {"step": [], "gradients": []} for name in trainings}
+    batches = {name: training.batch(training.step) for name, training in trainings.items()}
+    for _ in range(rounds + 1):
+        for name, training in trainings.items():
+            for kind, call in (
+                ("step", training.train_step),
+                ("gradients", partial(gradients, training, batches[name])),
+            ):
+                begun = time.perf_counter()
+                for _ in range(repeats):
+                    call()
+                times[name][kind].append(1e3 * (time.perf_counter() - begun) / repeats)
+    # the first round warms up
+    return {name: {kind: statistics.median(v[1:]) for kind, v in kinds.items()} for name, kinds in times.items()}
+
+
+def table(times: dict[str, dict[str, float]]) -> str:
+    """Format step times and their ratios to flow matching."""
+    base = times["flow matching"]
+    lines = [f"{'':<18} {'step':>9} {'ratio':>6} {'gradients':>10} {'ratio':>6}"]
+    for name, t in times.items():
+        lines.append(
+            f"{name:<18} {t['step']:>6.2f} ms {t['step'] / base['step']:>6.2f} "
+            f"{t['gradients']:>7.2f} ms {t['gradients'] / base['gradients']:>6.2f}"
+        )
+    return "\n".join(lines)
+
+
+def time_to_quality(
+    base: ToyConfig, milliseconds: float, *, seeds: int, jobs: int, points: int
+) -> list[dict[str, Any]]:
+    """Take medians over seeds for each budget of steps, up to the first that reaches QUALITY; print as they come."""
+    rows = []
+    for steps in BUDGETS:
+        configs = [replace(base, steps=steps, seed=seed) for seed in range(seeds)]
+        runs = list(train_many(configs, one_step, jobs=jobs, points=points, label=f"{steps} steps"))
+        figures = {k: statistics.median(run["figures"].get(k, float("inf")) for run in runs) for k in QUALITY}
+        reached = all(figures[k] <= limit for k, limit in QUALITY.items())
+        rows.append({"steps": steps, "seconds": steps * milliseconds / 1e3, "reached": reached, **figures})
+        print(
+            f"{steps} steps, {rows[-1]['seconds']:.0f} s of training: paired RMSE {figures['paired_rmse']:.3f}, "
+            f"W2 {figures['w2_same_noise']:.3f}, low density {100 * figures['low_density']:.1f} %"
+            f"{' - reached' if reached else ''}"
+        )
+        if reached:
+            break
+    return rows
+
+
+@contextlib.contextmanager
+def busy_programs(count: int) -> Iterator[None]:
+    """Run programs that do nothing but take a core each."""
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def busy_times(training: Training, programs: int, rounds: int, repeats: int) -> dict[str, float]:
+    """Measure milliseconds per step alone and beside busy programs, in turns; "ratio" is that of the medians."""
+    times: dict[str, list[float]] = {"alone": [], "busy": []}
+    for _ in range(rounds + 1):
+        for name, count in (("alone", 0), ("busy", programs)):
+            with busy_programs(count):
+                begun = time.perf_counter()
+                for _ in range(repeats):
+                    training.train_step()
+                times[name].append(1e3 * (time.perf_counter() - begun) / repeats)
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
+    return medians | {"programs": programs, "ratio": medians["busy"] / medians["alone"]}
+
+
+def measure(base: ToyConfig, rounds: int, repeats: int, seeds: int, jobs: int) -> dict[str, Any]:
+    """Measure and print step times and, unless there are no seeds, the time to a quality; returns the figures."""
+    distribution = distribution_of(base)
+    trainings = {name: Training(replace(base, **changes), distribution) for name, changes in METHODS.items()}
+    times = step_times(trainings, rounds, repeats)
+    print(f"batch size {base.batch_size}, width {base.width}, depth {base.depth}, one thread\n{table(times)}")
+    report: dict[str, Any] = {"milliseconds": times}
+    if seeds:
+        print(f"\ntime to quality on {base.dist} (one step, median over seeds), seeds: {seeds}")
+        report["quality"] = time_to_quality(base, times["TVM"]["step"], seeds=seeds, jobs=jobs, points=POINTS)
+    return report
+
+
+def measure_busy(base: ToyConfig, rounds: int, repeats: int) -> dict[str, Any]:
+    """Measure and print what busy programs on half of the cores cost a training; returns the figures."""
+    cores = os.cpu_count() or 2
+    times = busy_times(Training(base, distribution_of(base)), max(1, cores // 2), rounds, repeats)
+    print(
+        f"alone {1e3 / times['alone']:.1f} steps per second; beside busy programs on {times['programs']} of {cores} "
+        f"cores {1e3 / times['busy']:.1f}: a step takes {times['ratio']:.2f} times as long"
+    )
+    return {"busy": times}
+
+
+def parser() -> OneLineParser:
+    """Make the command line."""
+    p = OneLineParser("python -m tvm_ref.experiments.speed", __doc__)
+    add_options(p, ToyConfig, ["batch_size", "width", "depth"])
+    p.add_argument("--rounds", type=int, default=10, help="rounds of timing")
+    p.add_argument("--repeats", type=int, default=20, help="steps per method and round")
+    p.add_argument("--seeds", type=int, default=3, help="seeds of the time to quality; 0 leaves it out")
+    p.add_argument("--jobs", type=int, default=2, help="trainings at a time for the time to quality")
+    p.add_argument("--busy", action="store_true", help="time TVM alone, beside programs that keep half the cores busy")
+    p.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    command = parser()
+    arguments = command.parse_args(argv)
+    use_one_thread()
+    with command.bad_input():
+        base = ToyConfig(**given(arguments, ToyConfig))
+        require_at_least(1, rounds=arguments.rounds, repeats=arguments.repeats, jobs=arguments.jobs)
+        require_at_least(0, seeds=arguments.seeds)
+        require_new(arguments.out)
+        if arguments.out is not None:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with command.failures():
+        size = (arguments.rounds, arguments.repeats)
+        report = measure_busy(base, *size) if arguments.busy else measure(base, *size, arguments.seeds, arguments.jobs)
+        if arguments.out is not None:
+            write_atomically(arguments.out, json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,333 @@
+"""The pictures of a run, as figures: samples, trajectories, losses (map_plot.py: the map), and of a comparison.
+
+A model that learned no jumps comes as an EulerStep, and is shown with as many Euler steps as it needs.
+"""
+
+import itertools
+import math
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.ticker
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from tvm_ref.guidance import Condition
+from tvm_ref.sampling import EulerStep, Jump, sample, sample_path
+from tvm_ref.toy.data.mixture import GaussianMixture, exact_path
+from tvm_ref.toy.data.points import OwnPoints
+from tvm_ref.toy.report.metrics import Reference
+from tvm_ref.toy.report.samples import EULER_STEPS
+
+# Okabe and Ito's palette, told apart with every common colour blindness
+BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#D55E00"
+CLASSES = (BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED, "#000000")
+FEW_COLOURS = (BLUE, SKY, PINK, GREEN, ORANGE, GREY, RED)
+MANY_COLOURS = (BLUE, SKY, RED, PINK, GREEN, GREY, ORANGE, "#000000")
+EXTENT = 2.6  # half width of the window on the plane; data have unit variance
+STYLE: dict[Any, Any] = {
+    "font.size": 13,
+    "axes.titlesize": 15,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.dpi": 120,
+    "savefig.bbox": "tight",
+}
+
+
+def make_figure(columns: int, size: float = 4.0, *, plane: bool = True) -> tuple[Figure, list[Axes]]:
+    """Make a row of panels in the project's style; `plane` panels show the window of the data without axes."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(size * columns, size), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+    if plane:
+        for ax in axes:
+            ax.set(xlim=(-EXTENT, EXTENT), ylim=(-EXTENT, EXTENT), aspect="equal")
+            ax.set_axis_off()
+    return figure, list(axes)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path)
+
+
+def scatter(ax: Axes, x: Tensor, **options: Any) -> None:
+    """Draw points x [N, 2]."""
+    ax.scatter(x[:, 0].numpy(), x[:, 1].numpy(), **options)
+
+
+def dot_size(x: Tensor) -> float:
+    """Choose the area of the dots of a cloud [N, 2], so that few are seen and many do not run together."""
+    return min(40.0, max(4.0, 4.0 * math.sqrt(4000 / len(x))))
+
+
+def _ones(x: Tensor, value: float = 1.0) -> Tensor:
+    return x.new_full((len(x),), value)
+
+
+def name_steps(jump: Jump, steps: int) -> str:
+    """Name a number of steps of a model."""
+    return f"{steps} {'Euler ' if isinstance(jump, EulerStep) else ''}step{'s' if steps > 1 else ''}"
+
+
+def name_data(reference: Reference) -> str:
+    """Name the points that a model's are drawn beside: with guidance they are the exact guided flow's, not data."""
+    if reference.condition is not None and reference.guided:
+        return f"samples of the exact flow, w = {1 / float(reference.condition.beta[0]):g}"
+    return "your points, blurred" if isinstance(reference.distribution, OwnPoints) else "data"
+
+
+def colours_of(condition: Condition | None, n: int) -> list[str]:
+    """Choose the colours of n points: by class, if there are any."""
+    return [BLUE] * n if condition is None else [CLASSES[c % len(CLASSES)] for c in condition.label.tolist()]
+
+
+def set_window(axes: Sequence[Axes], *clouds: Tensor) -> None:
+    """Widen the window of some panels to show all but the outermost 0.5 % of the points of each cloud [N, 2]."""
+    far = max(float(x.double().abs().amax(1).quantile(0.995)) for x in clouds)
+    extent = max(EXTENT, 1.05 * far)
+    for ax in axes:
+        ax.set(xlim=(-extent, extent), ylim=(-extent, extent))
+
+
+@matplotlib.rc_context(STYLE)
+def plot_samples(
+    distribution: GaussianMixture,
+    jump: Jump,
+    reference: Reference,
+    nfes: Sequence[int] | None = None,
+    points: int = 4000,
+) -> Figure:
+    """Draw noise, data and samples of the model, classes in colour; with guidance, the exact guided flow for data.
+
+    Own points are drawn as they are, and all in their own units. By default in 1, 2 and 4 steps, or in 1, 8 and 64
+    Euler steps.
+    """
+    if nfes is None:
+        nfes = (1, 8, EULER_STEPS) if isinstance(jump, EulerStep) else (1, 2, 4)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(points, distribution.dim, generator=generator)
+    data, label = distribution.sample(points, generator)
+    name, condition, own = "data", None, isinstance(distribution, OwnPoints)
+    if reference.condition is not None:
+        condition = Condition(label, reference.condition.beta[:1].expand(points))
+    if condition is not None and reference.guided:
+        data = distribution.jump(noise, _ones(noise), _ones(noise, 0.0), condition)
+        name = f"exact flow, w = {1 / float(condition.beta[0]):g}"
+    if own:
+        name, data = f"your {len(distribution.centres):,} points", distribution.centres
+    panels = {"noise": noise, name: data}
+    panels |= {f"model, {name_steps(jump, n)}": sample(jump, noise, n, condition) for n in nfes}
+    figure, axes = make_figure(len(panels), 3.6)
+    set_window(axes[1:], data)
+    for ax, (title, x) in zip(axes, panels.items(), strict=True):
+        ax.set_title(title)
+        if own and ax is not axes[0]:
+            _say_what_is_outside(ax, x)
+            use_units(ax, distribution)
+            x = distribution.units.restore(x)
+        scatter(ax, x, s=dot_size(x), c=colours_of(condition, len(x)), alpha=0.5, linewidths=0, rasterized=True)
+    if isinstance(jump, EulerStep) and 1 in nfes:
+        note = "one straight step\ntakes all noise to\nthe mean of the data"
+        axes[2 + list(nfes).index(1)].annotate(note, (0.5, 0.62), xycoords="axes fraction", ha="center", fontsize=11)
+    if condition is not None:
+        for c in range(distribution.num_classes):
+            axes[1].scatter([], [], s=25, color=CLASSES[c % len(CLASSES)], label=f"class {c}")
+        axes[1].legend(loc="lower left", fontsize=9, ncols=2, handletextpad=0, columnspacing=0.5)
+    return figure
+
+
+def _say_what_is_outside(ax: Axes, x: Tensor) -> None:
+    """Note how many points [N, 2] a panel does not show."""
+    outside = int((x.abs() > ax.get_xlim()[1]).any(1).sum())
+    if outside:
+        note = f"{outside:,} of {len(x):,} outside the frame"
+        ax.annotate(note, (0.98, 0.98), xycoords="axes fraction", ha="right", va="top", fontsize=9)
+
+
+def use_units(ax: Axes, distribution: GaussianMixture) -> None:
+    """Turn a panel of standardised data into one in the data's own units, with its axes."""
+    corners = distribution.units.restore(torch.tensor([*zip(ax.get_xlim(), ax.get_ylim(), strict=True)]))
+    ax.set(aspect="auto", box_aspect=1, xlim=corners[:, 0].tolist(), ylim=corners[:, 1].tolist())
+    ax.set_axis_on()
+    ax.tick_params(labelsize=8)
+    for axis, column in zip((ax.xaxis, ax.yaxis), distribution.units.columns, strict=True):
+        axis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+        axis.set_label_text(column, fontsize=9)
+
+
+@matplotlib.rc_context(STYLE)
+def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Reference) -> Figure:
+    """Draw paths from noise to data: the exact flow, and the model's jumps from t = 1 to every s, with the exact ends.
+
+    An EulerStep's path is a chain of 64 small steps.
+    """
+    grid, condition = torch.linspace(1, 0, 65), reference.condition
+    inside = (reference.noise.abs() < 0.95 * EXTENT).all(1).nonzero().flatten()[:40]
+    noise, n = reference.noise[inside].float(), len(inside)
+    # every path at every time in one batch, ordered by time: [65 * n, 2]
+    x1, s = noise.repeat(len(grid), 1), grid.repeat_interleave(n)
+    many = None if condition is None else Condition(*(a[inside].repeat(len(grid)) for a in condition))
+    first = None if condition is None else Condition(*(a[inside] for a in condition))
+    exact = exact_path(distribution, noise.double(), grid.double().flip(0), distribution.time_scale, first).flip(0)
+    panels = {"exact flow": exact}
+    if isinstance(jump, EulerStep):
+        panels[f"model: {EULER_STEPS} Euler steps"] = torch.stack(sample_path(jump, noise, grid.tolist(), first))
+    else:
+        with torch.no_grad():
+            panels["model: one jump from t = 1 to each s"] = jump(x1, _ones(x1), s, many).view(-1, n, 2)
+    figure, axes = make_figure(2, 5.0)
+    set_window(axes, reference.data)
+    colours = colours_of(first, n)
+    own, restore = isinstance(distribution, OwnPoints), distribution.units.restore
+    data = restore(reference.data)
+    for ax, (title, path_states) in zip(axes, panels.items(), strict=True):
+        if own:
+            use_units(ax, distribution)
+        states = restore(path_states)
+        scatter(ax, data, s=dot_size(data), c=GREY, alpha=0.4, linewidths=0, label=name_data(reference))
+        for path, colour in zip(states.transpose(0, 1), colours, strict=True):
+            ax.plot(*path.T.numpy(), color=colour, lw=1, alpha=0.7)
+        scatter(ax, states[0], s=18, c="white", edgecolors=colours, zorder=3, label="noise (t = 1)")
+        scatter(ax, states[-1], s=18, c=colours, zorder=3, label="end (t = 0)")
+        ax.set_title(title)
+    scatter(
+        axes[1],
+        restore(exact[-1]),
+        s=60,
+        c="none",
+        edgecolors="black",
+        linewidths=0.8,
+        zorder=4,
+        label="end of the exact flow",
+    )
+    figure.set_size_inches(10, 5.5)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=11)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def plot_losses(log: Sequence[dict[str, float]], least: float | None = None) -> Figure:
+    """Draw the terms of the objective over the steps, as the lines of train.jsonl have them.
+
+    A jump term may rise before it falls: the untrained network is the exact flow map of Gaussian data, whose jumps fit
+    its velocity.
+
+    Args:
+        log: the lines, each the mean of some steps.
+        least: the flow-matching loss of the exact velocity, below which none falls in expectation.
+    """
+    panels = {"jump": "jump term", "flow_matching": "flow-matching term"}
+    shown = [key for key in panels if any(line[key] for line in log)] or list(panels)
+    figure, axes = make_figure(len(shown), 4.5, plane=False)
+    figure.set_size_inches(6 * len(shown), 4)
+    notes: list[str] = []
+    for ax, key in zip(axes, shown, strict=True):
+        values = [line[key] for line in log]
+        ax.plot([line["step"] for line in log], values, color=BLUE, marker="o" if len(log) < 5 else "")
+        ax.set(xlabel="step", ylabel="loss per dimension", title=panels[key])
+        ax.grid(alpha=0.3)
+        if key == "jump":
+            ax.set_ylim(bottom=0)
+            if values and values[0] < 0.2 * max(values):
+                notes.append(
+                    "The jump term rises first: the untrained network's jumps fit its velocity (that of Gaussian data) "
+                    "exactly."
+                )
+        elif least is not None:
+            ax.axhline(least, color=ORANGE, ls="--")
+            notes.append("Dashed: the loss of the exact velocity; none is lower on average.")
+    if notes:
+        figure.supxlabel("\n".join(textwrap.fill(note, 70 * len(shown)) for note in notes), fontsize=11)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def plot_errors(
+    errors: Mapping[str, Sequence[Sequence[float]]],
+    nfes: Sequence[int],
+    title: str,
+    families: Mapping[str, str] | None = None,
+) -> Figure:
+    """Draw each method's error against NFE: median and range over seeds.
+
+    Up to seven methods have a legend, and bands for the ranges; more have bars side by side, and names at their ends.
+
+    Args:
+        errors: by method and NFE, a paired RMSE per seed; NaN at an NFE that the method is not for.
+        nfes: the numbers of function evaluations.
+        title: of the figure.
+        families: by method, the name of its family, whose methods share a colour; by default each has its own.
+    """
+    figure, (ax,) = make_figure(1, plane=False)
+    many = len(errors) > len(FEW_COLOURS)
+    figure.set_size_inches(*((12, 8) if many else (9, 6)))
+    few = () if many else errors.items()
+    for (name, values), marker, colour in zip(few, "os^DvPX", FEW_COLOURS, strict=False):
+        ax.plot(nfes, [statistics.median(v) for v in values], marker=marker, color=colour, label=name)
+        ax.fill_between(nfes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
+    ax.set(xscale="log", yscale="log", xlabel="function evaluations (NFE)", ylabel="paired RMSE to the exact flow map")
+    ax.set_xticks(nfes, [str(n) for n in nfes])
+    ax.minorticks_off()
+    ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.grid(alpha=0.3)
+    ax.set_title(title)
+    if many:
+        _draw_many(ax, errors, nfes, families or {name: name for name in errors})
+    else:
+        ax.legend(fontsize=10, ncols=2)
+    return figure
+
+
+def _draw_many(
+    ax: Axes, errors: Mapping[str, Sequence[Sequence[float]]], nfes: Sequence[int], families: Mapping[str, str]
+) -> None:
+    """Draw medians and ranges over seeds side by side at each NFE, and every name at both ends of its line."""
+    colours = dict(zip(dict.fromkeys(families.values()), itertools.cycle(MANY_COLOURS), strict=False))
+    dashes = {family: itertools.cycle(("-", "--", ":", "-.")) for family in colours}
+    shifts = np.geomspace(0.86, 1 / 0.86, len(errors))  # so that no bar covers another
+    drawn = {}
+    for (name, values), marker, shift in zip(errors.items(), itertools.cycle("os^DvPX*<>hdp8"), shifts, strict=False):
+        family, x, y = families[name], np.array(nfes) * shift, np.array([statistics.median(v) for v in values])
+        style: dict[str, Any] = {"color": colours[family], "lw": 1.3}
+        ax.plot(x, y, next(dashes[family]), marker=marker, label=name, **style)
+        ax.vlines(x, [min(v) for v in values], [max(v) for v in values], alpha=0.5, **style)
+        drawn[name] = x[np.isfinite(y)], y[np.isfinite(y)]
+    known = [v for values in errors.values() for seeds in values for v in seeds if math.isfinite(v)] or [1.0]
+    gap = 0.03 * math.log(1.2 * max(known) / min(known))  # a line of text
+    for end, at, side, towards in ((0, nfes[0] / 1.6, "right", 1), (-1, nfes[-1] * 1.6, "left", 0)):
+        reaching = [name for name, (x, _) in drawn.items() if len(x) and (end == 0 or x[-1] > nfes[-1] / 1.2)]
+        reaching.sort(key=lambda name: drawn[name][1][end])
+        heights = np.exp(spread([math.log(drawn[name][1][end]) for name in reaching], gap))
+        known += heights.tolist()
+        for name, height in zip(reaching, heights, strict=True):
+            (x, y), colour = drawn[name], colours[families[name]]
+            line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkB": 4, "relpos": (towards, 0.5)}
+            text: dict[str, Any] = {"ha": side, "va": "center", "fontsize": 10, "color": colour}
+            ax.annotate(name, (x[end], y[end]), (at, height), arrowprops=line, **text)
+    ax.set(xlim=(nfes[0] / 5.2, nfes[-1] * 5.2), ylim=(min(known) / 1.08, max(known) * 1.08))
+    shared = "; one colour: one family" if len(colours) < len(errors) else ""
+    ax.set_xlabel(f"{ax.get_xlabel()}\nmedian and range over seeds, methods side by side at each NFE{shared}")
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Move rising values to at least `gap` from each other, by the least sum of squares."""
+    pools: list[tuple[float, int]] = []  # mean and number of those values, less gap times rank, that are moved together
+    for rank, value in enumerate(values):
+        mean, number = value - gap * rank, 1
+        while pools and pools[-1][0] > mean:
+            before, several = pools.pop()
+            mean, number = (before * several + mean * number) / (several + number), several + number
+        pools.append((mean, number))
+    return [mean + gap * rank for rank, mean in enumerate(m for m, number in pools for _ in range(number))]
