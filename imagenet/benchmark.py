@@ -32,10 +32,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# first, so that Ctrl-C is quiet while PyTorch is imported
-from tvm_ref.cli.command_line import OneLineParser, add_options, require_at_least, require_new, run, write_atomically
-
-# isort: split
 import torch
 
 from imagenet import distributed
@@ -47,6 +43,9 @@ from imagenet.data.image_sets import Synthetic
 from imagenet.distributed import World
 from imagenet.model.dit import ATTENTION
 from imagenet.training.step import Training
+from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.files import require_new, write_atomically
+from tvm_ref.cli.options import OneLineParser, add_options, require_at_least, run
 from tvm_ref.cli.progress import progress
 
 COMPUTED = ["precision", "compile", "checkpointing", "accumulate"]  # fields of Config that a row may change
@@ -260,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 every row failed."""
     command = parser()
     options = command.parse_args(argv)
-    with command.failures(), command.bad_input():
+    with command.errors():
         require_at_least(1, batch_size=min(options.batch_size), steps=options.steps)
         require_at_least(0, warmup=options.warmup)
         require_new(options.out)
@@ -274,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
                 require_new(options.saving)
                 report = measure_saving(config, options.saving, world)
             elif world.size > 1:
-                raise ValueError("this runs as one process, on one device, but for --saving")
+                raise UserError("this runs as one process, on one device, but for --saving")
             else:
                 report = measure_all(configs, world.device, options.steps, options.warmup)
         report = {"preset": options.preset, **report}

@@ -10,7 +10,8 @@ from torch import nn
 
 from imagenet.model.dit import ATTENTION, DiT, DiTConfig
 from tvm_ref import OBJECTIVES, TIME_SAMPLERS, FlowMap, TimeSampler
-from tvm_ref.cli.command_line import check_types, flag, option, require_at_least
+from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.options import check_types, flag, option, require_at_least
 from tvm_ref.objectives import Objective
 from tvm_ref.objectives.settings import make_objective
 
@@ -104,29 +105,32 @@ class Config:
         check_types(self)
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, int) and abs(value) > (largest := LARGEST.get(name, 2**63 - 1)):
-                raise ValueError(f"{flag(name)} must be at most {largest}")
+                raise UserError(f"{flag(name)} must be at most {largest}")
         require_at_least(1, **{k: getattr(self, k) for k in ("steps", "batch_size", "accumulate")})
         require_at_least(0, warmup=self.warmup, clip=self.clip, seed=self.seed)
         if not (0 < self.lr < float("inf") and self.clip < float("inf")):
-            raise ValueError(f"--lr must be positive and finite, and --clip finite; got {self.lr} and {self.clip}")
+            raise UserError(f"--lr must be positive and finite, and --clip finite; got {self.lr} and {self.clip}")
         if not 0 < self.w < float("inf") or not self.w <= (self.w_max or self.w) < float("inf"):
-            raise ValueError(f"--w must be positive and at most --w-max, got {self.w} and {self.w_max}")
+            raise UserError(f"--w must be positive and at most --w-max, got {self.w} and {self.w_max}")
         if not all(0 <= decay <= 1 for decay in self.ema) or len(set(self.ema)) < len(self.ema):
-            raise ValueError(f"--ema must lie in [0, 1], each decay once, got {self.ema}")
+            raise UserError(f"--ema must lie in [0, 1], each decay once, got {self.ema}")
         for name in ("label_dropout", "beta2", "target_ema"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{flag(name)} must lie in [0, 1], got {getattr(self, name)}")
+                raise UserError(f"{flag(name)} must lie in [0, 1], got {getattr(self, name)}")
         if self.label_dropout == 0 and self.guided:
-            raise ValueError("--label-dropout 0 leaves nothing to guide against; it goes with --w 1")
+            raise UserError("--label-dropout 0 leaves nothing to guide against; it goes with --w 1")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
+            raise UserError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
         if self.optimizer == "soap" and self.parallel == "fsdp":
-            raise ValueError("--optimizer soap needs unsharded weights: it does not go with --parallel fsdp")
+            raise UserError("--optimizer soap needs unsharded weights: it does not go with --parallel fsdp")
         if self.compile and self.parallel == "fsdp":
-            raise ValueError("--compile has not been tried with --parallel fsdp: choose one")
-        self.sampler()
-        self.network()
-        self.make_objective(FlowMap(nn.Module()))
+            raise UserError("--compile has not been tried with --parallel fsdp: choose one")
+        try:
+            self.sampler()
+            self.network()
+            self.make_objective(FlowMap(nn.Module()))
+        except ValueError as error:  # sizes, shares and settings that the method refuses
+            raise UserError(str(error)) from error
 
     @property
     def guided(self) -> bool:
@@ -165,14 +169,14 @@ class Config:
         try:
             stored = json.loads(text)
         except RecursionError:
-            raise ValueError("not a configuration of this program: nested too deep") from None
+            raise UserError("not a configuration of this program: nested too deep") from None
         if not isinstance(stored, dict):
-            raise ValueError("not a configuration of this program: no object of JSON")
+            raise UserError("not a configuration of this program: no object of JSON")
         missing = [name for name in names if name not in stored]
         unknown = [repr(name[:SHOWN]) for name in stored if name not in names]
         if missing or unknown:
             wrong = [f"no {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown[:5])}"] * bool(unknown)
-            raise ValueError(f"not a configuration of this program: {'; '.join(wrong)}")
+            raise UserError(f"not a configuration of this program: {'; '.join(wrong)}")
         return Config(**stored)
 
 

@@ -15,10 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# first, so that Ctrl-C is quiet while PyTorch is imported
-from tvm_ref.cli.command_line import OneLineParser, require_new, run
-
-# isort: split
 import torch
 
 from imagenet.config import PRESETS, Config
@@ -27,6 +23,9 @@ from imagenet.data.provenance import Provenance
 from imagenet.foreign.pickle_scan import shown
 from imagenet.foreign.pickled_tensors import module_state, read_module, tensors_of
 from imagenet.training.checkpoint import check_weights, save_weights
+from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.files import require_new
+from tvm_ref.cli.options import OneLineParser, run
 
 RELEASED = {  # by name of the file
     "im256_w2": "imagenet256-w2",
@@ -57,7 +56,7 @@ def preset_of(source: Path, preset: str | None) -> str:
     preset = preset or RELEASED.get(source.stem)
     if preset is None:
         names = ", ".join(f"{name}.pkl" for name in RELEASED)
-        raise ValueError(f"the name {source.name} is not one of {names}: say the preset with --preset")
+        raise UserError(f"the name {source.name} is not one of {names}: say the preset with --preset")
     return preset
 
 
@@ -72,7 +71,7 @@ def network_of(data: Any) -> Any:
     found = [data[key] for key in ("ema", "net") if data.get(key) is not None]
     if not found:
         keys = ", ".join(shown(repr(key)) for key in list(data)[:5])
-        raise ValueError(f"no network ('ema' or 'net') in it, only {keys or 'nothing'}")
+        raise UserError(f"no network ('ema' or 'net') in it, only {keys or 'nothing'}")
     return found[0]
 
 
@@ -97,19 +96,19 @@ def convert(source: Path, out: Path, preset: str | None = None) -> Config:
         OSError: it cannot be read or written.
     """
     if out.suffix != ".safetensors":
-        raise ValueError(f"{out} must end in .safetensors")
+        raise UserError(f"{out} must end in .safetensors")
     require_new(out)
     config, preset = PRESETS[preset_of(source, preset)], preset_of(source, preset)
     try:
         module = network_of(read_module(source))
         scaled = module_state(module).get("do_scale_param", config.scaled)  # the file knows best how it was trained
         if not isinstance(scaled, bool):
-            raise ValueError(f"do_scale_param is a {type(scaled).__name__}, neither true nor false")
+            raise UserError(f"do_scale_param is a {type(scaled).__name__}, neither true nor false")
         config = replace(config, scaled=scaled)
         tensors = {without_wrappers(name): a for name, a in tensors_of(module).items()}
         check_weights(tensors, config)
     except ValueError as error:
-        raise ValueError(str(error) if str(source) in str(error) else f"{source}: {error}") from None
+        raise UserError(str(error) if str(source) in str(error) else f"{source}: {error}") from None
     with source.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     about = {"preset": preset, "source": source.name, "source_sha256": digest}
@@ -123,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status, 0."""
     command = parser()
     options = command.parse_args(argv)
-    with command.failures(), command.bad_input():
+    with command.errors():
         config = convert(options.source, options.out, options.preset)
     kind, side = "scaled" if config.scaled else "plain", 8 * config.input_size
     print(f"{options.out}: w = {config.w:g}, {kind} parameterisation, {side} x {side}")

@@ -23,7 +23,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tvm_ref import OBJECTIVES
-from tvm_ref.cli.command_line import OneLineParser, require_at_least, require_free, run, write_atomically
+from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.files import require_free, write_atomically
+from tvm_ref.cli.options import OneLineParser, require_at_least, run
 from tvm_ref.cli.progress import progress
 
 Scores = dict[str, float]
@@ -150,16 +152,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 if all is as it should be, else 1."""
     command = parser()
     options = command.parse_args(argv)
-    with command.bad_input():
+    with command.errors(), user_files():
         steps = {} if options.steps is None else {"steps": options.steps}
         require_at_least(1, seeds=options.seeds, jobs=options.jobs, **steps)
         if not all(0 < rate < float("inf") for rate in options.rates):
-            raise ValueError("--rates must be positive and finite")
+            raise UserError("--rates must be positive and finite")
         require_free(options.out, (f"{options.objectives[0]}-seed0/config.json",), "runs")
         from imagenet.data.digits import Judges, class_means, load_digits
 
         judges = Judges()
-    with command.failures():
+    with command.errors():
         options.out.mkdir(parents=True, exist_ok=True)
         more = [*([] if options.steps is None else ["--steps", str(options.steps)]), *options.options]
         rates = sweep(options.out, options.objectives, options.rates, more, options.jobs)

@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from imagenet.model.dit import Block
 from tvm_ref import EMA, FlowMap
+from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.options import require_device
 from tvm_ref.objectives import Objective
 
 CPU = torch.device("cpu")
@@ -106,11 +108,7 @@ def process_group(device: str | None = None) -> Iterator[World]:
     """
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-    try:
-        here = torch.device(name)
-        torch.zeros(1, device=here).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    here = require_device(name)
     if here.type == "cuda":
         torch.cuda.set_device(here)
     group = saving = None
@@ -128,7 +126,7 @@ def check_version() -> None:
     """Raise ValueError where FSDP under a JVP is known to fail or, worse, to be wrong in silence."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 13):
-        raise ValueError(f"--parallel fsdp needs PyTorch 2.13 or later, as a JVP is wrong before; this is {version}")
+        raise UserError(f"--parallel fsdp needs PyTorch 2.13 or later, as a JVP is wrong before; this is {version}")
 
 
 def wrap(objective: Objective, averages: list[EMA[FlowMap]], world: World, kind: str) -> nn.Module:

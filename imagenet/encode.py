@@ -25,19 +25,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-# first, so that Ctrl-C is quiet while PyTorch is imported
-from tvm_ref.cli.command_line import (
-    OneLineParser,
-    add_options,
-    given,
-    option,
-    require_at_least,
-    require_free,
-    run,
-    write_atomically,
-)
-
-# isort: split
 import numpy as np
 import torch
 from PIL import Image
@@ -60,6 +47,9 @@ from imagenet.data.latents import (
 )
 from imagenet.data.pictures import Pixels
 from imagenet.distributed import World
+from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.files import require_free, write_atomically
+from tvm_ref.cli.options import OneLineParser, add_options, given, option, require_at_least, run
 from tvm_ref.cli.progress import progress
 
 PLAN = "encode.json"  # what is being encoded, and how: an encoding goes on only if it is the same
@@ -95,7 +85,7 @@ class Settings:
         require_at_least(1, **{name: getattr(self, name) for name in names})
         if self.normalisation == "paper" and self.image_size not in NORMALISATION:
             sizes = " and ".join(map(str, NORMALISATION))
-            raise ValueError(f"--normalisation paper is known for --image-size {sizes}, not {self.image_size}")
+            raise UserError(f"--normalisation paper is known for --image-size {sizes}, not {self.image_size}")
 
     @property
     def is_paper_s(self) -> bool:
@@ -124,10 +114,10 @@ def find_images(source: Path) -> tuple[list[str], list[Entry]]:
         ValueError: no class folders, or one without images.
     """
     if not source.is_dir():
-        raise ValueError(f"{source} is not a folder")
+        raise UserError(f"{source} is not a folder")
     classes = sorted(path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
-        raise ValueError(f"{source} holds no folders; one folder of images per class is expected")
+        raise UserError(f"{source} holds no folders; one folder of images per class is expected")
     entries: list[Entry] = []
     for label, name in enumerate(classes):
         found = [
@@ -137,7 +127,7 @@ def find_images(source: Path) -> tuple[list[str], list[Entry]]:
             if is_image(Path(file))
         ]
         if not found:
-            raise ValueError(f"{source / name} holds no images")
+            raise UserError(f"{source / name} holds no images")
         entries += [Entry(path, label) for path in sorted(found)]
     return classes, entries
 
@@ -240,15 +230,15 @@ def prepare(out: Path, plan: dict[str, Any]) -> None:
         ValueError: anything else is in the way.
     """
     if (out / INDEX).exists():
-        raise ValueError(f"{out} already holds finished latents; choose another --out")
+        raise UserError(f"{out} already holds finished latents; choose another --out")
     if (out / PLAN).exists():
         try:
             before = json.loads((out / PLAN).read_text())
         except ValueError:
-            raise ValueError(f"{out / PLAN} is damaged; choose another --out") from None
+            raise UserError(f"{out / PLAN} is damaged; choose another --out") from None
         for key, value in plan.items():
             if before.get(key) != value:
-                raise ValueError(
+                raise UserError(
                     f"{out} holds an encoding of other {key} ({before.get(key)}, not {value}); choose another --out"
                 )
         return
@@ -268,7 +258,7 @@ def finish(out: Path, names: list[str], classes: list[str], plan: dict[str, Any]
     write_atomically(out / SKIPPED, "".join(f"{path}\t{reason}\n" for path, reason in skipped))
     count = sum(report["count"] for report in reports)
     if not count:
-        raise ValueError(f"not one of {len(skipped)} images could be decoded; {out / SKIPPED} says why")
+        raise UserError(f"not one of {len(skipped)} images could be decoded; {out / SKIPPED} says why")
     measured = measured_normalisation(reports)
     index = index_of(
         plan["image_size"],
@@ -308,7 +298,7 @@ def encode_folder(
     """
     world = world or World()
     if out.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"--out {out} lies inside {source}, where it would count as a class")
+        raise UserError(f"--out {out} lies inside {source}, where it would count as a class")
     classes, entries = find_images(source)
     vae = (load_vae(settings.vae) if vae is None else vae).to(world.device)  # first: a failure leaves no folder behind
     plan = plan_of(settings, classes, entries, vae)
@@ -329,7 +319,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
     """Run the command; `vae` replaces the autoencoder that the options name. Returns the exit status, 0."""
     command = parser()
     options = command.parse_args(argv)
-    with command.failures("the same command goes on"), command.bad_input():
+    with command.errors("the same command goes on"):
         settings = Settings(**given(options, Settings))
         with distributed.process_group(options.device) as world:
             index = encode_folder(options.source, options.out, settings, world=world, vae=vae)

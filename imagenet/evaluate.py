@@ -22,10 +22,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# first, so that Ctrl-C is quiet while PyTorch is imported
-from tvm_ref.cli.command_line import OneLineParser, require_at_least, require_new, run, write_atomically
-
-# isort: split
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +33,9 @@ from imagenet.metrics.inception import Extractor, Features, Inception
 from imagenet.metrics.references import Reference, check_reference, read_reference
 from imagenet.model_options import add_model_options, load_model
 from imagenet.sampler import BATCH, Generator
+from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.files import require_new, write_atomically
+from tvm_ref.cli.options import OneLineParser, require_at_least, run
 from tvm_ref.cli.progress import progress
 
 LEAST = 10  # images: the inception score is a mean over as many parts
@@ -134,9 +133,9 @@ def stored_images(source: Path, count: int | None, size: int) -> Candidates:
         print(images.warning, file=sys.stderr)
     count = count or len(images)
     if count > len(images):
-        raise ValueError(f"{source} holds {len(images)} images, fewer than --count {count}")
+        raise UserError(f"{source} holds {len(images)} images, fewer than --count {count}")
     if count < LEAST:
-        raise ValueError(f"{source} holds {count} images; {LEAST} are the least that can be measured")
+        raise UserError(f"{source} holds {count} images; {LEAST} are the least that can be measured")
     return {"images": (images.batches(size, count), count)}
 
 
@@ -208,7 +207,7 @@ def measure_asked(
     if options.count is not None:
         require_at_least(LEAST, count=options.count)
     if world.size > 1:
-        raise ValueError("this runs as one process; sample.py under torchrun draws images faster")
+        raise UserError("this runs as one process; sample.py under torchrun draws images faster")
     require_new(options.out)
     if options.out is not None:  # a folder that cannot be made is noticed before the work
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +216,7 @@ def measure_asked(
     if options.reference is None:
         if generator is not None and generator.config.data == "digits":
             return about | measure_digits(generator, options.steps)
-        raise ValueError("--reference is needed: statistics (.npz, .pkl) or images to measure against")
+        raise UserError("--reference is needed: statistics (.npz, .pkl) or images to measure against")
     reference = read_reference(options.reference)
     if generator is not None:
         candidates = model_images(generator, options.steps, options.count or PUBLISHED, size)
@@ -230,7 +229,7 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None, vae:
     """Run the command; `extractor` and `vae` replace Inception and the autoencoder. Returns the exit status, 0."""
     command = parser()
     options = command.parse_args(argv)
-    with command.failures(), command.bad_input(), distributed.process_group(options.device) as world:
+    with command.errors(), distributed.process_group(options.device) as world:
         report = measure_asked(options, world, extractor, vae)
         print(table(report))
         if options.out is not None:

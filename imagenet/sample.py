@@ -23,17 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# first, so that Ctrl-C is quiet while PyTorch is imported
-from tvm_ref.cli.command_line import (
-    OneLineParser,
-    require_at_least,
-    require_free,
-    require_new,
-    run,
-    write_atomically,
-)
-
-# isort: split
 import numpy as np
 from torch import nn
 
@@ -44,6 +33,9 @@ from imagenet.data.pictures import Pixels, grid
 from imagenet.distributed import World
 from imagenet.model_options import add_model_options, load_model
 from imagenet.sampler import BATCH, ROWS, Generator
+from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.files import require_free, require_new, write_atomically
+from tvm_ref.cli.options import OneLineParser, require_at_least, run
 from tvm_ref.cli.progress import progress
 
 COUNT = 64  # images, where nothing else is said
@@ -88,7 +80,7 @@ def prepare(out: Path, plan: dict[str, Any], *, overwrite: bool = False) -> None
         if out.exists():
             shutil.rmtree(out)
     elif out.is_dir() or (out.exists() and not overwrite):
-        raise ValueError(f"{out} exists already: {'' if out.is_dir() else '--overwrite, or '}another --out")
+        raise UserError(f"{out} exists already: {'' if out.is_dir() else '--overwrite, or '}another --out")
     elif not out.exists():
         require_new(out)  # sees whether it can be written
     (out if is_folder(out) else out.parent).mkdir(parents=True, exist_ok=True)
@@ -102,9 +94,9 @@ def _check_plan(out: Path, plan: dict[str, Any]) -> None:
         before = json.loads((out / PLAN).read_text())
         changed = [key for key in plan if before[key] != plan[key]]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{out / PLAN} is damaged: --overwrite, or another --out") from None
+        raise UserError(f"{out / PLAN} is damaged: --overwrite, or another --out") from None
     if changed:
-        raise ValueError(f"{out} holds unfinished samples of other {', '.join(changed)}: --overwrite, or another --out")
+        raise UserError(f"{out} holds unfinished samples of other {', '.join(changed)}: --overwrite, or another --out")
 
 
 def plan_of(generator: Generator, count: int, steps: int) -> dict[str, Any]:
@@ -127,7 +119,7 @@ def is_folder(out: Path) -> bool:
         ValueError: it ends as files do that are not written here.
     """
     if out.suffix.lower() in OTHERS and not out.is_dir():
-        raise ValueError(f"--out must end in .png or .npz, or be a folder; {out.suffix} is not written")
+        raise UserError(f"--out must end in .png or .npz, or be a folder; {out.suffix} is not written")
     return out.suffix not in (".png", ".npz")
 
 
@@ -228,9 +220,9 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
     """Run the command; `vae` replaces the autoencoder that the options name. Returns the exit status, 0."""
     command = parser()
     options = command.parse_args(argv)
-    with command.bad_input():
+    with command.errors(), user_files():
         hint = "the same command goes on" if is_folder(options.out) else ""
-    with command.failures(hint), command.bad_input(), distributed.process_group(options.device) as world:
+    with command.errors(hint), distributed.process_group(options.device) as world:
         count: int = COUNT if options.count is None else options.count
         require_at_least(1, count=count, steps=options.steps, batch_size=options.batch_size)
         generator = load_model(options, world, vae)
@@ -238,7 +230,8 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
             generator = generator.with_columns()
             count = ROWS * len(generator.classes or ()) if options.count is None else count
         plan = plan_of(generator, count, options.steps) if is_folder(options.out) else {}
-        world.on_first(lambda: prepare(options.out, plan, overwrite=options.overwrite))
+        with user_files():
+            world.on_first(lambda: prepare(options.out, plan, overwrite=options.overwrite))
         seconds = draw(generator, options.out, world, count=count, steps=options.steps, batch_size=options.batch_size)
         if world.first:
             w, rate = f"w = {generator.guidance:g}", f"{count / seconds:.3g} images per second"

@@ -20,6 +20,7 @@ from imagenet.data.pictures import Pixels, to_pixels
 from imagenet.data.provenance import Provenance
 from imagenet.training.checkpoint import load_weights, read_provenance
 from tvm_ref import Condition, FlowMap, sample
+from tvm_ref.cli.errors import UserError
 from tvm_ref.sampling import stepper
 
 CPU = torch.device("cpu")
@@ -141,9 +142,9 @@ def load_generator(
     flow_map, config = load_weights(source, attention=None if device.type == "cuda" else "plain")
     labels = None if classes is None else [class_number(name, config) for name in classes]
     if w is not None and not 0 < w < float("inf"):
-        raise ValueError(f"--w must be positive and finite, got {w}")
+        raise UserError(f"--w must be positive and finite, got {w}")
     if seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {seed}")
+        raise UserError(f"--seed must be at least 0, got {seed}")
     generator = Generator(flow_map.to(device), config, device, labels, w, seed)
     if config.data not in ("latents", "synthetic"):
         return generator
@@ -178,5 +179,5 @@ def normalisation_of(config: Config, known: Provenance, latents: Path | None = N
         return known.normalisation
     size = LATENT_SIDE * config.input_size
     if size not in NORMALISATION:
-        raise ValueError(f"the normalisation of latents of {size} x {size} images is not known: say --latents FOLDER")
+        raise UserError(f"the normalisation of latents of {size} x {size} images is not known: say --latents FOLDER")
     return NORMALISATION[size]

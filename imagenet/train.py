@@ -18,11 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-# first, so that Ctrl-C is quiet while PyTorch is imported
-from tvm_ref.cli import command_line
-from tvm_ref.cli.command_line import OneLineParser, add_options, given, option, require_at_least, require_free
-
-# isort: split
 import torch
 from torch import nn
 
@@ -41,6 +36,10 @@ from imagenet.training.log import check_wandb
 from imagenet.training.report import draw_grid, write_report, write_weights
 from imagenet.training.run import Run, saved_nothing, stored_config
 from imagenet.training.step import Training
+from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.files import require_free
+from tvm_ref.cli.options import OneLineParser, add_options, given, option, require_at_least
+from tvm_ref.cli.options import run as run_command
 from tvm_ref.cli.progress import progress
 from tvm_ref.cli.stopping import INTERRUPTED, Interruption, SaveRequests
 from tvm_ref.objectives import TERMS
@@ -120,7 +119,7 @@ def prepare(
     else:
         require_free(out, (checkpoint.CONFIG,), ways="--resume", overwrite=saved_nothing(out))
     if config.batch_size % (world_size * config.accumulate):
-        raise ValueError(
+        raise UserError(
             f"--batch-size {config.batch_size} is no multiple of {world_size} processes times "
             f"--accumulate {config.accumulate}"
         )
@@ -161,7 +160,7 @@ def load_decoder(here: Provenance, asked: bool, world: World) -> nn.Module | Non
     """
     if here.normalisation is None or here.autoencoder is None:
         if asked:
-            raise ValueError(f"--vae shows latents as pictures; --data {here.data} has none")
+            raise UserError(f"--vae shows latents as pictures; --data {here.data} has none")
         return None
     name = here.autoencoder
     try:
@@ -266,13 +265,13 @@ def main(argv: list[str] | None = None, judge: Judge | None = None) -> int:
     command = parser()
     arguments = command.parse_args(argv)
     with contextlib.ExitStack() as stack:
-        with command.bad_input():
+        with command.errors(), user_files():
             options = Options(**given(arguments, Options))
             world = stack.enter_context(distributed.process_group(options.device))
             if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(THREADS)
             run, data = begin(arguments.preset, given(arguments, Config), options, world, judge)
-        with command.failures(GO_ON):
+        with command.errors(GO_ON):
             finished = train(run, data, options)
             scores = write_report(run, time.perf_counter() - started).get("nfe", {}) if finished else {}
     if world.first and not finished:
@@ -285,4 +284,4 @@ def main(argv: list[str] | None = None, judge: Judge | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_command(main)

@@ -1,7 +1,6 @@
 """Who imports whom: read from the sources, imports inside functions included."""
 
 import ast
-import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -87,16 +86,6 @@ def test_commands_of_imagenet_import_library_modules_alone():
     assert commands == {f"imagenet.{name}" for name in names} | {"imagenet.cost.table"}
     for name, imported in GRAPH.items():
         assert not imported & commands, name
-
-
-def test_commands_begin_with_what_makes_ctrl_c_quiet():
-    """Before PyTorch and all else that takes time to import."""
-    files = [MODULES[name] for name in COMMANDS if name.startswith("imagenet.")] + [ROOT / "tutorials" / "render.py"]
-    for path in files:
-        nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in nodes]
-        first = next(name for name in names if name.partition(".")[0] not in sys.stdlib_module_names)
-        assert first.partition(".")[0] == "tvm_ref", path
 
 
 def top(module: str) -> str:

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tvm_ref.cli.command_line import OneLineParser
+from tvm_ref.cli.options import OneLineParser
 
 HERE = Path(__file__).resolve().parent
 GALLERY = "gallery"  # the tag of the cell whose figure goes into pictures/

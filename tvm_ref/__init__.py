@@ -3,7 +3,6 @@
 Written for x: [B, ...]. Time 0 is data, time 1 is noise; times are tensors [B] with 0 <= s <= t <= 1.
 """
 
-from tvm_ref.cli import stopping as interruption  # first, so that Ctrl-C is quiet while PyTorch is imported
 from tvm_ref.ema import EMA
 from tvm_ref.flow_map import DIFFERENCE, Factor, FlowMap
 from tvm_ref.guidance import Condition, draw_beta, drop_labels, guided_velocity, without_label

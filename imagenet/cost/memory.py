@@ -28,6 +28,7 @@ import torch
 
 from imagenet.config import Config
 from imagenet.model.dit import DiT, DiTConfig
+from tvm_ref.cli.errors import UserError
 
 WIDE = 4  # bytes of float32
 GELU = {False: 3, True: 17}  # arrays of the MLP's width that GELU's derivatives hold at once, without tangent and with
@@ -263,4 +264,4 @@ def check_memory(config: Config, free: float, world_size: int) -> None:
     """
     reason = None if free == math.inf or config.compile else refusal(config, free, world_size)
     if reason is not None:
-        raise ValueError(reason)
+        raise UserError(reason)

@@ -11,14 +11,11 @@ the smallest --accumulate that fits some machines, with --checkpointing where no
 
 from dataclasses import replace
 
-# first, so that Ctrl-C is quiet while PyTorch is imported
-from tvm_ref.cli.command_line import OneLineParser, run
-
-# isort: split
 from imagenet.config import PRESETS, Config
 from imagenet.cost.flops import counted_step_flops, forward_flops, least_step_flops
 from imagenet.cost.memory import smallest_that_fits, state_bytes, weights_of, working_bytes
 from tvm_ref import OBJECTIVES
+from tvm_ref.cli.options import OneLineParser, run
 from tvm_ref.cli.progress import progress
 
 MACHINES = {"8 x 80 GB": (80e9, 8), "8 x 40 GB": (40e9, 8), "1 x 24 GB": (24e9, 1)}  # bytes of a card, and cards

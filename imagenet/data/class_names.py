@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 
 from imagenet.config import Config
+from tvm_ref.cli.errors import UserError
 
 IMAGENET = 1000  # classes: a model of latents with as many is taken to be one of ImageNet, in its usual order
 FEW = 10  # names that an error message lists
@@ -23,7 +24,7 @@ def class_names(config: Config) -> tuple[str, ...]:
         return CIFAR10
     if config.classes == IMAGENET:
         return _imagenet_names()
-    raise ValueError(f"the {config.classes} classes of this model have no names: say --classes by numbers")
+    raise UserError(f"the {config.classes} classes of this model have no names: say --classes by numbers")
 
 
 def class_number(name: str | int, config: Config) -> int:
@@ -35,7 +36,7 @@ def class_number(name: str | int, config: Config) -> int:
     if isinstance(name, int) or name.removeprefix("-").isdecimal():
         number = int(name)
         if not 0 <= number < config.classes:
-            raise ValueError(f"--classes must lie in 0 to {config.classes - 1}, got {number}")
+            raise UserError(f"--classes must lie in 0 to {config.classes - 1}, got {number}")
         return number
     names = [known.lower() for known in class_names(config)]
     if name.lower() in names:
@@ -45,7 +46,7 @@ def class_number(name: str | int, config: Config) -> int:
     hint = f"; close are {', '.join(close[:5])}" if close else ""
     if not close and len(names) <= FEW:
         hint = f"; there are {', '.join(names)}"
-    raise ValueError(f"--classes: no class is named {name!r}{hint}")
+    raise UserError(f"--classes: no class is named {name!r}{hint}")
 
 
 def _imagenet_names() -> tuple[str, ...]:
@@ -60,4 +61,4 @@ def _imagenet_names() -> tuple[str, ...]:
             names = tuple(getattr(module, "_IMAGENET_CATEGORIES", ()))
             if len(names) == IMAGENET:
                 return names
-    raise ValueError("names of ImageNet's classes need torchvision: pip install -e '.[imagenet]'; or say numbers")
+    raise UserError("names of ImageNet's classes need torchvision: pip install -e '.[imagenet]'; or say numbers")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from imagenet.metrics.frechet import Gaussian, frechet_distance, gaussian_statistics, precision_recall
 from imagenet.sampler import Generator
+from tvm_ref.cli.errors import UserError
 
 TEST = 360  # images held out
 SETS = 8  # sets of as many samples whose scores are averaged
@@ -57,7 +58,7 @@ def load_digits() -> Split:
         from sklearn import datasets
         from sklearn.model_selection import train_test_split
     except ImportError:
-        raise ValueError("the digits come with scikit-learn: pip install -e '.[imagenet]'") from None
+        raise UserError("the digits come with scikit-learn: pip install -e '.[imagenet]'") from None
     stored = datasets.load_digits()
     x = (stored.images[:, None] / 8 - 1).astype(np.float32)
     parts = train_test_split(x, stored.target.astype(np.int64), test_size=TEST, stratify=stored.target, random_state=0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imagenet.data.pictures import Pixels
 from imagenet.foreign.pickle_scan import shown
-from tvm_ref.cli.command_line import first_line
+from tvm_ref.cli.errors import UserError, first_line
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}  # of a GIF the first image
 NOTES = {".json", ".txt", ".csv", ".md"}  # that may lie beside images without a word
@@ -80,7 +80,7 @@ def write_npz(path: Path, count: int, batches: Iterable[Pixels], labels: NDArray
             np.lib.format.write_array(stream, labels, allow_pickle=False)
     if written != count:
         partial.unlink()
-        raise ValueError(f"{path}: {written} images came where {count} were announced")
+        raise UserError(f"{path}: {written} images came where {count} were announced")
     os.replace(partial, path)
 
 
@@ -105,9 +105,9 @@ class ImageFiles:
         elif source.suffix == ".npz" and source.is_file():
             self.count = _npz_shape(source)[0]
         else:
-            raise ValueError(f"{source} is neither a folder of images nor a .npz file")
+            raise UserError(f"{source} is neither a folder of images nor a .npz file")
         if not self.count:
-            raise ValueError(f"{source} holds no images")
+            raise UserError(f"{source} holds no images")
 
     def __len__(self) -> int:
         return self.count
@@ -141,7 +141,7 @@ class ImageFiles:
                     data = bytearray(stream.read(n * math.prod(shape[1:])))
                     batch = np.frombuffer(data, np.uint8).reshape(n, *shape[1:])
                 except (*DAMAGED, ValueError) as error:
-                    raise ValueError(f"{self.source} is damaged: {shown(first_line(error))}") from None
+                    raise UserError(f"{self.source} is damaged: {shown(first_line(error))}") from None
                 yield batch
 
 
@@ -159,10 +159,10 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Pixels:
         with Image.open(path) as image:
             if size is not None and image.size != size:
                 w, h = image.size
-                raise ValueError(f"it is {w} x {h}, and others are {size[0]} x {size[1]}")
+                raise UserError(f"it is {w} x {h}, and others are {size[0]} x {size[1]}")
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, MemoryError, *BOMBS) as error:
-        raise ValueError(f"{path} cannot be read: {shown(first_line(error), 200)}") from None
+        raise UserError(f"{path} cannot be read: {shown(first_line(error), 200)}") from None
 
 
 def _npz_shape(path: Path) -> tuple[int, ...]:
@@ -171,9 +171,9 @@ def _npz_shape(path: Path) -> tuple[int, ...]:
         with zipfile.ZipFile(path) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
             return _read_header(path, stream)
     except KeyError:
-        raise ValueError(f"{path} holds no images (an array {NPZ_IMAGES}, uint8 [N, H, W, 3])") from None
+        raise UserError(f"{path} holds no images (an array {NPZ_IMAGES}, uint8 [N, H, W, 3])") from None
     except DAMAGED as error:
-        raise ValueError(f"{path} is damaged: {shown(first_line(error))}") from None
+        raise UserError(f"{path} is damaged: {shown(first_line(error))}") from None
 
 
 def _read_header(path: Path, stream: IO[bytes]) -> tuple[int, ...]:
@@ -182,5 +182,5 @@ def _read_header(path: Path, stream: IO[bytes]) -> tuple[int, ...]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(stream)
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran:
-        raise ValueError(f"{path}: {NPZ_IMAGES} must be uint8 [N, H, W, 3], and is {dtype} {list(shape)}")
+        raise UserError(f"{path}: {NPZ_IMAGES} must be uint8 [N, H, W, 3], and is {dtype} {list(shape)}")
     return shape

@@ -18,6 +18,7 @@ from imagenet.config import Config
 from imagenet.data.fingerprints import fingerprint
 from imagenet.data.noise import FLIP
 from imagenet.data.provenance import Provenance
+from tvm_ref.cli.errors import UserError
 
 
 @runtime_checkable
@@ -130,7 +131,7 @@ def load_data(config: Config, folder: str | Path | None = None, *, download: boo
         x, labels = load_digits().train
         data = Images(x, labels)
     elif folder is None:
-        raise ValueError(f"--data {config.data} needs --data-path, the folder that it lies in")
+        raise UserError(f"--data {config.data} needs --data-path, the folder that it lies in")
     elif config.data == "cifar10":
         data = Images(*_load_cifar10(folder, download), flip=True, seed=config.seed)
     else:
@@ -138,7 +139,7 @@ def load_data(config: Config, folder: str | Path | None = None, *, download: boo
 
         data = Latents(folder, config.seed)
     if data.shape != shape:
-        raise ValueError(f"the data are of shape {list(data.shape)}, the configuration asks for {list(shape)}")
+        raise UserError(f"the data are of shape {list(data.shape)}, the configuration asks for {list(shape)}")
     _check_labels(data, config.classes)
     return data
 
@@ -162,7 +163,7 @@ def _check_labels(data: Data, classes: int) -> None:
     """Raise ValueError for labels outside [0, classes)."""
     labels = getattr(data, "labels", None)
     if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(f"the data have labels up to {int(labels.max())}, the configuration {classes} classes")
+        raise UserError(f"the data have labels up to {int(labels.max())}, the configuration {classes} classes")
 
 
 def _load_cifar10(folder: str | Path, download: bool) -> tuple[Tensor, Tensor]:
@@ -170,10 +171,10 @@ def _load_cifar10(folder: str | Path, download: bool) -> tuple[Tensor, Tensor]:
     try:
         from torchvision.datasets import CIFAR10
     except ImportError:
-        raise ValueError("cifar10 needs torchvision: pip install -e '.[imagenet]'") from None
+        raise UserError("cifar10 needs torchvision: pip install -e '.[imagenet]'") from None
     try:
         stored = CIFAR10(str(folder), train=True, download=download)
     except (RuntimeError, OSError) as error:
         advice = "" if download else " (--download fetches it)"
-        raise ValueError(f"no CIFAR-10 in {folder}: {str(error).splitlines()[0]}{advice}") from None
+        raise UserError(f"no CIFAR-10 in {folder}: {str(error).splitlines()[0]}{advice}") from None
     return torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(stored.targets)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from imagenet.data.fingerprints import fingerprint
 from imagenet.data.noise import POSTERIOR, normal
 from imagenet.foreign.pickle_scan import shown
-from tvm_ref.cli.command_line import first_line
+from tvm_ref.cli.errors import UserError, first_line
 
 LATENT_SIDE = 8  # pixels of the image per number of the latent
 INDEX = "latents.json"
@@ -49,7 +49,7 @@ class Normalisation:
     def __post_init__(self) -> None:
         finite = all(math.isfinite(a) for a in (*self.mean, *self.std))
         if len(self.mean) != len(self.std) or not finite or not all(s > 0 for s in self.std):
-            raise ValueError(f"a normalisation needs a finite mean and a finite, positive std per channel, got {self}")
+            raise UserError(f"a normalisation needs a finite mean and a finite, positive std per channel, got {self}")
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Scale raw latents [..., C, H, W] to those that the model sees."""
@@ -114,13 +114,13 @@ class Latents:
         self.autoencoder_fingerprint: str | None = _text(index.get("vae_fingerprint"))
         opened = [self._open(shard["name"], shard["count"]) for shard in index["shards"] if shard["count"]]
         if not opened:
-            raise ValueError(f"{self.folder} holds no latents: every image was skipped")
+            raise UserError(f"{self.folder} holds no latents: every image was skipped")
         self._posteriors = [posteriors for posteriors, _ in opened]
         self.labels = torch.from_numpy(np.concatenate([labels for _, labels in opened]))
         if len({posteriors.shape[1:] for posteriors in self._posteriors}) > 1:
-            raise ValueError(f"{self.folder}: its shards hold latents of different shapes")
+            raise UserError(f"{self.folder}: its shards hold latents of different shapes")
         if not bool(((self.labels >= 0) & (self.labels < len(self.classes))).all()):
-            raise ValueError(f"{self.folder} holds labels beyond its {len(self.classes)} classes")
+            raise UserError(f"{self.folder} holds labels beyond its {len(self.classes)} classes")
         self._ends = list(itertools.accumulate(len(posteriors) for posteriors in self._posteriors))
         _, _, c, h, w = self._posteriors[0].shape
         self.shape: tuple[int, int, int] = (c, h, w)  # of a latent
@@ -169,10 +169,10 @@ class Latents:
             posteriors = np.load(latents, mmap_mode="r", allow_pickle=False)
             classes = np.load(labels, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{self.folder}: shard {name} cannot be read: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{self.folder}: shard {name} cannot be read: {str(error).splitlines()[0]}") from None
         fits = posteriors.ndim == 5 and posteriors.shape[:2] == (count, 2) and posteriors.dtype == np.float16
         if not fits or classes.shape != (count,) or classes.dtype != np.int64:
-            raise ValueError(f"{latents} and its labels do not hold {count} posteriors as {INDEX} says")
+            raise UserError(f"{latents} and its labels do not hold {count} posteriors as {INDEX} says")
         return posteriors, classes
 
 
@@ -194,24 +194,22 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = folder / INDEX
     if not path.is_file():
-        raise ValueError(f"{folder} holds no latents (no {INDEX}); imagenet/encode.py makes them")
+        raise UserError(f"{folder} holds no latents (no {INDEX}); imagenet/encode.py makes them")
     try:
         index = json.loads(path.read_text())
         missing = {"format", "image_size", "classes", "normalisation", "shards"} - set(index)
         index["shards"] = [{"name": str(a["name"]), "count": int(a["count"])} for a in index.get("shards", [])]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged: {shown(first_line(error))}") from None
+        raise UserError(f"{path} is damaged: {shown(first_line(error))}") from None
     if missing or index["format"] != FORMAT:
-        raise ValueError(
-            f"{path} is not in the format {FORMAT!r}" + (f": {min(missing)} is missing" if missing else "")
-        )
+        raise UserError(f"{path} is not in the format {FORMAT!r}" + (f": {min(missing)} is missing" if missing else ""))
     classes, size = index["classes"], index["image_size"]
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"{path} is damaged: its classes are no list of names")
+        raise UserError(f"{path} is damaged: its classes are no list of names")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"{path} is damaged: its image_size is no size")
+        raise UserError(f"{path} is damaged: its image_size is no size")
     if any(set(shard["name"]) & set("/\\") or shard["count"] < 0 for shard in index["shards"]):
-        raise ValueError(f"{path} is damaged: a shard without a name or count")
+        raise UserError(f"{path} is damaged: a shard without a name or count")
     return index
 
 
@@ -225,7 +223,7 @@ def read_normalisation(folder: Path) -> Normalisation:
     try:
         return Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{folder / INDEX} is damaged: its normalisation is {shown(str(stored), 300)}") from None
+        raise UserError(f"{folder / INDEX} is damaged: its normalisation is {shown(str(stored), 300)}") from None
 
 
 def write_shard(folder: Path, name: str, posteriors: NDArray[np.float16], labels: NDArray[np.int64]) -> None:
@@ -266,12 +264,12 @@ def load_vae(name: str = VAE, device: str | torch.device = "cpu") -> nn.Module:
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise ValueError("the autoencoder needs diffusers: pip install -e '.[imagenet]'") from None
+        raise UserError("the autoencoder needs diffusers: pip install -e '.[imagenet]'") from None
     try:
         vae = AutoencoderKL.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"no autoencoder {name} here, and it could not be fetched: {reason}") from None
+        raise UserError(f"no autoencoder {name} here, and it could not be fetched: {reason}") from None
     return vae.to(device).eval().requires_grad_(False)
 
 

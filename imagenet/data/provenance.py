@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 
 from imagenet.data.latents import Normalisation
 from imagenet.foreign.pickle_scan import shown
+from tvm_ref.cli.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Provenance:
     def __post_init__(self) -> None:
         texts = (self.data, self.fingerprint, self.autoencoder, self.autoencoder_fingerprint)
         if not all(a is None or isinstance(a, str) for a in texts) or not isinstance(self.images, int | None):
-            raise ValueError("a bad value")
+            raise UserError("a bad value")
 
     def to_json(self) -> str:
         """Write one JSON object."""
@@ -57,7 +58,7 @@ class Provenance:
                 values["normalisation"] = Normalisation(mean, std)
             return Provenance(**values)
         except (AttributeError, TypeError, ValueError, KeyError, RecursionError):
-            raise ValueError(f"no description of data: {shown(text)}") from None
+            raise UserError(f"no description of data: {shown(text)}") from None
 
     def check_same(self, other: "Provenance", what: str) -> None:
         """Raise ValueError, which begins with `what`, unless everything that both know is the same."""
@@ -73,6 +74,6 @@ class Provenance:
             mine, others = getattr(self, name), getattr(other, name)
             if mine is not None and others is not None and mine != others:
                 label = {"images": "number of images"}.get(name, name.replace("_", "'s "))
-                raise ValueError(
+                raise UserError(
                     f"{what}: another {label}, {shown(str(others), 200)} in place of {shown(str(mine), 200)}"
                 )

@@ -8,6 +8,8 @@ all of it, and reading them builds nothing.
 import pickletools
 from typing import Any, BinaryIO
 
+from tvm_ref.cli.errors import UserError
+
 MAX_OPCODES = 120_000  # two networks of 28 blocks, with what torch.compile puts around them, have 49,000
 MAX_INTEGER_BITS = 512  # longer ones make arithmetic slow, and none is needed
 MAX_KEY_BITS = 60  # integers beyond share hashes, by which a dictionary becomes a list to search
@@ -22,7 +24,7 @@ SHOWN = 80  # letters of a name that are printed
 BAR = 2**20  # bytes between movements of a progress bar
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """A pickle asks for something that its readers do not give."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from imagenet.foreign.pickle_scan import Bounded, Refused, scan, shown
+from tvm_ref.cli.errors import user_files
 from tvm_ref.cli.progress import progress
 
 MAX_CLASSES = 1000  # names of one file
@@ -145,12 +146,13 @@ class _Reader(pickle.Unpickler):
         )
 
 
+@user_files()
 def read(path: Path, remade: dict[str, Any], *, inert: bool) -> Any:
     """Read what a pickle builds by calling `remade`, by name, and with `inert` classes that are not loaded.
 
     Raises:
         Refused: it names anything else, or asks for more than its size can hold.
-        ValueError, OSError: it is no pickle, or cannot be read.
+        UserError: it is no pickle, or cannot be read.
     """
     size, what = path.stat().st_size, f"reading {path.name}"
     with path.open("rb") as stream, progress(total=2 * size, unit="B", unit_scale=True, desc=what, delay=1) as bar:

@@ -11,6 +11,7 @@ from imagenet.metrics.frechet import Gaussian, frechet_distance
 from imagenet.metrics.inception import Extractor, Inception
 from imagenet.metrics.references import Reference, check_reference, from_sums, read_reference
 from imagenet.sampler import Generator
+from tvm_ref.cli.errors import UserError
 
 Judge = Callable[[Generator, int, World], dict[str, float]]  # figures of a model at a number of steps, by name
 
@@ -33,7 +34,7 @@ class Fid:
 
     def __init__(self, reference: Reference, extractor: Extractor, count: int):
         if reference.pool is None:
-            raise ValueError(f"{reference.name} holds no mu and sigma, which --evaluate-every needs")
+            raise UserError(f"{reference.name} holds no mu and sigma, which --evaluate-every needs")
         self.reference, self.real, self.extractor, self.count = reference, reference.pool, extractor, count
 
     def __call__(self, generator: Generator, steps: int, world: World) -> dict[str, float]:
@@ -72,8 +73,8 @@ def make_judge(config: Config, reference: Path | None, inception: Path | None, c
     """
     if reference is None:
         if config.data != "digits":
-            raise ValueError("--evaluate-every needs --reference: mu and sigma of real images (.npz, .pkl)")
+            raise UserError("--evaluate-every needs --reference: mu and sigma of real images (.npz, .pkl)")
         return judge_digits
     if count % world.size:  # else sharded weights would be asked for by some processes alone
-        raise ValueError(f"--evaluate-count {count} is no multiple of {world.size} processes")
+        raise UserError(f"--evaluate-count {count} is no multiple of {world.size} processes")
     return Fid(read_reference(reference), Inception(inception, world.device), count)

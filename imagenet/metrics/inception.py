@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tvm_ref.cli.errors import UserError
+
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d"  # how the digest of these weights begins: no other network may stand in for this one
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
@@ -48,7 +50,7 @@ class Inception:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another PyTorch
             reason = str(error).splitlines()[0]
-            raise ValueError(f"FID needs torch-fidelity: pip install -e '.[imagenet]' ({reason})") from None
+            raise UserError(f"FID needs torch-fidelity: pip install -e '.[imagenet]' ({reason})") from None
         weights = weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
         check_weights(weights)
         layers = ["2048", "logits_unbiased"]
@@ -77,11 +79,11 @@ def check_weights(path: Path) -> None:
         ValueError: no file, another one, or one that does more than hold weights.
     """
     if not path.is_file():
-        raise ValueError(f"the weights of Inception are not here ({path}): fetch {URL} and name it with --inception")
+        raise UserError(f"the weights of Inception are not here ({path}): fetch {URL} and name it with --inception")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(SHA256):
-        raise ValueError(f"{path} is not Inception as published figures use it (sha256 {digest[:8]}, not {SHA256})")
+        raise UserError(f"{path} is not Inception as published figures use it (sha256 {digest[:8]}, not {SHA256})")
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} holds more than weights: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} holds more than weights: {str(error).splitlines()[0]}") from None

@@ -20,6 +20,7 @@ from imagenet.foreign.pickle_scan import shown
 from imagenet.foreign.pickled_arrays import read_arrays
 from imagenet.metrics.frechet import Gaussian, Matrix, covariance_root, gaussian_statistics
 from imagenet.metrics.inception import Features
+from tvm_ref.cli.errors import UserError, user_files
 
 MAX_SIZE = 4096  # of a mean: Inception's features have 2048 and 2023 numbers
 
@@ -46,6 +47,7 @@ class Reference:
         return Reference(self.name, pool, self.spatial or gaussian_statistics(features.spatial), self.images)
 
 
+@user_files()
 def read_reference(path: Path) -> Reference:
     """Reference statistics or images.
 
@@ -59,7 +61,7 @@ def read_reference(path: Path) -> Reference:
         return _from_npz(path)
     if path.suffix == ".pkl":
         return Reference(path.name, pool=_from_pickle(path))
-    raise ValueError(f"{path} is no reference: a .npz or .pkl of statistics, or a folder of images")
+    raise UserError(f"{path} is no reference: a .npz or .pkl of statistics, or a folder of images")
 
 
 def check_reference(reference: Reference, features: Features) -> None:
@@ -78,13 +80,13 @@ def check_reference(reference: Reference, features: Features) -> None:
         if gaussian is None:
             continue
         if len(gaussian.mean) != size:
-            raise ValueError(
+            raise UserError(
                 f"{reference.name} holds statistics of {len(gaussian.mean)} numbers, where {kind} features have {size}"
             )
         try:
             covariance_root(gaussian.covariance)
         except ValueError as error:
-            raise ValueError(f"{reference.name}: {error}") from None
+            raise UserError(f"{reference.name}: {error}") from None
 
 
 def _from_npz(path: Path) -> Reference:
@@ -100,10 +102,10 @@ def _from_npz(path: Path) -> Reference:
         raise
     except Exception as error:  # a damaged archive can break its reader anywhere
         reason = shown(str(error).partition("\n")[0]) or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {reason}") from None
+        raise UserError(f"{path} cannot be read: {reason}") from None
     if pool is None and NPZ_IMAGES not in known:
         held = shown(", ".join(sorted(known)))
-        raise ValueError(f"{path} holds neither mu and sigma nor images ({NPZ_IMAGES}), only {held or 'nothing'}")
+        raise UserError(f"{path} holds neither mu and sigma nor images ({NPZ_IMAGES}), only {held or 'nothing'}")
     return Reference(path.name, pool, spatial, ImageFiles(path) if NPZ_IMAGES in known else None)
 
 
@@ -114,7 +116,7 @@ def _array(archive: zipfile.ZipFile, name: str) -> Any:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
     if dtype.kind not in "fiu" or len(shape) > 2 or max(shape, default=0) > MAX_SIZE:
-        raise ValueError(f"{name} is an array {list(shape)} of {dtype}")
+        raise UserError(f"{name} is an array {list(shape)} of {dtype}")
     with archive.open(f"{name}.npy") as stream:
         return np.lib.format.read_array(stream, allow_pickle=False)
 
@@ -131,14 +133,14 @@ def _from_pickle(path: Path) -> Gaussian:
         if {"raw_mean", "raw_cov", "num_items"} <= set(stored):
             return from_sums(stored["raw_mean"], stored["raw_cov"], stored["num_items"])
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    raise ValueError(f"{path} holds no statistics (mu and sigma, or raw_mean, raw_cov and num_items)")
+        raise UserError(f"{path}: {error}") from None
+    raise UserError(f"{path} holds no statistics (mu and sigma, or raw_mean, raw_cov and num_items)")
 
 
 def from_sums(total: Any, squares: Any, n: Any) -> Gaussian:
     """Compute mean and covariance of n features from their sum [D] and the sum of their outer products [D, D]."""
     if not isinstance(n, int | float) or isinstance(n, bool) or not 2 <= n < math.inf:
-        raise ValueError("num_items must be a number of at least 2")
+        raise UserError("num_items must be a number of at least 2")
     n, (mean, squares) = float(n), _gaussian(total, squares)
     with np.errstate(all="ignore"):  # what is not finite is refused
         mean = mean / n
@@ -150,11 +152,11 @@ def _gaussian(mean: Any, covariance: Any) -> Gaussian:
     arrays: list[Matrix] = []
     for name, array in (("the mean", mean), ("the covariance", covariance)):
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-            raise ValueError(f"{name} is no array of numbers")
+            raise UserError(f"{name} is no array of numbers")
         arrays.append(np.asarray(array, np.float64))
     mean, covariance = arrays
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not 1 <= len(mean) <= MAX_SIZE:
-        raise ValueError(f"a mean {list(mean.shape)} and a covariance {list(covariance.shape)} do not fit")
+        raise UserError(f"a mean {list(mean.shape)} and a covariance {list(covariance.shape)} do not fit")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError("mean or covariance hold numbers that are not finite")
+        raise UserError("mean or covariance hold numbers that are not finite")
     return Gaussian(mean, covariance)

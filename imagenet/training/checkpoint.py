@@ -26,7 +26,8 @@ from imagenet.distributed import World
 from imagenet.foreign.pickle_scan import shown
 from imagenet.training.disk import SUMMARY, flush_folder, sha256_of
 from tvm_ref import FlowMap
-from tvm_ref.cli.command_line import flag
+from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.options import flag
 
 WEIGHTS, ALL_WEIGHTS = "weights.safetensors", "weights*.safetensors"  # of the first decay (--ema), and of all
 CONFIG = "config.json"
@@ -139,7 +140,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
             return path, complaints
         complaints.append(f"{path} is damaged ({fault})")
     if complaints:
-        raise ValueError("; ".join(complaints) + "; no other checkpoint is left")
+        raise UserError("; ".join(complaints) + "; no other checkpoint is left")
     return None, []
 
 
@@ -216,7 +217,7 @@ def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[Flo
     try:
         check_weights(weights, config)
     except ValueError as error:
-        raise ValueError(f"{path} does not fit its configuration: {error}") from None
+        raise UserError(f"{path} does not fit its configuration: {error}") from None
     model = build_model(config, attention=attention)
     model.network.load_state_dict(weights)
     return model.eval().requires_grad_(False), config
@@ -234,7 +235,7 @@ def load_initial(config: Config) -> dict[str, Tensor]:
     for name in (*sorted(shape), "scaled"):
         there, here = getattr(stored, name), getattr(config, name)
         if there != here:
-            raise ValueError(f"--init {config.init} has {flag(name)} {there}, this run {here}")
+            raise UserError(f"--init {config.init} has {flag(name)} {there}, this run {here}")
     return model.state_dict()
 
 
@@ -248,16 +249,16 @@ def check_weights(weights: Mapping[str, Tensor], config: Config) -> None:
         expected = build_model(config, attention="plain").network.state_dict()
     missing, unknown = (sorted(a.keys() - b.keys()) for a, b in ((expected, weights), (weights, expected)))
     if missing:
-        raise ValueError(f"{missing[0]} is missing ({len(missing)} tensors are)")
+        raise UserError(f"{missing[0]} is missing ({len(missing)} tensors are)")
     if unknown:
-        raise ValueError(f"{shown(unknown[0])} is no tensor of this network ({len(unknown)} are not)")
+        raise UserError(f"{shown(unknown[0])} is no tensor of this network ({len(unknown)} are not)")
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
-            raise ValueError(f"{name} is of shape {list(tensor.shape)}, not {list(expected[name].shape)}")
+            raise UserError(f"{name} is of shape {list(tensor.shape)}, not {list(expected[name].shape)}")
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
+            raise UserError(f"{name} holds {tensor.dtype}, not floating-point numbers")
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} holds numbers that are not finite")
+            raise UserError(f"{name} holds numbers that are not finite")
 
 
 def read_provenance(source: str | Path) -> Provenance | None:
@@ -276,7 +277,7 @@ def read_provenance(source: str | Path) -> Provenance | None:
                 stored = (file.metadata() or {}).get("data")
         return None if stored is None else Provenance.from_json(stored)
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {_reason(error)}") from None
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from None
 
 
 def _read_weights(path: Path) -> tuple[Config, dict[str, Tensor]]:
@@ -286,13 +287,13 @@ def _read_weights(path: Path) -> tuple[Config, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {_reason(error)}") from None
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from None
     if "config" not in metadata:
-        raise ValueError(f"{path} does not say which configuration its weights need (metadata 'config')")
+        raise UserError(f"{path} does not say which configuration its weights need (metadata 'config')")
     try:
         return Config.from_json(metadata["config"]), weights
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _weights_of_run(folder: Path) -> tuple[Config, dict[str, Tensor]]:
@@ -300,7 +301,7 @@ def _weights_of_run(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     config = read_config(folder)
     checkpoint, _ = find_checkpoint(folder / "checkpoints")
     if checkpoint is None:
-        raise ValueError(f"{folder} holds no weights yet; go on with it by --resume")
+        raise UserError(f"{folder} holds no weights yet; go on with it by --resume")
     weights = read_checkpoint(checkpoint, prefix="ema/0/")["ema"][0]["module"]
     return config, {name.removeprefix("network."): a for name, a in weights.items()}
 
@@ -314,9 +315,9 @@ def read_config(folder: Path) -> Config:
     try:
         return Config.from_json((folder / CONFIG).read_text())
     except OSError:
-        raise ValueError(f"{folder} holds no run (no {CONFIG})") from None
+        raise UserError(f"{folder} holds no run (no {CONFIG})") from None
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from None
+        raise UserError(f"{folder / CONFIG}: {error}") from None
 
 
 def _reason(error: Exception, line: int = 0) -> str:

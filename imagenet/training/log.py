@@ -16,7 +16,8 @@ import torch
 from imagenet.cost.flops import utilisation
 from imagenet.data.batches import Batch
 from imagenet.training.step import StepMetrics, Training, learning_rate
-from tvm_ref.cli.command_line import write_atomically
+from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.files import write_atomically
 from tvm_ref.objectives import TERMS
 
 WANDB = "wandb-id.txt"  # which run of Weights & Biases goes on when this one does
@@ -141,7 +142,7 @@ class Log:
 def check_wandb() -> None:
     """Raise ValueError where Weights & Biases is not installed."""
     if find_spec("wandb") is None:
-        raise ValueError("--wandb needs its package: pip install wandb")
+        raise UserError("--wandb needs its package: pip install wandb")
 
 
 def join_wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from imagenet.sampler import Generator
 from imagenet.training import checkpoint
 from imagenet.training.run import Run
 from tvm_ref import OBJECTIVES
-from tvm_ref.cli.command_line import write_atomically
+from tvm_ref.cli.files import write_atomically
 
 NFES = (1, 4)  # numbers of steps that are drawn and scored at the end
 

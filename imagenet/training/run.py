@@ -33,7 +33,9 @@ from imagenet.training import checkpoint, log
 from imagenet.training.log import Log
 from imagenet.training.step import Training
 from tvm_ref import OBJECTIVES
-from tvm_ref.cli.command_line import flag, write_atomically
+from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.files import write_atomically
+from tvm_ref.cli.options import flag
 
 EVALUATIONS = "evaluations.jsonl"
 
@@ -50,7 +52,7 @@ def stored_config(folder: Path, given: dict[str, Any]) -> Config:
         stored = replace(stored, steps=given["steps"])
     for name, value in given.items():
         if name not in RESUMABLE and getattr(stored, name) != value:
-            raise ValueError(f"--resume keeps a run's options: {folder} has {flag(name)} {getattr(stored, name)}")
+            raise UserError(f"--resume keeps a run's options: {folder} has {flag(name)} {getattr(stored, name)}")
     return Config(**{**json.loads(stored.to_json()), **{k: v for k, v in given.items() if k in RESUMABLE}})
 
 
@@ -60,9 +62,9 @@ def _check_steps(folder: Path, stored: Config, steps: int) -> None:
     shaped += [f"--objective {stored.objective}"] * OBJECTIVES[stored.objective].has_curriculum
     if steps != stored.steps and shaped:
         reason = f"its {shaped[0]} was shaped by them"
-        raise ValueError(f"--resume keeps a run's options: {folder} has --steps {stored.steps}, as {reason}")
+        raise UserError(f"--resume keeps a run's options: {folder} has --steps {stored.steps}, as {reason}")
     if steps < stored.steps:
-        raise ValueError(f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
+        raise UserError(f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
 
 
 def saved_nothing(folder: Path) -> bool:
@@ -172,7 +174,7 @@ class Run:
             self.training.load_state_dict(state)
             self.log.load_state_dict(state)
         except (RuntimeError, KeyError, ValueError) as fault:
-            raise ValueError(f"{path} does not fit its run: {str(fault).splitlines()[0]}") from None
+            raise UserError(f"{path} does not fit its run: {str(fault).splitlines()[0]}") from None
         return True
 
     def save(self) -> None:

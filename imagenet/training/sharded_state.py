@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.futures import Future
 
 from imagenet.training.disk import SUMMARY, flush_folder
+from tvm_ref.cli.errors import UserError
 
 ALONE = "torch.distributed is disabled"  # how a warning begins that says what is so: no other process takes part
 STATE = "state.json"
@@ -295,7 +296,7 @@ def read_state(path: Path, place: Place = on_cpu, prefix: str = "") -> dict[str,
         reason = cause_of(error)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
         reason = error
-    raise ValueError(f"{path} cannot be read: {(str(reason).splitlines() or [type(reason).__name__])[0]}")
+    raise UserError(f"{path} cannot be read: {(str(reason).splitlines() or [type(reason).__name__])[0]}")
 
 
 def _metadata_of(index: Mapping[str, Any]) -> Metadata:
@@ -311,10 +312,10 @@ def _metadata_of(index: Mapping[str, Any]) -> Metadata:
         chunks = []
         for i, (offsets, sizes, file, start, length) in enumerate(about["parts"]):
             if Path(file).name != file or length < math.prod(sizes) * dtype.itemsize:
-                raise ValueError(f"{STATE} is damaged")
+                raise UserError(f"{STATE} is damaged")
             chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
             places[MetadataIndex(name, offsets, i)] = filesystem._StorageInfo(file, start, length)
         if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
-            raise ValueError(f"{STATE} is damaged")
+            raise UserError(f"{STATE} is damaged")
         tensors[name] = TensorStorageMetadata(TensorProperties(dtype), size, chunks)
     return Metadata(tensors, storage_data=places)

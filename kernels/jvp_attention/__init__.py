@@ -7,7 +7,6 @@
 
 import warnings
 
-from jvp_attention import interruption as interruption  # first, so that Ctrl-C is quiet while PyTorch is imported
 from jvp_attention import reference
 from jvp_attention.api import attention, dual_attention
 

@@ -9,7 +9,7 @@ import pytest
 from imagenet import train
 from imagenet.config import PRESETS, Config
 from imagenet.cost.memory import fits
-from tvm_ref.cli.command_line import given
+from tvm_ref.cli.options import given
 
 README = Path(train.__file__).with_name("README.md").read_text()
 

@@ -260,16 +260,6 @@ def test_a_place_that_cannot_be_written_ends_with_one_line(model, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate"), MemoryError()])
-def test_memory_that_runs_out_ends_with_one_line(model, tmp_path, capsys, monkeypatch, error):
-    def full(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(Generator, "samples", full)
-    assert draw(model, tmp_path / "a.png") in (1, 2)
-    assert "sample.py: error: " in capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.mark.parametrize(
     "config",
     [

@@ -295,7 +295,6 @@ BAD = {
     "negative seed": ["--seed", "-1"],
     "empty name of points": ["--data", ""],
     "abbreviated option": ["--step", "50"],
-    "a network beyond memory": ["--width", "99999999999999"],
     "a device without data": ["--device", "meta"],
     "detaching what is not there": ["--detach-jvp", "--objective", "fm"],
 }

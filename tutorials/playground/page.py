@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvm_ref.cli.command_line import OneLineParser, require_suffix, write_atomically
-from tvm_ref.cli.command_line import run as run_command
+from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.files import require_suffix, write_atomically
+from tvm_ref.cli.options import OneLineParser
+from tvm_ref.cli.options import run as run_command
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.mixture import GaussianMixture
@@ -74,7 +76,7 @@ def describe_run(folder: Path, blobs: list[str]) -> tuple[GaussianMixture, dict[
     """
     config, distribution, model = load_run(folder)
     if config.conditional:
-        raise ValueError(f"{folder} is conditioned on classes; this page shows runs without --conditional")
+        raise UserError(f"{folder} is conditioned on classes; this page shows runs without --conditional")
     snapshots = {step: w for step, w in load_snapshots(folder).items() if step < (done := steps_done(folder, config))}
     snapshots[done] = model.network.state_dict()
     name, what = NAMED[config.objective]
@@ -108,7 +110,7 @@ def steps_done(folder: Path, config: ToyConfig) -> int:
     except FileNotFoundError:
         return config.steps
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / 'metrics.json'} is damaged") from None
+        raise UserError(f"{folder / 'metrics.json'} is damaged") from None
 
 
 def choices(runs: Sequence[dict[str, Any]]) -> str:
@@ -150,7 +152,7 @@ def make_page(folders: list[Path]) -> str:
     distributions, runs = zip(*(describe_run(folder, blobs) for folder in folders), strict=True)
     for folder, distribution in zip(folders, distributions, strict=True):
         if fingerprint(distribution) != fingerprint(distributions[0]):
-            raise ValueError(f"{folder} and {folders[0]} were trained on different data; a page shows one")
+            raise UserError(f"{folder} and {folders[0]} were trained on different data; a page shows one")
     if len({run["name"] for run in runs}) < len(runs):
         for run in runs:
             run["name"] += f": {run['folder']}"
@@ -188,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     out = options.out or options.runs[0] / "page.html"
     use_one_thread()
-    with parser.bad_input():
+    with parser.errors(), user_files():
         require_suffix(out, ".html")
         page = make_page(options.runs)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,9 @@ from torch import Tensor
 from tvm_ref.bound.chain import Bound, measure
 from tvm_ref.bound.paths import STEPS
 from tvm_ref.bound.terms import LABELS, TERMS
-from tvm_ref.cli.command_line import OneLineParser, add_options, flag, given, require_free, run, write_atomically
+from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.files import require_free, write_atomically
+from tvm_ref.cli.options import OneLineParser, add_options, flag, given, run
 from tvm_ref.cli.progress import progress
 from tvm_ref.distances import sampling_floor, wasserstein2
 from tvm_ref.experiments import bound_over_training, lipschitz_of_networks
@@ -78,31 +80,31 @@ def load_finished(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
     """
     if not folder.is_dir():
         what = f"--dist {folder.name}" if folder.name in DISTRIBUTIONS else "--dist NAME (or --data FILE)"
-        raise ValueError(f"{folder} is not a folder; train first: python -m tvm_ref.toy {what} --out {folder}")
+        raise UserError(f"{folder} is not a folder; train first: python -m tvm_ref.toy {what} --out {folder}")
     check_objective(read_config(folder))
     try:
         config, distribution, model = load_run(folder)
         done = json.loads((folder / "metrics.json").read_text())["steps"]["done"]
     except FileNotFoundError as error:
         if error.filename and Path(error.filename).name == "metrics.json":
-            raise ValueError(f"{folder} is not finished (no metrics.json); go on with --resume") from None
+            raise UserError(f"{folder} is not finished (no metrics.json); go on with --resume") from None
         raise
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
     if done < config.steps:
-        raise ValueError(f"{folder} stopped at step {done} of {config.steps}; go on with --resume")
+        raise UserError(f"{folder} stopped at step {done} of {config.steps}; go on with --resume")
     return config, distribution, model
 
 
 def check_objective(config: ToyConfig) -> None:
     """Raise ValueError for training that theorem 1 does not cover."""
     if config.guided:
-        raise ValueError(
+        raise UserError(
             f"the bound is stated without guidance, and this run has --w {config.w:g}: "
             "its labels have no distribution in closed form"
         )
     if not OBJECTIVES[config.objective].learns_jumps:
-        raise ValueError("flow matching learns no jumps to bound; choose --objective tvm, pid or meanflow")
+        raise UserError("flow matching learns no jumps to bound; choose --objective tvm, pid or meanflow")
 
 
 def watch(times: Any, name: str) -> Any:
@@ -269,16 +271,16 @@ def check(arguments: dict[str, Any], training: dict[str, Any]) -> None:
     """Raise ValueError for options that do not fit together or are out of range."""
     trains = arguments["train"] or arguments["lipschitz"]
     if bool(arguments["runs"]) == trains:
-        raise ValueError("give either the folder of a finished run, or --dist NAME with --train or --lipschitz")
+        raise UserError("give either the folder of a finished run, or --dist NAME with --train or --lipschitz")
     if not trains and (training or arguments["out"] or arguments["overwrite"]):
         option = flag(next(iter(training))) if training else "--out" if arguments["out"] else "--overwrite"
-        raise ValueError(f"{option} goes with --train or --lipschitz; a finished run has its own options and folder")
+        raise UserError(f"{option} goes with --train or --lipschitz; a finished run has its own options and folder")
     if not 0 < arguments["time"] <= 1:
-        raise ValueError(f"--time must lie in (0, 1], got {arguments['time']}")
+        raise UserError(f"--time must lie in (0, 1], got {arguments['time']}")
     if not 10 <= arguments["points"] <= MAX_POINTS:
-        raise ValueError(f"--points must lie in [10, {MAX_POINTS}], got {arguments['points']}")
+        raise UserError(f"--points must lie in [10, {MAX_POINTS}], got {arguments['points']}")
     if arguments["grid"] < 4 or arguments["grid"] % 2:
-        raise ValueError(f"--grid must be even and at least 4, got {arguments['grid']}")
+        raise UserError(f"--grid must be even and at least 4, got {arguments['grid']}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -289,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     points = arguments.points if arguments.points is not None else 500 if trains else 2000
     grid = arguments.grid if arguments.grid is not None else STEPS // 2 if trains else STEPS
     use_one_thread()
-    with command.bad_input():
+    with command.errors(), user_files():
         check(vars(arguments) | {"points": points, "grid": grid}, options)
         if trains:
             config = ToyConfig(**({"steps": LIPSCHITZ_STEPS} if arguments.lipschitz else {}) | options)
@@ -302,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
             out.mkdir(parents=True, exist_ok=True)
         else:
             finished = {folder: load_finished(folder) for folder in arguments.runs}
-    with command.failures():
+    with command.errors():
         if trains:
             work = measure_training if arguments.train else compare_tamings
             violated = work(config, out, arguments.time, points, grid)

@@ -1,15 +1,10 @@
-"""Ctrl-C: noted while a step is finished, and at any other time the end of a command in one line."""
+"""Signals: Ctrl-C and SIGTERM finish the step under way, SIGUSR1 asks for a checkpoint."""
 
-import contextlib
 import os
 import signal
-import sys
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 INTERRUPTED = 130  # exit status
-
-
 SAVE_SIGNALS = tuple(s for s in signal.Signals if s.name == "SIGUSR1")  # none on Windows
 
 
@@ -61,35 +56,3 @@ class SaveRequests:
     def __exit__(self, *_: Any) -> None:
         for s, handler in self._before.items():
             signal.signal(s, handler)
-
-
-def leave_at_once() -> None:
-    """Let Ctrl-C end the program without an exception: imports would answer a KeyboardInterrupt with a traceback."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave)
-
-
-def raise_again() -> None:
-    """Undo leave_at_once."""
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _leave(*_: Any) -> NoReturn:
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        if is_first_rank():
-            os.write(sys.stderr.fileno(), b"\nstopped\n")
-    os._exit(INTERRUPTED)
-
-
-def _is_command() -> bool:
-    """Tell whether this program is a command of the project, and not one that uses it as a library."""
-    if sys.argv[:1] == ["-m"]:
-        return any(a.startswith("tvm_ref.") for a in sys.orig_argv)
-    root, main = Path(__file__).resolve().parents[2], getattr(sys.modules["__main__"], "__file__", None)
-    return main is not None and Path(main).resolve().parent in (root / "imagenet", root / "tutorials")
-
-
-if _is_command():
-    leave_at_once()  # from here on: the package, and with it PyTorch, is imported before the command begins

@@ -25,15 +25,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tvm_ref.cli.command_line import (
-    OneLineParser,
-    add_options,
-    given,
-    require_at_least,
-    require_free,
-    run,
-    write_atomically,
-)
+from tvm_ref.cli.errors import user_files
+from tvm_ref.cli.files import require_free, write_atomically
+from tvm_ref.cli.options import OneLineParser, add_options, given, require_at_least, run
 from tvm_ref.cli.progress import progress
 from tvm_ref.experiments.comparison import FILE, SHARED, Plan, Stored
 from tvm_ref.experiments.methods import ABLATION, SETTINGS, family_of, named
@@ -244,16 +238,16 @@ def main(argv: list[str] | None = None) -> int:
     command = parser()
     arguments = command.parse_args(argv)
     use_one_thread()
-    with command.bad_input():
+    with command.errors(), user_files():
         out, stored, base, plan = prepare(arguments)
     if stored is None:
-        with command.failures():
+        with command.errors():
             seconds = step_seconds({UNIT: base, **plan.configs(base)})
             stored = Stored(base, plan, fingerprint(distribution_of(base)), seconds)
             stored.write(out)
     else:
         print(f"{out}: {len(stored.trainings)} trainings are done")
-    with command.failures("the same command with --resume goes on after the trainings that are done"):
+    with command.errors("the same command with --resume goes on after the trainings that are done"):
         comparison = Comparison(stored, jobs=arguments.jobs, out=out)
         comparison.sweep(plan.rates)
         comparison.run(plan.seeds)

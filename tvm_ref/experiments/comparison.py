@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tvm_ref.cli.command_line import check_types, flag, given, option, require_at_least, write_atomically
+from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.files import write_atomically
+from tvm_ref.cli.options import check_types, flag, given, option, require_at_least
 from tvm_ref.experiments.methods import ABLATION, METHODS, SETTINGS, method_named, named
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.report.metrics import POINTS
@@ -40,7 +42,7 @@ class Plan:
         require_at_least(1, steps=self.steps, seeds=self.seeds)
         require_at_least(10, points=self.points)
         if not all(0 < rate < float("inf") for rate in self.rates):
-            raise ValueError("--rates must be positive and finite")
+            raise UserError("--rates must be positive and finite")
 
     @property
     def changes(self) -> dict[str, dict[str, Any]]:
@@ -100,9 +102,9 @@ class Stored:
             done = {ToyConfig(**training["config"]): training["result"] for training in content["trainings"]}
             return cls(ToyConfig(**content["base"]), Plan(**plan), content["data"], content["step_seconds"], done)
         except FileNotFoundError:
-            raise ValueError(f"{folder} holds no comparison to resume (no {FILE})") from None
+            raise UserError(f"{folder} holds no comparison to resume (no {FILE})") from None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / FILE} is not a comparison of this program: {error}") from None
+            raise UserError(f"{folder / FILE} is not a comparison of this program: {error}") from None
 
     @classmethod
     def resume(cls, folder: Path, arguments: argparse.Namespace) -> "Stored":
@@ -117,9 +119,9 @@ class Stored:
                 kept = getattr(config, name)
                 if name in names and kept != value:
                     shown = " ".join(map(str, kept)) if isinstance(kept, tuple) else kept
-                    raise ValueError(f"--resume keeps a comparison's options: {folder} has {flag(name)} {shown}")
+                    raise UserError(f"--resume keeps a comparison's options: {folder} has {flag(name)} {shown}")
         if not {*stored.plan.configs(stored.base)} < {*stored.step_seconds}:
-            raise ValueError(f"{folder} compares what another version of this program does: start again (--overwrite)")
+            raise UserError(f"{folder} compares what another version of this program does: start again (--overwrite)")
         if stored.data != fingerprint(distribution_of(stored.base)):
-            raise ValueError(f"{folder} compares on other data than --data {stored.base.data} holds now")
+            raise UserError(f"{folder} compares on other data than --data {stored.base.data} holds now")
         return stored

@@ -20,16 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tvm_ref.cli.command_line import (
-    OneLineParser,
-    add_options,
-    flag,
-    given,
-    require_at_least,
-    require_free,
-    run,
-    write_atomically,
-)
+from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.files import require_free, write_atomically
+from tvm_ref.cli.options import OneLineParser, add_options, flag, given, require_at_least, run
 from tvm_ref.cli.progress import progress
 from tvm_ref.experiments import family_measures
 from tvm_ref.flow_map import FlowMap
@@ -119,16 +112,16 @@ def earlier(out: Path, made_with: dict[str, Any], parts: list[str], overwrite: b
         report = json.loads(path.read_text())
         before, options = report["made_with"], report["options"]
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{out} holds results without what they were measured with: choose another --out") from None
+        raise UserError(f"{out} holds results without what they were measured with: choose another --out") from None
     there = [p for p, (key, _) in PARTS.items() if (key in report if key else (out / "family.png").is_file())]
     again = [part for part in there if part in parts]
     if again and not overwrite:
-        raise ValueError(f"{out} already holds {', '.join(again)}: --overwrite, or another --out")
+        raise UserError(f"{out} already holds {', '.join(again)}: --overwrite, or another --out")
     kept = [part for part in there if part not in parts and part != "picture"]
     other = next((name for name, value in made_with.items() if before.get(name) != value), None)
     if kept and other is not None:
         value = f"{flag(other)} {before.get(other)}" if other != "points" else "other points of --data"
-        raise ValueError(f"{out} holds {', '.join(kept)} measured with {value}: choose another --out")
+        raise UserError(f"{out} holds {', '.join(kept)} measured with {value}: choose another --out")
     keys = [PARTS[part][0] for part in kept]
     return {key: report[key] for key in report if key in keys} | {
         "options": {part: options[part] for part in kept if part in options}
@@ -205,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     command = parser()
     arguments = command.parse_args(argv)
     use_one_thread()
-    with command.bad_input():
+    with command.errors(), user_files():
         config = ToyConfig(**given(arguments, ToyConfig))
         distribution = distribution_of(config)
         require_at_least(2, samples=arguments.samples)
@@ -219,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     for part, options in report["options"].items():  # which may be others than those of the parts to come
         values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
         print(" ".join([f"{out} holds {part}", *(" ".join(map(str, [flag(n), *v])) for n, v in values.items())]))
-    with command.failures("the parts that were printed are stored"):
+    with command.errors("the parts that were printed are stored"):
         for part, numbers in measure(arguments.parts, config, distribution, arguments.samples, tuple(arguments.dims)):
             key, names = PARTS[part]
             report[str(key)] = numbers

@@ -11,15 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tvm_ref.cli.command_line import (
-    OneLineParser,
-    add_options,
-    given,
-    require_at_least,
-    require_new,
-    run,
-    write_atomically,
-)
+from tvm_ref.cli.errors import user_files
+from tvm_ref.cli.files import require_new, write_atomically
+from tvm_ref.cli.options import OneLineParser, add_options, given, require_at_least, run
 from tvm_ref.experiments.sweep import train_many
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.data.distributions import DISTRIBUTIONS
@@ -71,16 +65,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     command = parser()
     arguments = command.parse_args(argv)
-    with command.bad_input():
+    with command.errors(), user_files():
         base = ToyConfig(**given(arguments, ToyConfig) | {"dist": arguments.dist[0]})
         require_at_least(1, seeds=arguments.seeds, jobs=arguments.jobs)
         require_at_least(10, points=arguments.points)
         require_new(arguments.out)
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
     configs = [replace(base, dist=dist, seed=seed) for dist in arguments.dist for seed in range(arguments.seeds)]
     results: list[dict[str, Any]] = []
-    with command.failures():
+    with command.errors():
         try:
             for result in train_many(configs, one_step, jobs=arguments.jobs, points=arguments.points, label="training"):
                 results.append(result)

@@ -21,15 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tvm_ref.cli.command_line import (
-    OneLineParser,
-    add_options,
-    given,
-    require_at_least,
-    require_new,
-    run,
-    write_atomically,
-)
+from tvm_ref.cli.errors import user_files
+from tvm_ref.cli.files import require_new, write_atomically
+from tvm_ref.cli.options import OneLineParser, add_options, given, require_at_least, run
 from tvm_ref.experiments.methods import METHODS
 from tvm_ref.experiments.seeds import one_step
 from tvm_ref.experiments.sweep import train_many
@@ -167,14 +161,12 @@ def main(argv: list[str] | None = None) -> int:
     command = parser()
     arguments = command.parse_args(argv)
     use_one_thread()
-    with command.bad_input():
+    with command.errors(), user_files():
         base = ToyConfig(**given(arguments, ToyConfig))
         require_at_least(1, rounds=arguments.rounds, repeats=arguments.repeats, jobs=arguments.jobs)
         require_at_least(0, seeds=arguments.seeds)
         require_new(arguments.out)
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with command.failures():
+    with command.errors():
         size = (arguments.rounds, arguments.repeats)
         report = measure_busy(base, *size) if arguments.busy else measure(base, *size, arguments.seeds, arguments.jobs)
         if arguments.out is not None:

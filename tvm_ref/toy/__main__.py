@@ -22,16 +22,9 @@ from pathlib import Path
 
 import torch
 
-from tvm_ref.cli.command_line import (
-    OneLineParser,
-    add_options,
-    flag,
-    given,
-    require_at_least,
-    require_free,
-    run,
-    write_atomically,
-)
+from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.files import require_free, write_atomically
+from tvm_ref.cli.options import OneLineParser, add_options, flag, given, require_at_least, run
 from tvm_ref.cli.stopping import INTERRUPTED
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.sampling import stepper
@@ -74,7 +67,7 @@ def folder_of(arguments: argparse.Namespace) -> Path:
     """
     options = given(arguments, ToyConfig)
     if "dist" in options and "data" in options:
-        raise ValueError("--dist and --data: a run learns one of them")
+        raise UserError("--dist and --data: a run learns one of them")
     return arguments.out or Path("runs/toy") / ToyConfig(**options).name
 
 
@@ -87,7 +80,7 @@ def require_same(arguments: argparse.Namespace, folder: Path, way: str) -> ToyCo
     stored = read_config(folder)
     for name, value in given(arguments, ToyConfig).items():
         if getattr(stored, name) != value:
-            raise ValueError(f"{way} keeps a run's options: {folder} has {flag(name)} {getattr(stored, name)}")
+            raise UserError(f"{way} keeps a run's options: {folder} has {flag(name)} {getattr(stored, name)}")
     return stored
 
 
@@ -102,7 +95,7 @@ def write_samples(arguments: argparse.Namespace) -> Path:
     require_at_least(1, sample=arguments.sample)
     seed = arguments.sample_seed
     if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"--sample-seed must lie in [0, 2^63), got {seed}")
+        raise UserError(f"--sample-seed must lie in [0, 2^63), got {seed}")
     folder = folder_of(arguments)
     require_same(arguments, folder, "--sample")
     config, model, units = load_model(folder)
@@ -130,7 +123,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Run, torch.Tensor | None]:
         return new, None
     stored = require_same(arguments, folder, "--resume")
     if not (folder / "checkpoint.pt").is_file():
-        raise ValueError(f"{folder} holds no checkpoint to resume from; start again with --overwrite")
+        raise UserError(f"{folder} holds no checkpoint to resume from; start again with --overwrite")
     gone = stored.data is not None and not Path(stored.data).exists()  # the run keeps a copy of its points
     old = Run(folder, stored, distribution_of_run(folder, stored) if gone else None)
     return old, old.load()
@@ -141,9 +134,9 @@ def main(argv: list[str] | None = None) -> int:
     command = parser()
     arguments = command.parse_args(argv)
     use_one_thread()
-    with command.bad_input():
+    with command.errors(), user_files():
         if arguments.sample_seed is not None and arguments.sample is None:
-            raise ValueError("--sample-seed goes with --sample")
+            raise UserError("--sample-seed goes with --sample")
         if arguments.sample is not None:
             print(f"{arguments.sample:,} samples, in the units of the data: {write_samples(arguments)}")
             return 0
@@ -154,12 +147,12 @@ def main(argv: list[str] | None = None) -> int:
     if metrics is not None:
         print(f"{this.folder} was finished at step {this.training.step}, and measured:")
     else:
-        with command.failures("the same command with --resume goes on from the last checkpoint, if there is one"):
+        with command.errors("the same command with --resume goes on from the last checkpoint, if there is one"):
             finished = this.train(sums)
         if not finished:
             done = f"step {this.training.step} of {this.config.steps}"
             print(f"stopped by a signal at {done} and saved; measuring what there is (Ctrl-C leaves at once)")
-        with command.failures("the same command with --resume measures and draws"):
+        with command.errors("the same command with --resume measures and draws"):
             metrics = this.report(arguments.points)
     print(table(metrics["nfe"]))
     kind = OBJECTIVES[this.config.objective]

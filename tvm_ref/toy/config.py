@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tvm_ref.cli.command_line import check_types, flag, option, require_at_least
+from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.options import check_types, flag, option, require_at_least, require_device
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.objectives import OBJECTIVES, Objective
 from tvm_ref.objectives.settings import make_objective
@@ -66,25 +67,25 @@ class ToyConfig:
         for name in ("lr", "w", "bandwidth"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{flag(name)} must be positive and finite, got {value}")
+                raise UserError(f"{flag(name)} must be positive and finite, got {value}")
         for name in ("noise_share", "equal_share", "target_ema", "ema"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{flag(name)} must lie in [0, 1], got {value}")
-        self.sampler()  # refuses shares that exceed 1 together
-        self.make_objective(FlowMap(torch.nn.Module()), null_label=0 if self.guided else None)  # refuses bad settings
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must lie in [0, 2^63), got {self.seed}")
-        if self.guided and not self.conditional:
-            raise ValueError("--w needs --conditional")
-        if self.conditional and self.data is not None:
-            raise ValueError("--conditional needs classes, and points of --data have none")
-        if self.bandwidth and self.data is None:
-            raise ValueError("--bandwidth goes with --data")
+                raise UserError(f"{flag(name)} must lie in [0, 1], got {value}")
         try:
-            torch.zeros(1, device=self.device).item()
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {self.device} cannot be used here: {str(error).splitlines()[0]}") from None
+            self.sampler()  # refuses shares that exceed 1 together
+            self.make_objective(FlowMap(torch.nn.Module()), null_label=0 if self.guided else None)  # bad settings
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must lie in [0, 2^63), got {self.seed}")
+        if self.guided and not self.conditional:
+            raise UserError("--w needs --conditional")
+        if self.conditional and self.data is not None:
+            raise UserError("--conditional needs classes, and points of --data have none")
+        if self.bandwidth and self.data is None:
+            raise UserError("--bandwidth goes with --data")
+        require_device(self.device)
 
     @property
     def guided(self) -> bool:

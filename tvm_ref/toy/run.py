@@ -27,7 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_of
 
-from tvm_ref.cli.command_line import first_line, write_atomically
+from tvm_ref.cli.errors import UserError, first_line
+from tvm_ref.cli.files import write_atomically
 from tvm_ref.cli.progress import progress
 from tvm_ref.cli.stopping import Interruption
 from tvm_ref.flow_map import FlowMap
@@ -66,9 +67,7 @@ def distribution_of(config: ToyConfig) -> GaussianMixture:
         make_distribution(config.dist) if config.data is None else load_points(Path(config.data), config.bandwidth)
     )
     if config.conditional and not distribution.num_classes:
-        raise ValueError(
-            f"--conditional needs classes, and {config.dist} has none (moons, circles, eight_gaussians do)"
-        )
+        raise UserError(f"--conditional needs classes, and {config.dist} has none (moons, circles, eight_gaussians do)")
     return distribution
 
 
@@ -85,7 +84,7 @@ def distribution_of_run(folder: Path, config: ToyConfig) -> GaussianMixture:
         points = torch.from_numpy(np.load(folder / LEARNED, allow_pickle=False))
         return OwnPoints(points, known["bandwidth"], tuple(known["columns"]))
     except (ValueError, KeyError, TypeError, EOFError, RuntimeError, IndexError) as error:
-        raise ValueError(f"{folder / LEARNED} and {DATA} cannot be used: {first_line(error)}") from None
+        raise UserError(f"{folder / LEARNED} and {DATA} cannot be used: {first_line(error)}") from None
 
 
 def fingerprint(distribution: GaussianMixture) -> str:
@@ -127,7 +126,7 @@ class Run:
         """
         for name in OWN_FILES:
             if self.path(name).is_dir():
-                raise ValueError(f"{self.path(name)} is a folder, where a run writes a file: choose another --out")
+                raise UserError(f"{self.path(name)} is a folder, where a run writes a file: choose another --out")
         for path in (*map(self.path, OWN_FILES), *self.folder.glob("samples-[0-9]*.csv")):
             path.unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -158,9 +157,9 @@ class Run:
             sums, data = state["sums"], state["data"]
         except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, OSError) as error:
             reason = str(error).splitlines()[0] if isinstance(error, RuntimeError | OSError) else "it is damaged"
-            raise ValueError(f"{self.path('checkpoint.pt')} cannot be used: {reason}") from None
+            raise UserError(f"{self.path('checkpoint.pt')} cannot be used: {reason}") from None
         if data != fingerprint(self.distribution):
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} was trained on other points than {self.config.data or self.config.dist} has"
             )
         self._before = self.training.seconds
@@ -170,7 +169,7 @@ class Run:
             lines = [json.loads(line) for line in text.splitlines()]
             self.log = [line for line in lines if line["step"] <= self.training.step]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.path('train.jsonl')} is damaged; without that file the log starts anew") from None
+            raise UserError(f"{self.path('train.jsonl')} is damaged; without that file the log starts anew") from None
         write_atomically(self.path("train.jsonl"), "".join(json.dumps(line) + "\n" for line in self.log))
         return sums
 
@@ -296,7 +295,7 @@ def load_run(folder: Path | str) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
     config, model, units = load_model(folder)
     distribution = distribution_of_run(Path(folder), config)
     if distribution.units != units:
-        raise ValueError(f"{folder} was trained on other points than its {LEARNED} has")
+        raise UserError(f"{folder} was trained on other points than its {LEARNED} has")
     return config, distribution, model
 
 
@@ -309,7 +308,7 @@ def load_model(folder: Path | str) -> tuple[ToyConfig, FlowMap, Units]:
     folder = Path(folder)
     config = read_config(folder)
     if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} holds no model yet; finish it with --resume")
+        raise UserError(f"{folder} holds no model yet; finish it with --resume")
     network = make_network(config, 2, distribution_of(config).num_classes if config.conditional else 0)
     model = FlowMap(network, scaled=config.guided)
     try:
@@ -317,7 +316,7 @@ def load_model(folder: Path | str) -> tuple[ToyConfig, FlowMap, Units]:
             model.network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             units = Units.from_metadata(file.metadata() or {})
     except (SafetensorError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{folder / WEIGHTS} is damaged: {str(error).splitlines()[0]}") from None
     return config, model.requires_grad_(False), units
 
 
@@ -338,6 +337,6 @@ def read_config(folder: Path) -> ToyConfig:
         stored = json.loads((folder / "config.json").read_text())
         return ToyConfig(**stored)
     except FileNotFoundError:
-        raise ValueError(f"{folder} holds no run (no config.json); train one first") from None
+        raise UserError(f"{folder} holds no run (no config.json); train one first") from None
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'} is not a configuration of this program: {error}") from None
+        raise UserError(f"{folder / 'config.json'} is not a configuration of this program: {error}") from None

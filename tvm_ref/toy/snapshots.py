@@ -6,6 +6,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from tvm_ref.cli.errors import UserError
+
 SNAPSHOTS = "snapshots.safetensors"
 SHARES = (0.0, 0.01, 0.03, 0.1, 0.3)  # of the steps; the end is weights.safetensors
 
@@ -45,5 +47,5 @@ def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
             step, name = key.split("/", 1)
             snapshots.setdefault(int(step), {})[name] = a
     except (SafetensorError, ValueError):
-        raise ValueError(f"{folder / SNAPSHOTS} is damaged; without that file its snapshots begin anew") from None
+        raise UserError(f"{folder / SNAPSHOTS} is damaged; without that file its snapshots begin anew") from None
     return dict(sorted(snapshots.items()))

@@ -13,7 +13,7 @@ from imagenet.data import digits
 from imagenet.data.digits import Judges, accepted, class_means, load_digits, pixels
 from imagenet.sampler import Generator
 from tvm_ref import OBJECTIVES
-from tvm_ref.cli import command_line
+from tvm_ref.cli import options as options_module
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_other_objectives_have_the_times_of_their_papers_and_none_is_guided():
     runs = digit_seeds.plan(["tvm", "meanflow", "lsd"], {"lsd": 0.003}, 2, ["--steps", "5"])
     assert list(runs) == ["fm", *(f"{key}-seed{k}" for key in ("tvm", "meanflow", "lsd") for k in range(2))]
     for name, options in runs.items():
-        changes = command_line.given(train.parser().parse_args(["digits", *options]), Config)
+        changes = options_module.given(train.parser().parse_args(["digits", *options]), Config)
         config = replace(PRESETS["digits"], **changes)
         key = name.split("-")[0]
         assert (config.objective, config.steps) == (key, 5)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tvm_ref.cli.errors import UserError
 from tvm_ref.toy.data.mixture import GaussianMixture
 
 Drawn = tuple[Tensor, Tensor | None]  # centres [K, 2] and, if there are classes, labels [K]
@@ -96,7 +97,7 @@ def make_distribution(name: str) -> GaussianMixture:
         ValueError: an unknown name.
     """
     if name not in DISTRIBUTIONS:
-        raise ValueError(f"unknown distribution '{name}'; choose one of {', '.join(DISTRIBUTIONS)}")
+        raise UserError(f"unknown distribution '{name}'; choose one of {', '.join(DISTRIBUTIONS)}")
     draw, sigma = DISTRIBUTIONS[name]
     centres, labels = draw()
     return GaussianMixture(standardise(centres, sigma), sigma, labels=labels)

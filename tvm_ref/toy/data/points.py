@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvm_ref.cli.command_line import first_line
+from tvm_ref.cli.errors import UserError, first_line
 from tvm_ref.toy.data.distributions import standardise
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.data.units import Units
@@ -55,7 +55,7 @@ class OwnPoints(GaussianMixture):
             near[far_points(kept)] = False  # one such point alone would ask for the widest
             bandwidth = likely_bandwidth(standardise(kept, 0.0)[near])
         if not MIN_BANDWIDTH <= bandwidth < 1:
-            raise ValueError(
+            raise UserError(
                 f"--bandwidth must lie in [{MIN_BANDWIDTH}, 1), in standard deviations of the data; got {bandwidth}"
             )
         super().__init__(standardise(kept, bandwidth), bandwidth)
@@ -169,7 +169,7 @@ def read_table(path: Path) -> tuple[Tensor, tuple[str, ...]]:
     if path.is_dir():
         raise IsADirectoryError(f"{path}: a folder, where a table of points is meant")
     if kind not in (*TEXT, ".npy"):
-        raise ValueError(f"{path}: points come as {' '.join(TEXT)} or .npy, not '{kind or 'a file without extension'}'")
+        raise UserError(f"{path}: points come as {' '.join(TEXT)} or .npy, not '{kind or 'a file without extension'}'")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     columns: tuple[str, ...] = ()
@@ -177,12 +177,12 @@ def read_table(path: Path) -> tuple[Tensor, tuple[str, ...]]:
         if kind == ".npy":
             points = np.load(path, allow_pickle=False)
             if points.dtype.kind not in "fiu":
-                raise ValueError(f"its type is {points.dtype}")
+                raise UserError(f"its type is {points.dtype}")
             points = points.astype(np.float64)
         else:
             points, columns = parse(path.read_text(encoding="utf-8-sig"))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a table of numbers ({first_line(error)})") from None
+        raise UserError(f"{path}: not a table of numbers ({first_line(error)})") from None
     check(path, points)
     return torch.from_numpy(points), columns if len(columns) == 2 else ("x", "y")
 
@@ -196,7 +196,7 @@ def parse(text: str) -> tuple[np.ndarray, tuple[str, ...]]:
     lines = {i: line for i, line in enumerate(text.replace('"', "").splitlines(), 1) if line.strip()}
     lines = {i: line for i, line in lines.items() if not line.lstrip().startswith("#")}
     if not lines:
-        raise ValueError("the file is empty")
+        raise UserError("the file is empty")
     first, *others = lines.values()
     common = (mark for mark in ";\t," if 2 * sum(mark in line for line in lines.values()) >= len(lines))
     separator = next(common, None)  # None: blanks
@@ -207,30 +207,30 @@ def parse(text: str) -> tuple[np.ndarray, tuple[str, ...]]:
     if header:
         del lines[next(iter(lines))]
     if not lines:
-        raise ValueError("nothing but a header")
+        raise UserError("nothing but a header")
     if separator in (";", "\t"):
         lines = {i: line.replace(",", ".") for i, line in lines.items()}
     try:
         return np.loadtxt(list(lines.values()), delimiter=separator, ndmin=2), columns if header else ()
     except ValueError as error:
-        raise ValueError(_where(lines, separator) or first_line(error)) from None
+        raise UserError(_where(lines, separator) or first_line(error)) from None
 
 
 def check(path: Path, points: np.ndarray) -> None:
     """Raise ValueError, with what to do, for numbers that are no points on a plane."""
     if points.ndim != 2 or points.shape[1] != 2:
         shape = " x ".join(map(str, points.shape))
-        raise ValueError(f"{path}: points must be N x 2, got {shape}{_advice(points)}")
+        raise UserError(f"{path}: points must be N x 2, got {shape}{_advice(points)}")
     if len(points) < 10:
-        raise ValueError(f"{path}: at least 10 points are needed, got {len(points)}")
+        raise UserError(f"{path}: at least 10 points are needed, got {len(points)}")
     if not np.isfinite(points).all():
         bad = np.flatnonzero(~np.isfinite(points).all(1))
-        raise ValueError(f"{path}: points that are NaN or infinite: {len(bad)}, first point {bad[0] + 1}")
+        raise UserError(f"{path}: points that are NaN or infinite: {len(bad)}, first point {bad[0] + 1}")
     if np.abs(points).max() > 1e100:
-        raise ValueError(f"{path}: numbers beyond 1e100 cannot be standardised")
+        raise UserError(f"{path}: numbers beyond 1e100 cannot be standardised")
     for axis in range(2):
         if np.ptp(points[:, axis]) == 0:
-            raise ValueError(f"{path}: column {axis + 1} is constant")
+            raise UserError(f"{path}: column {axis + 1} is constant")
 
 
 def _advice(points: np.ndarray) -> str:

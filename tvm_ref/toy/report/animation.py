@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tvm_ref.cli.command_line import OneLineParser, require_suffix
-from tvm_ref.cli.command_line import run as run_command
+from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.files import require_suffix
+from tvm_ref.cli.options import OneLineParser
+from tvm_ref.cli.options import run as run_command
 from tvm_ref.cli.progress import progress
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.sampling import sample_path
@@ -33,9 +35,9 @@ def paths(run: Path) -> tuple[list[float], Tensor, Tensor]:
     """
     config, distribution, model = load_run(run)
     if config.conditional:
-        raise ValueError(f"{run} is conditioned on classes; this animation shows runs without --conditional")
+        raise UserError(f"{run} is conditioned on classes; this animation shows runs without --conditional")
     if not OBJECTIVES[config.objective].learns_jumps:
-        raise ValueError(f"{run} was trained by --objective {config.objective}, which teaches no jumps")
+        raise UserError(f"{run} was trained by --objective {config.objective}, which teaches no jumps")
     noise = torch.randn(POINTS, 2, generator=torch.Generator().manual_seed(2**40))
     times = [1 - i / STEPS for i in range(STEPS + 1)]
     print(f"carrying {POINTS} points by the exact flow, in {STEPS} steps")
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     out = options.out or options.run / "animation.gif"
     use_one_thread()
-    with parser.bad_input():
+    with parser.errors(), user_files():
         require_suffix(out, ".gif")
         animate(options.run, out)
     print(f"{out}: {out.stat().st_size / 1e3:,.0f} kB")

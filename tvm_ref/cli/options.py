@@ -1,17 +1,18 @@
-"""The one way into every command: options from a dataclass, errors of one line, free folders, a quiet Ctrl-C."""
+"""Options of commands: made from a dataclass, checked against its annotations; errors of one line."""
 
 import argparse
 import contextlib
 import dataclasses
-import os
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-from tvm_ref.cli.stopping import INTERRUPTED, is_first_rank, leave_at_once, raise_again
+import torch
+
+from tvm_ref.cli.errors import UserError, first_line
+from tvm_ref.cli.stopping import INTERRUPTED, is_first_rank
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -29,32 +30,27 @@ class OneLineParser(argparse.ArgumentParser):
         self._end(f"error: {message} (--help lists all options)", 2)
 
     @contextlib.contextmanager
-    def bad_input(self) -> Iterator[None]:
-        """Turn what bad options and files raise into `error` (a network beyond the memory is a RuntimeError)."""
-        try:
-            yield
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            line = first_line(error)
-            if "--" in line:  # it is about an option
-                self.error(line)
-            self._end(f"error: {line}", 2)
+    def errors(self, hint: str = "") -> Iterator[None]:
+        """End with one line where the user can mend what is wrong (status 2) or pressed Ctrl-C (status 130).
 
-    @contextlib.contextmanager
-    def failures(self, hint: str = "") -> Iterator[None]:
-        """End with one line and status 1 where work fails, and with status 130 where it is interrupted.
+        So does a training that diverges (FloatingPointError, which its checks raise; status 1). Every other error
+        keeps its traceback.
 
         Args:
-            hint: how to go on afterwards; not said of numbers that are not finite (FloatingPointError), as they recur.
+            hint: how to go on afterwards; printed after "stopped" and after a traceback.
         """
-        hint = hint and f"; {hint}"
         try:
             yield
-        except KeyboardInterrupt:
-            self._end(f"stopped{hint}", INTERRUPTED)
+        except UserError as error:
+            self._end(f"error: {first_line(error)}", 2)
         except FloatingPointError as error:
             self._end(f"error: {first_line(error)}", 1)
-        except (OSError, MemoryError, RuntimeError) as error:
-            self._end(f"error: {first_line(error)}{hint}", 1)
+        except KeyboardInterrupt:
+            self._end("stopped" + (hint and f"; {hint}"), INTERRUPTED)
+        except Exception as error:
+            if hint:
+                error.add_note(hint)
+            raise
 
     def _end(self, line: str, status: int) -> NoReturn:
         if is_first_rank():
@@ -76,24 +72,14 @@ def _with_default(text: str, default: Any) -> str:
     return f"{text} (default: {'yes' if default is True else shown.replace('%', '%%')})"
 
 
-def first_line(error: BaseException) -> str:
-    """Say in one line what went wrong; of a file, with its name."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a command and exit with its status; a Ctrl-C that it does not catch ends it in one line, with status 130."""
-    raise_again()
     try:
         status = main()
     except KeyboardInterrupt:
         if is_first_rank():
             print("\nstopped", file=sys.stderr, flush=True)
         status = INTERRUPTED
-    finally:
-        leave_at_once()  # while Python itself ends
     sys.exit(status)
 
 
@@ -152,72 +138,38 @@ def given(arguments: argparse.Namespace, config: type) -> dict[str, Any]:
 
 
 def check_types(config: Any) -> None:
-    """Raise ValueError, naming the option, for a field that is not what its annotation says, as a file may have it."""
+    """Raise UserError, naming the option, for a field that is not what its annotation says, as a file may have it."""
     many = {f.name for f in dataclasses.fields(config) if f.metadata.get("nargs")}
     for name, (kind, optional, choices) in kinds(type(config)).items():
         value = getattr(config, name)
         if name in many and not (isinstance(value, tuple) and value):
-            raise ValueError(f"{flag(name)} must be a list, and not empty; got {value!r:.80}")
+            raise UserError(f"{flag(name)} must be a list, and not empty; got {value!r:.80}")
         for item in value if name in many else (value,):
             if item is not None or not optional:
                 _check_type(name, item, kind, choices)
 
 
 def _check_type(name: str, value: Any, kind: type, choices: tuple[str, ...] | None) -> None:
-    """Raise ValueError, naming the option, for a value that is of another kind, or none of the choices."""
+    """Raise UserError, naming the option, for a value that is of another kind, or none of the choices."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
-        raise ValueError(f"{flag(name)} must be {words.get(kind, kind.__name__)}, got {value!r:.80}")
+        raise UserError(f"{flag(name)} must be {words.get(kind, kind.__name__)}, got {value!r:.80}")
     if choices is not None and value not in choices:
-        raise ValueError(f"{flag(name)} must be one of {', '.join(choices)}; got {value!r:.80}")
+        raise UserError(f"{flag(name)} must be one of {', '.join(choices)}; got {value!r:.80}")
 
 
 def require_at_least(least: float, **values: float) -> None:
-    """Raise ValueError, naming the option, for a value below `least` or NaN."""
+    """Raise UserError, naming the option, for a value below `least` or NaN."""
     for name, value in values.items():
         if not value >= least:
-            raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
+            raise UserError(f"{flag(name)} must be at least {least}, got {value}")
 
 
-def require_free(out: Path, marks: Sequence[str], what: str = "a run", ways: str = "", overwrite: bool = False) -> None:
-    """Raise ValueError unless results may be written into the folder `out`, which need not exist yet.
-
-    Args:
-        out: must be new, empty, or hold earlier results that `overwrite` gives up.
-        marks: names of files; a folder with all of them holds earlier results.
-        what: these results are.
-        ways: options that would do, for the message, as "--resume, --overwrite".
-        overwrite: whether earlier results may be replaced.
-    """
-    place = next(path for path in (out, *out.absolute().parents) if path.exists())  # where it is, or will be made
-    if not place.is_dir():
-        raise ValueError(f"{place} is a file, not a folder")
-    if not os.access(place, os.W_OK):
-        raise ValueError(f"{place} cannot be written to: choose another --out")
-    if place != out or not any(out.iterdir()):
-        return
-    if not all((out / mark).is_file() for mark in marks):
-        raise ValueError(f"{out} holds something that is not {what}: choose another --out")
-    if not overwrite:
-        raise ValueError(f"{out} already holds {what}: {ways + ', or' if ways else 'choose'} another --out")
-
-
-def require_new(out: Path | None) -> None:
-    """Raise ValueError unless the file `out` can be made, and is not there yet; None is no file."""
-    if out is not None:
-        if out.exists():
-            raise ValueError(f"{out} exists already; choose another --out")
-        require_free(out, ())
-
-
-def require_suffix(path: Path, suffix: str) -> None:
-    """Raise ValueError unless a file that is to be written, and may be there, is named as its kind is."""
-    if path.suffix.lower() != suffix:
-        raise ValueError(f"--out {path}: the file to write must end in {suffix}")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+def require_device(name: str) -> torch.device:
+    """Return the device of a name ("cpu", "cuda:1", ...); raise UserError unless it can be used here."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from None
+    return device

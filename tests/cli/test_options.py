@@ -1,0 +1,246 @@
+import dataclasses
+import errno
+import signal
+import subprocess
+import sys
+import traceback
+from typing import Literal
+
+import pytest
+
+from tvm_ref.cli.errors import UserError, first_line, user_files
+from tvm_ref.cli.options import OneLineParser, add_options, check_types, given, option, require_at_least, run
+
+KINDS = {"a": 1, "b": 2}  # a registry
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    steps: int = option(3, "steps")
+    rate: float = option(0.5, "rate, of 100 %")
+    name: str | None = option(None, "name (default: none)")
+    share: float | None = option(None, "share")
+    kind: str = option("a", "kind", choices=tuple(KINDS))
+    size: Literal["small", "large"] = option("small", "size")
+    loud: bool = option(False, "loud")
+    norm: bool = option(True, "norm")
+
+
+def parser(**keywords):
+    p = OneLineParser("program", "First line.\n  indented", **keywords)
+    add_options(p, Settings)
+    p.add_argument("--count", type=int, default=7, help="count")
+    p.add_argument("--rates", type=float, nargs="+", default=[0.1, 2], help="rates")
+    p.add_argument("--quiet", action="store_true", help="quiet")
+    p.add_argument("place", nargs="?", default="here", help="the default is here")
+    return p
+
+
+def ending(capsys):
+    """The line on stderr with which the last SystemExit came."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err.strip()
+
+
+def test_types_and_choices_come_from_annotations():
+    words = "--steps 5 --rate 2 --name x --share 0.25 --kind b --size large --loud --no-norm"
+    arguments = parser().parse_args(words.split(" "))
+    settings = Settings(**given(arguments, Settings))
+    assert settings == Settings(5, 2.0, "x", 0.25, "b", "large", True, False)
+    assert isinstance(settings.rate, float)
+    assert arguments.count == 7
+
+
+def test_options_that_are_not_given_stay_absent():
+    assert given(parser().parse_args(["--steps", "5"]), Settings) == {"steps": 5}
+
+
+def test_only_some_fields_become_options():
+    p = OneLineParser("program")
+    add_options(p.add_argument_group("of a group"), Settings, ["rate"])
+    assert vars(p.parse_args([])) == {}
+    assert vars(p.parse_args(["--rate", "3"])) == {"rate": 3.0}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--steps", "1.5"], ["--rate", "x"], ["--kind", "c"], ["--size", "huge"], ["--no-loud"], ["--step", "1"]],
+)
+def test_what_the_annotation_does_not_allow_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(arguments)
+    assert stop.value.code == 2
+    assert ending(capsys).startswith("program: error: ")
+
+
+def test_help_states_every_default_once_and_keeps_lines():
+    text = parser().format_help()
+    flat = " ".join(text.split())
+    assert "First line.\n  indented" in text
+    for part in (
+        "steps (default: 3)", "rate, of 100 % (default: 0.5)", "kind (default: a)", "size (default: small)",
+        "norm (default: yes)", "count (default: 7)", "rates (default: 0.1 2)", "name (default: none)",
+        "the default is here", "{small,large}",
+    ):  # fmt: skip
+        assert part in flat
+    assert flat.count("(default") == 8
+    assert "quiet (" not in flat
+    assert "loud (" not in flat
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 1.0}, "--steps must be a whole number"),
+        ({"steps": True}, "--steps must be a whole number"),
+        ({"rate": "fast"}, "--rate must be a number"),
+        ({"rate": None}, "--rate must be a number"),
+        ({"loud": 1}, "--loud must be true or false"),
+        ({"kind": "c"}, "--kind must be one of a, b"),
+        ({"size": "huge"}, "--size must be one of small, large"),
+        ({"name": 3}, "--name must be text"),
+    ],
+)
+def test_values_from_a_file_are_held_to_the_annotations(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_types(Settings(**changes))
+
+
+def test_what_fits_the_annotations_passes():
+    check_types(Settings())
+    check_types(Settings(rate=1, share=0.5, name="x"))
+
+
+def test_least_values_name_their_option():
+    require_at_least(1, batch_size=1)
+    for bad in (0, float("nan")):
+        with pytest.raises(ValueError, match="--batch-size must be at least 1"):
+            require_at_least(1, batch_size=bad)
+
+
+def test_what_the_user_can_mend_ends_with_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as stop, parser().errors("go on"):
+        raise UserError("--rate must be positive\nand more")
+    assert stop.value.code == 2
+    assert ending(capsys) == "program: error: --rate must be positive"
+
+
+def test_a_file_that_the_user_named_is_named_in_one_line(capsys):
+    with pytest.raises(SystemExit) as stop, parser().errors(), user_files():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x.csv")
+    assert stop.value.code == 2
+    assert ending(capsys) == "program: error: x.csv: No such file or directory"
+
+
+def test_a_training_that_diverges_ends_with_one_line_and_no_advice_to_go_on(capsys):
+    with pytest.raises(SystemExit) as stop, parser().errors("go on"):
+        raise FloatingPointError("step 3: the loss is NaN")
+    assert stop.value.code == 1
+    assert ending(capsys) == "program: error: step 3: the loss is NaN"
+
+
+def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(capsys):
+    with pytest.raises(SystemExit) as stop, parser().errors("go on"):
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert ending(capsys) == "program: stopped; go on"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        ValueError("a bug"),
+        OSError(errno.ENOSPC, "No space left on device"),  # after hours it is no bad input
+    ],
+)
+def test_every_other_error_keeps_its_traceback_and_the_hint_stands_after_it(error):
+    with pytest.raises(type(error)) as raised, parser().errors("the same command goes on"):
+        raise error
+    assert raised.value is error
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    assert "raise error" in "\n".join(lines)
+    assert lines[-1] == "the same command goes on"
+
+
+def test_a_network_that_is_edited_wrongly_shows_file_and_line(tmp_path):
+    """Its RuntimeError once became one line, without either."""
+    code = """
+from tvm_ref.toy import __main__ as command, network
+from tvm_ref.toy.network import ToyNetwork
+
+def forward(self, x, t, s, condition):
+    return self.layers_that_are_missing(x)
+
+ToyNetwork.forward = forward
+command.run(lambda: command.main(["--steps", "3", "--out", "run"]))
+"""
+    (tmp_path / "edited.py").write_text(code)
+    done = subprocess.run([sys.executable, "edited.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f'File "{tmp_path}/edited.py", line 6, in forward' in done.stderr
+    assert "--resume" in done.stderr.splitlines()[-1]
+
+
+def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop, parser().errors():
+        raise UserError("broken")
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        parser().error("bad")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_first_line_of_an_error_without_words():
+    assert first_line(RuntimeError()) == "RuntimeError"
+
+
+@pytest.mark.parametrize(("result", "status"), [(0, 0), (1, 1), (KeyboardInterrupt(), 130), (SystemExit(2), 2)])
+def test_run_exits_with_the_status(result, status, capsys):
+
+    def main():
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == status
+    assert capsys.readouterr().err == ("\nstopped\n" if status == 130 else "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals; run it on Linux or macOS")
+@pytest.mark.slow
+def test_a_second_ctrl_c_leaves_at_once():
+    """The first is noted; the second one comes in a step that would take a minute."""
+    code = """
+import time
+from tvm_ref.cli.options import OneLineParser, run
+from tvm_ref.cli.stopping import Interruption
+
+def main():
+    with OneLineParser("program").errors("go on"), Interruption() as interruption:
+        print("training", flush=True)
+        while not interruption.requested:
+            time.sleep(0.01)
+        print("noted", flush=True)
+        time.sleep(60)
+    return 0
+
+run(main)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for expected in ("training\n", "noted\n"):
+            assert process.stdout.readline() == expected
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err == "program: stopped; go on\n"
+    assert out == ""

@@ -1,0 +1,24 @@
+"""UserError: what the person at the keyboard can mend. It becomes one line; every other error keeps its traceback."""
+
+import contextlib
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """Options, files, data or folders that cannot be used. A command prints its first line and exits with status 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """Say in one line what went wrong; of a file, with its name."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def user_files() -> Iterator[None]:
+    """Raise UserError for an OSError: around the reading of files that the user named, never around long work."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(first_line(error)) from error

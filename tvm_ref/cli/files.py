@@ -1,0 +1,53 @@
+"""Folders and files that commands write: never over something else, and never half."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tvm_ref.cli.errors import UserError, user_files
+
+
+def require_free(out: Path, marks: Sequence[str], what: str = "a run", ways: str = "", overwrite: bool = False) -> None:
+    """Raise UserError unless results may be written into the folder `out`, which need not exist yet.
+
+    Args:
+        out: must be new, empty, or hold earlier results that `overwrite` gives up.
+        marks: names of files; a folder with all of them holds earlier results.
+        what: these results are.
+        ways: options that would do, for the message, as "--resume, --overwrite".
+        overwrite: whether earlier results may be replaced.
+    """
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())  # where it is, or will be made
+    if not place.is_dir():
+        raise UserError(f"{place} is a file, not a folder")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{place} cannot be written to: choose another --out")
+    if place != out or not any(out.iterdir()):
+        return
+    if not all((out / mark).is_file() for mark in marks):
+        raise UserError(f"{out} holds something that is not {what}: choose another --out")
+    if not overwrite:
+        raise UserError(f"{out} already holds {what}: {ways + ', or' if ways else 'choose'} another --out")
+
+
+def require_new(out: Path | None) -> None:
+    """Raise UserError unless the file `out` can be made, and is not there yet; makes its folder. None is no file."""
+    if out is not None:
+        if out.exists():
+            raise UserError(f"{out} exists already; choose another --out")
+        require_free(out, ())
+        with user_files():
+            out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def require_suffix(path: Path, suffix: str) -> None:
+    """Raise UserError unless a file that is to be written, and may be there, is named as its kind is."""
+    if path.suffix.lower() != suffix:
+        raise UserError(f"--out {path}: the file to write must end in {suffix}")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
