@@ -148,7 +148,8 @@ def shared_kib(device: torch.device) -> int:
     """KiB of shared memory that a block may have on a card; in the interpreter as on the largest."""
     if device.type != "cuda":
         return LARGE_KIB
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks this field in some versions
+    return properties.shared_memory_per_block_optin // 1024
 
 
 def why_not(q: Tensor, dual: bool) -> str:
