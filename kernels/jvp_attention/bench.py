@@ -3,7 +3,6 @@
     python -m jvp_attention.bench --out h100.json
     python -m jvp_attention.bench --official ~/tvm          # a checkout of the paper's code: its kernels too
     python -m jvp_attention.bench --sizes dit --tune        # DiT-XL's shapes, tiles tuned first
-    python -m jvp_attention.bench --host                    # the host's time per call instead; needs no GPU
 
 Sizes are those of the paper's table 5 (B 1, H 1 and 24, N 128 to 32768, D 128) and of DiT-XL (B 32; N 256 and 1024;
 18 heads of 64 channels and 16 of 72). Implementations: ours, plain PyTorch attention under torch.func.jvp,
@@ -14,7 +13,6 @@ one pass could do with 15), as a share of the rate of a large matrix product mea
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -209,27 +207,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the inputs (default: bfloat16)")
     p.add_argument("--official", type=Path, metavar="PATH", help="a checkout of the paper's repository")
     p.add_argument("--tune", action="store_true", help="let every kernel choose its fastest tiles first")
-    p.add_argument("--host", action="store_true", help="measure the host's time per call, with kernels that do nothing")
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the figures to this new JSON file")
     return p
-
-
-def host() -> int:
-    """Print the host's times; returns the exit status."""
-    if importlib.util.find_spec("triton") is None:
-        print("python -m jvp_attention.bench: error: --host needs triton", file=sys.stderr)
-        return 2
-    from jvp_attention import host_time
-
-    print(host_time.table(host_time.host_times()))
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parser().parse_args(argv)
-    if args.host:
-        return host()
     problem = ""
     if args.official and not (args.official / "jvp_utils" / "functional.py").is_file():
         problem = f"{args.official} holds no jvp_utils/functional.py: give a checkout of the paper's repository"

@@ -3,7 +3,7 @@
 A program keeps the tile that it was given in registers or shared memory and streams through the others. What a block
 may have of shared memory decides between two tables: LARGE for Hopper and data-centre Blackwell (sm_90, sm_100: 227
 KiB), SMALL for all others from sm_80 on (99 KiB on sm_86, sm_89 and sm_120). Sizes were chosen by compiling and
-counting clocks (`python -m jvp_attention.compile_report --clocks`), not by timing.
+counting clocks (`kernels/tools/compile_report.py --clocks`), not by timing.
 """
 
 import functools

@@ -1,10 +1,10 @@
-"""What the compiler makes of every kernel, for a GPU that need not be there.
+"""Report what the compiler makes of every kernel, for a GPU that need not be present.
 
-    python -m jvp_attention.compile_report                       # default tiles, bfloat16, heads of 64 and 128
-    python -m jvp_attention.compile_report --dims 72 256 --dtype float32
-    python -m jvp_attention.compile_report --all                 # every candidate of the tuning, not the default alone
-    python -m jvp_attention.compile_report --clocks              # and a static roofline, see clocks.py
-    python -m jvp_attention.compile_report --arch 80 89 120      # other cards than an H100 (90)
+    python kernels/tools/compile_report.py                       # default tiles, bfloat16, heads of 64 and 128
+    python kernels/tools/compile_report.py --dims 72 256 --dtype float32
+    python kernels/tools/compile_report.py --all                 # every candidate of the tuning, not the default alone
+    python kernels/tools/compile_report.py --clocks              # and a static roofline, see clocks.py
+    python kernels/tools/compile_report.py --arch 80 89 120      # other cards than an H100 (90)
 
 Prints, per kernel: products of matrices per pair of tiles, registers per thread (255 is the most), bytes of stack per
 thread (registers that were spilled lie there), shared memory (the most is 227 KiB on sm_90 and sm_100, 163 on sm_80, 99
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jvp_attention.clocks import count, machine_code
+from clocks import count, machine_code
 from jvp_attention.shapes import LARGEST_HEAD
 from jvp_attention.tile_sizes import Tiles
 
@@ -156,7 +156,7 @@ def header(clocks: bool) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     p = argparse.ArgumentParser(
-        "python -m jvp_attention.compile_report",
+        "python kernels/tools/compile_report.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

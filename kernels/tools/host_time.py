@@ -1,12 +1,16 @@
-"""How long the host takes to bring attention to its kernels, which are not run.
+"""Measure how long the host takes to launch attention's kernels, which are not run.
+
+    python kernels/tools/host_time.py
 
 Where a layer's kernels take less time than Python takes to launch them, the GPU waits: a DiT's do at batch sizes below
 a few dozen. A machine shared with others measures too much, of all rows alike, so ratios to the first row mean more
 than milliseconds.
 """
 
+import importlib.util
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -70,3 +74,16 @@ def table(times: dict[str, float]) -> str:
     """Lay the times out as text, with ratios to the first."""
     first = next(iter(times.values()))
     return "\n".join(f"{name:<36} {ms:>7.3f} ms {ms / first:>6.2f}" for name, ms in times.items())
+
+
+def main() -> int:
+    """Print the table; returns the exit status."""
+    if importlib.util.find_spec("triton") is None:
+        print("host_time.py: error: needs triton", file=sys.stderr)
+        return 2
+    print(table(host_times()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

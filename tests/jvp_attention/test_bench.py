@@ -114,14 +114,3 @@ def test_the_official_kernels_are_found_in_a_checkout(tmp_path, monkeypatch):
     (tmp_path / "jvp_utils" / "functional.py").write_text("def sdpa_jvp(q, k, v):\n    return v\n")
     monkeypatch.setattr("sys.path", [*sys.path])
     assert bench.official_attention(tmp_path)(1, 2, 3) == 3
-
-
-@pytest.mark.slow
-def test_the_hosts_time_is_shown_beside_the_bare_operators(device, capsys):
-    """And attention adds little to it; what torch.func.jvp takes for any function is the first row."""
-    assert bench.main(["--host"]) == 0
-    rows = {line[:36].strip(): float(line[36:].split()[0]) for line in capsys.readouterr().out.splitlines()}
-    nothing, bare, ours = list(rows.values())[:3]
-    assert 0 < nothing < ours
-    assert ours < 1.5 * bare
-    assert rows["dual_attention"] < ours

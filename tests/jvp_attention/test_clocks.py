@@ -1,8 +1,9 @@
-"""Counting clocks in machine code, on listings written by hand."""
+"""The developers' tools: clocks counted in machine code, on listings written by hand, and the host's time."""
 
 import pytest
 
-from jvp_attention import clocks
+import clocks
+import host_time
 
 
 def listing(*lines: str) -> str:
@@ -74,3 +75,14 @@ def test_products_of_single_warps():
 def test_unknown_machine_code_is_refused():
     with pytest.raises(ValueError, match="no matrix instruction"):
         clocks.count(LOOP.replace("HGMMA", "UTCHMMA"), warps=4, sm=90)
+
+
+@pytest.mark.slow
+def test_the_hosts_time_is_shown_beside_the_bare_operators(device, capsys):
+    """And attention adds little to it; what torch.func.jvp takes for any function is the first row."""
+    assert host_time.main() == 0
+    rows = {line[:36].strip(): float(line[36:].split()[0]) for line in capsys.readouterr().out.splitlines()}
+    nothing, bare, ours = list(rows.values())[:3]
+    assert 0 < nothing < ours
+    assert ours < 1.5 * bare
+    assert rows["dual_attention"] < ours

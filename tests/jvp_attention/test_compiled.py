@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jvp_attention import compile_report
+import compile_report
 
 pytestmark = pytest.mark.slow  # some kernels compile for half a minute
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
@@ -23,7 +23,7 @@ def compiled(file: Path, *options: str) -> list[dict]:
     """The figures of the default kernels in bfloat16, by a process of its own, where nothing is interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(file.parent / "cache")}
-    command = [sys.executable, "-m", "jvp_attention.compile_report", "--json", str(file), *options]
+    command = [sys.executable, compile_report.__file__, "--json", str(file), *options]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     return json.loads(file.read_text())

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import compile_report
+from compile_report import SHARED_KIB
 from jvp_attention import tile_sizes
-from jvp_attention.compile_report import SHARED_KIB
 from jvp_attention.tile_sizes import Tiles, candidates
 
 PLAIN = {"forward", "query", "key"}
@@ -35,7 +36,7 @@ def compiled(tmp_path, sm: int, dtype: str, dims: list[int], *options: str) -> l
     """The figures of the default kernels, by a process of its own, where nothing is interpreted."""
     file = tmp_path / "report.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "jvp_attention.compile_report", "--arch", str(sm), "--dtype", dtype]
+    command = [sys.executable, compile_report.__file__, "--arch", str(sm), "--dtype", dtype]
     command += ["--json", str(file), "--dims", *map(str, dims), *options]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
