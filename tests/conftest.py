@@ -14,6 +14,7 @@ UNCHECKED = {"bad_shapes": "raises before the function's own check", "compiles":
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run what is marked slow")
     parser.addoption("--check-shapes", action="store_true", help="check every shape in a signature at run time")
 
 
@@ -31,7 +32,21 @@ def pytest_configure(config: pytest.Config) -> None:
         install_import_hook([*packages[:2], *attention], "shape_checker.checker")
 
 
+def leaves_out_slow(config: pytest.Config) -> bool:
+    """True unless slow tests are asked for: by --slow, by an expression after -m, or by a test's own name."""
+    named = any("::" in argument for argument in config.args)
+    return not (config.getoption("--slow") or config.getoption("-m") or named)
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return "slow tests are left out; --slow adds them" if leaves_out_slow(config) else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if leaves_out_slow(config):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run it there with `pytest -m gpu`"))
