@@ -173,6 +173,12 @@ def measure_apart(config: Config, device: str, steps: int, warmup: int) -> Row:
 # The command --------------------------------------------------------------------------------------------------------
 
 
+def detaching(config: Config, detach: bool) -> dict[str, Any]:
+    """Return an objective's settings with the gradient through the JVP stopped, or not."""
+    others = {name: value for name, value in config.settings.items() if name != "detach_jvp"}
+    return others | ({"detach_jvp": True} if detach else {})
+
+
 def configurations(
     config: Config, batch_sizes: Sequence[int], attention: Sequence[str], detached: Sequence[bool]
 ) -> list[Config]:
@@ -184,7 +190,7 @@ def configurations(
     for kind in attention:
         ATTENTION[kind]()
     return [
-        replace(config, data="synthetic", batch_size=batch_size, attention=kind, detach_jvp=detach)
+        replace(config, data="synthetic", batch_size=batch_size, attention=kind, settings=detaching(config, detach))
         for kind, detach, batch_size in itertools.product(attention, detached, batch_sizes)
     ]
 
@@ -210,7 +216,7 @@ def measure_all(configs: list[Config], device: torch.device, steps: int = 10, wa
     """
     first = configs[0]
     flops = {
-        str(detached).lower(): arithmetic(replace(first, detach_jvp=detached))
+        str(detached).lower(): arithmetic(replace(first, settings=detaching(first, detached)))
         for detached in dict.fromkeys(c.detach_jvp for c in configs)
     }
     rate = matmul_rate(device, getattr(torch, first.precision))

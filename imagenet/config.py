@@ -3,17 +3,17 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from imagenet.model.dit import ATTENTION, DiT, DiTConfig
 from tvm_ref import OBJECTIVES, TIME_SAMPLERS, FlowMap, TimeSampler
 from tvm_ref.cli.errors import UserError
-from tvm_ref.cli.options import check_types, flag, option, require_at_least
+from tvm_ref.cli.options import check_types, flag, option, read_settings, require_at_least
 from tvm_ref.objectives import Objective
-from tvm_ref.objectives.settings import make_objective
 
 SHOWN = 80  # letters of an unknown key that are printed
 # sizes far beyond what fits any machine, so that a bad file is noticed before its network is built
@@ -51,11 +51,12 @@ class Config:
     scaled: bool = option(True, "scaled parameterisation f = (s - t) w F (sec. 4)")
     # Objective
     objective: str = option("tvm", "what to minimise: TVM, or what it is compared with", choices=OBJECTIVES)
-    settings: str = option("", "the objective's own settings, NAME=VALUE,... as power=0 or stops='none'")
+    settings: Mapping[str, Any] = option(
+        {}, "the objective's own settings, as power=0 or stops=none (tvm_ref/objectives/README.md)"
+    )
     w: float = option(1.0, "classifier-free guidance weight (eq. 15); the network learns this one; 1: none")
     w_max: float | None = option(None, "draw beta = 1/w between 1/w_max and 1/w (F.1); default: w alone")
     label_dropout: float = option(0.1, "share of labels replaced by 'no class' (sec. 3)")
-    detach_jvp: bool = option(False, "no gradient through the JVP: cheaper, biased (sec. 7.4)", **SWITCH)
     time_sampler: str = option(
         "own", "how times are drawn (sec. 7.3); own: as the objective's paper does, gap* in TVM",
         choices=("own", *TIME_SAMPLERS),
@@ -125,6 +126,11 @@ class Config:
             raise UserError("--optimizer soap needs unsharded weights: it does not go with --parallel fsdp")
         if self.compile and self.parallel == "fsdp":
             raise UserError("--compile has not been tried with --parallel fsdp: choose one")
+        kind = OBJECTIVES[self.objective]
+        settings = read_settings(f"--settings of --objective {self.objective}", kind, self.settings, ("null_label",))
+        object.__setattr__(self, "settings", settings)
+        if self.guided and not kind.has_guidance:
+            raise UserError(f"--objective {self.objective} has no guidance here: it goes with --w 1")
         try:
             self.sampler()
             self.network()
@@ -137,22 +143,24 @@ class Config:
         """Whether guidance is learned, for which the target is called a second time, without a class."""
         return self.w != 1 or self.w_max is not None
 
+    @property
+    def detach_jvp(self) -> bool:
+        """Whether TVM's gradient through the JVP is stopped: --settings detach_jvp=true."""
+        return bool(self.settings.get("detach_jvp"))
+
     def network(self) -> DiTConfig:
         """Return the sizes of the network."""
         return DiTConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DiTConfig)})
 
     def make_objective(self, model: FlowMap) -> Objective:
-        """Build the objective with its settings.
-
-        Raises:
-            ValueError: see tvm_ref.objectives.settings.make_objective.
-        """
+        """Build the objective with its settings."""
         null_label = self.classes if self.guided else None
-        return make_objective(self.objective, model, self.settings, null_label=null_label, detach_jvp=self.detach_jvp)
+        return OBJECTIVES[self.objective](model, null_label=null_label, **self.settings)
 
     def sampler(self) -> TimeSampler:
         """Return the sampler of times."""
-        return OBJECTIVES[self.objective].make_times(self.time_sampler, self.equal_share, self.noise_share)
+        law = None if self.time_sampler == "own" else TimeSampler(self.time_sampler)
+        return OBJECTIVES[self.objective].make_times(law, self.equal_share, self.noise_share)
 
     def to_json(self) -> str:
         """Write one JSON object, a key per field."""

@@ -85,7 +85,7 @@ def parser() -> OneLineParser:
     """Build the command line."""
     lines = ["presets, and where they differ from digits:"]
     for name, preset in PRESETS.items():
-        changed = [f for f in dataclasses.fields(Config) if getattr(preset, f.name) != f.default]
+        changed = [f for f in dataclasses.fields(Config) if getattr(preset, f.name) != getattr(Config(), f.name)]
         lines.append(f"  {name}: " + (", ".join(f"{f.name} {getattr(preset, f.name)}" for f in changed) or "default"))
     usage = "train.py [PRESET] [--option value ...]"
     p = OneLineParser("train.py", __doc__, usage=usage, epilog="\n".join(lines))
@@ -111,6 +111,7 @@ def prepare(
         ValueError, OSError: bad values, or a folder that is in the way.
     """
     config = dataclasses.replace(PRESETS[preset], **changes)
+    changes = {name: getattr(config, name) for name in changes}  # words of --settings have become values
     resumed = resume and (out / checkpoint.CONFIG).exists()
     if resumed:
         of_preset = {} if preset == "digits" else dataclasses.asdict(PRESETS[preset])  # digits may be unsaid

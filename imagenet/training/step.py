@@ -55,7 +55,7 @@ class Training:
 
     Attributes:
         model: the weights theta.
-        weight: a learned weight of the loss, with --settings learned_weight=True; else it holds nothing.
+        weight: a learned weight of the loss, with --settings learned_weight=true; else it holds nothing.
         target: their average theta*.
         averages: their averages theta**, one for each decay; `ema` is the first, which is evaluated.
     """

@@ -4,12 +4,22 @@ import signal
 import subprocess
 import sys
 import traceback
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import pytest
 
 from tvm_ref.cli.errors import UserError, first_line, user_files
-from tvm_ref.cli.options import OneLineParser, add_options, check_types, given, option, require_at_least, run
+from tvm_ref.cli.options import (
+    OneLineParser,
+    add_options,
+    check_types,
+    given,
+    option,
+    read_settings,
+    require_at_least,
+    run,
+)
 
 KINDS = {"a": 1, "b": 2}  # a registry
 
@@ -52,6 +62,41 @@ def test_types_and_choices_come_from_annotations():
     assert settings == Settings(5, 2.0, "x", 0.25, "b", "large", True, False)
     assert isinstance(settings.rate, float)
     assert arguments.count == 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    words: Mapping[str, Any] = option({}, "words")
+
+
+def method(
+    model, *, power: float = 1.0, steps: int = 3, stops: str = "all", learned: bool = False, c: float | None = 1
+):
+    """Take keyword-only arguments, as an objective does."""
+
+
+def test_named_values_are_read_by_the_annotations_of_a_function(capsys):
+    p = OneLineParser("program")
+    add_options(p, Words)
+    arguments = p.parse_args(["--words", "power=0.5", "steps=4", "stops=none", "learned=true", "c=none"])
+    words = Words(**given(arguments, Words))
+    assert hash(words) == hash(Words())  # the dict is compared and not hashed
+    assert words != Words()
+    expected = {"power": 0.5, "steps": 4, "stops": "none", "learned": True, "c": None}
+    assert read_settings("--words", method, words.words) == expected
+    assert read_settings("--words", method, expected) == expected
+    for bad, message in (
+        ({"model": 1}, "--words has no 'model'; it has power, steps, stops, learned, c"),
+        ({"power": "x"}, "--words power must be a number, got 'x'"),
+        ({"steps": "1.5"}, "--words steps must be a whole number, got '1.5'"),
+        ({"learned": "yes"}, "--words learned must be true or false, got 'yes'"),
+        ({"stops": None}, "--words stops must be text, got None"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_settings("--words", method, bad)
+    with pytest.raises(SystemExit):
+        p.parse_args(["--words", "power"])
+    assert "--words: must read NAME=VALUE ..., got 'power'" in ending(capsys)
 
 
 def test_options_that_are_not_given_stay_absent():

@@ -205,7 +205,7 @@ BAD = {
     "no line of the log": ["--log-every", "0"],
     "SOAP on spread weights": ["--optimizer", "soap", "--parallel", "fsdp"],
     "what nobody has tried": ["--compile", "--parallel", "fsdp"],
-    "detaching what is not there": ["--objective", "fm", "--detach-jvp"],
+    "detaching what is not there": ["--objective", "fm", "--settings", "detach_jvp=true"],
 }
 
 

@@ -227,12 +227,12 @@ def test_methods_that_meet_the_data_at_equal_times_alone_need_such_times(kind):
 
     moved = jumps(x0 + t * change, x1 - (1 - t) * change)
     assert torch.allclose(jumps(x0, x1), moved, rtol=1e-9) == kind.needs_equal_times
-    kind.make_times("clamp", 0.0, 0.0)  # draws t = s by itself
+    kind.make_times(TimeSampler("clamp"), 0.0)  # draws t = s by itself
     if kind.needs_equal_times:
-        with pytest.raises(ValueError, match="--equal-share, must be above 0"):
-            kind.make_times("gap*", 0.0, 0.0)
+        with pytest.raises(ValueError, match="equal_share must be above 0"):
+            kind.make_times(TimeSampler(), 0.0)
     else:
-        assert kind.make_times("gap*", 0.0, 0.0) == TimeSampler("gap*")
+        assert kind.make_times(TimeSampler(), 0.0) == TimeSampler("gap*")
 
 
 @pytest.mark.parametrize("kind", [a for a in OBJECTIVES.values() if not a.has_guidance])

@@ -63,7 +63,7 @@ def folder(finished, tmp_path):
         ["--objective", "meanflow", "--equal-share", "0.5"],
         ["--objective", "pid"],
         ["--objective", "sct"],
-        ["--objective", "lsd", "--settings", "stops='none',learned_weight=True"],
+        ["--objective", "lsd", "--settings", "stops=none", "learned_weight=true"],
         ["--conditional", "--dist", "eight_gaussians"],
         ["--conditional", "--w", "2", "--time-sampler", "trunc"],
     ],
@@ -296,7 +296,8 @@ BAD = {
     "empty name of points": ["--data", ""],
     "abbreviated option": ["--step", "50"],
     "a device without data": ["--device", "meta"],
-    "detaching what is not there": ["--detach-jvp", "--objective", "fm"],
+    "detaching what is not there": ["--settings", "detach_jvp=true", "--objective", "fm"],
+    "settings without a value": ["--settings", "detach_jvp"],
 }
 
 

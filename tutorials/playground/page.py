@@ -89,7 +89,7 @@ def describe_run(folder: Path, blobs: list[str]) -> tuple[GaussianMixture, dict[
     return distribution, {
         "folder": folder.name,
         "objective": config.objective,
-        "name": name + (" (detached)" if config.detach_jvp else ""),
+        "name": name + (" (detached)" if config.settings.get("detach_jvp") else ""),
         "help": what,
         "learns_jumps": OBJECTIVES[config.objective].learns_jumps,
         "width": config.width,

@@ -3,10 +3,11 @@
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -66,7 +67,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def _with_default(text: str, default: Any) -> str:
     """Add "(default: X)" to an option's help, unless the text speaks of it or there is none; False goes unsaid."""
-    if "default" in text or default is None or default is False or default == argparse.SUPPRESS:
+    if "default" in text or default in (None, False, {}, argparse.SUPPRESS):
         return text
     shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
     return f"{text} (default: {'yes' if default is True else shown.replace('%', '%%')})"
@@ -87,8 +88,12 @@ def option(default: Any, help: str, **argparse_options: Any) -> Any:
     """Make a field of a configuration from its default, the reason for it, and what its annotation does not say.
 
     `choices` are the keys of a registry; `resume` is for the program: whether a run may be resumed with another value.
+    A dict, which is filled by words NAME=VALUE, is each object's own, and left out of its hash.
     """
-    return dataclasses.field(default=default, metadata={"help": help, **argparse_options})
+    metadata = {"help": help, **argparse_options}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, hash=False, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag(name: str) -> str:
@@ -110,6 +115,7 @@ def kinds(config: type) -> dict[str, tuple[type, bool, tuple[str, ...] | None]]:
             kind = typing.get_args(kind)[0]
         if typing.get_origin(kind) is typing.Literal:
             kind, choices = str, typing.get_args(kind)
+        kind = typing.get_origin(kind) or kind  # Mapping[str, Any] is a Mapping
         found[f.name] = (kind, types.NoneType in union, None if choices is None else tuple(choices))
     return found
 
@@ -120,15 +126,65 @@ def add_options(parser: argparse._ActionsContainer, config: type, only: Sequence
         if only is not None and f.name not in only:
             continue
         kind, _, choices = kinds(config)[f.name]
+        default = {} if f.default is dataclasses.MISSING else f.default
         options = {k: v for k, v in f.metadata.items() if k not in ("help", "resume")}
         if kind is bool:
-            options.setdefault("action", argparse.BooleanOptionalAction if f.default else "store_true")
+            options.setdefault("action", argparse.BooleanOptionalAction if default else "store_true")
+        elif kind is Mapping:
+            options = {"action": _NamedValues, "nargs": "+", "metavar": "NAME=VALUE"} | options
         elif choices is not None:
             options["choices"] = choices
         else:
             options = {"type": kind, "metavar": f.name.upper().split("_")[-1]} | options
-        text = _with_default(f.metadata["help"].replace("%", "%%"), f.default)
+        text = _with_default(f.metadata["help"].replace("%", "%%"), default)
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **options)
+
+
+class _NamedValues(argparse.Action):
+    """Collect words NAME=VALUE in a dict of texts."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        pairs = [word.partition("=") for word in values]
+        if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
+            raise argparse.ArgumentError(self, f"must read NAME=VALUE ..., got {wrong[0]!r:.80}")
+        setattr(namespace, self.dest, {name: value for name, _, value in pairs})
+
+
+def read_settings(
+    option: str, function: Callable[..., Any], values: Mapping[str, Any], without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Read values of a function's keyword-only arguments by their annotations: int, float, bool or str, or None.
+
+    Args:
+        option: where they were given, for messages.
+        function: what they are for.
+        values: by name; a text, as a command line has it, or the value itself, as JSON does.
+        without: arguments that are not for the user.
+
+    Raises:
+        UserError: a name that the function does not have, a value that is not what its annotation says.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    known = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in without}
+    for name in values:
+        if name not in known:
+            raise UserError(f"{option} has no {name!r:.80}; it has {', '.join(known) or 'none'}")
+    return {name: _read(f"{option} {name}", value, known[name]) for name, value in values.items()}
+
+
+def _read(option: str, value: Any, annotation: Any) -> Any:
+    """Read one value by its annotation: a kind, or a kind and None."""
+    allowed = typing.get_args(annotation) or (annotation,)
+    if types.NoneType in allowed and value in ("none", None):
+        return None
+    (kind,) = (a for a in allowed if a is not types.NoneType)
+    if isinstance(value, str) and kind is bool:
+        value = {"true": True, "false": False}.get(value, value)
+    elif isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = kind(value)
+    _check_type(option, value, kind, None)
+    return value
 
 
 def given(arguments: argparse.Namespace, config: type) -> dict[str, Any]:
@@ -146,16 +202,16 @@ def check_types(config: Any) -> None:
             raise UserError(f"{flag(name)} must be a list, and not empty; got {value!r:.80}")
         for item in value if name in many else (value,):
             if item is not None or not optional:
-                _check_type(name, item, kind, choices)
+                _check_type(flag(name), item, kind, choices)
 
 
-def _check_type(name: str, value: Any, kind: type, choices: tuple[str, ...] | None) -> None:
+def _check_type(option: str, value: Any, kind: type, choices: tuple[str, ...] | None) -> None:
     """Raise UserError, naming the option, for a value that is of another kind, or none of the choices."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Mapping: "names and values"}
     if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
-        raise UserError(f"{flag(name)} must be {words.get(kind, kind.__name__)}, got {value!r:.80}")
+        raise UserError(f"{option} must be {words.get(kind, kind.__name__)}, got {value!r:.80}")
     if choices is not None and value not in choices:
-        raise UserError(f"{flag(name)} must be one of {', '.join(choices)}; got {value!r:.80}")
+        raise UserError(f"{option} must be one of {', '.join(choices)}; got {value!r:.80}")
 
 
 def require_at_least(least: float, **values: float) -> None:

@@ -8,7 +8,7 @@ from tvm_ref.objectives import OBJECTIVES
 METHODS: dict[str, dict[str, Any]] = {
     "TVM": {},
     "TVM, noise 1/4": {"noise_share": 0.25},
-    "TVM, JVP detached": {"detach_jvp": True},
+    "TVM, JVP detached": {"settings": {"detach_jvp": True}},
     "LSD": {"objective": "lsd"},
     "PID": {"objective": "pid"},
     "ESD": {"objective": "esd"},
@@ -23,23 +23,23 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {  # what is swept beside the rate; the first is the method's default
     "TVM": ({}, {"time_sampler": "trunc"}),
-    "LSD": ({}, {"settings": "learned_weight=True"}),
+    "LSD": ({}, {"settings": {"learned_weight": True}}),
     "PID": ({}, {"time_sampler": "trunc"}),
-    "ESD": ({}, {"settings": "stops='full'"}),
-    "MeanFlow": ({}, {"settings": "power=0"}, {"settings": "power=0", "equal_share": 0.5}),
-    "improved MeanFlow": ({}, {"settings": "power=0"}, {"settings": "power=0", "equal_share": 0.25}),
-    "sCT": ({}, {"settings": "constant=None"}),
-    "alpha-Flow": ({}, {"settings": "power=0"}),
-    "SoFlow": ({}, {"settings": "power=0"}),
-    "PSD": ({}, {"settings": "split='uniform'"}),
+    "ESD": ({}, {"settings": {"stops": "full"}}),
+    "MeanFlow": ({}, {"settings": {"power": 0.0}}, {"settings": {"power": 0.0}, "equal_share": 0.5}),
+    "improved MeanFlow": ({}, {"settings": {"power": 0.0}}, {"settings": {"power": 0.0}, "equal_share": 0.25}),
+    "sCT": ({}, {"settings": {"constant": None}}),
+    "alpha-Flow": ({}, {"settings": {"power": 0.0}}),
+    "SoFlow": ({}, {"settings": {"power": 0.0}}),
+    "PSD": ({}, {"settings": {"split": "uniform"}}),
     "shortcut": ({}, {"equal_share": 0.5}),
 }
 # From MeanFlow to TVM, one change at a time. With target_ema 0 the target is the model itself, stopped.
 _QUARTER = {"time_sampler": "sorted", "equal_share": 0.75}  # MeanFlow's law of times
 ABLATION: dict[str, dict[str, Any]] = {
     "MeanFlow as published": {"objective": "meanflow"},
-    "- its weight": {"objective": "meanflow", "settings": "power=0"},
-    "v to u": {"objective": "esd", "settings": "stops='all'", "target_ema": 0.0, **_QUARTER},
+    "- its weight": {"objective": "meanflow", "settings": {"power": 0.0}},
+    "v to u": {"objective": "esd", "settings": {"stops": "all"}, "target_ema": 0.0, **_QUARTER},
     "fewer stops": {"objective": "esd", "target_ema": 0.0, **_QUARTER},
     "Lagrangian": {"objective": "lsd", "target_ema": 0.0, **_QUARTER},
     "target EMA": {"objective": "lsd", **_QUARTER},
@@ -50,7 +50,8 @@ ABLATION: dict[str, dict[str, Any]] = {
 
 def named(name: str, setting: dict[str, Any]) -> str:
     """Name a method, if it is given, with its setting."""
-    words = [str(value) if key == "settings" else f"{key}={value}" for key, value in setting.items()]
+    options = setting.get("settings", {}) | {key: value for key, value in setting.items() if key != "settings"}
+    words = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in options.items()]
     return ", ".join([name, *words] if name else words)
 
 

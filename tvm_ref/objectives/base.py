@@ -149,25 +149,25 @@ class Objective(nn.Module):
         return weight if isinstance(weight, nn.Module) else nn.Module()
 
     @classmethod
-    def make_times(cls, kind: str, share_equal: float | None, share_noise: float) -> TimeSampler:
-        """Make the law of times of a training of this method.
+    def make_times(
+        cls, times: TimeSampler | None = None, equal_share: float | None = None, noise_share: float = 0.0
+    ) -> TimeSampler:
+        """Make the distribution of times of a training of this method.
 
         Args:
-            kind: a key of TIME_SAMPLERS, or "own": the law of default_times.
-            share_equal: share of samples with t = s; None is that of default_times.
-            share_noise: share of samples with t = 1.
+            times: whose shares are replaced; None: default_times.
+            equal_share: fraction of samples with t = s; None: that of default_times.
+            noise_share: fraction of samples with t = 1.
 
         Raises:
             ValueError: see TimeSampler; no samples with t = s for a method that needs them.
         """
-        law = cls.default_times if kind == "own" else TimeSampler(kind)
-        share = cls.default_times.share_equal if share_equal is None else share_equal
-        law = replace(law, share_equal=share, share_noise=share_noise)
-        if cls.needs_equal_times and not law.draws_equal_times:
-            raise ValueError(
-                f"{cls.__name__} meets the data where t = s alone: their share, --equal-share, must be above 0"
-            )
-        return law
+        times = times or cls.default_times
+        equal_share = cls.default_times.share_equal if equal_share is None else equal_share
+        times = replace(times, share_equal=equal_share, share_noise=noise_share)
+        if cls.needs_equal_times and not times.draws_equal_times:
+            raise ValueError(f"{cls.__name__} meets the data only where t = s: equal_share must be above 0")
+        return times
 
     def set_progress(self, progress: float) -> None:
         """Tell how much of training is done, from 0 to 1, before a step; only a method with a curriculum listens."""

@@ -18,6 +18,7 @@ Of many:
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -79,6 +80,8 @@ def require_same(arguments: argparse.Namespace, folder: Path, way: str) -> ToyCo
     """
     stored = read_config(folder)
     for name, value in given(arguments, ToyConfig).items():
+        if name == "settings":  # words of the command line become values
+            value = dataclasses.replace(stored, settings=value).settings
         if getattr(stored, name) != value:
             raise UserError(f"{way} keeps a run's options: {folder} has {flag(name)} {getattr(stored, name)}")
     return stored

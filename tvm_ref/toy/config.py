@@ -1,6 +1,6 @@
 """The toy's settings: one frozen dataclass, each field with its reason, which is also its --help."""
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from tvm_ref.cli.errors import UserError
-from tvm_ref.cli.options import check_types, flag, option, require_at_least, require_device
+from tvm_ref.cli.options import check_types, flag, option, read_settings, require_at_least, require_device
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.objectives import OBJECTIVES, Objective
-from tvm_ref.objectives.settings import make_objective
 from tvm_ref.time_samplers import TIME_SAMPLERS, TimeSampler
 from tvm_ref.toy.data.distributions import DISTRIBUTIONS
 
@@ -34,8 +33,9 @@ class ToyConfig:
     objective: str = option(
         "tvm", "what to minimise: TVM, or a relative (tvm_ref/objectives/README.md)", choices=tuple(OBJECTIVES)
     )
-    settings: str = option("", "the objective's own settings, NAME=VALUE,... as power=0 or stops='none'")
-    detach_jvp: bool = option(False, "TVM without gradients through the JVP: cheaper, biased (paper, sec. 7.4)")
+    settings: Mapping[str, Any] = option(
+        {}, "the objective's own settings, as power=0 or stops=none (tvm_ref/objectives/README.md)"
+    )
     conditional: bool = option(False, "condition on the class (moons, circles and eight_gaussians have classes)")
     w: float = option(1.0, "classifier-free guidance weight, with --conditional (paper, eq. 15)")
     steps: int = option(3000, "training steps")
@@ -72,9 +72,14 @@ class ToyConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"{flag(name)} must lie in [0, 1], got {value}")
+        kind = OBJECTIVES[self.objective]
+        settings = read_settings(f"--settings of --objective {self.objective}", kind, self.settings, ("null_label",))
+        object.__setattr__(self, "settings", settings)
+        if self.guided and not kind.has_guidance:
+            raise UserError(f"--objective {self.objective} has no guidance here: it goes with --w 1")
         try:
             self.sampler()  # refuses shares that exceed 1 together
-            self.make_objective(FlowMap(torch.nn.Module()), null_label=0 if self.guided else None)  # bad settings
+            self.make_objective(FlowMap(torch.nn.Module()), null_label=None)  # refuses bad settings
         except ValueError as error:
             raise UserError(str(error)) from error
         if not 0 <= self.seed < 2**63:
@@ -94,23 +99,19 @@ class ToyConfig:
 
     def sampler(self) -> TimeSampler:
         """Make the sampler of training's times."""
-        return OBJECTIVES[self.objective].make_times(self.time_sampler, self.equal_share, self.noise_share)
+        law = None if self.time_sampler == "own" else TimeSampler(self.time_sampler)
+        return OBJECTIVES[self.objective].make_times(law, self.equal_share, self.noise_share)
 
     def make_objective(self, model: Any, null_label: int | None) -> Objective:
-        """Make the objective with its settings.
-
-        Raises:
-            ValueError: see tvm_ref.objectives.settings.make_objective.
-        """
-        return make_objective(self.objective, model, self.settings, null_label=null_label, detach_jvp=self.detach_jvp)
+        """Make the objective with its settings."""
+        return OBJECTIVES[self.objective](model, null_label=null_label, **self.settings)
 
     @property
     def name(self) -> str:
         """The default name of the run's folder: that of the data, and what differs from plain TVM."""
         parts = [Path(self.data).stem if self.data is not None else self.dist]
         parts += [self.objective] if self.objective != "tvm" else []
-        parts += [re.sub(r"[^\w.=]+", "-", self.settings).strip("-")] if self.settings else []
-        parts += ["detached"] if self.detach_jvp else []
+        parts += [f"{name}={value}".lower() for name, value in self.settings.items()]
         parts += ["conditional"] if self.conditional else []
         parts += [f"w{self.w:g}"] if self.guided else []
         return "-".join(parts)

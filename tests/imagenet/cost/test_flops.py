@@ -36,7 +36,7 @@ CASES = [(size, detached, 2.0) for size in SIZES for detached in (False, True)] 
 @pytest.mark.parametrize(("size", "detached", "w"), CASES)
 @pytest.mark.slow
 def test_a_step_has_no_needless_arithmetic(size, detached, w):
-    config = replace(SIZES[size], detach_jvp=detached, w=w)
+    config = replace(SIZES[size], settings={"detach_jvp": detached}, w=w)
     least = least_step_flops(config.network(), detach_jvp=detached, guided=w != 1)
     assert least <= step_flops(config) <= 1.02 * least
     assert counted_step_flops(config) == step_flops(config)

@@ -98,7 +98,7 @@ def test_the_other_objectives_hold_what_arithmetic_says(change):
 
 def test_a_detached_jvp_holds_no_more():
     """With the fused kernels it holds as much: their node for both keeps what is behind the tangent."""
-    config = replace(CONFIG, detach_jvp=True)
+    config = replace(CONFIG, settings={"detach_jvp": True})
     assert peak(config, 4) < working_bytes(config, 4, "cpu")
 
 

@@ -80,7 +80,7 @@ def test_two_micro_batches_are_one_batch():
                 torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
 
 
-LEARNED = {"objective": "lsd", "w": 1.0, "settings": "learned_weight=True"}
+LEARNED = {"objective": "lsd", "w": 1.0, "settings": {"learned_weight": True}}
 
 
 @pytest.mark.parametrize(
