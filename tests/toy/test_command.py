@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -694,21 +693,6 @@ def test_benchmark_draws_no_data_while_it_times_gradients(monkeypatch):
     training = training_module.Training(config, make_distribution("moons"))
     speed.step_times({"TVM": training}, rounds=3, repeats=20)
     assert drawn == [0, 1]  # 80 steps, 50 to a block
-
-
-def test_benchmark_times_steps_beside_busy_programs(tmp_path, capsys):
-    options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--rounds", "2", "--repeats", "2", "--busy"]
-    assert speed.main([*options, "--out", str(tmp_path / "busy.json")]) == 0
-    times = json.loads((tmp_path / "busy.json").read_text())["busy"]
-    assert times["ratio"] == times["busy"] / times["alone"]
-    assert f"{times['ratio']:.2f} times as long" in capsys.readouterr().out
-
-
-def test_busy_programs_run_and_end():
-    with speed.busy_programs(2):
-        children = [child for child in psutil.Process().children() if "while True" in " ".join(child.cmdline())]
-        assert len(children) == 2
-    assert not any(child.is_running() for child in children)
 
 
 @pytest.mark.slow

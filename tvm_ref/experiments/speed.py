@@ -1,21 +1,16 @@
-"""Measure how fast training is: time per step beside a flow-matching step, and time to a quality.
+"""Measure how fast training is: time per step next to a flow-matching step, and time to a quality.
 
     python -m tvm_ref.experiments.speed
-    python -m tvm_ref.experiments.speed --busy               what other programs on half of the cores cost
+    python -m tvm_ref.experiments.speed --seeds 0            step times only
 
 First the step times of every objective, taken in turns, as ratios to flow matching on the same network: as they are,
 and of the loss and its gradients alone, without optimizer and data. Then trainings of growing length, until the median
 over seeds reaches the quality that the default is held to on moons.
 """
 
-import contextlib
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -93,32 +88,6 @@ def time_to_quality(
     return rows
 
 
-@contextlib.contextmanager
-def busy_programs(count: int) -> Iterator[None]:
-    """Run programs that do nothing but take a core each."""
-    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for program in programs:
-            program.kill()
-            program.wait()
-
-
-def busy_times(training: Training, programs: int, rounds: int, repeats: int) -> dict[str, float]:
-    """Measure milliseconds per step alone and beside busy programs, in turns; "ratio" is that of the medians."""
-    times: dict[str, list[float]] = {"alone": [], "busy": []}
-    for _ in range(rounds + 1):
-        for name, count in (("alone", 0), ("busy", programs)):
-            with busy_programs(count):
-                begun = time.perf_counter()
-                for _ in range(repeats):
-                    training.train_step()
-                times[name].append(1e3 * (time.perf_counter() - begun) / repeats)
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
-    return medians | {"programs": programs, "ratio": medians["busy"] / medians["alone"]}
-
-
 def measure(base: ToyConfig, rounds: int, repeats: int, seeds: int, jobs: int) -> dict[str, Any]:
     """Measure and print step times and, unless there are no seeds, the time to a quality; returns the figures."""
     distribution = distribution_of(base)
@@ -132,17 +101,6 @@ def measure(base: ToyConfig, rounds: int, repeats: int, seeds: int, jobs: int) -
     return report
 
 
-def measure_busy(base: ToyConfig, rounds: int, repeats: int) -> dict[str, Any]:
-    """Measure and print what busy programs on half of the cores cost a training; returns the figures."""
-    cores = os.cpu_count() or 2
-    times = busy_times(Training(base, distribution_of(base)), max(1, cores // 2), rounds, repeats)
-    print(
-        f"alone {1e3 / times['alone']:.1f} steps per second; beside busy programs on {times['programs']} of {cores} "
-        f"cores {1e3 / times['busy']:.1f}: a step takes {times['ratio']:.2f} times as long"
-    )
-    return {"busy": times}
-
-
 def parser() -> OneLineParser:
     """Make the command line."""
     p = OneLineParser("python -m tvm_ref.experiments.speed", __doc__)
@@ -151,7 +109,6 @@ def parser() -> OneLineParser:
     p.add_argument("--repeats", type=int, default=20, help="steps per method and round")
     p.add_argument("--seeds", type=int, default=3, help="seeds of the time to quality; 0 leaves it out")
     p.add_argument("--jobs", type=int, default=2, help="trainings at a time for the time to quality")
-    p.add_argument("--busy", action="store_true", help="time TVM alone, beside programs that keep half the cores busy")
     p.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     return p
 
@@ -167,8 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         require_at_least(0, seeds=arguments.seeds)
         require_new(arguments.out)
     with command.errors():
-        size = (arguments.rounds, arguments.repeats)
-        report = measure_busy(base, *size) if arguments.busy else measure(base, *size, arguments.seeds, arguments.jobs)
+        report = measure(base, arguments.rounds, arguments.repeats, arguments.seeds, arguments.jobs)
         if arguments.out is not None:
             write_atomically(arguments.out, json.dumps(report, indent=2) + "\n")
     return 0
