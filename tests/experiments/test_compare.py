@@ -1,120 +1,110 @@
-"""A comparison that is interrupted goes on, and ends as if it had not been."""
+"""The comparison: what is swept, who wins, what is written."""
 
-import contextlib
-import io
 import json
+import math
+from dataclasses import replace
 
 import pytest
 
-from tvm_ref.experiments import compare, comparison, sweep
+from tvm_ref.experiments import compare, methods
+from tvm_ref.toy.config import ToyConfig
 
-TINY = ["--batch-size", "16", "--width", "8", "--depth", "1", "--points", "20", "--jobs", "1", "--steps", "3"]
-OPTIONS = [*TINY, "--methods", "TVM", "sCT", "--seeds", "2", "--rates", "1e-3", "1e-2"]
+TINY = ["--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60", "--jobs", "1", "--steps", "10"]
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """The configurations trained so far; steps cost what they cost here, and one at most is swept beyond."""
-    configs = []
-    train = sweep._train
-
-    def counted(config, **options):
-        result = train(config, **options)
-        configs.append(config)
-        return result
-
-    monkeypatch.setattr(sweep, "_train", counted)
+@pytest.mark.slow
+def test_compare_writes_results_table_and_figure(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare, "EXTRA", 1)
-    monkeypatch.setattr(compare, "step_seconds", lambda configs: {name: 1 + len(name) / 100 for name in configs})
-    return configs
-
-
-def run(folder, *options):
-    """Status and the printed table's lines."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        status = compare.main(["--out", str(folder), *options])
-    return status, said.getvalue().partition("paired RMSE")[2].splitlines()[:-1]
-
-
-def stopped_after(monkeypatch, trainings, folder, *options):
-    """Status of a run that gets Ctrl-C when so many trainings are done."""
-    train, count = sweep._train, iter(range(trainings))
-
-    def pressed(config, **options):
-        if next(count, None) is None:
-            raise KeyboardInterrupt
-        return train(config, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sweep, "_train", pressed)
-        with pytest.raises(SystemExit) as stop:
-            run(folder, *options)
-    return stop.value.code
-
-
-@pytest.mark.slow
-def test_an_interrupted_comparison_goes_on_to_the_same_results(trained, tmp_path, monkeypatch, capsys):
-    """It once began anew: an hour of one core, with "trainings that were finished" promised in an empty folder."""
-    whole = run(tmp_path / "whole", *OPTIONS)
-    needed = list(trained)
-    assert len(needed) == 14  # 2 methods with 2 settings at 2 rates, 1 beyond for each, 2 seeds each
-    trained.clear()
-    folder = tmp_path / "parts"
-    again = ["--resume", "--jobs", "1"]
-    for options, more in ((OPTIONS, 3), ([*OPTIONS, "--resume"], 9), (again, 1)):  # in the sweep, then twice later
-        assert stopped_after(monkeypatch, more, folder, *options) == 130
-        assert "stopped; the same command with --resume goes on" in capsys.readouterr().err.splitlines()[-1]
-        assert len(json.loads((folder / comparison.FILE).read_text())["trainings"]) == len(trained)
-        assert not (folder / "results.json").exists()
-
-    def never(configs):
-        raise AssertionError("step times are those of the first time")
-
-    monkeypatch.setattr(compare, "step_seconds", never)
-    assert run(folder, *again) == whole
-    assert trained == needed  # none twice
-    assert (folder / "results.json").read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
-    assert (folder / "error.png").is_file()
-    assert run(folder, "--resume") == whole  # of a finished comparison: its table again
-    assert trained == needed
-
-
-def refused(capsys, folder, *options) -> str:
-    """The one line of an error that ends the command with status 2."""
+    monkeypatch.setattr(compare, "ROUNDS", 3)
+    monkeypatch.setattr(compare, "REPEATS", 5)
+    chosen = ["TVM", "sCT", "flow matching"]
+    options = [*TINY, "--seeds", "2", "--rates", "1e-3", "1e-2", "--out", str(tmp_path), "--methods", *chosen]
+    assert compare.main(options) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert list(report["methods"]) == chosen
+    for name, method in report["methods"].items():
+        assert [r["seed"] for r in method["runs"]] == [0, 1]
+        assert all(r["lr"] == method["lr"] and r["setting"] == method["setting"] for r in method["runs"])
+        settings, swept = methods.SETTINGS.get(name, ({},)), report["sweeps"][name]
+        planned = [(s, lr) for s in settings for lr in (1e-3, 1e-2)]
+        assert [(r["setting"], r["lr"]) for r in swept[: len(planned)]] == planned
+        assert len(swept) == len(planned) + 1  # of two rates one is the best, and at the edge
+        winner = swept[compare.best(swept)]
+        assert (winner["setting"], winner["lr"]) == (method["setting"], method["lr"])
+        rates = [r["lr"] for r in swept if r["setting"] == method["setting"]]
+        assert method["at_edge"] == (method["lr"] in (min(rates), max(rates)))
+        nfes = compare.NFES[:1] if name == "sCT" else compare.NFES
+        assert set(method["runs"][0]["figures"]) == {str(n) for n in nfes}
+        per_step = report["step_milliseconds"]
+        budget = 10 * per_step[compare.UNIT] / per_step[methods.named(name, method["setting"])]
+        assert method["steps"] == pytest.approx(budget, abs=0.6)
+    assert (tmp_path / "error.png").read_bytes()[:4] == b"\x89PNG"
+    output = capsys.readouterr().out
+    assert "flow matching" in output
+    assert "sweeping: 10 trainings of" in output
+    assert "1 at a time: 0 minutes" in output
     with pytest.raises(SystemExit) as stop:
-        run(folder, *options)
+        compare.main(options)
     assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
+
+
+@pytest.mark.parametrize("table", [methods.METHODS, methods.ABLATION])
+def test_what_is_compared_can_be_configured(table):
+    """Each method and each setting is a configuration; the ablation keeps MeanFlow's law of times, and ends as TVM."""
+    base = ToyConfig()
+    for name, changes in table.items():
+        for setting in methods.SETTINGS.get(name, ({},)) if table is methods.METHODS else ({},):
+            replace(base, **changes | setting)
+    first, *_, last = (replace(base, **changes) for changes in methods.ABLATION.values())
+    assert replace(base, **methods.ABLATION["v to u"]).sampler() == first.sampler()
+    assert last == base
+
+
+@pytest.mark.parametrize(
+    ("errors", "rate"),
+    [
+        ({0.003: 0.3, 0.01: 0.1, 0.03: 0.2}, None),
+        ({0.003: 0.1, 0.01: 0.2, 0.03: 0.3}, 0.001),
+        ({0.003: 0.3, 0.01: 0.2, 0.03: 0.1}, 0.1),
+        ({0.003: float("inf"), 0.01: float("inf")}, 0.001),
+        ({0.002: float("nan"), 0.005: 0.1}, 0.01),
+        ({0.01: 0.1}, None),
+    ],
+)
+def test_a_sweep_goes_on_beyond_a_best_rate_at_its_edge(errors, rate):
+    def result(lr, error, setting):
+        return {"objective": "tvm", "lr": lr, "setting": setting, "figures": {} if error == math.inf else {"1": error}}
+
+    results = [result(lr, error, {}) for lr, error in errors.items()]
+    assert compare.beyond(results) == rate
+    other = [
+        result(lr, math.inf, {"time_sampler": "trunc"}) for lr in (1e-4, 1.0)
+    ]  # another setting has edges of its own
+    assert compare.beyond([*results, *other]) == rate
+
+
+def test_best_rate_judges_each_method_at_the_nfe_that_it_is_for():
+    def result(objective, lr, one, many):
+        return {"objective": objective, "lr": lr, "figures": {"1": one, "64": many}}
+
+    for objective, best in (("tvm", 0.2), ("fm", 0.1)):
+        diverged = {"objective": objective, "lr": 0.3, "figures": {}}
+        results = [result(objective, 0.1, 2.0, 0.5), result(objective, 0.2, 1.0, 0.6), diverged]
+        assert results[compare.best(results)]["lr"] == best
 
 
 @pytest.mark.slow
-def test_what_is_not_the_stored_comparison_is_refused(trained, tmp_path, monkeypatch, capsys):
-    points = tmp_path / "points.csv"
-    points.write_text("x,y\n" + "".join(f"{i % 7},{i % 5 + i % 3}\n" for i in range(60)))
-    own = ["--data", str(points)]
-    folder = tmp_path / "out"
-    assert "holds no comparison to resume" in refused(capsys, folder, "--resume")
-    assert stopped_after(monkeypatch, 1, folder, *OPTIONS, *own) == 130
-    capsys.readouterr()
-    before = (folder / comparison.FILE).read_bytes()
-    assert "already holds a comparison: --resume, --overwrite, or" in refused(capsys, folder, *OPTIONS, *own)
-    assert "--steps 3" in refused(capsys, folder, "--resume", "--steps", "4")
-    assert "--rates 0.001 0.01" in refused(capsys, folder, "--resume", "--rates", "0.01")
-    assert "--methods TVM sCT" in refused(capsys, folder, "--resume", "--methods", "tvm")
-    assert "--width 8" in refused(capsys, folder, "--resume", "--width", "16")
-    points.write_text(points.read_text() + "3,3\n")
-    assert "other data" in refused(capsys, folder, "--resume")
-    assert (folder / comparison.FILE).read_bytes() == before
-    (folder / comparison.FILE).write_text(before.decode().replace('"TVM', '"RVM'))
-    assert "is not a comparison of this program" in refused(capsys, folder, "--resume")
-    assert len(trained) == 1
-
-
-def test_results_come_in_order_though_trainings_end_in_another(monkeypatch):
-    monkeypatch.setattr(sweep, "train_as_finished", lambda *_, **__: iter([(2, "c"), (0, "a"), (3, "d"), (1, "b")]))
-    assert list(sweep.train_many([], None, jobs=2, points=10, label="")) == ["a", "b", "c", "d"]
+def test_a_single_rate_is_not_swept_and_a_method_for_one_step_has_one_error(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compare, "ROUNDS", 2)
+    monkeypatch.setattr(compare, "REPEATS", 5)
+    options = [*TINY, "--seeds", "1", "--rates", "1e-2", "--out", str(tmp_path)]
+    assert compare.main([*options, "--methods", "sct", "flow matching"]) == 0  # or by the name of its objective
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert [len(swept) for swept in report["sweeps"].values()] == [2, 1]
+    assert not report["methods"]["sCT"]["at_edge"]  # of one rate there is no edge
+    rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert rows["sCT"].count("(") == 1  # its model is for one step
+    assert rows["flow matching"].count("(") == 5
 
 
 @pytest.mark.slow
@@ -122,6 +112,6 @@ def test_measuring_step_times_shows_how_far_it_is(monkeypatch, capsys):
     """It once took a minute and a half without a word."""
     monkeypatch.setattr(compare, "ROUNDS", 2)
     monkeypatch.setattr(compare, "REPEATS", 1)
-    times = compare.step_seconds(comparison.Plan(methods=("TVM",)).configs(compare.ToyConfig(width=4, depth=1)))
+    times = compare.step_seconds(compare.Plan(methods=("TVM",)).configs(ToyConfig(width=4, depth=1)))
     assert set(times) == {"TVM", "TVM, time_sampler=trunc"}
     assert "measuring step times: 100%" in capsys.readouterr().err

@@ -2,7 +2,6 @@ import contextlib
 import io
 import json
 import math
-import multiprocessing
 import re
 import shutil
 import signal
@@ -17,14 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tvm_ref.experiments import compare, methods, seeds, speed, sweep
 from tvm_ref.objectives import FlowMatching
 from tvm_ref.sampling import sample
 from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy import __main__ as command
 from tvm_ref.toy import training as training_module
 from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.data.distributions import make_distribution
 from tvm_ref.toy.report import metrics, plots
 from tvm_ref.toy.report.metrics import FIGURES, NFES
 from tvm_ref.toy.run import Run, load_run, read_config
@@ -528,200 +525,6 @@ def test_ctrl_c_in_measuring_leaves_at_once_and_resume_measures(tmp_path, capsys
     monkeypatch.setattr(metrics, "exact_samples", pressed)  # and figures of an earlier end do not stay
     assert ending(lambda: command.main(["--out", str(tmp_path), "--resume", "--points", "70"]), capsys)[0] == 130
     assert not any((tmp_path / name).exists() for name in ("metrics.json", *PICTURES))
-
-
-# The other commands --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("module", [command, compare, seeds, speed])
-def test_help_teaches(capsys, module):
-    with pytest.raises(SystemExit) as stop:
-        module.main(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert text.count("python -m tvm_ref.") >= 2  # usage, and commands to copy
-    assert "default" in text
-
-
-TINY = ["--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60", "--jobs", "1", "--steps", "10"]
-
-
-@pytest.mark.slow
-def test_compare_writes_results_table_and_figure(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(compare, "EXTRA", 1)
-    monkeypatch.setattr(compare, "ROUNDS", 3)
-    monkeypatch.setattr(compare, "REPEATS", 5)
-    chosen = ["TVM", "sCT", "flow matching"]
-    options = [*TINY, "--seeds", "2", "--rates", "1e-3", "1e-2", "--out", str(tmp_path), "--methods", *chosen]
-    assert compare.main(options) == 0
-    report = json.loads((tmp_path / "results.json").read_text())
-    assert list(report["methods"]) == chosen
-    for name, method in report["methods"].items():
-        assert [r["seed"] for r in method["runs"]] == [0, 1]
-        assert all(r["lr"] == method["lr"] and r["setting"] == method["setting"] for r in method["runs"])
-        settings, swept = methods.SETTINGS.get(name, ({},)), report["sweeps"][name]
-        planned = [(s, lr) for s in settings for lr in (1e-3, 1e-2)]
-        assert [(r["setting"], r["lr"]) for r in swept[: len(planned)]] == planned
-        assert len(swept) == len(planned) + 1  # of two rates one is the best, and at the edge
-        winner = swept[compare.best(swept)]
-        assert (winner["setting"], winner["lr"]) == (method["setting"], method["lr"])
-        rates = [r["lr"] for r in swept if r["setting"] == method["setting"]]
-        assert method["at_edge"] == (method["lr"] in (min(rates), max(rates)))
-        nfes = compare.NFES[:1] if name == "sCT" else compare.NFES
-        assert set(method["runs"][0]["figures"]) == {str(n) for n in nfes}
-        per_step = report["step_milliseconds"]
-        budget = 10 * per_step[compare.UNIT] / per_step[methods.named(name, method["setting"])]
-        assert method["steps"] == pytest.approx(budget, abs=0.6)
-    assert (tmp_path / "error.png").read_bytes()[:4] == b"\x89PNG"
-    output = capsys.readouterr().out
-    assert "flow matching" in output
-    assert "sweeping: 10 trainings of" in output
-    assert "1 at a time: 0 minutes" in output
-    with pytest.raises(SystemExit) as stop:
-        compare.main(options)
-    assert stop.value.code == 2
-
-
-@pytest.mark.parametrize("table", [methods.METHODS, methods.ABLATION])
-def test_what_is_compared_can_be_configured(table):
-    """Each method and each setting is a configuration; the ablation keeps MeanFlow's law of times, and ends as TVM."""
-    base = ToyConfig()
-    for name, changes in table.items():
-        for setting in methods.SETTINGS.get(name, ({},)) if table is methods.METHODS else ({},):
-            replace(base, **changes | setting)
-    first, *_, last = (replace(base, **changes) for changes in methods.ABLATION.values())
-    assert replace(base, **methods.ABLATION["v to u"]).sampler() == first.sampler()
-    assert last == base
-
-
-@pytest.mark.parametrize(
-    ("errors", "rate"),
-    [
-        ({0.003: 0.3, 0.01: 0.1, 0.03: 0.2}, None),
-        ({0.003: 0.1, 0.01: 0.2, 0.03: 0.3}, 0.001),
-        ({0.003: 0.3, 0.01: 0.2, 0.03: 0.1}, 0.1),
-        ({0.003: float("inf"), 0.01: float("inf")}, 0.001),
-        ({0.002: float("nan"), 0.005: 0.1}, 0.01),
-        ({0.01: 0.1}, None),
-    ],
-)
-def test_a_sweep_goes_on_beyond_a_best_rate_at_its_edge(errors, rate):
-    def result(lr, error, setting):
-        return {"objective": "tvm", "lr": lr, "setting": setting, "figures": {} if error == math.inf else {"1": error}}
-
-    results = [result(lr, error, {}) for lr, error in errors.items()]
-    assert compare.beyond(results) == rate
-    other = [
-        result(lr, math.inf, {"time_sampler": "trunc"}) for lr in (1e-4, 1.0)
-    ]  # another setting has edges of its own
-    assert compare.beyond([*results, *other]) == rate
-
-
-@pytest.mark.slow
-def test_progress_is_counted_within_trainings_and_ends_at_their_number(monkeypatch):
-    told = []
-    for steps in (120, 50, 7):
-        config = ToyConfig(batch_size=4, width=4, depth=1, steps=steps)
-        sweep._train(config, measure=lambda training, reference: {}, points=10, report=told.append)
-    assert told == pytest.approx([50 / 120, 50 / 120, 20 / 120, 1, 0, 1])
-
-    def diverge(training):
-        training.step += 1
-        if training.step == 60:
-            raise FloatingPointError("diverged")
-
-    monkeypatch.setattr(sweep.Training, "train_step", diverge)
-    done = multiprocessing.Value("d", 0.0)
-    monkeypatch.setattr(sweep, "_done", done)  # what workers count in
-    assert sweep._train(replace(config, steps=120), measure=lambda training, reference: {}, points=10)["diverged"]
-    assert done.value == pytest.approx(1)
-
-
-def test_best_rate_judges_each_method_at_the_nfe_that_it_is_for():
-    def result(objective, lr, one, many):
-        return {"objective": objective, "lr": lr, "figures": {"1": one, "64": many}}
-
-    for objective, best in (("tvm", 0.2), ("fm", 0.1)):
-        diverged = {"objective": objective, "lr": 0.3, "figures": {}}
-        results = [result(objective, 0.1, 2.0, 0.5), result(objective, 0.2, 1.0, 0.6), diverged]
-        assert results[compare.best(results)]["lr"] == best
-
-
-@pytest.mark.slow
-def test_a_single_rate_is_not_swept_and_a_method_for_one_step_has_one_error(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(compare, "ROUNDS", 2)
-    monkeypatch.setattr(compare, "REPEATS", 5)
-    options = [*TINY, "--seeds", "1", "--rates", "1e-2", "--out", str(tmp_path)]
-    assert compare.main([*options, "--methods", "sct", "flow matching"]) == 0  # or by the name of its objective
-    report = json.loads((tmp_path / "results.json").read_text())
-    assert [len(swept) for swept in report["sweeps"].values()] == [2, 1]
-    assert not report["methods"]["sCT"]["at_edge"]  # of one rate there is no edge
-    rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert rows["sCT"].count("(") == 1  # its model is for one step
-    assert rows["flow matching"].count("(") == 5
-
-
-@pytest.mark.slow
-def test_seeds_reports_median_and_worst(tmp_path, capsys):
-    options = [*SMALL, "--dist", "moons", "circles", "--seeds", "3", "--jobs", "1"]
-    options += ["--out", str(tmp_path / "seeds.json")]
-    assert seeds.main(options) == 0
-    results = json.loads((tmp_path / "seeds.json").read_text())
-    assert [(r["dist"], r["seed"]) for r in results] == [(d, s) for d in ("moons", "circles") for s in range(3)]
-    values = sorted(r["figures"]["paired_rmse"] for r in results[:3])
-    assert f"{values[1]:.3f} ({values[2]:.3f})" in capsys.readouterr().out
-
-
-def test_seeds_counts_what_diverged():
-    ok = {"dist": "moons", "diverged": False, "figures": dict.fromkeys(seeds.COLUMNS, 0.5)}
-    lines = seeds.table([ok, ok, {"dist": "moons", "diverged": True, "figures": {}}]).splitlines()
-    assert lines[1].endswith("1 of 3")
-    assert "0.500 (inf)" in lines[1]
-
-
-@pytest.mark.slow
-def test_benchmark_draws_no_data_while_it_times_gradients(monkeypatch):
-    """Gradients once asked for step 0's batch, so that they and the steps drew each other's block anew every round."""
-    drawn = []
-
-    def counted(config, distribution, block):
-        drawn.append(block)
-        return draw_block(config, distribution, block)
-
-    monkeypatch.setattr(training_module, "draw_block", counted)
-    config = ToyConfig(batch_size=4, width=4, depth=1)
-    training = training_module.Training(config, make_distribution("moons"))
-    speed.step_times({"TVM": training}, rounds=3, repeats=20)
-    assert drawn == [0, 1]  # 80 steps, 50 to a block
-
-
-@pytest.mark.slow
-def test_benchmark_prints_ratios(tmp_path, capsys):
-    options = ["--batch-size", "16", "--width", "8", "--depth", "2", "--rounds", "2", "--repeats", "2", "--seeds", "0"]
-    assert speed.main([*options, "--out", str(tmp_path / "benchmark.json")]) == 0
-    times = json.loads((tmp_path / "benchmark.json").read_text())["milliseconds"]
-    assert set(times) == set(methods.METHODS)
-    ratio = times["TVM"]["step"] / times["flow matching"]["step"]
-    assert f"{ratio:.2f}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("module", "options"),
-    [
-        (compare, ["--steps", "0"]),
-        (compare, ["--rates", "0"]),
-        (compare, ["--seeds", "0"]),
-        (seeds, ["--seeds", "0"]),
-        (seeds, ["--dist", "moon"]),
-        (speed, ["--rounds", "0"]),
-        (speed, ["--width", "0"]),
-    ],
-)
-def test_bad_input_to_the_other_commands(capsys, module, options):
-    with pytest.raises(SystemExit) as stop:
-        module.main(options)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 SLOW = (

@@ -1,49 +1,87 @@
-"""TVM beside its relatives on equal terms: one network, one optimizer, equal training time.
+"""Compare TVM with its relatives on equal terms: one network, one optimizer, equal training time.
 
     python -m tvm_ref.experiments.compare --dist moons                                          all, an hour of one core
     python -m tvm_ref.experiments.compare --dist moons --methods TVM MeanFlow "flow matching"   some
     python -m tvm_ref.experiments.compare --dist moons --ablation                               from MeanFlow to TVM
-    python -m tvm_ref.experiments.compare --dist moons --resume                                 go on after Ctrl-C
 
 Each method trains as long as TVM takes for --steps steps: step times are measured side by side first. A load on the
-machine changes their ratios, by up to 45 % beside three busy programs: compare on an idle one. Each has its own law of
-times and its own sweep, of learning rates and of the one setting that its paper stresses, on a seed of its own, judged
-at the NFE that it is for (1; 64 for flow matching). While a method's best rate is the lowest or highest tried, one
-beyond it is tried as well; if it still is after four, an asterisk marks it. With the best rate and setting the method
-is then trained on --seeds seeds.
-Writes results.json, a table and error.png: error against the number of function evaluations (NFE). On the way
-comparison.json holds the step times, and each training as it finishes; --resume goes on from it, to the same results.
+machine changes their ratios, by up to 45 % with three other busy programs: compare on an idle one. Each method has its
+own distribution of times and its own sweep, of learning rates and of the one setting that its paper stresses, on a seed
+of its own, measured at the NFE that it is for (1; 64 for flow matching). While a method's best rate is the lowest or
+highest tried, one beyond it is tried as well; if it still is after four, an asterisk marks it. With the best rate and
+setting the method is then trained on --seeds seeds.
+Writes into a folder of its own results.json, which holds every training, and error.png: error against the number of
+function evaluations (NFE).
 """
 
-import argparse
 import json
 import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tvm_ref.cli.errors import user_files
+from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import require_free, write_atomically
-from tvm_ref.cli.options import OneLineParser, add_options, given, require_at_least, run
+from tvm_ref.cli.options import OneLineParser, add_options, check_types, given, option, require_at_least, run
 from tvm_ref.cli.progress import progress
-from tvm_ref.experiments.comparison import FILE, SHARED, Plan, Stored
-from tvm_ref.experiments.methods import ABLATION, SETTINGS, family_of, named
-from tvm_ref.experiments.sweep import train_as_finished
+from tvm_ref.experiments.methods import ABLATION, METHODS, SETTINGS, family_of, method_named, named
+from tvm_ref.experiments.sweep import train_many
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.toy.config import ToyConfig, use_one_thread
-from tvm_ref.toy.report.metrics import Reference, paired_errors
-from tvm_ref.toy.run import distribution_of, fingerprint
+from tvm_ref.toy.report.metrics import POINTS, Reference, paired_errors
+from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.training import Training
 
 NFES = (1, 2, 4, 8, 16, 32, 64)
 UNIT = "a TVM step"  # in which the budget is counted
+FILES = ("results.json", "error.png")
 SWEEP_SEED = 1000  # apart from the seeds that are reported
 ROUNDS, REPEATS = 8, 20  # of step times: turns of each method, and steps in a turn
 EXTRA = 4  # rates that a sweep is extended by at most
+SHARED = ("dist", "data", "bandwidth", "batch_size", "width", "depth", "time_sampler")  # options of all trainings
 LADDER = [float(f"{digit}e{exponent}") for exponent in range(-9, 3) for digit in (1, 3)]  # the rates beyond
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, and for how long.
+
+    Raises:
+        ValueError: a bad value, named by its option.
+    """
+
+    methods: tuple[str, ...] = option(
+        tuple(METHODS), "of " + ", ".join(map(repr, METHODS)) + ", or names of --objective (default: all)",
+        choices=tuple(METHODS), nargs="+", metavar="METHOD", type=method_named,
+    )  # fmt: skip
+    ablation: bool = option(False, f"in their place, from MeanFlow to TVM: {', '.join(ABLATION)}")
+    steps: int = option(1200, "training time of each run, in steps of TVM")
+    seeds: int = option(3, "seeds per method")
+    rates: tuple[float, ...] = option((0.003, 0.01, 0.03), "learning rates to sweep first", nargs="+")
+    points: int = option(POINTS, "samples that errors are measured on")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_at_least(1, steps=self.steps, seeds=self.seeds)
+        require_at_least(10, points=self.points)
+        if not all(0 < rate < float("inf") for rate in self.rates):
+            raise UserError("--rates must be positive and finite")
+
+    @property
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """What each method that is compared changes."""
+        return ABLATION if self.ablation else {name: METHODS[name] for name in self.methods}
+
+    def configs(self, base: ToyConfig) -> dict[str, ToyConfig]:
+        """Make the configuration of each method with each of its settings, by name, from what all have in common."""
+        return {
+            named(name, setting): replace(base, **changes | setting)
+            for name, changes in self.changes.items()
+            for setting in SETTINGS.get(name, ({},))
+        }
 
 
 def step_seconds(configs: dict[str, ToyConfig]) -> dict[str, float]:
@@ -113,60 +151,59 @@ def table(report: dict[str, Any]) -> str:
 
 
 class Comparison:
-    """Trainings of equal time, each stored as it finishes, and the report of their results.
+    """Trainings of equal time, and the report of their results.
 
     Args:
-        stored: what is compared, and what of it is done.
+        base: what all trainings have in common.
+        plan: what is compared.
+        step_seconds: measured CPU seconds of a training step, of each configuration and of UNIT.
         jobs: trainings at a time, one thread each.
-        out: folder of comparison.json.
     """
 
-    def __init__(self, stored: Stored, *, jobs: int, out: Path):
-        base, plan, per_step = stored.base, stored.plan, stored.step_seconds
-        self.stored, self.jobs, self.out = stored, jobs, out
+    def __init__(self, base: ToyConfig, plan: Plan, step_seconds: dict[str, float], *, jobs: int):
+        self.plan, self.jobs = plan, jobs
         self.settings = {name: SETTINGS.get(name, ({},)) for name in plan.changes}
-        self.seconds = plan.steps * per_step[UNIT]
+        self.seconds = plan.steps * step_seconds[UNIT]
         self.configs = {
-            name: replace(config, steps=max(1, round(self.seconds / per_step[name])))
+            name: replace(config, steps=max(1, round(self.seconds / step_seconds[name])))
             for name, config in plan.configs(base).items()
         }
         self.report: dict[str, Any] = {
             "dist": base.name,
             "tvm_steps": plan.steps,
-            "step_milliseconds": {name: round(1e3 * value, 3) for name, value in per_step.items()},
+            "step_milliseconds": {name: round(1e3 * value, 3) for name, value in step_seconds.items()},
             "sweeps": {name: [] for name in plan.changes},
             "methods": {},
         }
 
-    def train(self, plan: Sequence[tuple[str, dict[str, Any], float, int]], into: Any, label: str) -> None:
-        """Train each (method, setting, rate, seed) of a plan that is not done; append all results to into[method]."""
-        runs = [replace(self.configs[named(name, setting)], lr=rate, seed=seed) for name, setting, rate, seed in plan]
-        done = self.stored.trainings
-        left = [config for config in runs if config not in done]
-        if left:
-            minutes = len(left) * self.seconds / self.jobs / 60
-            each = f"{len(left)} trainings of {self.seconds:.2g} s"
-            print(f"{label}: {each}, {self.jobs} at a time: {minutes:.0f} minutes")
-            points = self.stored.plan.points
-            for number, result in train_as_finished(left, errors, jobs=self.jobs, points=points, label=label):
-                done[left[number]] = result
-                self.stored.write(self.out)
-        for (name, setting, _, _), config in zip(plan, runs, strict=True):
-            into[name].append(done[config] | {"setting": setting})
+    def train(self, runs: Sequence[tuple[str, dict[str, Any], float, int]], into: Any, label: str) -> None:
+        """Train each (method, setting, rate, seed); append the results to into[method]."""
+        configs = [
+            replace(self.configs[named(name, setting)], lr=rate, seed=seed) for name, setting, rate, seed in runs
+        ]
+        minutes = len(runs) * self.seconds / self.jobs / 60
+        each = f"{len(runs)} trainings of {self.seconds:.2g} s"
+        print(f"{label}: {each}, {self.jobs} at a time: {minutes:.0f} minutes")
+        results = train_many(configs, errors, jobs=self.jobs, points=self.plan.points, label=label)
+        for (name, setting, _, _), result in zip(runs, results, strict=True):
+            into[name].append(result | {"setting": setting})
 
-    def sweep(self, rates: Sequence[float]) -> None:
-        """Choose each method's setting and rate, from `rates` and those beyond."""
+    def sweep(self) -> None:
+        """Choose each method's setting and rate, from those of the plan and the rates beyond."""
         sweeps = self.report["sweeps"]
-        plan = [
-            (name, s, rate, SWEEP_SEED) for name, settings in self.settings.items() for s in settings for rate in rates
+        runs = [
+            (name, setting, rate, SWEEP_SEED)
+            for name, settings in self.settings.items()
+            for setting in settings
+            for rate in self.plan.rates
         ]
         for extra in range(EXTRA + 1):
-            self.train(plan, sweeps, "sweeping" if extra == 0 else "sweeping further")
+            self.train(runs, sweeps, "sweeping" if extra == 0 else "sweeping further")
             winners = {name: results[best(results)] for name, results in sweeps.items()}
             further = {name: rate for name, results in sweeps.items() if (rate := beyond(results)) is not None}
             if not further:
                 break
-            plan = [(name, winners[name]["setting"], rate, SWEEP_SEED) for name, rate in further.items()]
+            runs = [(name, winners[name]["setting"], rate, SWEEP_SEED) for name, rate in further.items()]
         for name, winner in winners.items():
             self.report["methods"][name] = {
                 "lr": winner["lr"],
@@ -176,11 +213,11 @@ class Comparison:
                 "runs": [],
             }
 
-    def run(self, seeds: int) -> None:
+    def run(self) -> None:
         """Train each method on seeds 0, 1, ... with what the sweep chose."""
         methods = self.report["methods"]
-        plan = [(name, m["setting"], m["lr"], seed) for name, m in methods.items() for seed in range(seeds)]
-        self.train(plan, {name: m["runs"] for name, m in methods.items()}, "training")
+        runs = [(name, m["setting"], m["lr"], seed) for name, m in methods.items() for seed in range(self.plan.seeds)]
+        self.train(runs, {name: m["runs"] for name, m in methods.items()}, "training")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -203,34 +240,9 @@ def parser() -> OneLineParser:
     add_options(p, ToyConfig, SHARED)
     add_options(p, Plan)
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-compare, or -ablation)")
-    existing = p.add_mutually_exclusive_group()
-    existing.add_argument("--overwrite", action="store_true", help="replace a comparison that is already there")
-    existing.add_argument(
-        "--resume", action="store_true", help="go on with the comparison that is there, with its own options"
-    )
+    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-compare, or NAME-ablation)")
+    p.add_argument("--overwrite", action="store_true", help="replace a comparison that is already there")
     return p
-
-
-def prepare(arguments: argparse.Namespace) -> tuple[Path, Stored | None, ToyConfig, Plan]:
-    """Return the folder, the comparison in it if it is to go on, and what is compared.
-
-    Raises:
-        ValueError, OSError: bad options, a folder that is in the way or has nothing to resume, unusable points.
-    """
-    require_at_least(1, jobs=arguments.jobs)
-    base = ToyConfig(**{name: value for name, value in given(arguments, ToyConfig).items() if name in SHARED})
-    plan = Plan(**given(arguments, Plan))
-    out = arguments.out or Path("runs/toy") / f"{base.name}-{'ablation' if plan.ablation else 'compare'}"
-    if arguments.resume:
-        stored = Stored.resume(out, arguments)
-        return out, stored, stored.base, stored.plan
-    require_free(out, (FILE,), "a comparison", "--resume, --overwrite", overwrite=arguments.overwrite)
-    distribution_of(base)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (FILE, "results.json", "error.png"):  # of an earlier comparison
-        (out / name).unlink(missing_ok=True)
-    return out, None, base, plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -239,20 +251,20 @@ def main(argv: list[str] | None = None) -> int:
     arguments = command.parse_args(argv)
     use_one_thread()
     with command.errors(), user_files():
-        out, stored, base, plan = prepare(arguments)
-    if stored is None:
-        with command.errors():
-            seconds = step_seconds({UNIT: base, **plan.configs(base)})
-            stored = Stored(base, plan, fingerprint(distribution_of(base)), seconds)
-            stored.write(out)
-    else:
-        print(f"{out}: {len(stored.trainings)} trainings are done")
-    with command.errors("the same command with --resume goes on after the trainings that are done"):
-        comparison = Comparison(stored, jobs=arguments.jobs, out=out)
-        comparison.sweep(plan.rates)
-        comparison.run(plan.seeds)
-        write_atomically(out / "results.json", json.dumps(comparison.report, indent=2) + "\n")
-        draw(comparison.report, out / "error.png")
+        require_at_least(1, jobs=arguments.jobs)
+        base = ToyConfig(**{name: value for name, value in given(arguments, ToyConfig).items() if name in SHARED})
+        plan = Plan(**given(arguments, Plan))
+        out = arguments.out or Path("runs/toy") / f"{base.name}-{'ablation' if plan.ablation else 'compare'}"
+        require_free(out, FILES, "a comparison", "--overwrite", overwrite=arguments.overwrite)
+        distribution_of(base)  # refuses points that cannot be used
+        out.mkdir(parents=True, exist_ok=True)
+    with command.errors():
+        seconds = step_seconds({UNIT: base, **plan.configs(base)})
+        comparison = Comparison(base, plan, seconds, jobs=arguments.jobs)
+        comparison.sweep()
+        comparison.run()
+        write_atomically(out / FILES[0], json.dumps(comparison.report, indent=2) + "\n")
+        draw(comparison.report, out / FILES[1])
     print(f"paired RMSE to the exact flow map, median over seeds (range), seeds: {plan.seeds}")
     print(f"{table(comparison.report)}\n{out}")
     return 0

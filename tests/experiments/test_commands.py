@@ -1,0 +1,34 @@
+"""The commands of this folder: their help, and bad input in one line."""
+
+import pytest
+
+from tvm_ref.experiments import compare, family, seeds, speed
+
+
+@pytest.mark.parametrize("module", [compare, seeds, speed, family])
+def test_help_teaches(capsys, module):
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.count("python -m tvm_ref.") >= 2  # usage, and commands to copy
+    assert "default" in text
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (compare, ["--steps", "0"]),
+        (compare, ["--rates", "0"]),
+        (compare, ["--seeds", "0"]),
+        (seeds, ["--seeds", "0"]),
+        (seeds, ["--dist", "moon"]),
+        (speed, ["--rounds", "0"]),
+        (speed, ["--width", "0"]),
+    ],
+)
+def test_bad_input_to_the_other_commands(capsys, module, options):
+    with pytest.raises(SystemExit) as stop:
+        module.main(options)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
