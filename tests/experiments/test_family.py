@@ -180,80 +180,20 @@ def test_the_command_writes_its_parts(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "noise at the solution" in printed
     assert "batch where noise = signal" in printed
-    with pytest.raises(SystemExit):
-        family.main(options)
-    assert "already holds picture, noise, cost, bias, jumps, scale: --overwrite, or" in capsys.readouterr().err
-    assert family.main([*options, "--overwrite", "--parts", "picture"]) == 0
-    assert json.loads((out / "results.json").read_text()) == report  # which once lost all the rest
+    with pytest.raises(SystemExit) as stop:
+        family.main([*options, "--parts", "picture"])
+    assert stop.value.code == 2
+    assert "already holds measurements: choose another --out" in capsys.readouterr().err
+    assert json.loads((out / "results.json").read_text()) == report
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Parts that take no time and tell what they were measured with."""
-    monkeypatch.setattr(family_measures, "noise_at_the_solution", lambda _, n: {"TVM": dict.fromkeys(NOISE, float(n))})
+def test_chosen_parts_have_a_folder_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(family_measures, "cost", lambda width, depth: {"TVM": float(width)})
-    monkeypatch.setattr(family_measures, "adaptive_bias", lambda dim, mass, n: mass / dim)
-    monkeypatch.setattr(family, "draw", lambda report, out, picture: None)
-
-
-NOISE = ("mean", "error", "median")
-
-
-@pytest.mark.usefixtures("quick")
-def test_parts_measured_one_after_the_other_add_up(tmp_path, capsys):
-    """The second was once refused, and with --overwrite it dropped the first."""
-
-    def run(*options):
-        assert family.main(["--out", str(tmp_path), *options]) == 0
-        return json.loads((tmp_path / "results.json").read_text())
-
-    first = run("--parts", "noise", "cost", "--samples", "300")
-    capsys.readouterr()
-    report = run("--parts", "bias", "--dims", "1", "2")
-    assert "holds noise --samples 300\n" in capsys.readouterr().out  # as --samples is 500 now
-    assert {key: report[key] for key in ("noise", "cost")} == {key: first[key] for key in ("noise", "cost")}
-    assert report["options"] == {"noise": {"samples": 300}, "cost": {}, "bias": {"dims": [1, 2]}}
-    again = run("--parts", "noise", "--samples", "20", "--overwrite")
-    assert "holds cost\n" in (said := capsys.readouterr().out)
-    assert "holds bias --dims 1 2\n" in said
-    assert again["noise"]["TVM"]["mean"] == 20
-    assert again["options"] == report["options"] | {"noise": {"samples": 20}}
-    assert {k: v for k, v in again.items() if k not in ("noise", "options")} == {
-        k: v for k, v in report.items() if k not in ("noise", "options")
-    }
-    new = run("--parts", "noise", "cost", "bias", "--overwrite", "--dist", "circles")  # nothing of moons stays
-    assert new["dist"] == new["made_with"]["dist"] == "circles"
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--parts", "cost", "noise"], "already holds noise: --overwrite, or another --out"),
-        (["--parts", "cost", "--dist", "circles"], "holds noise measured with --dist moons"),
-        (["--parts", "cost", "--dist", "circles", "--overwrite"], "holds noise measured with --dist moons"),
-        (["--parts", "cost", "--width", "8"], "holds noise measured with --width 64"),
-    ],
-)
-def test_parts_that_do_not_belong_together_are_refused(tmp_path, capsys, options, words):
-    assert family.main(["--out", str(tmp_path), "--parts", "noise"]) == 0
-    before = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        family.main(["--out", str(tmp_path), *options])
-    assert stop.value.code == 2
-    assert words in capsys.readouterr().err
-    assert (tmp_path / "results.json").read_bytes() == before
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("content", ['{"dist": "moons", "methods": {}}', "[]", "none"])
-def test_results_of_another_command_are_never_merged_or_replaced(tmp_path, capsys, content):
-    (tmp_path / "results.json").write_text(content)
-    with pytest.raises(SystemExit) as stop:
-        family.main(["--out", str(tmp_path), "--parts", "cost", "--overwrite"])
-    assert stop.value.code == 2
-    assert "without what they were measured with" in capsys.readouterr().err
-    assert (tmp_path / "results.json").read_text() == content
+    assert family.main(["--parts", "cost", "--width", "8"]) == 0
+    report = json.loads((tmp_path / "runs/toy/moons-family-cost/results.json").read_text())
+    assert report["cost"] == {"TVM": 8}
+    assert report["made_with"]["width"] == 8
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@
     bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
     jumps     which jumps four laws of times draw, beside the errors of the jumps of the default run
     scale     at that run's network, by t - s: the batch at which a gradient's noise equals its signal
-Writes results.json, measured.png and, with `picture`, family.png; with `jumps`, times.png: the same by (t, s).
-Parts may be measured one after the other into one folder, on the same data and for the same network and training;
-results.json says of each part its --samples or --dims. --overwrite replaces the chosen parts, and no other.
+Writes results.json, measured.png and, with `picture`, family.png; with `jumps`, times.png: the same by (t, s). All into
+a folder of its own; parts that are measured with other options go into another folder.
 """
 
 import json
@@ -20,23 +19,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.errors import user_files
 from tvm_ref.cli.files import require_free, write_atomically
-from tvm_ref.cli.options import OneLineParser, add_options, flag, given, require_at_least, run
+from tvm_ref.cli.options import OneLineParser, add_options, given, require_at_least, run
 from tvm_ref.cli.progress import progress
 from tvm_ref.experiments import family_measures
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.time_samplers import TimeSampler
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.mixture import GaussianMixture
-from tvm_ref.toy.run import distribution_of, fingerprint
+from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.training import Training
 
-# Each part's key in results.json, and which options beside the configuration decide it; the picture has no numbers.
-PARTS: dict[str, tuple[str | None, tuple[str, ...]]] = {
-    "picture": (None, ()), "noise": ("noise", ("samples",)), "cost": ("cost", ()), "bias": ("adaptive_bias", ("dims",)),
-    "jumps": ("jumps", ("samples",)), "scale": ("noise_scale", ("samples",)),
-}  # fmt: skip
+PARTS = ("picture", "noise", "cost", "bias", "jumps", "scale")
 COORDINATES = {"masses 0.8 and 0.2": 0.8, "masses 0.5 and 0.5": 0.5}  # of a coordinate's two values
 LAWS = {
     "gap*": TimeSampler(), "gap*, 1/4 at t = 1": TimeSampler(share_noise=0.25),
@@ -57,7 +52,7 @@ def trained(config: ToyConfig) -> FlowMap:
 def measure(
     parts: list[str], config: ToyConfig, distribution: GaussianMixture, samples: int, dims: tuple[int, ...]
 ) -> Iterator[tuple[str, Any]]:
-    """Measure the parts that are asked for; print each, and yield its name and its numbers."""
+    """Measure the parts that are asked for; print each, and yield its key in results.json and its numbers."""
     if "noise" in parts:
         noise = family_measures.noise_at_the_solution(distribution, samples)
         print(noise_table(noise))
@@ -73,7 +68,7 @@ def measure(
         }
         for name, values in bias.items():
             print(column(f"bias of the adaptive weight by dimension, {name}", values, ".4f"))
-        yield "bias", bias
+        yield "adaptive_bias", bias
     if "jumps" in parts or "scale" in parts:
         model = trained(config)
     if "jumps" in parts:
@@ -90,42 +85,7 @@ def measure(
         scale = family_measures.signal_to_noise(model, distribution, GAPS, size=max(2, samples // 2))
         measured = {"gaps": list(GAPS), "scale": scale}
         print(scale_table(measured))
-        yield "scale", measured
-
-
-def earlier(out: Path, made_with: dict[str, Any], parts: list[str], overwrite: bool) -> dict[str, Any]:
-    """Read what a folder holds beside the parts that are to be measured.
-
-    Args:
-        out: the folder.
-        made_with: the configuration and a hash of the data; what stays must have been measured with the same.
-        parts: what is to be measured.
-        overwrite: whether these parts may be there already.
-
-    Raises:
-        ValueError: a part that is there, or others that were measured with something else.
-    """
-    path = out / "results.json"
-    if not path.is_file():
-        return {}
-    try:
-        report = json.loads(path.read_text())
-        before, options = report["made_with"], report["options"]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{out} holds results without what they were measured with: choose another --out") from None
-    there = [p for p, (key, _) in PARTS.items() if (key in report if key else (out / "family.png").is_file())]
-    again = [part for part in there if part in parts]
-    if again and not overwrite:
-        raise UserError(f"{out} already holds {', '.join(again)}: --overwrite, or another --out")
-    kept = [part for part in there if part not in parts and part != "picture"]
-    other = next((name for name, value in made_with.items() if before.get(name) != value), None)
-    if kept and other is not None:
-        value = f"{flag(other)} {before.get(other)}" if other != "points" else "other points of --data"
-        raise UserError(f"{out} holds {', '.join(kept)} measured with {value}: choose another --out")
-    keys = [PARTS[part][0] for part in kept]
-    return {key: report[key] for key in report if key in keys} | {
-        "options": {part: options[part] for part in kept if part in options}
-    }
+        yield "noise_scale", measured
 
 
 def column(title: str, values: dict[str, float], form: str) -> str:
@@ -171,11 +131,6 @@ def draw(report: dict[str, Any], out: Path, *, picture: bool) -> None:
         plots.save_figure(family_plots.plot_times(report["jumps"]), out / "times.png")
 
 
-def write(out: Path, report: dict[str, Any]) -> None:
-    """Write results.json into a folder."""
-    write_atomically(out / "results.json", json.dumps(report, indent=2) + "\n")
-
-
 def parser() -> OneLineParser:
     """Make the command line."""
     p = OneLineParser("python -m tvm_ref.experiments.family", __doc__)
@@ -188,8 +143,7 @@ def parser() -> OneLineParser:
         help="samples at the exact flow map; 20 times as many for jumps, 16 times as many for scale",
     )  # fmt: skip
     p.add_argument("--dims", type=int, nargs="+", default=DIMS, help="dimensions of the part bias")
-    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-family)")
-    p.add_argument("--overwrite", action="store_true", help="replace these parts where they are already there")
+    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-family-PARTS)")
     return p
 
 
@@ -203,22 +157,16 @@ def main(argv: list[str] | None = None) -> int:
         distribution = distribution_of(config)
         require_at_least(2, samples=arguments.samples)
         require_at_least(1, dims=min(arguments.dims))
-        out = arguments.out or Path("runs/toy") / f"{config.name}-family"
-        require_free(out, ["results.json"], "measurements", overwrite=True)  # parts that are there: see earlier
-        made_with = asdict(config) | {"points": fingerprint(distribution)}
-        report = earlier(out, made_with, arguments.parts, arguments.overwrite)
+        parts = [] if {*arguments.parts} == {*PARTS} else arguments.parts
+        out = arguments.out or Path("runs/toy") / "-".join([config.name, "family", *parts])
+        require_free(out, ["results.json"], "measurements")
         out.mkdir(parents=True, exist_ok=True)
-    report = {"dist": config.name, "made_with": made_with, "options": {}} | report
-    for part, options in report["options"].items():  # which may be others than those of the parts to come
-        values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
-        print(" ".join([f"{out} holds {part}", *(" ".join(map(str, [flag(n), *v])) for n, v in values.items())]))
-    with command.errors("the parts that were printed are stored"):
-        for part, numbers in measure(arguments.parts, config, distribution, arguments.samples, tuple(arguments.dims)):
-            key, names = PARTS[part]
-            report[str(key)] = numbers
-            report["options"][part] = {name: getattr(arguments, name) for name in names}
-            write(out, report)
-        write(out, report)  # of the picture alone, too, so that the folder is known as one of measurements
+    options = {"samples": arguments.samples, "dims": list(arguments.dims)}
+    report = {"dist": config.name, "made_with": asdict(config), "options": options}
+    with command.errors(f"{out} holds the parts that were printed"):
+        for key, numbers in measure(arguments.parts, config, distribution, arguments.samples, tuple(arguments.dims)):
+            report[key] = numbers
+            write_atomically(out / "results.json", json.dumps(report, indent=2) + "\n")
         draw(report, out, picture="picture" in arguments.parts)
     print(out)
     return 0

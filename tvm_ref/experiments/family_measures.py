@@ -73,9 +73,6 @@ def batch(
     return x0, x1, Times(*(a.to(dtype) for a in times.draw(n, source)))
 
 
-# Noise at the solution --------------------------------------------------------------------------------------------
-
-
 def gradient_at_the_solution(
     key: str, settings: dict[str, Any], distribution: GaussianMixture, x0: Tensor, x1: Tensor, times: Times
 ) -> Tensor:
@@ -105,9 +102,6 @@ def noise_at_the_solution(distribution: GaussianMixture, samples: int) -> dict[s
     return noise
 
 
-# Cost -------------------------------------------------------------------------------------------------------------
-
-
 def count_products(work: Callable[[], Any]) -> int:
     """Count the products of some work."""
     from torch.utils.flop_counter import FlopCounterMode  # imports triton, which --help need not wait for
@@ -135,9 +129,6 @@ def cost(width: int = 64, depth: int = 4) -> dict[str, float]:
         name: step_flops(OBJECTIVES[key](model, **settings), target, x0, x1, times) for name, key, settings in members
     }
     return {name: value / forward for name, value in flops.items()}
-
-
-# Bias of adaptive weights by dimension ----------------------------------------------------------------------------
 
 
 def adaptive_minimiser(v: Tensor, p: Tensor, eps: float, iterations: int = 300) -> Tensor:
@@ -178,9 +169,6 @@ def adaptive_bias(dim: int, mass: float, samples: int, *, t: float = 0.8, eps: f
     u = (p * v).sum(-1)
     deviation = (p * (v - u[..., None]).square()).sum(-1).mean().sqrt()
     return float((adaptive_minimiser(v, p, eps) - u).square().mean().sqrt() / deviation)
-
-
-# At a trained network ---------------------------------------------------------------------------------------------
 
 
 def jump_errors(
