@@ -18,7 +18,6 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from imagenet.data.pictures import Pixels
-from imagenet.foreign.pickle_scan import shown
 from tvm_ref.cli.errors import UserError, first_line
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}  # of a GIF the first image
@@ -46,7 +45,7 @@ def left_out(paths: Iterable[Path]) -> str | None:
     kinds = Counter({kind: n for kind, n in kinds.items() if kind not in NOTES})
     if not kinds:
         return None
-    named = ", ".join(shown(kind or "none") for kind, _ in kinds.most_common(5))
+    named = ", ".join(f"{kind or 'none':.80}" for kind, _ in kinds.most_common(5))
     return f"warning: {kinds.total()} files are left out, as they are no images by their endings ({named})"
 
 
@@ -141,7 +140,7 @@ class ImageFiles:
                     data = bytearray(stream.read(n * math.prod(shape[1:])))
                     batch = np.frombuffer(data, np.uint8).reshape(n, *shape[1:])
                 except (*DAMAGED, ValueError) as error:
-                    raise UserError(f"{self.source} is damaged: {shown(first_line(error))}") from None
+                    raise UserError(f"{self.source} is damaged: {first_line(error):.80}") from None
                 yield batch
 
 
@@ -162,7 +161,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Pixels:
                 raise UserError(f"it is {w} x {h}, and others are {size[0]} x {size[1]}")
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, MemoryError, *BOMBS) as error:
-        raise UserError(f"{path} cannot be read: {shown(first_line(error), 200)}") from None
+        raise UserError(f"{path} cannot be read: {first_line(error):.200}") from None
 
 
 def _npz_shape(path: Path) -> tuple[int, ...]:
@@ -173,7 +172,7 @@ def _npz_shape(path: Path) -> tuple[int, ...]:
     except KeyError:
         raise UserError(f"{path} holds no images (an array {NPZ_IMAGES}, uint8 [N, H, W, 3])") from None
     except DAMAGED as error:
-        raise UserError(f"{path} is damaged: {shown(first_line(error))}") from None
+        raise UserError(f"{path} is damaged: {first_line(error):.80}") from None
 
 
 def _read_header(path: Path, stream: IO[bytes]) -> tuple[int, ...]:

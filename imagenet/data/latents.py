@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from imagenet.data.fingerprints import fingerprint
 from imagenet.data.noise import POSTERIOR, normal
-from imagenet.foreign.pickle_scan import shown
 from tvm_ref.cli.errors import UserError, first_line
 
 LATENT_SIDE = 8  # pixels of the image per number of the latent
@@ -200,7 +199,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         missing = {"format", "image_size", "classes", "normalisation", "shards"} - set(index)
         index["shards"] = [{"name": str(a["name"]), "count": int(a["count"])} for a in index.get("shards", [])]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise UserError(f"{path} is damaged: {shown(first_line(error))}") from None
+        raise UserError(f"{path} is damaged: {first_line(error):.80}") from None
     if missing or index["format"] != FORMAT:
         raise UserError(f"{path} is not in the format {FORMAT!r}" + (f": {min(missing)} is missing" if missing else ""))
     classes, size = index["classes"], index["image_size"]
@@ -223,7 +222,7 @@ def read_normalisation(folder: Path) -> Normalisation:
     try:
         return Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder / INDEX} is damaged: its normalisation is {shown(str(stored), 300)}") from None
+        raise UserError(f"{folder / INDEX} is damaged: its normalisation is {stored!r:.300}") from None
 
 
 def write_shard(folder: Path, name: str, posteriors: NDArray[np.float16], labels: NDArray[np.int64]) -> None:

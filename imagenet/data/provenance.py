@@ -8,7 +8,6 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 from imagenet.data.latents import Normalisation
-from imagenet.foreign.pickle_scan import shown
 from tvm_ref.cli.errors import UserError
 
 
@@ -58,7 +57,7 @@ class Provenance:
                 values["normalisation"] = Normalisation(mean, std)
             return Provenance(**values)
         except (AttributeError, TypeError, ValueError, KeyError, RecursionError):
-            raise UserError(f"no description of data: {shown(text)}") from None
+            raise UserError(f"no description of data: {text!r:.80}") from None
 
     def check_same(self, other: "Provenance", what: str) -> None:
         """Raise ValueError, which begins with `what`, unless everything that both know is the same."""
@@ -74,6 +73,4 @@ class Provenance:
             mine, others = getattr(self, name), getattr(other, name)
             if mine is not None and others is not None and mine != others:
                 label = {"images": "number of images"}.get(name, name.replace("_", "'s "))
-                raise UserError(
-                    f"{what}: another {label}, {shown(str(others), 200)} in place of {shown(str(mine), 200)}"
-                )
+                raise UserError(f"{what}: another {label}, {others!s:.200} in place of {mine!s:.200}")

@@ -7,7 +7,6 @@
 folder, .npz       images alone: everything is computed from them
 """
 
-import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from imagenet.data.image_files import NPZ_IMAGES, ImageFiles
-from imagenet.foreign.pickle_scan import shown
-from imagenet.foreign.pickled_arrays import read_arrays
+from imagenet.foreign.restricted_pickle import Object, read_pickle, to_array
 from imagenet.metrics.frechet import Gaussian, Matrix, covariance_root, gaussian_statistics
 from imagenet.metrics.inception import Features
-from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.errors import UserError, first_line, user_files
 
 MAX_SIZE = 4096  # of a mean: Inception's features have 2048 and 2023 numbers
 
@@ -101,10 +99,9 @@ def _from_npz(path: Path) -> Reference:
     except OSError:
         raise
     except Exception as error:  # a damaged archive can break its reader anywhere
-        reason = shown(str(error).partition("\n")[0]) or type(error).__name__
-        raise UserError(f"{path} cannot be read: {reason}") from None
+        raise UserError(f"{path} cannot be read: {first_line(error):.80}") from None
     if pool is None and NPZ_IMAGES not in known:
-        held = shown(", ".join(sorted(known)))
+        held = ", ".join(f"{name!r:.80}" for name in sorted(known)[:5])
         raise UserError(f"{path} holds neither mu and sigma nor images ({NPZ_IMAGES}), only {held or 'nothing'}")
     return Reference(path.name, pool, spatial, ImageFiles(path) if NPZ_IMAGES in known else None)
 
@@ -123,23 +120,23 @@ def _array(archive: zipfile.ZipFile, name: str) -> Any:
 
 def _from_pickle(path: Path) -> Gaussian:
     """Read the statistics of a .pkl file."""
-    stored = read_arrays(path)
+    stored = read_pickle(path)
     if isinstance(stored, dict) and isinstance(stored.get("fid"), dict):
         stored = stored["fid"]
     stored = stored if isinstance(stored, dict) else {}
     try:
-        if {"mu", "sigma"} <= set(stored):
-            return _gaussian(stored["mu"], stored["sigma"])
-        if {"raw_mean", "raw_cov", "num_items"} <= set(stored):
-            return from_sums(stored["raw_mean"], stored["raw_cov"], stored["num_items"])
-    except ValueError as error:
+        for names, gaussian in ((("mu", "sigma"), _gaussian), (("raw_mean", "raw_cov", "num_items"), from_sums)):
+            if stored.keys() >= set(names):
+                found = (to_array(a) if isinstance(a, Object) else a for a in map(stored.get, names))
+                return gaussian(*found)
+    except UserError as error:
         raise UserError(f"{path}: {error}") from None
     raise UserError(f"{path} holds no statistics (mu and sigma, or raw_mean, raw_cov and num_items)")
 
 
 def from_sums(total: Any, squares: Any, n: Any) -> Gaussian:
     """Compute mean and covariance of n features from their sum [D] and the sum of their outer products [D, D]."""
-    if not isinstance(n, int | float) or isinstance(n, bool) or not 2 <= n < math.inf:
+    if not isinstance(n, int | float | np.ndarray) or np.ndim(n) or isinstance(n, bool) or not 2 <= n < 2**53:
         raise UserError("num_items must be a number of at least 2")
     n, (mean, squares) = float(n), _gaussian(total, squares)
     with np.errstate(all="ignore"):  # what is not finite is refused

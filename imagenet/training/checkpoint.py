@@ -23,7 +23,6 @@ from torch import Tensor
 from imagenet.config import Config, build_model
 from imagenet.data.provenance import Provenance
 from imagenet.distributed import World
-from imagenet.foreign.pickle_scan import shown
 from imagenet.training.disk import SUMMARY, flush_folder, sha256_of
 from tvm_ref import FlowMap
 from tvm_ref.cli.errors import UserError
@@ -251,7 +250,7 @@ def check_weights(weights: Mapping[str, Tensor], config: Config) -> None:
     if missing:
         raise UserError(f"{missing[0]} is missing ({len(missing)} tensors are)")
     if unknown:
-        raise UserError(f"{shown(unknown[0])} is no tensor of this network ({len(unknown)} are not)")
+        raise UserError(f"{unknown[0]!r:.80} is no tensor of this network ({len(unknown)} are not)")
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise UserError(f"{name} is of shape {list(tensor.shape)}, not {list(expected[name].shape)}")

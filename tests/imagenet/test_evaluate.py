@@ -203,4 +203,4 @@ def test_a_folder_for_the_report_is_made(images, real, tmp_path):
 def test_hostile_references_are_refused(images, tmp_path, capsys):
     (tmp_path / "evil.pkl").write_bytes(b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.")
     assert status(main, [str(images), "--reference", str(tmp_path / "evil.pkl")], extractor=linear) == 2
-    assert "is refused: it asks for posix.system" in capsys.readouterr().err
+    assert "is refused: it asks for 'posix.system'" in capsys.readouterr().err

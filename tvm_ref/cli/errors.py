@@ -9,10 +9,11 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """Say in one line what went wrong; of a file, with its name."""
+    """Say in one line what went wrong; of a file, with its name. What would steer a terminal is escaped."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,206 @@
+"""The weights that Luma released: which preset each file is, and its tensors, read without executing anything.
+
+A released file is a pickle of a dict, with the averaged network as "ema" or "net". Its modules were pickled as calls of
+a function that runs the Python source stored beside them; what that call was to be given holds the tensors.
+"""
+
+import io
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from imagenet.foreign.restricted_pickle import Global, Machine, Object, Refused, read_pickle, to_bytes
+from tvm_ref.cli.errors import UserError
+
+PRESETS = {  # by name of the file
+    "im256_w2": "imagenet256-w2",
+    "im256_w1p75": "imagenet256-w1.75",
+    "im512_w2p5": "imagenet512-w2.5",
+    "im512_w2p25": "imagenet512-w2.25",
+}
+WRAPPERS = ("_orig_mod.", "model.")  # around the network, in front of its names
+MAX_PARTS = 20_000  # modules and tensors of one network, each as often as it stands in it
+MAX_NAME = 500  # letters of a tensor's name, with those of the modules around it
+MAX_LAYERS = 16  # of modules that are made with a module
+
+MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before its archives, in which tensors still pickle their storages
+DTYPES = {
+    "torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64, "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}  # fmt: skip
+
+
+class Released(NamedTuple):
+    """The network of a released file: its tensors by name, and whether it is scaled (None: the file does not say)."""
+
+    tensors: dict[str, Tensor]
+    scaled: bool | None
+
+
+def read_released(path: Path) -> Released:
+    """Read the network of a released file.
+
+    Raises:
+        UserError: no such file, no pickle, one that asks for more than tensors, or one without a network.
+    """
+    content = read_pickle(path)
+    try:
+        network = _network(content)
+        scaled = module_state(network).get("do_scale_param")
+        if not isinstance(scaled, bool | None):
+            raise UserError(f"do_scale_param is a {type(scaled).__name__}, neither true nor false")
+        return Released(tensors_of(network, path.stat().st_size), scaled)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _network(content: Any) -> Any:
+    """Find the network in the content of a file: the averaged one, if it holds several."""
+    if not isinstance(content, dict):
+        return content
+    found = [content[key] for key in ("ema", "net") if content.get(key) is not None]
+    if not found:
+        keys = ", ".join(f"{key!r:.80}" for key in list(content)[:5])
+        raise UserError(f"no network ('ema' or 'net') in it, only {keys or 'nothing'}")
+    return found[0]
+
+
+def module_state(module: Any) -> dict[str, Any]:
+    """Return the attributes of a module of PyTorch, or of one that carries its source.
+
+    Raises:
+        UserError: the object is no module.
+    """
+    inner, first = module, None
+    for _ in range(MAX_LAYERS):
+        first = inner.args[0] if isinstance(inner, Object) and inner.state is None and inner.args else None
+        if not isinstance(first, Object):
+            break
+        inner = first  # torch.compile's module is made with the module that it is around
+    state = inner.state if isinstance(inner, Object) else None
+    if state is None and isinstance(first, dict):
+        state = first.get("state")
+    if isinstance(state, dict) and all(isinstance(state.get(k), dict) for k in ("_parameters", "_buffers", "_modules")):
+        return state
+    name = f"{module.name!r:.80}" if isinstance(module, Object | Global) else type(module).__name__
+    raise UserError(f"{name} is not a module of PyTorch")
+
+
+def tensors_of(module: Any, size: int) -> dict[str, Tensor]:
+    """Return parameters and buffers by the names that a state dict of the network would have, without wrappers.
+
+    Args:
+        module: an Object.
+        size: bytes of the file; all tensors together hold no more.
+
+    Raises:
+        UserError: it is no module, or one of more than MAX_PARTS parts, such as one within itself.
+    """
+    storages, found = Storages(size), {}
+    waiting, parts = [("", module)], 0
+    while waiting:
+        prefix, module = waiting.pop()
+        state, children = module_state(module), []
+        for kind in ("_parameters", "_buffers", "_modules"):
+            for name, part in state[kind].items():
+                parts += 1
+                if not isinstance(name, str):
+                    raise UserError(f"{name!r:.80} is a name that is no text")
+                full = prefix + name
+                if parts > MAX_PARTS or len(full) > MAX_NAME:
+                    raise UserError("it holds a module within itself, or too many of them, or too long a name")
+                if part is None:
+                    continue
+                if kind == "_modules":
+                    children.append((f"{full}.", part))
+                else:
+                    found[_without_wrappers(full)] = storages.tensor(part)
+        waiting += children[::-1]
+    return found
+
+
+def _without_wrappers(name: str) -> str:
+    """Strip the wrappers around the network from the name of a tensor."""
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+class Storages:
+    """The flat tensors that tensors are views of, each read once, and of no more bytes together than their file."""
+
+    def __init__(self, size: int):
+        self._left = size
+        self._known: dict[int, Tensor] = {}  # by identity: what was read lives as long as its pickle's content
+
+    def tensor(self, value: Any) -> Tensor:
+        """Make a view of a storage. Gradients and hooks are left out.
+
+        Raises:
+            Refused: it is no tensor, or one that reaches beyond its storage.
+        """
+        match value:
+            case Object(name="torch._utils._rebuild_parameter", args=(data, *_)) if data is not value:
+                value = data
+        match value:
+            case Object(name="torch._utils._rebuild_tensor_v2", args=(storage, int(offset), size, stride, *_)):
+                flat = self._flat(storage)
+            case _:
+                raise Refused(f"{value.name if isinstance(value, Object) else type(value).__name__!r:.80} is no tensor")
+        if not (_is_shape(size) and _is_shape(stride) and len(size) == len(stride) and _is_shape((offset,))):
+            raise Refused("a tensor with a size, stride or offset that is none")
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if math.prod(size) and max(last + 1, math.prod(size)) > len(flat):
+            raise Refused(f"a tensor of size {size} reaches beyond its storage of {len(flat)} numbers")
+        return flat.as_strided(size, stride, offset)
+
+    def _flat(self, value: Any) -> Tensor:
+        """Read a storage, which torch.save wrote: five pickles, the number of its numbers, and those."""
+        match value:
+            case Object(name="torch.storage._load_from_bytes", args=(stored,)):
+                pass
+            case _:
+                raise Refused("a tensor is made of something else than a storage")
+        if id(stored) not in self._known:
+            data = to_bytes(stored)
+            self._left -= len(data)
+            if self._left < 0:
+                raise Refused("its tensors are larger than the file")
+            self._known[id(stored)] = _read_storage(data)
+        return self._known[id(stored)]
+
+
+def _read_storage(data: bytes | bytearray) -> Tensor:
+    """Read a storage: pickles of MAGIC, version, system, reference and keys; then its length, and its numbers."""
+    if data[:2] == b"PK":
+        raise Refused("an archive where a storage belongs")
+    stream = io.BytesIO(data)
+    try:
+        pickles = [Machine(stream, outside=True).load() for _ in range(5)]
+    except Refused:
+        raise
+    except Exception as error:  # a damaged pickle can break the machine anywhere
+        raise Refused(f"a damaged storage: {error!r:.80}") from None
+    match pickles:
+        case [magic, _, dict(system), Object(args=(_, Global(kind), _, _, int(length), *_)), _] if magic == MAGIC:
+            little = system.get("little_endian", True) is True
+        case _:
+            raise Refused("something else where a storage belongs")
+    if kind not in DTYPES or not little:
+        raise Refused(f"a storage of {kind!r:.80}, or of another order of bytes than this machine's")
+    start, dtype = stream.tell() + 8, DTYPES[kind]
+    if int.from_bytes(stream.read(8), "little") != length or not 0 <= length * dtype.itemsize <= len(data) - start:
+        raise Refused(f"a damaged storage: {length} numbers in {len(data) - start} bytes")
+    numbers = bytearray(memoryview(data)[start : start + length * dtype.itemsize])
+    return torch.frombuffer(numbers, dtype=dtype) if length else torch.empty(0, dtype=dtype)
+
+
+def _is_shape(numbers: Any) -> bool:
+    """Return whether it is a tuple of few integers from 0 to 2^63 - 1."""
+    few = isinstance(numbers, tuple) and len(numbers) <= 16
+    return few and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
