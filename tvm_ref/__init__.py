@@ -12,6 +12,7 @@ from tvm_ref.objectives import OBJECTIVES, PID, TVM, FlowMatching, LossTerms, Me
 from tvm_ref.sampling import EulerStep, sample, sample_path, uniform_times
 from tvm_ref.time_samplers import TIME_SAMPLERS, Times, TimeSampler
 
+__version__ = "0.2.0"
 __all__ = [
     "DIFFERENCE",
     "EMA",

@@ -10,7 +10,7 @@ import warnings
 from jvp_attention import reference
 from jvp_attention.api import attention, dual_attention
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["attention", "dual_attention", "reference"]
 
 # PyTorch's first JVP of a process uses torch.jit.script itself, and warns its caller of it
