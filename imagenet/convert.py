@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from imagenet.config import PRESETS, Config
-from imagenet.data.latents import LATENT_SIDE, NORMALISATION, VAE
 from imagenet.data.provenance import Provenance
+from imagenet.data.vae import LATENT_SIDE, NORMALISATION, VAE
 from imagenet.foreign import luma
 from imagenet.training.checkpoint import check_weights, save_weights
 from tvm_ref.cli.errors import UserError

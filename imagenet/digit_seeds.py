@@ -118,7 +118,7 @@ def table(runs: Mapping[str, Mapping[str, Scores]], test: Scores, means: Scores)
         test: scores of the held-out images.
         means: scores of the class means.
     """
-    from imagenet.data.digits import ACCEPTED, accepted
+    from imagenet.metrics.digits import ACCEPTED, accepted
 
     members: dict[str, list[Mapping[str, Scores]]] = {}
     for name, by_nfe in runs.items():
@@ -158,9 +158,10 @@ def main(argv: list[str] | None = None) -> int:
         if not all(0 < rate < float("inf") for rate in options.rates):
             raise UserError("--rates must be positive and finite")
         require_free(options.out, (f"{options.objectives[0]}-seed0/config.json",), "runs")
-        from imagenet.data.digits import Judges, class_means, load_digits
+        from imagenet.data.digits import load_digits
+        from imagenet.metrics.digits import class_means, digit_metrics
 
-        judges = Judges()
+        metrics = digit_metrics()
     with command.errors():
         options.out.mkdir(parents=True, exist_ok=True)
         more = [*([] if options.steps is None else ["--steps", str(options.steps)]), *options.options]
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = plan(options.objectives, rates, options.seeds, more)
         scores = train_all(options.out, runs, options.jobs)
         write_atomically(options.out / "results.json", json.dumps({"rates": rates, "runs": scores}, indent=2) + "\n")
-    text, fine = table(scores, judges.judge(load_digits().test[0]), judges.judge(class_means(judges.labels)))
+    text, fine = table(scores, metrics.measure(load_digits().test[0]), metrics.measure(class_means(metrics.labels)))
     print(text)
     return 0 if fine else 1
 

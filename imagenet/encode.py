@@ -32,20 +32,9 @@ from torch import nn
 
 from imagenet import distributed
 from imagenet.data.fingerprints import fingerprint
-from imagenet.data.image_files import is_image
-from imagenet.data.latents import (
-    FORMAT,
-    INDEX,
-    NORMALISATION,
-    VAE,
-    encode,
-    index_of,
-    load_vae,
-    measured_normalisation,
-    moments,
-    write_shard,
-)
-from imagenet.data.pictures import Pixels
+from imagenet.data.image_files import Pixels, is_image
+from imagenet.data.latents import FORMAT, INDEX, index_of, measured_normalisation, moments, write_shard
+from imagenet.data.vae import NORMALISATION, VAE, encode, load_vae
 from imagenet.distributed import World
 from tvm_ref.cli.errors import UserError
 from tvm_ref.cli.files import require_free, write_atomically

@@ -3,7 +3,7 @@
     python imagenet/evaluate.py samples256 --reference VIRTUAL_imagenet256_labeled.npz    a folder of images
     python imagenet/evaluate.py samples256.npz --reference img256.pkl                     images as ADM stores them
     python imagenet/evaluate.py imagenet256-w2.safetensors --reference img256.pkl --steps 1 2 --count 50000
-    python imagenet/evaluate.py runs/imagenet/digits --steps 1 4                          digits have their own judges
+    python imagenet/evaluate.py runs/imagenet/digits --steps 1 4                          digits have their own metrics
 
 A model's images are made on the fly, the same that sample.py draws; sample.py under torchrun is faster for many.
 What is measured depends on the reference: statistics (mu, sigma) give FID, spatial ones (mu_s, sigma_s) sFID, images
@@ -165,10 +165,11 @@ def measure(candidates: Candidates, reference: Reference, extractor: Extractor, 
 
 def measure_digits(generator: Generator, steps: list[int]) -> dict[str, Any]:
     """Score a model of digits (digits.py): {"reference": about it, "figures": by number of steps}."""
-    from imagenet.data.digits import SETS, TEST, judge_model
+    from imagenet.data.digits import TEST
+    from imagenet.metrics.digits import SETS, measure_model
 
     scores = {
-        f"{n} NFE": {"samples": TEST, "sets": SETS, **found} for n, found in judge_model(generator, steps).items()
+        f"{n} NFE": {"samples": TEST, "sets": SETS, **found} for n, found in measure_model(generator, steps).items()
     }
     return {"reference": {"name": "scikit-learn's digits"}, "figures": scores}
 

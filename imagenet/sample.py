@@ -28,8 +28,7 @@ from torch import nn
 
 from imagenet import distributed
 from imagenet.data.fingerprints import fingerprint
-from imagenet.data.image_files import EXTENSIONS, save_png, write_npz
-from imagenet.data.pictures import Pixels, grid
+from imagenet.data.image_files import EXTENSIONS, Pixels, grid, save_png, write_npz
 from imagenet.distributed import World
 from imagenet.model_options import add_model_options, load_model
 from imagenet.sampler import BATCH, ROWS, Generator

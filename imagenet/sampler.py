@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from imagenet.config import Config
-from imagenet.data import pictures
+from imagenet.data import image_files
 from imagenet.data.class_names import class_number
 from imagenet.data.fingerprints import fingerprint
-from imagenet.data.latents import LATENT_SIDE, NORMALISATION, VAE, Normalisation, decode, load_vae, read_normalisation
+from imagenet.data.image_files import Pixels, to_pixels
+from imagenet.data.latents import read_normalisation
 from imagenet.data.noise import PRIOR, normal
-from imagenet.data.pictures import Pixels, to_pixels
 from imagenet.data.provenance import Provenance
+from imagenet.data.vae import LATENT_SIDE, NORMALISATION, VAE, Normalisation, decode, load_vae
 from imagenet.training.checkpoint import load_weights, read_provenance
 from tvm_ref import Condition, FlowMap, sample
 from tvm_ref.cli.errors import UserError
@@ -101,7 +102,7 @@ class Generator:
         shown = self.with_columns()
         count = ROWS * len(shown.classes or ()) if count is None else count
         images = list(shown.batches(range(count), steps))
-        return pictures.grid(np.concatenate(images), shown.columns(count))
+        return image_files.grid(np.concatenate(images), shown.columns(count))
 
     def labels(self, numbers: Sequence[int]) -> list[int]:
         """Return the classes [B] of samples."""

@@ -27,8 +27,8 @@ from imagenet.cost.memory import check_memory, free_bytes
 from imagenet.data.batches import Batches, loader
 from imagenet.data.fingerprints import fingerprint
 from imagenet.data.image_sets import Data, load_data, provenance_of
-from imagenet.data.latents import load_vae
 from imagenet.data.provenance import Provenance
+from imagenet.data.vae import load_vae
 from imagenet.distributed import World
 from imagenet.metrics.fid import Judge, make_judge
 from imagenet.training import checkpoint

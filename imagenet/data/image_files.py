@@ -13,11 +13,11 @@ from typing import IO
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from imagenet.data.pictures import Pixels
 from tvm_ref.cli.errors import UserError, first_line
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}  # of a GIF the first image
@@ -31,7 +31,12 @@ DAMAGED = (
     SyntaxError,
 )  # what a reader raises
 BOMBS = Image.DecompressionBombError, Image.DecompressionBombWarning  # images of too many pixels
+GAP = 1  # pixels between the images of a grid, before enlarging
+SMALL = 480  # grids narrower than this are enlarged
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"  # as in the .npz files of ADM
+
+
+Pixels = NDArray[np.uint8]  # [B, H, W, 3]
 
 
 def is_image(path: Path) -> bool:
@@ -49,7 +54,28 @@ def left_out(paths: Iterable[Path]) -> str | None:
     return f"warning: {kinds.total()} files are left out, as they are no images by their endings ({named})"
 
 
-# Out ----------------------------------------------------------------------------------------------------------------
+def to_pixels(x: Float[Tensor, "n c h w"]) -> Pixels:
+    """Convert images with values about [-1, 1] to uint8 [N, H, W, 3]: one channel is grey, three are colours.
+
+    Of latents these are the first three channels, at half contrast.
+    """
+    x = x.float().cpu()
+    if x.shape[1] not in (1, 3):
+        x = x[:, :3] / 2
+    x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def grid(images: Pixels, columns: int) -> Pixels:
+    """Arrange images [N, H, W, 3] in rows of `columns`, on white, as one image [H', W', 3]."""
+    n, h, w, _ = images.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (h + GAP) + GAP, columns * (w + GAP) + GAP, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = GAP + i // columns * (h + GAP), GAP + i % columns * (w + GAP)
+        canvas[y : y + h, x : x + w] = image
+    factor = max(1, -(-SMALL // canvas.shape[1]))
+    return canvas.repeat(factor, 0).repeat(factor, 1)
 
 
 def save_png(path: Path, pixels: Pixels) -> None:
@@ -81,9 +107,6 @@ def write_npz(path: Path, count: int, batches: Iterable[Pixels], labels: NDArray
         partial.unlink()
         raise UserError(f"{path}: {written} images came where {count} were announced")
     os.replace(partial, path)
-
-
-# In -----------------------------------------------------------------------------------------------------------------
 
 
 class ImageFiles:

@@ -7,7 +7,7 @@ another autoencoder or normalisation, is refused: it would give worse images wit
 import json
 from dataclasses import asdict, dataclass, fields
 
-from imagenet.data.latents import Normalisation
+from imagenet.data.vae import Normalisation
 from tvm_ref.cli.errors import UserError
 
 

@@ -17,10 +17,10 @@ Judge = Callable[[Generator, int, World], dict[str, float]]  # figures of a mode
 
 
 def judge_digits(generator: Generator, steps: int, world: World) -> dict[str, float]:
-    """Measure a model of digits by their own judges (digits.py)."""
-    from imagenet.data.digits import judge_model
+    """Measure a model of digits by their own metrics (digits.py)."""
+    from imagenet.metrics.digits import measure_model
 
-    return judge_model(generator, [steps])[steps]
+    return measure_model(generator, [steps])[steps]
 
 
 class Fid:

@@ -69,9 +69,9 @@ def write_report(run: Run, total_seconds: float) -> dict[str, Any]:
         draw_grid(run.folder / f"samples-{nfe}.png", generator, run.world, nfe)
     metrics: dict[str, Any] = {}
     if config.data == "digits":
-        from imagenet.data.digits import judge_model
+        from imagenet.metrics.digits import measure_model
 
-        metrics["nfe"] = {str(nfe): scores for nfe, scores in judge_model(generator, nfes).items()}
+        metrics["nfe"] = {str(nfe): scores for nfe, scores in measure_model(generator, nfes).items()}
     metrics["seconds"] = {
         "training": round(run.log.seconds, 2),
         "total": round(total_seconds + run.log.before, 2),

@@ -13,8 +13,8 @@ from torch import nn
 
 from imagenet.config import PRESETS, Config, build_model
 from imagenet.convert import data_of, main
-from imagenet.data.latents import NORMALISATION, VAE
 from imagenet.data.provenance import Provenance
+from imagenet.data.vae import NORMALISATION, VAE
 from imagenet.training.checkpoint import load_weights, read_provenance
 from tests.imagenet.commands import status
 

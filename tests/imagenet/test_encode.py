@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from imagenet import distributed
-from imagenet.data.latents import NORMALISATION, Latents
+from imagenet.data.latents import Latents
+from imagenet.data.vae import NORMALISATION
 from imagenet.distributed import World
 from imagenet.encode import Settings, centre_crop, main
 

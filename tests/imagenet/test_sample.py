@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 
 from imagenet import distributed
 from imagenet.config import Config, build_model
-from imagenet.data.image_files import ImageFiles
-from imagenet.data.latents import NORMALISATION, decode
+from imagenet.data.image_files import ImageFiles, grid
 from imagenet.data.noise import PRIOR, normal
-from imagenet.data.pictures import grid
+from imagenet.data.vae import NORMALISATION, decode
 from imagenet.distributed import World
 from imagenet.sample import main
 from imagenet.sampler import Generator

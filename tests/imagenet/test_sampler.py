@@ -12,7 +12,7 @@ from PIL import Image
 
 from imagenet import evaluate, sample, train
 from imagenet.config import Config, build_model
-from imagenet.data.pictures import grid
+from imagenet.data.image_files import grid
 from imagenet.sampler import Generator, load_generator, untrained_guidance
 from tests.imagenet.workers import randomise
 

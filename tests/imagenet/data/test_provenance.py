@@ -9,8 +9,9 @@ from safetensors import safe_open
 
 from imagenet import encode, sample, train
 from imagenet.data.fingerprints import fingerprint
-from imagenet.data.latents import Latents, Normalisation
+from imagenet.data.latents import Latents
 from imagenet.data.provenance import Provenance
+from imagenet.data.vae import Normalisation
 from imagenet.sampler import load_generator
 from imagenet.training.checkpoint import read_provenance
 from tests.imagenet.commands import ON_LATENTS, TINY, command, status

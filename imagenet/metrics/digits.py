@@ -1,0 +1,120 @@
+"""The metrics of generated digits, against the real ones.
+
+A set of samples has as many images as are held out, with the same labels, each from noise of its own. So few leave
+their scores to chance; those of a model are averaged over SETS such sets.
+
+    accuracy         fraction of samples to which a support vector machine, trained on real images, gives their label
+    frechet          Frechet distance of the pixels (64 numbers in [0, 1]) to those of the images to learn from
+    frechet_held_out the same of the held-out images, one set of 360: no lower bound, as a model has seen the others
+    recall           fraction of real images within reach of the samples (Kynkaanniemi et al. 2019, k = 3), in the
+                     features of a small network that was trained to tell digits
+"""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from imagenet.data.digits import TEST, load_digits
+from imagenet.metrics.frechet import frechet_distance, gaussian_statistics, precision_recall
+from imagenet.sampler import Generator
+
+SETS = 8  # sets of samples whose scores are averaged
+NEIGHBOURS = 3  # k of the recall
+FEATURES = 64  # hidden units of the network in whose features recall is measured
+# what one-step samples must reach: at least, or at most for the distance; the controls do not
+ACCEPTED = {"accuracy": 0.95, "frechet": 0.40, "recall": 0.45}
+
+Pixels = NDArray[np.float32]  # [N, 64], each in [0, 1]
+
+
+def pixels(x: Tensor) -> Pixels:
+    """Flatten images [N, 1, 8, 8] in [-1, 1] to rows of 64 numbers, clipped to [0, 1]."""
+    return ((x.float().cpu().clamp(-1, 1) + 1) / 2).flatten(1).numpy()
+
+
+class DigitMetrics:
+    """The metrics, with a classifier, a network of features and statistics of the real digits.
+
+    Attributes:
+        labels: [360], of the held-out images; samples have the same.
+        held_out: the Frechet distance of the held-out images.
+    """
+
+    def __init__(self) -> None:
+        from sklearn.neural_network import MLPClassifier
+        from sklearn.svm import SVC
+
+        (x_train, y_train), (x_test, self.labels) = load_digits()
+        self._train = pixels(x_train)
+        self._classifier = SVC(kernel="rbf", gamma="scale").fit(self._train, y_train.numpy())
+        self._network = MLPClassifier((FEATURES,), random_state=0, max_iter=60, early_stopping=True)
+        self._network.fit(self._train, y_train.numpy())
+        self._real = gaussian_statistics(self._train)
+        self.held_out = self._frechet(pixels(x_test))
+
+    def measure(self, x: Tensor) -> dict[str, float]:
+        """Measure samples x [360, 1, 8, 8] that were generated for the labels `self.labels`."""
+        samples = pixels(x)
+        metrics = {
+            "accuracy": float((self._classifier.predict(samples) == self.labels.numpy()).mean()),
+            "frechet": self._frechet(samples),
+            "frechet_held_out": self.held_out,
+            "recall": precision_recall(self._features(self._train), self._features(samples), NEIGHBOURS)[1],
+        }
+        return {name: round(value, 4) for name, value in metrics.items()}
+
+    def _frechet(self, samples: Pixels) -> float:
+        """Return the Frechet distance of samples to the images to learn from."""
+        return frechet_distance(*self._real, *gaussian_statistics(samples))
+
+    def _features(self, samples: Pixels) -> Pixels:
+        """Return the activations of the network's hidden layer [N, FEATURES]."""
+        return np.maximum(samples @ self._network.coefs_[0] + self._network.intercepts_[0], 0)
+
+
+@functools.cache
+def digit_metrics() -> DigitMetrics:
+    """Return the metrics; their classifier and network are trained once per process."""
+    return DigitMetrics()
+
+
+def class_means(labels: Tensor) -> Tensor:
+    """Return the mean image of each label's class [N, 1, 8, 8]: accurate and without variety, it must not pass."""
+    x, y = load_digits().train
+    means = torch.stack([x[y == label].mean(0) for label in range(10)])
+    return means[labels]
+
+
+def accepted(metrics: dict[str, float]) -> bool:
+    """Tell whether metrics reach ACCEPTED."""
+    return (
+        metrics["accuracy"] >= ACCEPTED["accuracy"]
+        and metrics["frechet"] <= ACCEPTED["frechet"]
+        and metrics["recall"] >= ACCEPTED["recall"]
+    )
+
+
+def measure_model(generator: Generator, nfes: Sequence[int]) -> dict[int, dict[str, float]]:
+    """Measure a model of digits by the number of steps: mean scores of SETS sets of samples of the held-out labels.
+
+    Set k consists of samples k * TEST, ..., (k + 1) * TEST - 1, so that each has other noise.
+
+    Args:
+        generator: the model; its classes are replaced by those labels.
+        nfes: numbers of network evaluations per sample.
+    """
+    metrics = digit_metrics()
+    generator = dataclasses.replace(generator, classes=metrics.labels.tolist())
+
+    def mean(nfe: int) -> dict[str, float]:
+        """Average the scores over sets."""
+        scores = [metrics.measure(generator.samples(range(k * TEST, (k + 1) * TEST), nfe)) for k in range(SETS)]
+        return {name: round(statistics.fmean(s[name] for s in scores), 4) for name in scores[0]}
+
+    return {nfe: mean(nfe) for nfe in nfes}
