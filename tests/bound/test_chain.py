@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tvm_ref.bound import chain
 from tvm_ref.bound import paths as bound_paths
 from tvm_ref.bound.lipschitz import jacobian_norms
+from tvm_ref.bound.paths import Draws, time_grid
 from tvm_ref.distances import wasserstein2
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
@@ -50,10 +51,8 @@ def trained_model(name: str, seed: int, steps: int = 200) -> FlowMap:
 def measured(
     model, oracle: GaussianMixture, t: float = 1.0, n: int = 100, steps: int = 64, seed: int = 0
 ) -> chain.Bound:
-    return chain.measure(model, oracle, *draws(oracle, n, seed), t=t, scale=oracle.time_scale, steps=steps)
-
-
-# The ordering ---------------------------------------------------------------------------------------------------
+    scale = oracle.time_scale
+    return chain.measure(model, oracle, Draws(*draws(oracle, n, seed)), time_grid(t, scale, steps), scale)
 
 
 @pytest.mark.parametrize("state", ["trained", "random"])
@@ -142,9 +141,6 @@ def test_reported_quadrature_error_covers_the_error():
     assert middle.errors["terminal_velocity"] == pytest.approx(rough.errors["terminal_velocity"] / 4, rel=0.3)
 
 
-# Known cases ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_the_oracle_has_no_error_and_its_loss_is_minus_c():
     oracle = make_distribution("moons")
@@ -167,7 +163,7 @@ def test_constant_of_one_gaussian_is_its_closed_form():
     sigma, n, t, rate = 0.5, 20_000, 0.8, 1.5
     oracle = GaussianMixture(torch.tensor([[0.4, -0.3]]), sigma)
     x0, x1 = draws(oracle, n)
-    s = bound_paths.time_grid(t, 0.35, 64)
+    s = time_grid(t, 0.35, 64)
     minimum = bound_paths.flow_matching_minimum(oracle, x0, bound_paths.repaired(x1, len(s)), s)
     exact = -quad(lambda r: 2 * t * math.exp(2 * rate * r) * 2 * sigma**2 / ((1 - r) ** 2 * sigma**2 + r**2), 0, t)[0]
     assert chain.constant(torch.full_like(s, rate), minimum, s) == pytest.approx(exact, rel=0.01)
@@ -191,7 +187,7 @@ def test_gaussian_data_and_a_linear_network_have_closed_forms(c, t):
     mean, sigma, d = torch.tensor([0.3, -0.5], dtype=torch.float64), 0.8, (0.2, 0.6)
     oracle = GaussianMixture(mean[None], sigma)
     x0, x1 = draws(oracle, 2)
-    s = bound_paths.time_grid(t, 0.7, 2048)
+    s = time_grid(t, 0.7, 2048)
     x_t = (1 - t) * x0 + t * x1
     paths = bound_paths.follow(FlowMap(Affine(c, d)), oracle, x_t, s, 0.7)
     found = {name: term.tolist() for name, term in chain.pointwise_terms(paths).items()}
@@ -249,16 +245,13 @@ def test_classes_are_measured_class_by_class():
     x1 = torch.randn(60, 2, dtype=torch.float64)
     condition = Condition(label, torch.ones(60, dtype=torch.float64))
     model = FlowMap(ToyNetwork(num_classes=2, **SMALL))
-    bound = chain.measure(model, oracle, x0, x1, scale=0.07, steps=32, condition=condition)
+    bound = chain.measure(model, oracle, Draws(x0, x1, condition), time_grid(1.0, 0.07, 32), 0.07)
     assert bound.violations() == []
     exact = oracle.jump(x1, torch.ones(60), torch.zeros(60), condition)
     torch.testing.assert_close(bound.paths.y[0], exact, rtol=0, atol=1e-3)
     guided = Condition(label, torch.full((60,), 0.5, dtype=torch.float64))
     with pytest.raises(ValueError, match="guidance"):
-        chain.measure(model, oracle, x0, x1, scale=0.07, condition=guided)
-
-
-# Why every constant is needed -------------------------------------------------------------------------------------
+        Draws(x0, x1, guided)
 
 
 def tight_case(L: float, steps: int = 512) -> tuple[bound_paths.Paths, Tensor]:
@@ -269,7 +262,7 @@ def tight_case(L: float, steps: int = 512) -> tuple[bound_paths.Paths, Tensor]:
     Both are linear: Y = e^(L (1 - s)) x - (1 - s) p and X = e^(L (1 - s)) x + (1 - s) p.
     """
     x, n = torch.randn(50, 2, dtype=torch.float64), torch.tensor([0.6, 0.8], dtype=torch.float64)
-    s = bound_paths.time_grid(1.0, 0.5, steps)
+    s = time_grid(1.0, 0.5, steps)
     rows = []
     for time in s.tolist():
         p, grown = n * math.exp(-L * time), math.exp(L * (1 - time)) * x
@@ -329,11 +322,8 @@ def test_eq_7_is_no_link_to_the_global_bound():
     assert steep_whole == pytest.approx(whole, rel=0.02)
 
 
-# Integrals and bad input ------------------------------------------------------------------------------------------
-
-
 def test_trapezoids_on_the_graded_grid():
-    s = bound_paths.time_grid(0.7, 0.07, 400)
+    s = time_grid(0.7, 0.07, 400)
     assert float(s[0]) == 0
     assert float(s[-1]) == 0.7
     assert float(bound_paths.integral(torch.ones_like(s), s)) == pytest.approx(0.7, rel=1e-14)
@@ -343,7 +333,7 @@ def test_trapezoids_on_the_graded_grid():
 
 def test_the_exact_path_is_the_oracle_s_flow_map():
     oracle = make_distribution("two_spirals")
-    x, s = draws(oracle, 50)[1], bound_paths.time_grid(0.9, 0.05, 128)
+    x, s = draws(oracle, 50)[1], time_grid(0.9, 0.05, 128)
     path = bound_paths.exact_path(oracle, x, s, 0.05)
     for i in (0, 40, 128):
         exact = oracle.jump(x, bound_paths.at(s[-1], x), bound_paths.at(s[i], x))
@@ -362,9 +352,8 @@ def test_huge_rates_do_not_overflow():
     [({"t": 0.0}, "start time"), ({"t": 1.5}, "start time"), ({"steps": 7}, "even"), ({"scale": 0.0}, "scale")],
 )
 def test_bad_settings_raise(options, message):
-    oracle = make_distribution("moons")
     with pytest.raises(ValueError, match=message):
-        chain.measure(random_model(0), oracle, *draws(oracle, 10), **{"scale": 0.07, **options})
+        time_grid(**{"t": 1.0, "scale": 0.07, **options})
 
 
 def test_a_model_that_is_not_finite_raises():
@@ -372,4 +361,4 @@ def test_a_model_that_is_not_finite_raises():
     nn.init.constant_(model.network.output.bias, math.nan)
     oracle = make_distribution("moons")
     with pytest.raises(FloatingPointError, match="finite"):
-        chain.measure(model, oracle, *draws(oracle, 10), scale=0.07, steps=8)
+        measured(model, oracle, n=10, steps=8)

@@ -3,16 +3,10 @@ import math
 import re
 
 import pytest
-import torch
-from torch import nn
 
 from tvm_ref.bound import __main__ as command
-from tvm_ref.bound.chain import LINKS, TERMS
-from tvm_ref.experiments import bound_over_training, lipschitz_of_networks
+from tvm_ref.bound.chain import LINKS, TERMS, Bound
 from tvm_ref.toy.__main__ import main as toy
-from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.data.distributions import make_distribution
-from tvm_ref.toy.network import ToyNetwork
 
 KEYS = {"t", *TERMS, "quadrature_error"}
 SMALL = ["--width", "16", "--depth", "2", "--batch-size", "128"]
@@ -121,87 +115,9 @@ def test_several_runs_have_a_table_of_medians(run, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_violated_link_is_named_and_fails(run, capsys, monkeypatch):
-    monkeypatch.setattr(command.Bound, "violations", lambda self: ["w2 2 > displacement 1"])
+    monkeypatch.setattr(Bound, "violations", lambda self: ["w2 2 > displacement 1"])
     assert command.main([str(run), *SIZE]) == 1
     assert "violated: w2 2 > displacement 1" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_training_is_measured_and_drawn(tmp_path, capsys):
-    out = tmp_path / "out"
-    options = ["--dist", "moons", "--train", "--points", "60", "--grid", "16", "--out", str(out), *SMALL]
-    assert command.main([*options, "--steps", "120"]) == 0
-    result = json.loads((out / "training.json").read_text())
-    steps = [record["step"] for record in result["records"]]
-    assert steps == bound_over_training.measured_steps(120)
-    assert steps[-1] == 120
-    assert all(record["violations"] == [] for record in result["records"])
-    assert all(set(record) >= {*TERMS, "loss", "training_loss", "path_lipschitz"} for record in result["records"])
-    assert all(-1 <= value <= 1 for value in result["rank_correlation_with_w2"].values())
-    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert "Spearman" in capsys.readouterr().out
-    assert "--overwrite" in refusal([*options, "--steps", "10"], capsys)
-    assert command.main([*options, "--steps", "10", "--overwrite"]) == 0
-
-
-def test_training_that_diverges_is_reported(tmp_path, capsys, monkeypatch):
-    def diverge(self):
-        raise FloatingPointError("training diverged at step 0: the jump loss is NaN")
-
-    monkeypatch.setattr(bound_over_training.Training, "train_step", diverge)
-    with pytest.raises(SystemExit) as stop:
-        command.main(["--dist", "moons", "--train", "--out", str(tmp_path / "out"), *SMALL])
-    assert stop.value.code == 1
-    assert "training diverged" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_lipschitz_table(tmp_path, capsys):
-    out = tmp_path / "out"
-    options = ["--dist", "moons", "--lipschitz", "--steps", "10", "--points", "30", "--grid", "16", "--out", str(out)]
-    assert command.main([*options, *SMALL]) == 0
-    report = json.loads((out / "lipschitz.json").read_text())
-    networks = report["networks"]
-    assert report["exact_flow"]["path_lipschitz"] > networks["plain MLP"]["trained"]["path_lipschitz"]  # 10 steps
-    assert list(networks) == list(lipschitz_of_networks.TAMINGS)
-    assert all(figures["violations"] == [] for states in networks.values() for figures in states.values())
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in lipschitz_of_networks.TAMINGS)
-    assert "--overwrite" in refusal([*options, *SMALL], capsys)
-
-
-def test_spectral_initialisation_and_rms_norm_do_what_they_say():
-    network = lipschitz_of_networks.tame(
-        ToyNetwork(width=16, depth=3), lipschitz_of_networks.Taming(rms_norm=True, spectral=True)
-    )
-    for layer, norm in network.hidden:
-        expected = min(1.0, math.sqrt(layer.out_features / layer.in_features))
-        assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(expected, rel=1e-5)
-        assert not layer.bias.any()
-        x = 5 * torch.randn(10, 16)
-        torch.testing.assert_close(norm(x).square().mean(1), torch.ones(10))
-    plain = lipschitz_of_networks.tame(ToyNetwork(width=16), lipschitz_of_networks.TAMINGS["plain MLP"])
-    assert all(isinstance(layer, nn.Linear) for layer in plain.hidden)
-
-
-def test_tamed_networks_have_right_terminal_velocities():
-    """A JVP passes through RMSNorm: against central differences."""
-    model = lipschitz_of_networks.at_random(
-        ToyConfig(width=16, depth=2), make_distribution("moons"), lipschitz_of_networks.TAMINGS["both"]
-    ).double()
-    x, t, s = torch.randn(20, 2).double(), torch.full((20,), 0.9).double(), torch.full((20,), 0.4).double()
-    df_ds = model.displacement_and_terminal_velocity(x, t, s)[1]
-    difference = (model.jump(x, t, s + 1e-5) - model.jump(x, t, s - 1e-5)) / 2e-5
-    torch.testing.assert_close(df_ds, difference, rtol=1e-6, atol=1e-8)
-
-
-def test_rank_correlation_sees_order_alone():
-    names = [*bound_over_training.LOSSES, *TERMS]
-    records = [dict.fromkeys(names, float(x)) | {"loss": math.exp(x), "global": -x} for x in range(5)]
-    correlations = bound_over_training.rank_correlations(records)
-    assert correlations["loss"] == pytest.approx(1)
-    assert correlations["global"] == pytest.approx(-1)
-    assert all(math.isnan(value) for value in bound_over_training.rank_correlations(records[:2]).values())
 
 
 def test_help_teaches(capsys):
@@ -214,23 +130,14 @@ def test_help_teaches(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "either the folder"),
-        (["--train", "--lipschitz"], "not allowed"),
-        (["RUN", "--train"], "either the folder"),
-        (["RUN", "--steps", "5"], "--steps goes with"),
-        (["RUN", "--overwrite"], "--overwrite goes with"),
+        ([], "run"),
+        (["RUN", "--steps", "5"], "--steps"),
         (["RUN", "--time", "0"], r"\(0, 1\]"),
         (["RUN", "--time", "nan"], r"\(0, 1\]"),
         (["RUN", "--time", "soon"], "--time"),
         (["RUN", "--points", "3"], "--points"),
         (["RUN", "--points", "99999"], "--points"),
         (["RUN", "--grid", "7"], "--grid"),
-        (["--train", "--dist", "suns"], "suns"),
-        (["--train", "--lr", "-1"], "--lr"),
-        (["--train", "--objective", "fm"], "flow matching"),
-        (["--train", "--data", "none.csv"], "none.csv"),
-        (["--train", "--out", "RUN"], "holds something that is not results of --train"),
-        (["--train", "--out", "FILE"], "is a file"),
         (["FILE"], "not a folder"),
         (["/nowhere"], "--dist NAME \\(or --data FILE\\) --out /nowhere"),
         (["/nowhere/pinwheel"], "train first: python -m tvm_ref.toy --dist pinwheel --out /nowhere/pinwheel"),

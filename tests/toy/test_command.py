@@ -548,6 +548,8 @@ COMMANDS = {
     "tutorials.playground.page": ["nowhere"],
     "tvm_ref.toy.report.animation": ["nowhere"],
     "tvm_ref.bound": ["nowhere"],
+    "tvm_ref.experiments.bound_over_training": ["--grid", "7"],
+    "tvm_ref.experiments.lipschitz_of_networks": ["--grid", "7"],
 }
 
 

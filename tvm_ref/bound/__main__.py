@@ -3,13 +3,12 @@
     python -m tvm_ref.bound runs/toy/moons                 a finished run of python -m tvm_ref.toy
     python -m tvm_ref.bound runs/toy/moons --time 0.5      the jump from t = 0.5 instead of from noise
     python -m tvm_ref.bound runs/toy/moons-*               several runs, as of several seeds: medians and ranges, too
-    python -m tvm_ref.bound --dist moons --train           over training: does lowering the loss lower W2?
-    python -m tvm_ref.bound --dist moons --lipschitz       how RMSNorm and spectral initialisation change int L
 
-The first three print the chain W2 <= displacement <= bounds as a table, and write bound.json and bound.png into a run's
-folder. The others train first (a minute or more; --lipschitz trains four networks, 1,500 steps each unless --steps is
-given) and write into --out. "/ W2" says how loose a term is. The exit status is 1 if a link of the chain is violated,
-which the theory excludes.
+Prints the chain W2 <= displacement <= bounds as a table, and writes bound.json and bound.png into a run's folder.
+"/ W2" says how loose a term is. The exit status is 1 if a link of the chain is violated, which the theory excludes.
+
+    python -m tvm_ref.experiments.bound_over_training      does lowering the loss lower W2?
+    python -m tvm_ref.experiments.lipschitz_of_networks    how RMSNorm and spectral initialisation change int L
 """
 
 import json
@@ -19,60 +18,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tvm_ref.bound.chain import Bound, measure
-from tvm_ref.bound.paths import STEPS
-from tvm_ref.bound.terms import LABELS, TERMS
+from tvm_ref.bound.chain import LABELS, TERMS, Bound, assemble, in_float64, lipschitz, solver_error
+from tvm_ref.bound.measuring import Measuring, require_covered, to_json
+from tvm_ref.bound.paths import follow, loss_and_minimum
 from tvm_ref.cli.errors import UserError, user_files
-from tvm_ref.cli.files import require_free, write_atomically
-from tvm_ref.cli.options import OneLineParser, add_options, flag, given, run
+from tvm_ref.cli.files import write_atomically
+from tvm_ref.cli.options import OneLineParser, add_options, given, run
 from tvm_ref.cli.progress import progress
 from tvm_ref.distances import sampling_floor, wasserstein2
-from tvm_ref.experiments import bound_over_training, lipschitz_of_networks
 from tvm_ref.flow_map import FlowMap
-from tvm_ref.guidance import Condition
-from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.seeding import BOUND
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.distributions import DISTRIBUTIONS
 from tvm_ref.toy.data.mixture import GaussianMixture
-from tvm_ref.toy.run import distribution_of, load_run, read_config
+from tvm_ref.toy.run import load_run, read_config
 
-TRAINING_OPTIONS = ["dist", "data", "bandwidth", "objective", "steps", "batch_size", "width", "depth", "lr",
-                    "time_sampler", "noise_share", "equal_share", "target_ema", "ema", "seed"]  # fmt: skip
-PAIRINGS = 4  # of data and noise, for the loss of a finished run
-LIPSCHITZ_STEPS = 1500  # of training for each of the four networks of --lipschitz, unless --steps says otherwise
-MAX_POINTS = 5000  # exact optimal transport holds points^2 costs
+PAIRINGS = 4  # of data and noise, for the loss
+Finished = tuple[ToyConfig, GaussianMixture, FlowMap]
 
 
 def parser() -> OneLineParser:
     """Make the command line."""
     p = OneLineParser("python -m tvm_ref.bound", __doc__)
-    p.add_argument("runs", nargs="*", metavar="run", type=Path, help="folders of finished runs")
-    mode = p.add_mutually_exclusive_group()
-    mode.add_argument("--train", action="store_true", help="train while measuring, and draw the chain over training")
-    mode.add_argument("--lipschitz", action="store_true", help="compare int L of a plain and of tamed networks")
-    p.add_argument("--time", type=float, default=1.0, help="t in (0, 1], where the jump to 0 starts")
-    p.add_argument("--points", type=int, help="points measured on (default: 2000; with --train or --lipschitz: 500)")
-    p.add_argument("--grid", type=int, help=f"time steps of the integrals, even (default: {STEPS}; else {STEPS // 2})")
-    p.add_argument("--out", type=Path, help="folder of --train or --lipschitz (default: runs/toy/NAME-bound)")
-    p.add_argument("--overwrite", action="store_true", help="replace results that are already in that folder")
-    add_options(p.add_argument_group("what --train and --lipschitz train"), ToyConfig, TRAINING_OPTIONS)
+    p.add_argument("runs", nargs="+", metavar="run", type=Path, help="folders of finished runs")
+    add_options(p, Measuring)
     return p
 
 
-def draw(
-    distribution: GaussianMixture, points: int, *, conditional: bool = False
-) -> tuple[Tensor, Tensor, Condition | None]:
-    """Draw data x0 and noise x1 [points, D] to measure on, and their classes."""
-    generator = torch.Generator().manual_seed(BOUND)
-    x0, label = distribution.sample(points, generator)
-    x1 = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
-    return x0, x1, Condition(label, torch.ones(points, dtype=x0.dtype)) if conditional else None
-
-
-def load_finished(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
+def load_finished(folder: Path) -> Finished:
     """Load a run that the bound can be measured on, as load_run does.
 
     Raises:
@@ -81,7 +55,7 @@ def load_finished(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
     if not folder.is_dir():
         what = f"--dist {folder.name}" if folder.name in DISTRIBUTIONS else "--dist NAME (or --data FILE)"
         raise UserError(f"{folder} is not a folder; train first: python -m tvm_ref.toy {what} --out {folder}")
-    check_objective(read_config(folder))
+    require_covered(read_config(folder))
     try:
         config, distribution, model = load_run(folder)
         done = json.loads((folder / "metrics.json").read_text())["steps"]["done"]
@@ -96,44 +70,8 @@ def load_finished(folder: Path) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
     return config, distribution, model
 
 
-def check_objective(config: ToyConfig) -> None:
-    """Raise ValueError for training that theorem 1 does not cover."""
-    if config.guided:
-        raise UserError(
-            f"the bound is stated without guidance, and this run has --w {config.w:g}: "
-            "its labels have no distribution in closed form"
-        )
-    if not OBJECTIVES[config.objective].learns_jumps:
-        raise UserError("flow matching learns no jumps to bound; choose --objective tvm, pid or meanflow")
-
-
-def watch(times: Any, name: str) -> Any:
-    """Show progress over times."""
-    return progress(times, desc=f"measuring the {name}", unit="time", leave=False)
-
-
-# A finished run -----------------------------------------------------------------------------------------------------
-
-
-def measure_runs(
-    finished: dict[Path, tuple[ToyConfig, GaussianMixture, FlowMap]], t: float, points: int, steps: int
-) -> list[str]:
-    """Measure finished runs by folder, print the chain of each and, of several, medians; returns the violated links.
-
-    Raises:
-        FloatingPointError: as measure_run.
-    """
-    reports = {folder: measure_run(folder, *run, t, points, steps) for folder, run in finished.items()}
-    if len(reports) == 1:
-        return next(iter(reports.values()))["violations"]
-    print(table_over_runs(list(reports.values())))
-    return [f"{folder}: {link}" for folder, report in reports.items() for link in report["violations"]]
-
-
-def measure_run(
-    folder: Path, config: ToyConfig, distribution: GaussianMixture, model: FlowMap, t: float, points: int, steps: int
-) -> dict[str, Any]:
-    """Measure a finished run, print the chain, write bound.json and bound.png; returns what bound.json holds.
+def measure_run(folder: Path, finished: Finished, measuring: Measuring) -> dict[str, Any]:
+    """Measure a finished run, print the chain, write bound.json and bound.png; return what bound.json holds.
 
     Raises:
         FloatingPointError: a model whose path, or whose bounds, are not finite.
@@ -141,18 +79,32 @@ def measure_run(
     from tvm_ref.bound.plots import plot_bound
     from tvm_ref.toy.report.plots import save_figure
 
-    x0, x1, condition = draw(distribution, points, conditional=config.conditional)
-    bound = measure(
-        model.cpu(), distribution, x0, x1,
-        t=t, scale=distribution.time_scale, steps=steps, pairings=PAIRINGS, condition=condition, watch=watch,
-    )  # fmt: skip
-    report = summary(bound) | {"points": points, "grid": steps}
+    config, distribution, _ = finished
+    bound = measure_with_progress(finished, measuring)
+    report = summary(bound) | {"points": measuring.points, "grid": measuring.grid}
     report["w2_data"], report["w2_floor"], report["w2_floor_deviation"] = against_data(bound, distribution)
-    write_atomically(folder / "bound.json", dumps(report))
+    write_atomically(folder / "bound.json", to_json(report))
     save_figure(plot_bound(bound, config.name), folder / "bound.png")
     print(table(bound, report))
     print(f"bound.json and bound.png: {folder}")
     return report
+
+
+def measure_with_progress(finished: Finished, measuring: Measuring) -> Bound:
+    """Do what chain.measure does, with a bar that moves after each stage."""
+    config, distribution, model = finished
+    flow, scale = in_float64(model.cpu()), distribution.time_scale
+    draws, s = measuring.draw(distribution, conditional=config.conditional), measuring.times(distribution)
+    with progress(total=2 + PAIRINGS, desc="measuring paths, Jacobians and losses", unit="stage", leave=False) as bar:
+        paths = follow(flow, distribution, draws.at(s[-1]), s, scale, draws.condition)
+        bar.update()
+        L = lipschitz(flow, paths, draws.condition)
+        bar.update()
+        losses = []
+        for seed in range(PAIRINGS):
+            losses.append(loss_and_minimum(flow, distribution, draws, s, seed))
+            bar.update()
+    return assemble(paths, L, losses, solver_error(distribution, paths, scale, draws.condition))
 
 
 def against_data(bound: Bound, distribution: GaussianMixture) -> tuple[float, float, float]:
@@ -209,107 +161,19 @@ def table_over_runs(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def dumps(report: dict[str, Any]) -> str:
-    """Write a report as JSON.
-
-    Raises:
-        FloatingPointError: numbers that JSON has no word for.
-    """
-    try:
-        return json.dumps(report, indent=2, allow_nan=False) + "\n"
-    except ValueError:
-        raise FloatingPointError("a bound is too large for a float64, or not a number") from None
-
-
-# Training -----------------------------------------------------------------------------------------------------------
-
-
-def measure_training(config: ToyConfig, out: Path, t: float, points: int, steps: int) -> list[str]:
-    """Train and measure; writes training.json (after every measurement) and training.png, returns violated links."""
-    from tvm_ref.bound.plots import plot_training
-    from tvm_ref.toy.report.plots import save_figure
-
-    distribution = distribution_of(config)
-    x0, x1, _ = draw(distribution, points)
-    records: list[bound_over_training.Record] = []
-    for record in bound_over_training.measure_over_training(config, distribution, x0, x1, t=t, steps=steps):
-        records.append(record)
-        write_atomically(out / "training.json", dumps({"t": t, "points": points, "grid": steps, "records": records}))
-    correlations = bound_over_training.rank_correlations(records)
-    known = {name: value if value == value else None for name, value in correlations.items()}
-    report = {"t": t, "points": points, "grid": steps, "records": records, "rank_correlation_with_w2": known}
-    write_atomically(out / "training.json", dumps(report))
-    save_figure(plot_training(records, correlations, config.name), out / "training.png")
-    print(bound_over_training.table(records, correlations))
-    print(f"training.json and training.png: {out}")
-    return [f"step {r['step']}: {link}" for r in records for link in r["violations"]]
-
-
-def compare_tamings(config: ToyConfig, out: Path, t: float, points: int, steps: int) -> list[str]:
-    """Compare networks by int L; prints a table, writes lipschitz.json, returns violated links."""
-    distribution = distribution_of(config)
-    x0, x1, _ = draw(distribution, points)
-    results = lipschitz_of_networks.diagnose(config, distribution, x0, x1, t=t, steps=steps)
-    exact = lipschitz_of_networks.exact_lipschitz(distribution, x0, x1, t=t, steps=steps)
-    report = {"t": t, "points": points, "grid": steps, "training_steps": config.steps, "networks": results}
-    report["exact_flow"] = exact
-    write_atomically(out / "lipschitz.json", dumps(report))
-    print(lipschitz_of_networks.table(results, exact))
-    print(f"L is the largest slope seen on the paths, an estimate from below; lipschitz.json: {out}")
-    return [
-        f"{name}, {state}: {link}"
-        for name, states in results.items()
-        for state, figures in states.items()
-        for link in figures["violations"]
-    ]
-
-
-# The command --------------------------------------------------------------------------------------------------------
-
-
-def check(arguments: dict[str, Any], training: dict[str, Any]) -> None:
-    """Raise ValueError for options that do not fit together or are out of range."""
-    trains = arguments["train"] or arguments["lipschitz"]
-    if bool(arguments["runs"]) == trains:
-        raise UserError("give either the folder of a finished run, or --dist NAME with --train or --lipschitz")
-    if not trains and (training or arguments["out"] or arguments["overwrite"]):
-        option = flag(next(iter(training))) if training else "--out" if arguments["out"] else "--overwrite"
-        raise UserError(f"{option} goes with --train or --lipschitz; a finished run has its own options and folder")
-    if not 0 < arguments["time"] <= 1:
-        raise UserError(f"--time must lie in (0, 1], got {arguments['time']}")
-    if not 10 <= arguments["points"] <= MAX_POINTS:
-        raise UserError(f"--points must lie in [10, {MAX_POINTS}], got {arguments['points']}")
-    if arguments["grid"] < 4 or arguments["grid"] % 2:
-        raise UserError(f"--grid must be even and at least 4, got {arguments['grid']}")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 a violated link; other failures and bad input are exits."""
     command = parser()
     arguments = command.parse_args(argv)
-    options, trains = given(arguments, ToyConfig), arguments.train or arguments.lipschitz
-    points = arguments.points if arguments.points is not None else 500 if trains else 2000
-    grid = arguments.grid if arguments.grid is not None else STEPS // 2 if trains else STEPS
     use_one_thread()
     with command.errors(), user_files():
-        check(vars(arguments) | {"points": points, "grid": grid}, options)
-        if trains:
-            config = ToyConfig(**({"steps": LIPSCHITZ_STEPS} if arguments.lipschitz else {}) | options)
-            check_objective(config)
-            kind = "training" if arguments.train else "lipschitz"
-            out = arguments.out or Path("runs/toy") / f"{config.name}-{'bound' if arguments.train else 'lipschitz'}"
-            what = f"results of --{'train' if arguments.train else 'lipschitz'}"
-            require_free(out, (f"{kind}.json",), what, "--overwrite", overwrite=arguments.overwrite)
-            distribution_of(config)
-            out.mkdir(parents=True, exist_ok=True)
-        else:
-            finished = {folder: load_finished(folder) for folder in arguments.runs}
+        measuring = Measuring(**given(arguments, Measuring))
+        finished = {folder: load_finished(folder) for folder in arguments.runs}
     with command.errors():
-        if trains:
-            work = measure_training if arguments.train else compare_tamings
-            violated = work(config, out, arguments.time, points, grid)
-        else:
-            violated = measure_runs(finished, arguments.time, points, grid)
+        reports = {folder: measure_run(folder, run, measuring) for folder, run in finished.items()}
+    if len(reports) > 1:
+        print(table_over_runs(list(reports.values())))
+    violated = [f"{folder}: {link}" for folder, report in reports.items() for link in report["violations"]]
     for link in violated:
         print(f"{command.prog}: violated: {link}", file=sys.stderr)
     return 1 if violated else 0

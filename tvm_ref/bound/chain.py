@@ -34,7 +34,7 @@ L is the largest Jacobian norm over visited points: an estimate from below of th
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +42,8 @@ from torch import Tensor, nn
 
 from tvm_ref.bound.lipschitz import largest_on_segments
 from tvm_ref.bound.paths import (
-    STEPS,
+    Draws,
     Paths,
-    Watch,
     at,
     displacement_error,
     flow_matching_residual,
@@ -54,17 +53,32 @@ from tvm_ref.bound.paths import (
     norms,
     running_integral,
     terminal_velocity_residual,
-    time_grid,
-    unwatched,
 )
-from tvm_ref.bound.terms import LINKS, TERMS
 from tvm_ref.distances import wasserstein2
 from tvm_ref.guidance import Condition
-from tvm_ref.interpolant import interpolate
 from tvm_ref.objectives import Flow
-from tvm_ref.shapes import Sample
 from tvm_ref.toy.data.mixture import exact_path
 
+LABELS = {  # of every term
+    "w2": "W2 (optimal transport)",
+    "displacement": "displacement (eq. 36-38)",
+    "terminal_velocity": "terminal velocity (eq. 7)",
+    "mean_square": "mean-square, one-sided",
+    "pathwise_one_sided": "path-wise, one-sided",
+    "pathwise_two_sided": "path-wise, two-sided",
+    "global": "global (theorem 1)",
+    "global_from_loss": "global, from the TVM loss",
+}
+TERMS = tuple(LABELS)
+LINKS = (  # every inequality of the chain
+    ("w2", "displacement"),
+    ("displacement", "terminal_velocity"),
+    ("displacement", "mean_square"),
+    ("displacement", "pathwise_one_sided"),
+    ("pathwise_one_sided", "pathwise_two_sided"),
+    ("pathwise_two_sided", "global"),
+    ("mean_square", "global"),
+)
 ROUNDING = 1e-9  # relative: what float64 costs the links that hold exactly on a grid
 COINCIDENT = 1e-12  # X and Y nearer than this count as the same point: a ratio of roundings says nothing
 W2_ROUNDING = 3e-7  # POT expands squared distances: some 1e-14 there is this much in a distance of zero
@@ -96,13 +110,20 @@ def _ratio(numerator: Tensor, denominator: Tensor, e: Tensor) -> Tensor:
     return torch.cat([ratio[:-1], ratio[-2:-1]])
 
 
-# The links ----------------------------------------------------------------------------------------------------------
-
-
 def rms(a: Tensor) -> float:
-    """Return sqrt(E a^2) over samples [N]; no square overflows."""
+    """Return sqrt(E a^2) over samples [N], with the largest taken out: squares of a path-wise bound may overflow."""
     top = float(a.abs().max())
     return top * float((a / top).square().mean().sqrt()) if 0 < top < math.inf else top
+
+
+def exp_without_top(exponent: Tensor) -> tuple[Tensor, Tensor]:
+    """Return exp(exponent - top) and top, the largest exponent over time [S, ...].
+
+    Weights here are exponentials of int L, which may exceed what a float64 holds. With exp(top) taken out of an
+    integral, only a result that is too large itself overflows.
+    """
+    top = exponent.amax(0)
+    return (exponent - top).exp(), top
 
 
 def displacement(paths: Paths) -> Tensor:
@@ -123,11 +144,10 @@ def residual(paths: Paths) -> Tensor:
 def pathwise(rate: Tensor, paths: Paths) -> Tensor:
     """Bound e(0) by Groenwall's inequality along each path, int_0^t exp(int_0^s rate) ||a(s) + b(s)|| ds [N].
 
-    `rate` [S, N] is one_sided_rate or two_sided_rate. The largest exponent is taken out, so that no term overflows.
+    `rate` [S, N] is one_sided_rate or two_sided_rate.
     """
-    exponent = running_integral(rate, paths.s)
-    top = exponent.amax(0)
-    return integral((exponent - top).exp() * residual(paths), paths.s) * top.exp()
+    growth, top = exp_without_top(running_integral(rate, paths.s))  # of an error that enters at s, until time 0
+    return integral(growth * residual(paths), paths.s) * top.exp()
 
 
 def mean_square_rate(paths: Paths) -> Tensor:
@@ -138,17 +158,17 @@ def mean_square_rate(paths: Paths) -> Tensor:
 
 def mean_square(paths: Paths) -> float:
     """Bound sqrt(E ||e||^2), all paths as one, by Groenwall: int_0^t exp(int_0^s M) sqrt(E ||a + b||^2) ds."""
-    exponent = running_integral(mean_square_rate(paths), paths.s)
-    return float(integral(exponent.exp() * residual(paths).square().mean(1).sqrt(), paths.s))
+    growth = running_integral(mean_square_rate(paths), paths.s).exp()
+    return float(integral(growth * residual(paths).square().mean(1).sqrt(), paths.s))
 
 
-def lipschitz(model: Flow, paths: Paths, condition: Condition | None = None, watch: Watch = unwatched) -> Tensor:
+def lipschitz(model: Flow, paths: Paths, condition: Condition | None = None) -> Tensor:
     """Find L(s) [S]: the largest Jacobian norm of u_theta over X_s, Y_s and between them, or ratio observed.
 
     An estimate from below of the true Lipschitz constant, and at least every rate that the path-wise bounds use.
     """
     values = []
-    for time, x, y in watch(list(zip(paths.s, paths.x, paths.y, strict=True)), "Jacobians"):
+    for time, x, y in zip(paths.s, paths.x, paths.y, strict=True):
 
         def field(z: Tensor, time: Tensor = time) -> Tensor:
             return model.velocity(z, at(time, z), condition)
@@ -164,8 +184,8 @@ def log_lambda(lipschitz: Tensor, s: Tensor) -> Tensor:
 
 def weighted_root(log_weight: Tensor, values: Tensor, s: Tensor) -> float:
     """Return sqrt(int_0^t exp(log_weight) values ds) of values [S], 0 if noise makes the integral negative."""
-    top = log_weight.max()
-    total = float(integral((log_weight - top).exp() * values, s))
+    weight, top = exp_without_top(log_weight)
+    total = float(integral(weight * values, s))
     return math.sqrt(max(total, 0.0)) * float((top / 2).exp())
 
 
@@ -182,9 +202,6 @@ def global_bound(paths: Paths, lipschitz: Tensor, weight: Weight = log_lambda) -
 def constant(lipschitz: Tensor, minimum: Tensor, s: Tensor) -> float:
     """Return C = -int_0^t lambda(s) E||v - u(x_s, s)||^2 ds (theorem 1), from flow_matching_minimum [S, N]."""
     return -float(integral(log_lambda(lipschitz, s).exp() * minimum.mean(1), s))
-
-
-# The whole chain ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -266,51 +283,44 @@ def measured_terms(paths: Paths, lipschitz: Tensor) -> tuple[dict[str, float], d
     return values, errors, medians
 
 
-def measure(
-    model: Flow,
-    oracle: Flow,
-    x0: Sample,
-    x1: Sample,
-    *,
-    t: float = 1.0,
-    scale: float,
-    steps: int = STEPS,
-    pairings: int = 1,
-    condition: Condition | None = None,
-    watch: Watch = unwatched,
-) -> Bound:
-    """Measure the whole chain for a jump of the model from time t to 0.
+def in_float64(model: Flow) -> Flow:
+    """Copy a network in float64, so that differences between paths are not those of rounding; leave other flows."""
+    return copy.deepcopy(model).double().requires_grad_(False) if isinstance(model, nn.Module) else model
+
+
+def measure(model: Flow, oracle: Flow, draws: Draws, s: Tensor, scale: float, pairings: int = 1) -> Bound:
+    """Measure the whole chain for a jump of the model from time t = s[-1] to 0.
 
     Args:
         model: a FlowMap (a float64 copy is measured) or another Flow in float64.
         oracle: the exact flow that it learned.
-        x0: data [N, ...].
-        x1: noise [N, ...]; the jump starts at x_t = (1 - t) x0 + t x1.
-        t: in (0, 1].
-        scale: of the time grid: the time below which the exact field changes fast, about the width of the data's modes.
-        steps: intervals of the time grid, even.
+        draws: data and noise to measure on; the jump starts at x_t = (1 - t) x0 + t x1.
+        s: times [S], see time_grid.
+        scale: of the time grid.
         pairings: how often data and noise are paired anew for the loss: global_from_loss is noisy where C is large.
-        condition: classes, with beta = 1: theorem 1 knows no guidance.
-        watch: wraps the loops over times, for a progress bar.
 
     Raises:
-        ValueError: see time_grid; a condition with guidance.
         FloatingPointError: a model whose path is not finite.
     """
-    if condition is not None and not bool((condition.beta == 1).all()):
-        raise ValueError("the bound is stated without guidance: beta must be 1")
-    if isinstance(model, nn.Module):
-        model = copy.deepcopy(model).double().requires_grad_(False)
-    x0, x1, s = x0.double(), x1.double(), time_grid(t, scale, steps)
-    x_t = interpolate(x0, x1, at(s[-1], x0))
-    paths = follow(model, oracle, x_t, s, scale, condition, watch)
-    L = lipschitz(model, paths, condition, watch)
+    model = in_float64(model)
+    paths = follow(model, oracle, draws.at(s[-1]), s, scale, draws.condition)
+    L = lipschitz(model, paths, draws.condition)
+    losses = [loss_and_minimum(model, oracle, draws, s, seed) for seed in range(pairings)]
+    return assemble(paths, L, losses, solver_error(oracle, paths, scale, draws.condition))
 
+
+def solver_error(oracle: Flow, paths: Paths, scale: float, condition: Condition | None) -> float:
+    """Return the RMS change of Y_0 when the exact flow is solved in half as many steps."""
+    coarse = exact_path(oracle, paths.y[-1], paths.s[::2], scale, condition)[0]
+    return rms((coarse - paths.y[0]).flatten(1).norm(dim=1))
+
+
+def assemble(paths: Paths, L: Tensor, losses: Sequence[tuple[Tensor, Tensor]], solver_error: float) -> Bound:
+    """Put the chain together from paths, L(s) [S], and (loss, minimum) [S, N] of each pairing of data with noise."""
+    s, t = paths.s, float(paths.s[-1])
     values, errors, medians = measured_terms(paths, L)
-    solver = exact_path(oracle, x_t, s[::2], scale, condition)[0] - paths.y[0]
-    errors["displacement"] = errors["w2"] = rms(solver.flatten(1).norm(dim=1))  # a shift of Y_0 moves both by no more
-
-    loss, minimum = loss_and_minimum(model, oracle, x0, x1, s, pairings, condition, watch)
+    errors["displacement"] = errors["w2"] = solver_error  # a shift of Y_0 moves both by no more
+    loss, minimum = (torch.stack(column).mean(0) for column in zip(*losses, strict=True))
     excess, weight = loss - minimum, log_lambda(L, s)  # the same draws, so that most of their noise cancels
     values["global_from_loss"] = weighted_root(weight, excess.mean(1), s)
     coarse = weighted_root(weight[::2], excess.mean(1)[::2], s[::2])
@@ -335,9 +345,8 @@ def loss_standard_error(paths: Paths, lipschitz: Tensor, excess: Tensor) -> floa
     Each draw gives one difference of squares, int lambda (excess - ||a||^2 - ||b||^2) ds; a difference of roots is that
     over the sum of the roots.
     """
-    log_weight = log_lambda(lipschitz, paths.s)
-    top = log_weight.max()
-    weight = (log_weight - top).exp()[:, None]
-    spread = integral(weight * (excess - split_squares(paths)), paths.s).std() / math.sqrt(excess.shape[1])
-    root = global_bound(paths, lipschitz) / float((top / 2).exp())  # in the same units
-    return float(spread) / max(root, math.sqrt(float(spread)), torch.finfo(torch.float64).tiny) * float((top / 2).exp())
+    weight, top = exp_without_top(log_lambda(lipschitz, paths.s))
+    difference = integral(weight[:, None] * (excess - split_squares(paths)), paths.s)  # of every draw [N]
+    error, unit = float(difference.std()) / math.sqrt(excess.shape[1]), float((top / 2).exp())
+    root = global_bound(paths, lipschitz) / unit
+    return error / max(root, math.sqrt(error), torch.finfo(torch.float64).tiny) * unit

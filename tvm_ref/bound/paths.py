@@ -1,9 +1,7 @@
 """The parts of the Wasserstein bound: the model's path and the exact one, their residuals, the loss, integrals."""
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +14,27 @@ from tvm_ref.time_samplers import Times
 from tvm_ref.toy.data.mixture import exact_path
 
 STEPS = 128  # intervals of the time grid
-Watch = Callable[[Iterable[Any], str], Iterable[Any]]  # a loop over times and its name to the loop with a progress bar
 
 
-def unwatched(times: Iterable[Any], name: str) -> Iterable[Any]:
-    """Return the loop as it is, without a progress bar."""
-    return times
+@dataclass(frozen=True)
+class Draws:
+    """Data x0 and noise x1 [N, ...] that the bound is measured on, in float64, and the classes of x0 if there are any.
+
+    Raises:
+        ValueError: a condition with guidance, for which theorem 1 is not stated.
+    """
+
+    x0: Sample
+    x1: Sample
+    condition: Condition | None = None
+
+    def __post_init__(self) -> None:
+        if self.condition is not None and not bool((self.condition.beta == 1).all()):
+            raise ValueError("the bound is stated without guidance: beta must be 1")
+
+    def at(self, time: Tensor) -> Sample:
+        """Return x_t = (1 - t) x0 + t x1 [N, ...] at a time t []."""
+        return interpolate(self.x0, self.x1, at(time, self.x0))
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,9 @@ class Paths:
         u_x: u_theta(X_s, s).
         u_y: u_theta(Y_s, s).
         exact: u(Y_s, s).
+
+    Raises:
+        FloatingPointError: a model's path that is not finite.
     """
 
     s: Tensor
@@ -45,6 +61,10 @@ class Paths:
     u_x: Tensor
     u_y: Tensor
     exact: Tensor
+
+    def __post_init__(self) -> None:
+        if not all(bool(torch.isfinite(a).all()) for a in (self.x, self.df_ds, self.u_x, self.u_y)):
+            raise FloatingPointError("the model's path is not finite")
 
     def thinned(self) -> "Paths":
         """Keep every second time, for an error estimate; the number of intervals must be even."""
@@ -84,32 +104,17 @@ def at(time: Tensor, x: Sample) -> Time:
 
 
 def follow(
-    model: Flow,
-    oracle: Flow,
-    x_t: Sample,
-    s: Tensor,
-    scale: float,
-    condition: Condition | None = None,
-    watch: Watch = unwatched,
+    model: Flow, oracle: Flow, x_t: Sample, s: Tensor, scale: float, condition: Condition | None = None
 ) -> Paths:
-    """Follow both paths from points x_t [N, ...] at time t = s[-1], with the velocities along them.
-
-    Raises:
-        FloatingPointError: a model whose path is not finite.
-    """
-    y = exact_path(oracle, x_t, s, scale, condition)
-    t = at(s[-1], x_t)
-    rows = []
-    for time, y_s in watch(list(zip(s, y, strict=True)), "paths"):
+    """Follow both paths from points x_t [N, ...] at time t = s[-1], with the velocities along them."""
+    t, rows = at(s[-1], x_t), []
+    for time, y_s in zip(s, exact_path(oracle, x_t, s, scale, condition), strict=True):
         now = at(time, x_t)
         f, df_ds = model.displacement_and_terminal_velocity(x_t, t, now, condition)
-        x_s = x_t + f
+        x_s = x_t + f  # one jump of the model to each s, from the same start: no errors accumulate (eq. 3)
         u_x, u_y = model.velocity(x_s, now, condition), model.velocity(y_s, now, condition)
         rows.append((x_s, y_s, df_ds, u_x, u_y, oracle.velocity(y_s, now, condition)))
-    paths = Paths(s, *(torch.stack(column).detach() for column in zip(*rows, strict=True)))
-    if not all(bool(torch.isfinite(a).all()) for a in (paths.x, paths.df_ds, paths.u_x, paths.u_y)):
-        raise FloatingPointError("the model's path is not finite")
-    return paths
+    return Paths(s, *(torch.stack(column).detach() for column in zip(*rows, strict=True)))
 
 
 def norms(a: Tensor) -> Tensor:
@@ -141,14 +146,7 @@ def repaired(x1: Sample, times: int, seed: int = 0) -> Tensor:
     return torch.stack([x1[torch.randperm(len(x1), generator=generator)] for _ in range(times)])
 
 
-def tvm_loss(
-    model: Flow,
-    x0: Sample,
-    x1: Tensor,
-    s: Tensor,
-    condition: Condition | None = None,
-    watch: Watch = unwatched,
-) -> Tensor:
+def tvm_loss(model: Flow, x0: Sample, x1: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
     """Evaluate L_TVM(t, s) (eq. 9) of every draw at every time [S, N], t = s[-1], by TVM itself; see `repaired`.
 
     The objective's squared norms are means over a sample's elements; the theorem's are sums.
@@ -159,12 +157,11 @@ def tvm_loss(
         x1: noise at every time [S, N, ...].
         s: [S] times, of the jump's end and of the flow-matching term.
         condition: classes of x0.
-        watch: wraps the loop over times, for a progress bar.
     """
     objective = TVM(model, detach_landing=False)
     t = at(s[-1], x0)
     rows = []
-    for time, noise in watch(list(zip(s, x1, strict=True)), "loss"):
+    for time, noise in zip(s, x1, strict=True):
         now = at(time, x0)
         rows.append(objective(x0, noise, Times(t, now, now), condition).total.detach())
     return x0[0].numel() * torch.stack(rows)
@@ -182,20 +179,8 @@ def flow_matching_minimum(
     return torch.stack(rows)
 
 
-def loss_and_minimum(
-    model: Flow,
-    oracle: Flow,
-    x0: Sample,
-    x1: Sample,
-    s: Tensor,
-    pairings: int = 1,
-    condition: Condition | None = None,
-    watch: Watch = unwatched,
-) -> tuple[Tensor, Tensor]:
-    """Average tvm_loss and flow_matching_minimum [S, N], on the same draws, over `pairings` of data with noise."""
-    losses, minima = [], []
-    for seed in range(pairings):
-        noise = repaired(x1, len(s), seed)
-        losses.append(tvm_loss(model, x0, noise, s, condition, watch))
-        minima.append(flow_matching_minimum(oracle, x0, noise, s, condition))
-    return torch.stack(losses).mean(0), torch.stack(minima).mean(0)
+def loss_and_minimum(model: Flow, oracle: Flow, draws: Draws, s: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Evaluate tvm_loss and flow_matching_minimum [S, N] on the same pairs of data with noise, which `seed` decides."""
+    noise = repaired(draws.x1, len(s), seed)
+    loss = tvm_loss(model, draws.x0, noise, s, draws.condition)
+    return loss, flow_matching_minimum(oracle, draws.x0, noise, s, draws.condition)

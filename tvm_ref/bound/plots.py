@@ -5,9 +5,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tvm_ref.bound.chain import Bound, one_sided_rate, two_sided_rate
+from tvm_ref.bound.chain import LABELS, TERMS, Bound, one_sided_rate, two_sided_rate
 from tvm_ref.bound.paths import displacement_error, flow_matching_residual, terminal_velocity_residual
-from tvm_ref.bound.terms import LABELS, TERMS
 from tvm_ref.toy.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, make_figure
 
 COLOURS = dict(zip(TERMS, ("#000000", BLUE, SKY, RED, GREEN, ORANGE, PINK, GREY), strict=True))

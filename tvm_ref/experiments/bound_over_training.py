@@ -1,19 +1,32 @@
-"""Measure the bound over training, to see whether lowering the loss lowers W2."""
+"""Measure the bound over training, to see whether lowering the loss lowers W2.
 
+    python -m tvm_ref.experiments.bound_over_training --dist moons
+
+Trains while measuring, which takes a few minutes. Writes training.json (after every measurement) and training.png, the
+chain over training. The exit status is 1 if a link of the chain is violated, which the theory excludes.
+"""
+
+import argparse
 import math
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from tvm_ref.bound.chain import measure
-from tvm_ref.bound.terms import TERMS
+from tvm_ref.bound.chain import TERMS, measure
+from tvm_ref.bound.measuring import WHILE_TRAINING, Measuring, require_covered, to_json
+from tvm_ref.cli.errors import user_files
+from tvm_ref.cli.files import require_free, write_atomically
+from tvm_ref.cli.options import OneLineParser, add_options, given, run
 from tvm_ref.cli.progress import progress
-from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.data.mixture import GaussianMixture
+from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.training import Training
 
+TRAINING_OPTIONS = ["dist", "data", "bandwidth", "objective", "steps", "batch_size", "width", "depth", "lr",
+                    "time_sampler", "noise_share", "equal_share", "target_ema", "ema", "seed"]  # fmt: skip
 MEASUREMENTS = 24  # over training, equally spaced in the logarithm of the step
 LOSSES = ("training_loss", "loss")
 Record = dict[str, Any]
@@ -25,9 +38,7 @@ def measured_steps(steps: int, measurements: int = MEASUREMENTS) -> list[int]:
     return sorted({round(a) for a in np.geomspace(first, steps, measurements)})
 
 
-def measure_over_training(
-    config: ToyConfig, distribution: GaussianMixture, x0: Tensor, x1: Tensor, *, t: float, steps: int
-) -> Iterator[Record]:
+def measure_over_training(config: ToyConfig, measuring: Measuring) -> Iterator[Record]:
     """Train, and yield the chain of the evaluation weights at each of measured_steps, on the same draws every time.
 
     A record holds the step, the terms of the chain, their quadrature error, violated links, int L, `training_loss` (the
@@ -36,20 +47,21 @@ def measure_over_training(
     Raises:
         FloatingPointError: training that diverges.
     """
-    training, total, count = Training(config, distribution), 0.0, 0
-    scale = distribution.time_scale
+    distribution = distribution_of(config)
+    draws, s = measuring.draw(distribution), measuring.times(distribution)
+    training, losses = Training(config, distribution), []
     stops = set(measured_steps(config.steps))
     with progress(total=config.steps, unit="step", desc="training and measuring") as bar:
         while training.step < config.steps:
-            total, count = total + float(training.train_step().sum()), count + 1
+            losses.append(float(training.train_step().sum()))
             bar.update()
             if training.step not in stops:
                 continue
-            bound = measure(training.ema.module, distribution, x0, x1, t=t, scale=scale, steps=steps)
+            bound = measure(training.ema.module, distribution, draws, s, distribution.time_scale)
             bar.set_postfix(W2=f"{bound.values['w2']:.3f}", one_sided=f"{bound.values['pathwise_one_sided']:.3g}")
             yield {
                 "step": training.step,
-                "training_loss": total / count * distribution.dim,
+                "training_loss": sum(losses) / len(losses) * distribution.dim,
                 "loss": bound.loss,
                 "loss_minimum": bound.loss_minimum,
                 **bound.values,
@@ -57,7 +69,7 @@ def measure_over_training(
                 "path_lipschitz": bound.path_length,
                 "violations": bound.violations(),
             }
-            total, count = 0.0, 0
+            losses.clear()
 
 
 def rank_correlations(records: list[Record]) -> dict[str, float]:
@@ -87,3 +99,67 @@ def table(records: list[Record], correlations: dict[str, float]) -> str:
     lines += [f"{r['step']:>8}{r['w2']:>9.3f}" + "".join(f"{r[name]:>13.4g}" for name in columns) for r in shown]
     lines.append(f"{'Spearman with W2':>17}" + "".join(f"{correlations[name]:>13.2f}" for name in columns))
     return "\n".join(lines)
+
+
+def make_parser(name: str, description: str | None) -> OneLineParser:
+    """Make the command line of an experiment that trains and measures the bound."""
+    p = OneLineParser(f"python -m tvm_ref.experiments.{name}", description)
+    add_options(p, Measuring)
+    add_options(p, ToyConfig, TRAINING_OPTIONS)
+    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-bound or NAME-lipschitz)")
+    p.add_argument("--overwrite", action="store_true", help="replace results that are already in that folder")
+    return p
+
+
+def prepare(
+    arguments: argparse.Namespace, suffix: str, result: str, **defaults: Any
+) -> tuple[ToyConfig, Measuring, Path]:
+    """Return what to train, what to measure on, and the folder to write, which is made.
+
+    Raises:
+        UserError, OSError: bad options, training that theorem 1 does not cover, a folder that is in the way.
+    """
+    measuring = Measuring(**WHILE_TRAINING | given(arguments, Measuring))
+    config = ToyConfig(**defaults | given(arguments, ToyConfig))
+    require_covered(config)
+    out = arguments.out or Path("runs/toy") / f"{config.name}-{suffix}"
+    require_free(out, (result,), "such results", "--overwrite", overwrite=arguments.overwrite)
+    distribution_of(config)  # refuses points that cannot be used
+    out.mkdir(parents=True, exist_ok=True)
+    return config, measuring, out
+
+
+def end(command: OneLineParser, violated: list[str]) -> int:
+    """Print the violated links of the chain, and return the exit status."""
+    for link in violated:
+        print(f"{command.prog}: violated: {link}", file=sys.stderr)
+    return 1 if violated else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 1 a violated link."""
+    command = make_parser("bound_over_training", __doc__)
+    arguments = command.parse_args(argv)
+    use_one_thread()
+    with command.errors(), user_files():
+        config, measuring, out = prepare(arguments, "bound", "training.json")
+    report: dict[str, Any] = {"t": measuring.time, "points": measuring.points, "grid": measuring.grid, "records": []}
+    records = report["records"]
+    with command.errors():
+        for record in measure_over_training(config, measuring):
+            records.append(record)
+            write_atomically(out / "training.json", to_json(report))
+        correlations = rank_correlations(records)
+        known = {name: None if math.isnan(value) else value for name, value in correlations.items()}
+        write_atomically(out / "training.json", to_json(report | {"rank_correlation_with_w2": known}))
+        from tvm_ref.bound.plots import plot_training  # matplotlib, which --help need not wait for
+        from tvm_ref.toy.report.plots import save_figure
+
+        save_figure(plot_training(records, correlations, config.name), out / "training.png")
+    print(table(records, correlations))
+    print(f"training.json and training.png: {out}")
+    return end(command, [f"step {r['step']}: {link}" for r in records for link in r["violations"]])
+
+
+if __name__ == "__main__":
+    run(main)

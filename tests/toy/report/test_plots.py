@@ -9,6 +9,7 @@ import torch
 from matplotlib.text import Text
 
 from tvm_ref.bound.chain import TERMS, measure
+from tvm_ref.bound.paths import Draws, time_grid
 from tvm_ref.bound.plots import plot_bound
 from tvm_ref.experiments import methods
 from tvm_ref.guidance import Condition
@@ -202,7 +203,7 @@ def test_losses_show_the_term_that_is_trained_and_the_minimum():
 @pytest.mark.slow
 def test_the_bound_is_drawn_term_by_term(oracle, tmp_path):
     x0, x1 = torch.randn(2, 20, 2, dtype=torch.float64)
-    bound = measure(oracle, oracle, x0, x1, scale=0.07, steps=8)
+    bound = measure(oracle, oracle, Draws(x0, x1), time_grid(1.0, 0.07, 8), 0.07)
     figure = plot_bound(bound, "moons")
     dots = figure.axes[2].collections[-1].get_offsets()[:, 0].tolist()
     assert dots == sorted((bound.values[name] for name in TERMS), reverse=True)  # upwards: the smallest is on top

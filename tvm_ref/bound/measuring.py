@@ -1,0 +1,78 @@
+"""Settings of a measurement of the bound, for the commands here and in experiments: what to draw, and where in time."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tvm_ref.bound.paths import STEPS, Draws, time_grid
+from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.options import check_types, option
+from tvm_ref.guidance import Condition
+from tvm_ref.objectives import OBJECTIVES
+from tvm_ref.seeding import BOUND
+from tvm_ref.toy.config import ToyConfig
+from tvm_ref.toy.data.mixture import GaussianMixture
+
+MAX_POINTS = 5000  # exact optimal transport holds points^2 costs
+WHILE_TRAINING = {"points": 500, "grid": STEPS // 2}  # defaults where many networks are measured
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What the bound is measured on.
+
+    Raises:
+        UserError: a bad value, named by its option.
+    """
+
+    time: float = option(1.0, "t in (0, 1], where the jump to 0 starts")
+    points: int = option(2000, "points measured on (default: 2000 for a finished run, 500 in experiments)")
+    grid: int = option(
+        STEPS, f"time steps of the integrals, even (default: {STEPS} for a finished run, {STEPS // 2} in experiments)"
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not 0 < self.time <= 1:
+            raise UserError(f"--time must lie in (0, 1], got {self.time}")
+        if not 10 <= self.points <= MAX_POINTS:
+            raise UserError(f"--points must lie in [10, {MAX_POINTS}], got {self.points}")
+        if self.grid < 4 or self.grid % 2:
+            raise UserError(f"--grid must be even and at least 4, got {self.grid}")
+
+    def draw(self, distribution: GaussianMixture, *, conditional: bool = False) -> Draws:
+        """Draw data and noise [points, D], and classes for a conditional model."""
+        generator = torch.Generator().manual_seed(BOUND)
+        x0, label = distribution.sample(self.points, generator)
+        x1 = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+        return Draws(x0, x1, Condition(label, torch.ones_like(x0[:, 0])) if conditional else None)
+
+    def times(self, distribution: GaussianMixture) -> Tensor:
+        """Space times from 0 to t [grid + 1] for the exact flow of a distribution."""
+        return time_grid(self.time, distribution.time_scale, self.grid)
+
+
+def require_covered(config: ToyConfig) -> None:
+    """Raise UserError for training that theorem 1 does not cover."""
+    if config.guided:
+        raise UserError(
+            f"the bound is stated without guidance, and this run has --w {config.w:g}: "
+            "its labels have no distribution in closed form"
+        )
+    if not OBJECTIVES[config.objective].learns_jumps:
+        raise UserError("flow matching learns no jumps to bound; choose --objective tvm, pid or meanflow")
+
+
+def to_json(report: dict[str, Any]) -> str:
+    """Write a report as JSON.
+
+    Raises:
+        FloatingPointError: numbers that JSON has no word for.
+    """
+    try:
+        return json.dumps(report, indent=2, allow_nan=False) + "\n"
+    except ValueError:
+        raise FloatingPointError("a bound is too large for a float64, or not a number") from None
