@@ -1,0 +1,81 @@
+"""torch.utils.checkpoint inside a JVP: what is checkpointed is the block's own JVP.
+
+PyTorch's checkpoint knows nothing of tangents: it recomputes after the JVP has ended, finds fewer tensors than were
+saved, and its backward fails. The JVP of the block, on the other hand, is an ordinary function of values and tangents.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import checkpoint as pytorch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from jvp_attention.rules import has_tangent, unpack_dual
+
+OPTIONS = {  # of checkpoint itself; other keywords are the function's
+    name
+    for name, parameter in inspect.signature(pytorch.checkpoint).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY or name == "use_reentrant"
+}
+
+
+def recomputed(
+    checkpoint: Callable[..., Any], mode: Callable[[], Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call PyTorch's `checkpoint`; where an argument has a tangent, around the JVP of the function under the mode.
+
+    Raises:
+        NotImplementedError: a function that uses a tensor with a tangent that is none of its arguments.
+    """
+    options = {name: kwargs.pop(name) for name in OPTIONS & set(kwargs)}
+    leaves, tree = tree_flatten((args, kwargs))
+    moving = [i for i, x in enumerate(leaves) if has_tangent(x)]
+    if not moving:
+        return checkpoint(function, *args, **kwargs, **options)
+
+    def of_moving(*values: Tensor) -> tuple[Tensor, ...]:
+        given = list(leaves)
+        for i, x in zip(moving, values, strict=True):
+            given[i] = x
+        args, kwargs = tree_unflatten(given, tree)
+        with mode():  # also in the backward, which may come after the mode was left
+            found, shape["tree"] = tree_flatten(function(*args, **kwargs))
+        shape["rest"] = [None if isinstance(x, Tensor) else x for x in found]
+        return tuple(x for x in found if isinstance(x, Tensor))
+
+    shape: dict[str, Any] = {}  # of the results: a JVP returns only tensors
+    values, tangents = zip(*(unpack_dual(leaves[i]) for i in moving), strict=True)
+    y, dy = checkpoint(torch.func.jvp, of_moving, values, tangents, **options | {"use_reentrant": False})
+    if any(map(has_tangent, y)):
+        raise NotImplementedError(
+            "torch.utils.checkpoint inside a JVP: the function uses a tensor with a tangent that is not among its "
+            "arguments; pass it, as in checkpoint(function, x, c, use_reentrant=False)"
+        )
+    duals = map(forward_ad.make_dual, y, dy)
+    return tree_unflatten([next(duals) if x is None else x for x in shape["rest"]], shape["tree"])
+
+
+@functools.cache
+def install(mode: Callable[[], Any]) -> None:
+    """Let torch.utils.checkpoint.checkpoint come by here, under every name that it was imported by.
+
+    PyTorch keeps, as an attribute of the function, the form of it that eager mode calls; this sets the attribute. It is
+    done once for the process: where no argument has a tangent nothing changes.
+    """
+    inner = getattr(pytorch.checkpoint, "__wrapped__", None)
+    if inner is None:
+        return
+
+    def first_call(*args: Any, **kwargs: Any) -> Any:  # torch._dynamo takes a second to import
+        import torch._dynamo
+
+        here = torch._dynamo.disable(functools.partial(recomputed, inner, mode), wrapping=False)
+        setattr(inner, "__dynamo_disable", here)
+        return here(*args, **kwargs)
+
+    setattr(inner, "__dynamo_disable", first_call)
