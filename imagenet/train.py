@@ -31,6 +31,7 @@ from imagenet.data.provenance import Provenance
 from imagenet.data.vae import load_vae
 from imagenet.distributed import World
 from imagenet.metrics.fid import Judge, make_judge
+from imagenet.model.parallelize import check_version
 from imagenet.training import checkpoint
 from imagenet.training.log import check_wandb
 from imagenet.training.report import draw_grid, write_report, write_weights
@@ -125,7 +126,7 @@ def prepare(
             f"--accumulate {config.accumulate}"
         )
     if config.parallel == "fsdp":
-        distributed.check_version()
+        check_version()
     return config, resumed
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from imagenet.data.image_files import save_png
-from imagenet.distributed import World, full_state
+from imagenet.distributed import World
+from imagenet.model.parallelize import full_state
 from imagenet.sampler import Generator
 from imagenet.training import checkpoint
 from imagenet.training.run import Run

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imagenet import distributed
 from imagenet.config import Config, build_model
 from imagenet.data.batches import Batch
 from imagenet.distributed import World
+from imagenet.model import parallelize
 from imagenet.sampler import Generator
 from tvm_ref import EMA, FlowMap
 from tvm_ref.objectives import TERMS
@@ -72,7 +72,7 @@ class Training:
         self._set_progress = objective.set_progress  # of what is wrapped below
         if config.compile:
             objective.compile(dynamic=False)
-        self.objective = distributed.wrap(objective, [self.target, *self.averages], world, config.parallel)
+        self.objective = parallelize.wrap(objective, [self.target, *self.averages], world, config.parallel)
         self._parameters = [*self.model.parameters(), *self.weight.parameters()]
         self.optimizer = make_optimizer(config, self._parameters)
         self.step = 0
@@ -98,7 +98,7 @@ class Training:
             # data x0, noise x1, times t, s, s' and the condition (class, beta), drawn by Batches
             x0, x1, times, condition = batch.slice(i * n, (i + 1) * n).to(device)
             last = i == config.accumulate - 1
-            with contextlib.nullcontext() if last else distributed.no_sync(self.objective):
+            with contextlib.nullcontext() if last else parallelize.no_sync(self.objective):
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                     # both terms of eq. 15 per sample; the target theta* gives u*, without a gradient (eq. 12)
                     terms = self.objective(x0, x1, times, condition, self.target.module)
@@ -119,7 +119,7 @@ class Training:
     def _clip(self) -> Tensor:
         """Clip the gradient's norm, and return what it was."""
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip or float("inf"), foreach=True)
-        return distributed.full_tensor(norm)
+        return parallelize.full_tensor(norm)
 
     def _gather_metrics(self, losses: Tensor, norm: Tensor, stop: bool, save: bool) -> StepMetrics:
         """Average losses and the gradient's norm over all processes; learn whether any was asked to stop or save.
@@ -143,7 +143,7 @@ class Training:
     def load_initial(self, weights: dict[str, Tensor]) -> None:
         """Start from weights, the state dict of a FlowMap: the model and all averages."""
         for model in (self.model, self.target.module, *(average.module for average in self.averages)):
-            model.load_state_dict(distributed.reshard(weights, model.state_dict()))
+            model.load_state_dict(parallelize.reshard(weights, model.state_dict()))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that continues this training: its own tensors, not copies, sharded where they are."""
@@ -176,10 +176,10 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what state_dict gave, whatever the number of processes and however its tensors are sharded."""
-        self.model.load_state_dict(distributed.reshard(state["model"], self.model.state_dict()))
-        self.weight.load_state_dict(distributed.reshard(state.get("weight", {}), self.weight.state_dict()))
-        self.target.load_state_dict(distributed.reshard(state["target"], self.target.state_dict()))
+        self.model.load_state_dict(parallelize.reshard(state["model"], self.model.state_dict()))
+        self.weight.load_state_dict(parallelize.reshard(state.get("weight", {}), self.weight.state_dict()))
+        self.target.load_state_dict(parallelize.reshard(state["target"], self.target.state_dict()))
         for average, stored in zip(self.averages, state["ema"], strict=True):
-            average.load_state_dict(distributed.reshard(stored, average.state_dict()))
-        self.optimizer.load_state_dict(distributed.reshard_optimizer(state["optimizer"], self.optimizer))
+            average.load_state_dict(parallelize.reshard(stored, average.state_dict()))
+        self.optimizer.load_state_dict(parallelize.reshard_optimizer(state["optimizer"], self.optimizer))
         self.step = state["step"]

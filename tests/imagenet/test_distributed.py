@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import distributed
 
-from imagenet.distributed import World, check_version, process_group
+from imagenet.distributed import World, process_group
+from imagenet.model.parallelize import check_version
 from imagenet.training import checkpoint
 from tests.imagenet.commands import same
 from tests.imagenet.workers import needs_fsdp, steps

@@ -13,6 +13,7 @@ from imagenet import distributed
 from imagenet.config import Config
 from imagenet.data.batches import Batches
 from imagenet.data.image_sets import load_data
+from imagenet.model import parallelize
 from imagenet.training import checkpoint, sharded_state
 from imagenet.training.step import Training
 
@@ -24,7 +25,7 @@ SMALL = Config(
 def fsdp_works() -> bool:
     """Whether this PyTorch has an FSDP whose JVP is right."""
     try:
-        distributed.check_version()
+        parallelize.check_version()
     except ValueError:
         return False
     return True
@@ -47,7 +48,7 @@ def start_state(config):
     training = Training(config, distributed.World())
     for module, seed in ((training.model, 0), (training.target.module, 1), (training.ema.module, 2)):
         randomise(module, seed)
-    return distributed.full_state(training.state_dict())
+    return parallelize.full_state(training.state_dict())
 
 
 def steps(world, count=3, poison=None, **fields):
@@ -63,8 +64,8 @@ def steps(world, count=3, poison=None, **fields):
             batch.x0[1] = float("nan")
         result = training.train_step(batch, stop=(step, world.rank) == (1, 1))
         metrics.append([*result.losses, result.gradient_norm, result.asked_to_stop])
-    gradients = distributed.full_state({name: p.grad for name, p in training.model.named_parameters()})
-    return {"metrics": metrics, "gradients": gradients, "state": distributed.full_state(training.state_dict())}
+    gradients = parallelize.full_state({name: p.grad for name, p in training.model.named_parameters()})
+    return {"metrics": metrics, "gradients": gradients, "state": parallelize.full_state(training.state_dict())}
 
 
 def main(folder):
@@ -106,13 +107,13 @@ def save_and_reshard(folder, kind, world):
     training.load_state_dict(start_state(SMALL))
     batches = Batches(training.config, load_data(training.config), world.rank, world.size)
     training.train_step(batches[0])
-    saved = copy.deepcopy(distributed.full_state(training.state_dict()))
+    saved = copy.deepcopy(parallelize.full_state(training.state_dict()))
     with checkpoint.Saver(folder, 3, world) as saver:
         saver.save(training.state_dict(), training.step)
         training.train_step(batches[1])
     other = Training(Config(**small | {"parallel": "fsdp" if kind == "ddp" and fsdp_works() else "ddp"}), world)
     other.load_state_dict(checkpoint.read_checkpoint(folder / "00000001", other.place))
-    return {"saved": saved, "read": distributed.full_state(other.state_dict())}
+    return {"saved": saved, "read": parallelize.full_state(other.state_dict())}
 
 
 def save_to_a_full_disk(folder, world):

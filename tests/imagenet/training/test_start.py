@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from imagenet import train
 from imagenet.config import Config, build_model
 from imagenet.distributed import World
+from imagenet.model.parallelize import full_state
 from imagenet.training import checkpoint
 from imagenet.training import log as log_module
 from imagenet.training.step import StepMetrics, Training
@@ -34,7 +35,7 @@ def test_a_run_starts_from_given_weights(given, tmp_path, kind):
     options = train.Options(out=str(tmp_path / "run"))
     with train.distributed.process_group("cpu") as world:
         run, _ = train.begin("digits", changes, options, world)
-        start = train.distributed.full_state(run.training.state_dict())
+        start = full_state(run.training.state_dict())
     expected = {f"network.{name}": a for name, a in load_file(given).items()}
     for model in (start["model"], start["target"]["module"], start["ema"][0]["module"]):
         assert same(dict(model), expected)

@@ -1,0 +1,104 @@
+"""DDP and FSDP around the objective, and states as all processes hold them together.
+
+The objective's forward holds the JVP, and what is wrapped is the objective: a JVP over a DDP module fails, and calling
+the module inside one trains without synchronising, silently.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from imagenet.distributed import BACKENDS, World
+from imagenet.model.dit import Block
+from tvm_ref import EMA, FlowMap
+from tvm_ref.cli.errors import UserError
+from tvm_ref.objectives import Objective
+
+
+def check_version() -> None:
+    """Raise ValueError where FSDP under a JVP is known to fail or, worse, to be wrong in silence."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 13):
+        raise UserError(f"--parallel fsdp needs PyTorch 2.13 or later, as a JVP is wrong before; this is {version}")
+
+
+def wrap(objective: Objective, averages: list[EMA[FlowMap]], world: World, kind: str) -> nn.Module:
+    """Wrap the objective so that its backward gives the mean gradient of all processes (kind ddp or fsdp).
+
+    With fsdp, the weights of the objective's model and of the averages are sharded over the processes, block by block.
+    """
+    if kind == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        if not distributed.is_initialized():  # alone; FSDP wants a group all the same
+            backend = BACKENDS.get(world.device.type, "gloo")
+            distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        for block in (m for module in (objective, *(a.module for a in averages)) for m in module.modules()):
+            if isinstance(block, Block):
+                fully_shard(block)
+        for average in averages:
+            fully_shard(average.module.network, reshard_after_forward=True)  # so that it is sharded when updated
+        fully_shard(objective)
+        return objective
+    if world.size == 1:
+        return objective
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(objective, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def no_sync(wrapped: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Let a backward add to this process's gradients alone: for all micro-batches but the last."""
+    if isinstance(wrapped, DistributedDataParallel):
+        return wrapped.no_sync()
+    return _without_reduction(wrapped) if hasattr(wrapped, "set_requires_gradient_sync") else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_reduction(wrapped: Any) -> Any:
+    """FSDP's no_sync."""
+    wrapped.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        wrapped.set_requires_gradient_sync(True)
+
+
+def full_state(state: Any) -> Any:
+    """Gather every tensor of a state, unsharded, on the CPU. All processes take part."""
+    if isinstance(state, Mapping):
+        return {key: full_state(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [full_state(value) for value in state]
+    return full_tensor(state).detach().cpu() if isinstance(state, Tensor) else state
+
+
+def full_tensor(a: Tensor) -> Tensor:
+    """Gather a tensor, if FSDP has sharded it. All processes take part."""
+    return a.full_tensor() if hasattr(a, "full_tensor") else a  # a DTensor, whose import takes half a second
+
+
+def reshard(state: Any, like: Any) -> Any:
+    """Shard full tensors as the state `like` holds them: over the same processes, on the same devices."""
+    if isinstance(state, Mapping):
+        return {key: reshard(value, like.get(key)) for key, value in state.items()}
+    if hasattr(like, "full_tensor") and not hasattr(state, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(state.to(like.device), like.device_mesh, like.placements)
+    return state
+
+
+def reshard_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Shard an optimizer's state of full tensors, each as its parameter is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = {
+        index: {
+            name: reshard(a, parameters[index]) if isinstance(a, Tensor) and a.ndim else a for name, a in entry.items()
+        }
+        for index, entry in state["state"].items()
+    }
+    return state | {"state": tensors}
