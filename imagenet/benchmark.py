@@ -4,7 +4,6 @@
     python imagenet/benchmark.py imagenet256-w2 --batch-size 16 32 64
     python imagenet/benchmark.py imagenet256-w2 --attention plain fused --detach-jvp both --out cost.json
     python imagenet/benchmark.py imagenet256-w2 --compile --checkpointing            other ways to compute the same
-    torchrun --nproc-per-node 8 imagenet/benchmark.py imagenet256-w2 --saving /data/new        how fast states are saved
 
 Whole steps of train.py are timed, optimizer and averages included, on synthetic data, on one device; each row runs in a
 process of its own, so that one that needs too much memory leaves the others alone. The table is that of figure 10 of
@@ -37,7 +36,6 @@ import torch
 from imagenet import distributed
 from imagenet.config import PRESETS, Config
 from imagenet.cost.flops import count_weights, counted_step_flops, least_step_flops
-from imagenet.cost.saving_speed import measure_saving, saving_table
 from imagenet.data.batches import Batches
 from imagenet.data.image_sets import Synthetic
 from imagenet.distributed import World
@@ -87,7 +85,6 @@ def parser() -> OneLineParser:
     p.add_argument("--steps", type=int, default=10, help="steps timed")
     p.add_argument("--warmup", type=int, default=3, help="steps before, for kernels to be chosen")
     p.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
-    p.add_argument("--saving", type=Path, help="a new folder on the disk: time the saving of a state to it instead")
     p.add_argument("--out", type=Path, help="write everything as JSON")
     add_options(p.add_argument_group("the configuration (defaults are the preset's)"), Config, COMPUTED)
     return p
@@ -272,22 +269,17 @@ def main(argv: list[str] | None = None) -> int:
         config = replace(
             PRESETS[options.preset], **{name: getattr(options, name) for name in COMPUTED if hasattr(options, name)}
         )
-        kinds = options.attention or ["plain" if options.saving else config.attention]
-        configs = configurations(config, options.batch_size, kinds, DETACHED[options.detach_jvp])
+        configs = configurations(
+            config, options.batch_size, options.attention or [config.attention], DETACHED[options.detach_jvp]
+        )
         with distributed.process_group(options.device) as world:
-            if options.saving is not None:
-                require_new(options.saving)
-                report = measure_saving(config, options.saving, world)
-            elif world.size > 1:
-                raise UserError("this runs as one process, on one device, but for --saving")
-            else:
-                report = measure_all(configs, world.device, options.steps, options.warmup)
-        report = {"preset": options.preset, **report}
-        if world.first:
-            print(table(report) if options.saving is None else saving_table(report))
-        if options.out is not None and world.first:
+            if world.size > 1:
+                raise UserError("this runs as one process, on one device")
+            report = {"preset": options.preset} | measure_all(configs, world.device, options.steps, options.warmup)
+        print(table(report))
+        if options.out is not None:
             write_atomically(options.out, json.dumps(report, indent=2) + "\n")
-    return int(options.saving is None and all(row["failure"] for row in report["rows"]))
+    return int(all(row["failure"] for row in report["rows"]))
 
 
 if __name__ == "__main__":

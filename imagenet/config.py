@@ -80,9 +80,7 @@ class Config:
     schedule: Literal["constant", "cosine"] = option("cosine", "learning rate after warm-up (the paper: constant)")
     clip: float = option(1.0, "largest norm of the gradient; 0: no clipping, as in the paper")
     target_ema: float = option(0.99, "decay of the target's weights theta* (table 4b)")
-    ema: tuple[float, ...] = option(
-        (0.99,), "decays of averages of the weights, theta**: the first is evaluated (the paper: 0.9999)", nargs="+"
-    )
+    ema: float = option(0.99, "decay of the evaluated weights theta** (the paper: 0.9999)")
     seed: int = option(0, "of initial weights, order of the data, noise and times")
     # How it is computed: --resume may change these
     precision: Literal["float32", "bfloat16"] = option(
@@ -101,8 +99,6 @@ class Config:
     accumulate: int = option(1, "micro-batches per step and process: less memory", resume=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.ema, list):  # as JSON has it
-            object.__setattr__(self, "ema", tuple(self.ema))
         check_types(self)
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, int) and abs(value) > (largest := LARGEST.get(name, 2**63 - 1)):
@@ -113,9 +109,7 @@ class Config:
             raise UserError(f"--lr must be positive and finite, and --clip finite; got {self.lr} and {self.clip}")
         if not 0 < self.w < float("inf") or not self.w <= (self.w_max or self.w) < float("inf"):
             raise UserError(f"--w must be positive and at most --w-max, got {self.w} and {self.w_max}")
-        if not all(0 <= decay <= 1 for decay in self.ema) or len(set(self.ema)) < len(self.ema):
-            raise UserError(f"--ema must lie in [0, 1], each decay once, got {self.ema}")
-        for name in ("label_dropout", "beta2", "target_ema"):
+        for name in ("label_dropout", "beta2", "target_ema", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{flag(name)} must lie in [0, 1], got {getattr(self, name)}")
         if self.label_dropout == 0 and self.guided:
@@ -194,14 +188,14 @@ RESUMABLE = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("
 _IMAGENET256_W2 = Config(
     data="latents", input_size=32, in_channels=4, classes=1000, hidden_size=1152, depth=28, heads=18, patch_size=2,
     time_init="spectral", scaled=True, w=2.0, steps=300_000, batch_size=2048, optimizer="adamw", lr=1e-4, warmup=0,
-    schedule="constant", clip=0.0, ema=(0.9999,), precision="bfloat16", attention="fused",
+    schedule="constant", clip=0.0, ema=0.9999, precision="bfloat16", attention="fused",
 )  # fmt: skip
 
 PRESETS = {
     "digits": Config(),
     "cifar10": replace(
         Config(), data="cifar10", input_size=32, in_channels=3, hidden_size=384, depth=12, heads=6, patch_size=2,
-        w=1.5, steps=200_000, batch_size=256, lr=2e-4, warmup=2000, schedule="cosine", ema=(0.9999,), optimizer="adamw",
+        w=1.5, steps=200_000, batch_size=256, lr=2e-4, warmup=2000, schedule="cosine", ema=0.9999, optimizer="adamw",
         precision="bfloat16", attention="fused",
     ),
     "imagenet256-w2": _IMAGENET256_W2,

@@ -20,7 +20,7 @@ from imagenet.config import PRESETS, Config
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import LATENT_SIDE, NORMALISATION, VAE
 from imagenet.foreign import luma
-from imagenet.training.checkpoint import check_weights, save_weights
+from imagenet.weights import check_weights, save_weights
 from tvm_ref.cli.errors import UserError
 from tvm_ref.cli.files import require_new, require_suffix
 from tvm_ref.cli.options import OneLineParser, run

@@ -19,7 +19,7 @@ from imagenet.data.latents import read_normalisation
 from imagenet.data.noise import PRIOR, normal
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import LATENT_SIDE, NORMALISATION, VAE, Normalisation, decode, load_vae
-from imagenet.training.checkpoint import load_weights, read_provenance
+from imagenet.weights import load_weights, read_provenance
 from tvm_ref import Condition, FlowMap, sample
 from tvm_ref.cli.errors import UserError
 from tvm_ref.sampling import stepper

@@ -32,11 +32,10 @@ from imagenet.data.vae import load_vae
 from imagenet.distributed import World
 from imagenet.metrics.fid import Judge, make_judge
 from imagenet.model.parallelize import check_version
-from imagenet.training import checkpoint
 from imagenet.training.log import check_wandb
-from imagenet.training.report import draw_grid, write_report, write_weights
 from imagenet.training.run import Run, saved_nothing, stored_config
 from imagenet.training.step import Training
+from imagenet.weights import CONFIG, read_provenance
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import require_free
 from tvm_ref.cli.options import OneLineParser, add_options, given, option, require_at_least
@@ -63,8 +62,7 @@ class Options:
     log_every: int = option(20, "steps between lines of train.jsonl")
     sample_every: int = option(200, "steps between sample grids")
     save_every: int = option(500, "steps between checkpoints")
-    keep: int = option(3, "checkpoints that are kept, the newest")
-    snapshot_every: int = option(0, "steps between evaluation weights that stay, in snapshots/; 0: none")
+    keep: int = option(3, "checkpoints that stay, the newest; each holds its evaluation weights")
     vae: str | None = option(None, "autoencoder that shows latents as pictures (default: the one that made them)")
     evaluate_every: int = option(0, "steps between measurements of the evaluation weights; 0: none")
     evaluate_count: int = option(10_000, "images for each measurement (published figures use 50,000)")
@@ -74,9 +72,7 @@ class Options:
     wandb: str | None = option(None, "log to this project of Weights & Biases as well")
 
     def __post_init__(self) -> None:
-        require_at_least(
-            0, workers=self.workers, snapshot_every=self.snapshot_every, evaluate_every=self.evaluate_every
-        )
+        require_at_least(0, workers=self.workers, evaluate_every=self.evaluate_every)
         for name in ("log_every", "sample_every", "save_every", "keep", "evaluate_steps"):
             require_at_least(1, **{name: getattr(self, name)})
         require_at_least(LEAST, evaluate_count=self.evaluate_count)
@@ -113,13 +109,13 @@ def prepare(
     """
     config = dataclasses.replace(PRESETS[preset], **changes)
     changes = {name: getattr(config, name) for name in changes}  # words of --settings have become values
-    resumed = resume and (out / checkpoint.CONFIG).exists()
+    resumed = resume and (out / CONFIG).exists()
     if resumed:
         of_preset = {} if preset == "digits" else dataclasses.asdict(PRESETS[preset])  # digits may be unsaid
         kept = (*RESUMABLE, "steps", "init")  # as stored, where nothing else is said
         config = stored_config(out, {k: v for k, v in of_preset.items() if k not in kept} | changes)
     else:
-        require_free(out, (checkpoint.CONFIG,), ways="--resume", overwrite=saved_nothing(out))
+        require_free(out, (CONFIG,), ways="--resume", overwrite=saved_nothing(out))
     if config.batch_size % (world_size * config.accumulate):
         raise UserError(
             f"--batch-size {config.batch_size} is no multiple of {world_size} processes times "
@@ -143,12 +139,12 @@ def described(config: Config, data: Data, folder: Path | None, vae: str | None =
         ValueError: they are others.
     """
     here = provenance_of(config, data)
-    before = None if folder is None else checkpoint.read_provenance(folder)
+    before = None if folder is None else read_provenance(folder)
     if before is not None:
         before.check_same(here, f"--resume: {folder} was trained on other data than --data-path holds")
         here = dataclasses.replace(here, autoencoder=before.autoencoder)
     start = config.init if folder is None else None  # of a run that goes on, its checkpoint holds all that is needed
-    source = None if start is None else checkpoint.read_provenance(start)
+    source = None if start is None else read_provenance(start)
     if source is not None:
         source.check_same_latents(here, f"--init: {start} was trained on other latents than --data-path holds")
     return here if vae is None else dataclasses.replace(here, autoencoder=vae)
@@ -245,11 +241,9 @@ def train(run: Run, data: Data, options: Options) -> bool:
                 shown = (*TERMS, "images_per_second", "data_wait", "gib")
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in shown}, refresh=False)
             if step % options.sample_every == 0:
-                draw_grid(run.folder / "samples" / f"{step:08d}.png", run.generator(), world)
+                run.draw_grid(f"samples/{step:08d}.png")
             if options.evaluate_every and step % options.evaluate_every == 0:
                 run.evaluate([options.evaluate_steps])
-            if options.snapshot_every and step % options.snapshot_every == 0:
-                write_weights(run, run.snapshot(step))
             if step % options.save_every == 0 or metrics.asked_to_save:
                 run.save()
                 saved = step
@@ -275,7 +269,7 @@ def main(argv: list[str] | None = None, judge: Judge | None = None) -> int:
             run, data = begin(arguments.preset, given(arguments, Config), options, world, judge)
         with command.errors(GO_ON):
             finished = train(run, data, options)
-            scores = write_report(run, time.perf_counter() - started).get("nfe", {}) if finished else {}
+            scores = run.write_report(time.perf_counter() - started).get("nfe", {}) if finished else {}
     if world.first and not finished:
         print(f"stopped at step {run.training.step}, and saved: {GO_ON}")
     elif world.first:

@@ -78,7 +78,7 @@ def state_bytes(config: Config, ranks: int = 1) -> int:
     """Sum weights, the target's and all other averages, and the optimizer's state; sharded over `ranks` with FSDP."""
     weights = weights_of(config)
     moments = 2 * weights.all + (2 * weights.squares if config.optimizer == "soap" else 0)
-    return WIDE * ((2 + len(config.ema)) * weights.all + moments) // (ranks if config.parallel == "fsdp" else 1)
+    return WIDE * (3 * weights.all + moments) // (ranks if config.parallel == "fsdp" else 1)
 
 
 def gradient_bytes(config: Config, ranks: int = 1) -> int:

@@ -90,15 +90,3 @@ def reshard(state: Any, like: Any) -> Any:
 
         return distribute_tensor(state.to(like.device), like.device_mesh, like.placements)
     return state
-
-
-def reshard_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Shard an optimizer's state of full tensors, each as its parameter is."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = {
-        index: {
-            name: reshard(a, parameters[index]) if isinstance(a, Tensor) and a.ndim else a for name, a in entry.items()
-        }
-        for index, entry in state["state"].items()
-    }
-    return state | {"state": tensors}

@@ -1,24 +1,22 @@
-"""A run: a training and the folder that keeps it.
+"""A run: a training, and the folder that holds all that comes of it.
 
     config.json            the configuration
     data.json              what it is trained on (provenance.py)
     train.jsonl            a line per --log-every steps (log.py)
-    evaluations.jsonl      a line per --evaluate-every steps (evaluation.py)
-    samples/               grids while training
-    snapshots/             evaluation weights of every --snapshot-every steps, all kept (report.py)
-    checkpoints/           the newest states (checkpoint.py)
-    weights.safetensors    evaluation weights, once training is done (report.py, as all below)
-    samples-1.png, -4.png  one-step and four-step samples
+    evaluations.jsonl      a line per --evaluate-every steps (fid.py)
+    samples/               grids drawn while training
+    checkpoints/           the newest states, each with its evaluation weights (checkpoint.py)
+    weights.safetensors    evaluation weights, once training is done, as all below
+    samples-1.png, -4.png  grids of one-step and four-step samples
     metrics.json           seconds, and for digits how good they are, by number of function evaluations
 
-Everything is written by the first process.
+Everything is written by the first process. Samples are those that sample.py and evaluate.py draw from the run by
+default: the same noise, classes, precision.
 """
 
 import json
-import os
 import shutil
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,38 +24,41 @@ from typing import Any
 from torch import nn
 
 from imagenet.config import RESUMABLE, Config
+from imagenet.data.image_files import save_png
 from imagenet.data.provenance import Provenance
 from imagenet.metrics.fid import Judge
+from imagenet.model.parallelize import full_state
 from imagenet.sampler import Generator
-from imagenet.training import checkpoint, log
-from imagenet.training.log import Log
+from imagenet.training.checkpoint import Saver, load_newest
+from imagenet.training.log import Log, keep_lines
 from imagenet.training.step import Training
+from imagenet.weights import CONFIG, DATA, WEIGHTS, checkpoints, load_initial, read_config, save_weights
 from tvm_ref import OBJECTIVES
 from tvm_ref.cli.errors import UserError
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.cli.options import flag
 
 EVALUATIONS = "evaluations.jsonl"
+NFES = (1, 4)  # numbers of steps that are drawn and scored at the end
 
 
 def stored_config(folder: Path, given: dict[str, Any]) -> Config:
     """Read the configuration of the run in a folder, with what of `given` may change when it is resumed.
 
     Raises:
-        ValueError: no run there, or a given option that would make it another run.
+        UserError: no run there, or a given option that would make it another run.
     """
-    stored = checkpoint.read_config(folder)
+    stored = read_config(folder)
     if "steps" in given:
         _check_steps(folder, stored, given["steps"])
-        stored = replace(stored, steps=given["steps"])
     for name, value in given.items():
-        if name not in RESUMABLE and getattr(stored, name) != value:
+        if name not in (*RESUMABLE, "steps") and getattr(stored, name) != value:
             raise UserError(f"--resume keeps a run's options: {folder} has {flag(name)} {getattr(stored, name)}")
-    return Config(**{**json.loads(stored.to_json()), **{k: v for k, v in given.items() if k in RESUMABLE}})
+    return replace(stored, **given)
 
 
 def _check_steps(folder: Path, stored: Config, steps: int) -> None:
-    """Raise ValueError unless a run may go on to `steps`: to its own, or to more where nothing was shaped by them."""
+    """Raise UserError unless a run may go on to `steps`: to its own, or to more where nothing was shaped by them."""
     shaped = [f"--schedule {stored.schedule}"] * (stored.schedule != "constant")
     shaped += [f"--objective {stored.objective}"] * OBJECTIVES[stored.objective].has_curriculum
     if steps != stored.steps and shaped:
@@ -68,18 +69,17 @@ def _check_steps(folder: Path, stored: Config, steps: int) -> None:
 
 
 def saved_nothing(folder: Path) -> bool:
-    """Tell whether a run's folder holds nothing to go on from, as after a failure in its first step."""
-    kept = (*checkpoint.checkpoints(folder / "checkpoints"), *(folder / "snapshots").glob("*.safetensors"))
-    return not kept and not (folder / checkpoint.WEIGHTS).exists()
+    """Tell whether a run's folder holds nothing to continue, as after a failure in its first step."""
+    return not checkpoints(folder) and not (folder / WEIGHTS).exists()
 
 
 class Run:
-    """A training and its folder.
+    """A training and its folder. All processes take part in every method.
 
     Args:
         folder: where everything goes.
         training: the training.
-        keep: how many checkpoints.
+        keep: number of checkpoints that stay.
         provenance: what it is trained on.
         vae: the autoencoder of latents, on the device; None shows latents as they are.
         judge: measures the evaluation weights while training.
@@ -101,24 +101,72 @@ class Run:
         self.world = training.world
         self.vae, self.judge = vae, judge
         self.log = Log(folder, training, wandb)
-        self.saver = checkpoint.Saver(self.checkpoints, keep, self.world)
+        self.saver = Saver(folder, keep, self.world)
 
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of states."""
-        return self.folder / "checkpoints"
+    def create(self) -> None:
+        """Make the folder, and write the configuration; weights of a run that now takes more steps are renamed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        weights = self.folder / WEIGHTS
+        if weights.exists() and (steps := read_config(self.folder).steps) < self.training.config.steps:
+            weights.rename(weights.with_stem(f"{weights.stem}-{steps:08d}"))
+        if self.training.step == 0:  # of a run that failed before it saved
+            shutil.rmtree(self.folder / "samples", ignore_errors=True)
+        keep_lines(self.folder / EVALUATIONS, self.training.step)
+        write_atomically(self.folder / DATA, self.provenance.to_json() + "\n")
+        write_atomically(self.folder / CONFIG, self.training.config.to_json() + "\n")
+
+    def start(self) -> None:
+        """Start from the newest undamaged checkpoint if there is one, else from given weights or from new ones.
+
+        Raises:
+            UserError: no checkpoint can be read; weights that do not fit.
+        """
+        config = self.training.config
+        state = load_newest(self.folder, self.training.slot, self.world)
+        if state is not None:
+            self.training.load_state_dict(state)
+            self.log.load_state_dict(state)
+        elif config.init is not None:
+            weights = self.world.on_first(lambda: load_initial(config))  # the first process names what is wrong
+            self.training.load_initial(load_initial(config) if weights is None else weights)
+
+    def save(self) -> None:
+        """Save a checkpoint; on a GPU it is written while training goes on.
+
+        Raises:
+            OSError: in every process, if this one or the one before could not be written; older ones are untouched.
+        """
+        write = self._weights_writer()
+        state = self.training.state_dict() | self.log.state_dict()
+        self.saver.save(state, self.training.step, lambda folder: write(folder / WEIGHTS))
+
+    def _weights_writer(self) -> Callable[[Path], None]:
+        """Gather the evaluation weights as they are now; returns what writes them into a file."""
+        training = self.training
+        gathered = full_state(training.ema.module.state_dict())
+        weights = {name.removeprefix("network."): a for name, a in gathered.items()}
+        about = {"ema": f"{training.config.ema:g}", "step": str(training.step), "data": self.provenance.to_json()}
+        return lambda path: save_weights(path, weights, training.config, **about)
 
     def generator(self) -> Generator:
-        """Return the sampler of the evaluation weights, as sample.py has it by default."""
-        generator = self.training.generator()
-        return (
-            generator
-            if self.vae is None
-            else replace(generator, vae=self.vae, normalisation=self.provenance.normalisation)
-        )
+        """Return the sampler of the evaluation weights, as sample.py loads it by default."""
+        training = self.training
+        generator = Generator(training.ema.module, training.config, self.world.device)
+        if self.vae is None:
+            return generator
+        return replace(generator, vae=self.vae, normalisation=self.provenance.normalisation)
+
+    def draw_grid(self, name: str, steps: int = 1) -> None:
+        """Write a grid of samples 0, 1, ..., a class per column; ten classes, evenly spaced, if there are more."""
+        generator = self.generator()
+        image = (generator if self.world.first else replace(generator, vae=None)).grid(steps)  # decoded once
+        if self.world.first:
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_png(path, image)
 
     def evaluate(self, steps: Sequence[int]) -> None:
-        """Measure the evaluation weights at some numbers of steps; all processes take part, the first one writes."""
+        """Measure the evaluation weights at some numbers of steps."""
         assert self.judge is not None
         figures = {str(n): self.judge(self.generator(), n, self.world) for n in steps}
         if self.world.first:
@@ -127,60 +175,31 @@ class Run:
                 file.write(json.dumps(line) + "\n")
             self.log.show({f"{name}, {n} NFE": value for n, row in figures.items() for name, value in row.items()})
 
-    def snapshot(self, step: int) -> Path:
-        """Name the file of the evaluation weights of a step."""
-        return self.folder / "snapshots" / f"{step:08d}.safetensors"
+    def write_report(self, total_seconds: float) -> dict[str, Any]:
+        """Write weights, grids and metrics.json of a training that is done; returns the metrics.
 
-    def create(self) -> None:
-        """Make the folder, and write the configuration; weights of a run that now goes on further become a snapshot."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        weights = sorted(self.folder.glob(checkpoint.ALL_WEIGHTS))
-        if weights and (steps := checkpoint.read_config(self.folder).steps) < self.training.config.steps:
-            self.snapshot(steps).parent.mkdir(exist_ok=True)
-            for path in weights:
-                os.replace(path, self.snapshot(steps).with_stem(path.stem.replace("weights", f"{steps:08d}")))
-        if self.training.step == 0:  # of a run that failed before it saved
-            shutil.rmtree(self.folder / "samples", ignore_errors=True)
-        log.keep_lines(self.folder / EVALUATIONS, self.training.step)
-        write_atomically(self.folder / checkpoint.DATA, self.provenance.to_json() + "\n")
-        write_atomically(self.folder / checkpoint.CONFIG, self.training.config.to_json() + "\n")
-
-    def start(self) -> None:
-        """Start from the newest undamaged checkpoint if there is one, else from --init or from new weights.
+        Args:
+            total_seconds: taken by this program, in addition to what earlier ones trained.
 
         Raises:
-            ValueError: see load; weights that do not fit.
+            OSError: a file could not be written.
         """
-        config = self.training.config
-        if self.load() or config.init is None:
-            return
-        weights = self.world.on_first(lambda: checkpoint.load_initial(config))
-        self.training.load_initial(checkpoint.load_initial(config) if weights is None else weights)
+        training, config = self.training, self.training.config
+        nfes = NFES[:1] if OBJECTIVES[config.objective].one_step_only else NFES
+        for nfe in nfes:
+            self.draw_grid(f"samples-{nfe}.png", nfe)
+        metrics: dict[str, Any] = {}
+        if config.data == "digits":
+            from imagenet.metrics.digits import measure_model
 
-    def load(self) -> bool:
-        """Restore the newest undamaged checkpoint; returns whether there is one.
-
-        Raises:
-            ValueError: no undamaged checkpoint is left, or it does not fit.
-        """
-        found = self.world.broadcast(self.world.on_first(lambda: checkpoint.find_checkpoint(self.checkpoints)))
-        path, complaints = found
-        for complaint in complaints if self.world.first else ():
-            print(f"{complaint}: going on from {path}", file=sys.stderr, flush=True)
-        if path is None:
-            return False
-        state = checkpoint.read_checkpoint(path, self.training.place)
-        try:
-            self.training.load_state_dict(state)
-            self.log.load_state_dict(state)
-        except (RuntimeError, KeyError, ValueError) as fault:
-            raise UserError(f"{path} does not fit its run: {str(fault).splitlines()[0]}") from None
-        return True
-
-    def save(self) -> None:
-        """Start to write a checkpoint, once the one before is written.
-
-        Raises:
-            OSError: in every process, if the one before could not be written; older checkpoints are untouched.
-        """
-        self.saver.save(self.training.state_dict() | self.log.state_dict(), self.training.step)
+            metrics["nfe"] = {str(nfe): scores for nfe, scores in measure_model(self.generator(), nfes).items()}
+        metrics["seconds"] = {
+            "training": round(self.log.seconds, 2),
+            "total": round(total_seconds + self.log.before, 2),
+        }
+        metrics["steps"] = {"done": training.step, "planned": config.steps}
+        write = self._weights_writer()
+        self.world.on_first(lambda: write(self.folder / WEIGHTS))
+        if self.world.first:
+            write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        return metrics

@@ -12,7 +12,6 @@ from imagenet.config import Config, build_model
 from imagenet.data.batches import Batch
 from imagenet.distributed import World
 from imagenet.model import parallelize
-from imagenet.sampler import Generator
 from tvm_ref import EMA, FlowMap
 from tvm_ref.objectives import TERMS
 
@@ -51,13 +50,13 @@ def make_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.opti
 
 
 class Training:
-    """A model being trained: weights, target EMA, averages to evaluate, optimizer, and how far it has come.
+    """A model being trained: weights, their two averages, optimizer, and the number of steps taken.
 
     Attributes:
         model: the weights theta.
         weight: a learned weight of the loss, with --settings learned_weight=true; else it holds nothing.
-        target: their average theta*.
-        averages: their averages theta**, one for each decay; `ema` is the first, which is evaluated.
+        target: their average theta*, the target of the loss.
+        ema: their average theta**, which is evaluated.
     """
 
     def __init__(self, config: Config, world: World):
@@ -65,14 +64,13 @@ class Training:
         torch.manual_seed(config.seed)
         self.model: FlowMap = build_model(config).to(world.device)
         self.target = EMA(self.model, config.target_ema)
-        self.averages = [EMA(self.model, decay) for decay in config.ema]
-        self.ema = self.averages[0]
+        self.ema = EMA(self.model, config.ema)
         objective = config.make_objective(self.model).to(world.device)
         self.weight = objective.learned_weight
         self._set_progress = objective.set_progress  # of what is wrapped below
         if config.compile:
             objective.compile(dynamic=False)
-        self.objective = parallelize.wrap(objective, [self.target, *self.averages], world, config.parallel)
+        self.objective = parallelize.wrap(objective, [self.target, self.ema], world, config.parallel)
         self._parameters = [*self.model.parameters(), *self.weight.parameters()]
         self.optimizer = make_optimizer(config, self._parameters)
         self.step = 0
@@ -111,8 +109,7 @@ class Training:
             group["lr"] = learning_rate(config, self.step)
         self.optimizer.step()  # theta
         self.target.update(self.model)  # theta*, the target of the loss: EMA of a short memory
-        for average in self.averages:  # theta**, the weights that are sampled from: EMA of a long one
-            average.update(self.model)
+        self.ema.update(self.model)  # theta**, the weights that are sampled from: EMA of a long one
         self.step += 1
         return metrics
 
@@ -136,13 +133,9 @@ class Training:
         jump, flow_matching, gradient_norm, stops, saves = rows.mean(0).tolist()
         return StepMetrics((jump, flow_matching), gradient_norm, stops > 0, saves > 0)
 
-    def generator(self) -> Generator:
-        """Return the sampler of the evaluation weights, as sample.py has it by default."""
-        return Generator(self.ema.module, self.config, self.world.device)
-
     def load_initial(self, weights: dict[str, Tensor]) -> None:
-        """Start from weights, the state dict of a FlowMap: the model and all averages."""
-        for model in (self.model, self.target.module, *(average.module for average in self.averages)):
+        """Start from weights, the state dict of a FlowMap: the model and both averages."""
+        for model in (self.model, self.target.module, self.ema.module):
             model.load_state_dict(parallelize.reshard(weights, model.state_dict()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,35 +144,30 @@ class Training:
             "model": self.model.state_dict(),
             "weight": self.weight.state_dict(),
             "target": self.target.state_dict(),
-            "ema": [average.state_dict() for average in self.averages],
+            "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
 
-    def place(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return a tensor to read one of a stored state into, by its path: of weights themselves, of moments new ones.
+    def slot(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return the tensor that a checkpoint's entry is read into: a weight itself, or a new tensor for a moment.
 
         Raises:
-            ValueError: there is no such tensor in this training.
+            KeyError: this training has no such tensor.
         """
         kind, *path = name.split("/")
-        if kind != "optimizer":
-            module = {"model": self.model, "weight": self.weight, "target": self.target.module}.get(kind)
-            if kind == "ema" and int(path[0]) < len(self.averages):
-                module = self.averages[int(path[0])].module
-            weights = {} if module is None else module.state_dict()
-            if path[-1] not in weights:
-                raise ValueError(f"it holds {name}, which this run has not")
-            return weights[path[-1]]
-        like = self._parameters[int(path[1])]
-        return torch.empty_like(like, dtype=dtype) if like.shape == size else torch.empty(size, dtype=dtype)
+        if kind == "optimizer":
+            like = self._parameters[int(path[1])]
+            return torch.empty_like(like, dtype=dtype) if like.shape == size else torch.empty(size, dtype=dtype)
+        modules = {"model": self.model, "weight": self.weight, "target": self.target.module, "ema": self.ema.module}
+        weights: dict[str, Tensor] = modules[kind].state_dict()
+        return weights[path[-1]]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what state_dict gave, whatever the number of processes and however its tensors are sharded."""
-        self.model.load_state_dict(parallelize.reshard(state["model"], self.model.state_dict()))
-        self.weight.load_state_dict(parallelize.reshard(state.get("weight", {}), self.weight.state_dict()))
-        self.target.load_state_dict(parallelize.reshard(state["target"], self.target.state_dict()))
-        for average, stored in zip(self.averages, state["ema"], strict=True):
-            average.load_state_dict(parallelize.reshard(stored, average.state_dict()))
-        self.optimizer.load_state_dict(parallelize.reshard_optimizer(state["optimizer"], self.optimizer))
+        """Restore what state_dict gave; its tensors are sharded as this training's own are (see slot)."""
+        self.model.load_state_dict(state["model"])
+        self.weight.load_state_dict(state["weight"])
+        self.target.load_state_dict(state["target"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]

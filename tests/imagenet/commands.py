@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from imagenet import train
-from imagenet.training import checkpoint
+from imagenet.training.checkpoint import read_checkpoint
+from imagenet.weights import checkpoints
 
 TINY = [
     "--data", "synthetic", "--patch-size", "4", "--hidden-size", "16", "--depth", "1", "--heads", "2",
@@ -53,13 +54,13 @@ def same(a, b):
 
 
 def state(path):
-    return {k: v for k, v in checkpoint.read_checkpoint(path).items() if k != "seconds"}
+    return {k: v for k, v in read_checkpoint(path).items() if k != "seconds"}
 
 
 def assert_same_run(a, b):
     assert same(weights(a), weights(b))
     assert losses(a) == losses(b)
-    newest = [checkpoint.checkpoints(folder / "checkpoints")[-1] for folder in (a, b)]
+    newest = [checkpoints(folder)[-1] for folder in (a, b)]
     assert newest[0].name == newest[1].name
     assert same(state(newest[0]), state(newest[1]))
 

@@ -91,15 +91,3 @@ def test_bad_input_ends_with_one_line(options, message, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
-
-
-def test_saving_is_timed_both_ways_and_leaves_nothing(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(PRESETS, "digits", TINY)
-    out = tmp_path / "saving.json"
-    assert main(["--saving", str(tmp_path / "disk"), "--device", "cpu", "--out", str(out)]) == 0
-    report = json.loads(out.read_text())
-    assert report["bytes"] == 5 * 4 * sum(a.numel() for a in build_model(TINY).state_dict().values())
-    assert 0 < report["ways"]["in parts"]["waits"] < report["ways"]["in parts"]["seconds"]
-    assert "at that rate the 13.6 GB of imagenet256-w2 take" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == [out]
-    assert status(main, ["--saving", str(tmp_path)]) == 2

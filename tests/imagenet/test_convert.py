@@ -15,7 +15,7 @@ from imagenet.config import PRESETS, Config, build_model
 from imagenet.convert import data_of, main
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import NORMALISATION, VAE
-from imagenet.training.checkpoint import load_weights, read_provenance
+from imagenet.weights import load_weights, read_provenance
 from tests.imagenet.commands import status
 
 CONFIG = Config(data="latents", input_size=8, in_channels=4, classes=10, hidden_size=32, depth=2, heads=2, w=2.0)

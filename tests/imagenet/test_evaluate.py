@@ -8,7 +8,7 @@ from torch import Tensor
 
 from imagenet.config import Config, build_model
 from imagenet.data.image_files import ImageFiles, save_png
-from imagenet.training.checkpoint import save_weights
+from imagenet.weights import save_weights
 
 pytest.importorskip("torch_fidelity")
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric

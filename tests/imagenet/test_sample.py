@@ -19,7 +19,7 @@ from imagenet.data.vae import NORMALISATION, decode
 from imagenet.distributed import World
 from imagenet.sample import main
 from imagenet.sampler import Generator
-from imagenet.training.checkpoint import save_weights
+from imagenet.weights import save_weights
 from tests.imagenet.commands import status
 from tvm_ref import Condition
 

@@ -14,12 +14,10 @@ from imagenet.config import Config
 from imagenet.data.batches import Batches
 from imagenet.data.image_sets import load_data
 from imagenet.model import parallelize
-from imagenet.training import checkpoint, sharded_state
+from imagenet.training.checkpoint import Saver, read_checkpoint
 from imagenet.training.step import Training
 
-SMALL = Config(
-    hidden_size=16, depth=2, batch_size=12, steps=50, w=2.0, warmup=3, optimizer="adamw", lr=1e-3, ema=(0.99, 0.5)
-)
+SMALL = Config(hidden_size=16, depth=2, batch_size=12, steps=50, w=2.0, warmup=3, optimizer="adamw", lr=1e-3)
 
 
 def fsdp_works() -> bool:
@@ -55,7 +53,7 @@ def steps(world, count=3, poison=None, **fields):
     """Train from start_state: losses and gradient norm of each step, the last gradients, and the state at the end."""
     plain = Config(**{**json.loads(SMALL.to_json()), **fields, "parallel": "ddp", "accumulate": 1})
     training = Training(Config(**{**json.loads(plain.to_json()), **fields}), world)
-    training.load_state_dict(start_state(plain))
+    training.load_state_dict(parallelize.reshard(start_state(plain), training.state_dict()))
     batches = Batches(training.config, load_data(training.config), world.rank, world.size)
     metrics = []
     for step in range(count):
@@ -104,46 +102,51 @@ def save_and_reshard(folder, kind, world):
     """Save a state while the next step is taken; returns it, and what the other way of training makes of it."""
     small = json.loads(SMALL.to_json())
     training = Training(Config(**small | {"parallel": kind}), world)
-    training.load_state_dict(start_state(SMALL))
+    training.load_state_dict(parallelize.reshard(start_state(SMALL), training.state_dict()))
     batches = Batches(training.config, load_data(training.config), world.rank, world.size)
     training.train_step(batches[0])
     saved = copy.deepcopy(parallelize.full_state(training.state_dict()))
-    with checkpoint.Saver(folder, 3, world) as saver:
+    with Saver(folder, 3, world, asynchronous=True) as saver:
         saver.save(training.state_dict(), training.step)
         training.train_step(batches[1])
     other = Training(Config(**small | {"parallel": "fsdp" if kind == "ddp" and fsdp_works() else "ddp"}), world)
-    other.load_state_dict(checkpoint.read_checkpoint(folder / "00000001", other.place))
+    other.load_state_dict(read_checkpoint(folder / "checkpoints" / "00000001", other.slot))
     return {"saved": saved, "read": parallelize.full_state(other.state_dict())}
 
 
 def save_to_a_full_disk(folder, world):
     """Let the second process alone find no space; what each says goes into a file."""
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    write = sharded_state._HashingStream.write
+    save = torch.save
     if not world.first:
-        sharded_state._HashingStream.write = full
+        torch.save = full
     try:
-        with checkpoint.Saver(folder, 3, world) as saver:
+        with Saver(folder, 3, world) as saver:
             saver.save({"a": torch.ones(9), "b": torch.ones(9)}, 2)
     except OSError as error:
         (folder.parent / f"full-{world.rank}.txt").write_text(str(error))
-    sharded_state._HashingStream.write = write
+    torch.save = save
 
 
 def short_of_space(arguments, size):
     """The command where no file may grow beyond `size` bytes, as on a full disk; its messages go to stderr.txt."""
     import contextlib
     import resource
+    import traceback
 
     from imagenet import train
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
     with open("stderr.txt", "w") as file, contextlib.redirect_stderr(file):
-        sys.exit(train.main(arguments))
+        try:
+            sys.exit(train.main(arguments))
+        except OSError:
+            traceback.print_exc()
+            sys.exit(1)
 
 
 def quiet(arguments):

@@ -1,8 +1,10 @@
 """Folders and files that commands write: never over something else, and never half."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tvm_ref.cli.errors import UserError, user_files
 
@@ -51,3 +53,25 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
+
+
+def read_json(path: Path, what: str, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Read an object of JSON that a command wrote earlier.
+
+    Args:
+        path: the file.
+        what: it describes, for the message.
+        keys: that it must have.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        stored = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):  # no JSON, or no text
+        stored = None
+    if not isinstance(stored, dict) or not all(key in stored for key in keys):
+        raise UserError(f"{path} is damaged: it does not describe a {what}")
+    return stored

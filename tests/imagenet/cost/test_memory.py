@@ -125,13 +125,13 @@ def test_the_target_s_forward_holds_what_arithmetic_says(size, precision):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "soap"])
 def test_state_and_gradients_are_those_of_training(optimizer):
-    config = replace(CONFIG, optimizer=optimizer, objective="fm", batch_size=4, ema=(0.99, 0.5))
+    config = replace(CONFIG, optimizer=optimizer, objective="fm", batch_size=4, ema=0.99)
     training = Training(config, World(0, 1, torch.device("cpu")))
     parameters = list(training.model.parameters())
     for p in parameters:
         p.grad = torch.zeros_like(p)
     training.optimizer.step()
-    averages = [p for ema in (training.target, *training.averages) for p in ema.module.parameters()]
+    averages = [p for ema in (training.target, training.ema) for p in ema.module.parameters()]
     moments = [a for entry in training.optimizer.state.values() for a in tensors(entry)]
     held = sum(a.numel() * a.element_size() for a in (*parameters, *averages, *moments))
     assert state_bytes(config) == pytest.approx(held, rel=0.01)

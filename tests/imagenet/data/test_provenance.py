@@ -13,7 +13,7 @@ from imagenet.data.latents import Latents
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import Normalisation
 from imagenet.sampler import load_generator
-from imagenet.training.checkpoint import read_provenance
+from imagenet.weights import read_provenance
 from tests.imagenet.commands import ON_LATENTS, TINY, command, status
 
 KNOWN = Provenance("latents", 3, "f00", "a/name", "ba5", Normalisation((0.0, 1.5), (1.0, 2.0)))

@@ -16,7 +16,7 @@ from imagenet.metrics.frechet import frechet_distance, gaussian_statistics
 from imagenet.metrics.inception import Features
 from imagenet.metrics.references import Reference, read_reference
 from imagenet.sampler import Generator, load_generator
-from imagenet.training.checkpoint import read_provenance
+from imagenet.weights import read_provenance
 from tests.imagenet.commands import ON_LATENTS, TINY, command
 from tests.imagenet.workers import randomise
 

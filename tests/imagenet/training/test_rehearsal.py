@@ -8,7 +8,7 @@ import pytest
 from imagenet import encode, evaluate, sample, train
 from imagenet.data.image_files import ImageFiles
 from imagenet.metrics.frechet import gaussian_statistics
-from imagenet.training.checkpoint import find_checkpoint, load_weights, read_provenance
+from imagenet.weights import checkpoints, load_weights, read_provenance
 from tests.imagenet.commands import ON_LATENTS, TINY, same
 from tests.imagenet.metrics.test_fid import rows
 from tests.imagenet.test_distributed import ROOT, torchrun
@@ -30,9 +30,8 @@ def test_from_pictures_to_a_fine_tuned_model(pictures, vae, tmp_path):
     training = [*TINY, *ON_LATENTS, "--data-path", latents, "--steps", "15", "--save-every", "5", "--out", run]
     killed = torchrun("-m", "tests.imagenet.interrupted", "SIGKILL", 12, *training, cwd=ROOT)
     assert killed.returncode != 0
-    newest, complaints = find_checkpoint(tmp_path / "run" / "checkpoints")
+    newest = checkpoints(tmp_path / "run")[-1]
     assert newest.name in ("00000005", "00000010")
-    assert complaints == []
     assert sorted(path.name for path in newest.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
 
     # one process goes on to the end

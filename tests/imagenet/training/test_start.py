@@ -10,9 +10,9 @@ from imagenet import train
 from imagenet.config import Config, build_model
 from imagenet.distributed import World
 from imagenet.model.parallelize import full_state
-from imagenet.training import checkpoint
 from imagenet.training import log as log_module
 from imagenet.training.step import StepMetrics, Training
+from imagenet.weights import read_config, save_weights
 from tests.imagenet.commands import TINY, assert_same_run, command, same, state, status, stopping_at
 from tests.imagenet.workers import needs_fsdp, randomise
 
@@ -24,7 +24,7 @@ def given(tmp_path):
     """Weights of a model of flow matching, none of them zero."""
     path = tmp_path / "given.safetensors"
     config = Config(**SIZES, objective="fm", lr=0.5, seed=7)
-    checkpoint.save_weights(path, randomise(build_model(config).network).state_dict(), config)
+    save_weights(path, randomise(build_model(config).network).state_dict(), config)
     return path
 
 
@@ -37,10 +37,10 @@ def test_a_run_starts_from_given_weights(given, tmp_path, kind):
         run, _ = train.begin("digits", changes, options, world)
         start = full_state(run.training.state_dict())
     expected = {f"network.{name}": a for name, a in load_file(given).items()}
-    for model in (start["model"], start["target"]["module"], start["ema"][0]["module"]):
+    for model in (start["model"], start["target"]["module"], start["ema"]["module"]):
         assert same(dict(model), expected)
     assert start["step"] == 0
-    assert checkpoint.read_config(tmp_path / "run").init == str(given)
+    assert read_config(tmp_path / "run").init == str(given)
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_weights_of_another_network_are_refused(given, tmp_path, capsys, options
 
 @pytest.mark.slow
 def test_a_run_of_a_constant_rate_goes_on_for_longer_bit_for_bit(tmp_path, capsys):
-    """As if it had been asked for all steps at once; its first weights stay, as a snapshot."""
+    """As if it had been asked for all steps at once; its first weights stay, under another name."""
     constant = ["--schedule", "constant", "--log-every", 3]
     assert command(tmp_path / "whole", "--steps", 12, *constant) == 0
     assert command(tmp_path / "run", "--steps", 6, *constant) == 0
@@ -95,8 +95,8 @@ def test_a_run_of_a_constant_rate_goes_on_for_longer_bit_for_bit(tmp_path, capsy
     assert "can raise a run's --steps, not lower them" in capsys.readouterr().err
     assert command(tmp_path / "run", "--steps", 12, *constant, "--resume") == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole")
-    assert same(load_file(tmp_path / "run" / "snapshots" / "00000006.safetensors"), first)
-    assert checkpoint.read_config(tmp_path / "run").steps == 12
+    assert same(load_file(tmp_path / "run" / "weights-00000006.safetensors"), first)
+    assert read_config(tmp_path / "run").steps == 12
     assert train.main(["--out", str(tmp_path / "run"), "--resume"]) == 0  # what is not said stays
 
 

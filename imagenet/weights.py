@@ -1,0 +1,176 @@
+"""Weights as safetensors, with the configuration that they need in the metadata: how models leave a training."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from imagenet.config import Config, build_model
+from imagenet.data.provenance import Provenance
+from tvm_ref import FlowMap
+from tvm_ref.cli.errors import UserError, first_line
+from tvm_ref.cli.options import flag
+
+WEIGHTS = "weights.safetensors"  # the evaluation weights, in a run's folder and in each of its checkpoints
+CONFIG = "config.json"
+DATA = "data.json"
+CHECKPOINTS = "checkpoints"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """List the folders of a run's checkpoints, oldest first."""
+    return sorted(path for path in (run / CHECKPOINTS).glob("*") if path.name.isdigit() and path.is_dir())
+
+
+def save_weights(path: Path, state_dict: Mapping[str, Tensor], config: Config, **metadata: str) -> None:
+    """Write a network's weights and the configuration that they need, atomically.
+
+    Args:
+        path: a .safetensors file.
+        state_dict: of the DiT, without a prefix.
+        config: the configuration.
+        metadata: more to say in the file.
+
+    Raises:
+        OSError: the file could not be written; what was there stays.
+    """
+    partial = path.with_name(path.name + ".partial")
+    tensors = {name: a.detach().cpu().contiguous() for name, a in state_dict.items()}
+    try:
+        save_file(tensors, partial, {"format": "pt", "config": config.to_json(), **metadata})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {first_line(error)}") from error
+    os.replace(partial, path)
+
+
+def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[FlowMap, Config]:
+    """Load the model of a .safetensors file or of a run's folder, without gradients, and its configuration.
+
+    Of a run that has not finished it is the evaluation weights of the newest checkpoint.
+
+    Args:
+        path: the file or folder.
+        attention: a key of ATTENTION in place of the configuration's.
+
+    Raises:
+        UserError: no weights there, damaged ones, or weights that do not fit their configuration.
+    """
+    path = weights_file(Path(path))
+    config, weights = _read(path)
+    try:
+        check_weights(weights, config)
+    except UserError as error:
+        raise UserError(f"{path} does not fit its configuration: {error}") from None
+    model = build_model(config, attention=attention)
+    model.network.load_state_dict(weights)
+    return model.eval().requires_grad_(False), config
+
+
+def weights_file(source: Path) -> Path:
+    """Return the file itself, or the evaluation weights of a run's folder.
+
+    Raises:
+        UserError: a folder without weights.
+    """
+    if not source.is_dir() or (source / WEIGHTS).is_file():
+        return source / WEIGHTS if source.is_dir() else source
+    read_config(source)
+    found = [path / WEIGHTS for path in checkpoints(source) if (path / WEIGHTS).is_file()]
+    if not found:
+        raise UserError(f"{source} holds no weights yet; continue it with --resume")
+    return found[-1]
+
+
+def load_initial(config: Config) -> dict[str, Tensor]:
+    """Load the weights that a configuration starts from (init), as the state dict of its FlowMap.
+
+    Raises:
+        UserError: no weights there, or those of another network or parameterisation, which is named.
+    """
+    assert config.init is not None
+    model, stored = load_weights(config.init, attention="plain")
+    shape = {f.name for f in fields(config.network())} - {"time_init"}  # how new weights start does not matter here
+    for name in (*sorted(shape), "scaled"):
+        there, here = getattr(stored, name), getattr(config, name)
+        if there != here:
+            raise UserError(f"--init {config.init} has {flag(name)} {there}, this run {here}")
+    return model.state_dict()
+
+
+def check_weights(weights: Mapping[str, Tensor], config: Config) -> None:
+    """Check that tensors are all that the network of a configuration has, and numbers; nothing is built.
+
+    Raises:
+        UserError: a tensor too few, too many, of another shape or kind, or with numbers that are not finite.
+    """
+    with torch.device("meta"):
+        expected = build_model(config, attention="plain").network.state_dict()
+    missing, unknown = (sorted(a.keys() - b.keys()) for a, b in ((expected, weights), (weights, expected)))
+    if missing:
+        raise UserError(f"{missing[0]} is missing ({len(missing)} tensors are)")
+    if unknown:
+        raise UserError(f"{unknown[0]!r:.80} is no tensor of this network ({len(unknown)} are not)")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(f"{name} is of shape {list(tensor.shape)}, not {list(expected[name].shape)}")
+        if not tensor.is_floating_point():
+            raise UserError(f"{name} holds {tensor.dtype}, not floating-point numbers")
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{name} holds numbers that are not finite")
+
+
+def read_provenance(source: str | Path) -> Provenance | None:
+    """Read what the model of a .safetensors file or of a run's folder was trained on; None if it does not say.
+
+    Raises:
+        UserError: damaged files.
+    """
+    source = Path(source)
+    if source.is_dir():
+        path = source / DATA
+        stored = path.read_text() if path.exists() else None
+    else:
+        path, stored = source, _open(source)[0].get("data")
+    try:
+        return None if stored is None else Provenance.from_json(stored)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _open(path: Path, tensors: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read the metadata of a .safetensors file, and its tensors if asked."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys() if tensors}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+
+
+def _read(path: Path) -> tuple[Config, dict[str, Tensor]]:
+    """Read the configuration and the tensors of a .safetensors file."""
+    metadata, weights = _open(path, tensors=True)
+    if "config" not in metadata:
+        raise UserError(f"{path} does not say which configuration its weights need (metadata 'config')")
+    try:
+        return Config.from_json(metadata["config"]), weights
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_config(folder: Path) -> Config:
+    """Read the configuration of a run.
+
+    Raises:
+        UserError: no run there, or a config.json that is not ours.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds no run (no {CONFIG})")
+    try:
+        return Config.from_json((folder / CONFIG).read_text())
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None

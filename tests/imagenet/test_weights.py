@@ -1,0 +1,93 @@
+"""Weights that say what they need, and that are refused where they cannot be used."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from imagenet.config import Config, build_model
+from imagenet.weights import load_weights, save_weights
+
+CONFIG = Config(hidden_size=16, depth=1)
+
+
+def test_weights_come_back_with_their_configuration(tmp_path):
+    model = build_model(CONFIG)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    save_weights(tmp_path / "w.safetensors", model.network.state_dict(), CONFIG, source="made here")
+    again, config = load_weights(tmp_path / "w.safetensors")
+    assert config == CONFIG
+    assert not any(p.requires_grad for p in again.parameters())
+    for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_that_cannot_be_used(tmp_path):
+    model = build_model(CONFIG)
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_weights(path)
+    path.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_weights(path)
+    save_file(model.network.state_dict(), path)
+    with pytest.raises(ValueError, match="which configuration"):
+        load_weights(path)
+    save_weights(path, model.network.state_dict(), Config(hidden_size=32, depth=1))
+    with pytest.raises(ValueError, match="does not fit"):
+        load_weights(path)
+    save_file(load_file(path), path, {"config": '{"colour": "red"}'})
+    with pytest.raises(ValueError, match="not a configuration"):
+        load_weights(path)
+    with pytest.raises(ValueError, match=r"holds no run"):
+        load_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.full((64,), float("nan")), r"blocks.0.mlp.fc1.bias holds numbers that are not finite"),
+        (torch.full((64,), float("inf")), r"blocks.0.mlp.fc1.bias holds numbers that are not finite"),
+        (torch.ones(64, dtype=torch.int32), r"blocks.0.mlp.fc1.bias holds torch.int32, not floating-point numbers"),
+        (torch.ones(64, dtype=torch.complex64), r"blocks.0.mlp.fc1.bias holds torch.complex64"),
+        (torch.ones(65), r"blocks.0.mlp.fc1.bias is of shape \[65\], not \[64\]"),
+        (None, r"blocks.0.mlp.fc1.bias is missing"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(tmp_path, value, message):
+    weights = build_model(CONFIG).network.state_dict()
+    if value is None:
+        del weights["blocks.0.mlp.fc1.bias"]
+    else:
+        weights["blocks.0.mlp.fc1.bias"] = value
+    save_weights(tmp_path / "w.safetensors", weights, CONFIG)
+    with pytest.raises(ValueError, match=f"does not fit its configuration: {message}"):
+        load_weights(tmp_path / "w.safetensors")
+
+
+def test_a_tensor_that_no_network_has_is_named_as_it_may_be_printed(tmp_path):
+    weights = build_model(CONFIG).network.state_dict() | {"\x1b[2J": torch.ones(1)}
+    save_weights(tmp_path / "w.safetensors", weights, CONFIG)
+    with pytest.raises(ValueError, match=r"'\\x1b\[2J' is no tensor of this network"):
+        load_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 65536, "depth": 30}, {"classes": 2**24}, {"input_size": 4096}])
+def test_a_network_beyond_all_memory_is_refused_before_it_is_built(tmp_path, change):
+    weights = build_model(CONFIG).network.state_dict()
+    save_weights(tmp_path / "w.safetensors", weights, replace(CONFIG, **change))
+    with pytest.raises(ValueError, match="does not fit its configuration"):
+        load_weights(tmp_path / "w.safetensors")
+
+
+def test_weights_are_not_replaced_by_half_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, build_model(CONFIG).network.state_dict(), CONFIG)
+    before = path.read_bytes()
+    (tmp_path / "w.safetensors.partial").mkdir()  # nothing can be written there
+    with pytest.raises(OSError, match="could not be written"):
+        save_weights(path, build_model(CONFIG).network.state_dict(), CONFIG)
+    assert path.read_bytes() == before
