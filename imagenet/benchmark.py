@@ -35,7 +35,7 @@ import torch
 
 from imagenet import distributed
 from imagenet.config import PRESETS, Config
-from imagenet.cost.flops import count_weights, counted_step_flops, least_step_flops
+from imagenet.cost.flops import counted_step_flops, least_step_flops, weights_of
 from imagenet.data.batches import Batches
 from imagenet.data.image_sets import Synthetic
 from imagenet.distributed import World
@@ -227,7 +227,7 @@ def measure_all(configs: list[Config], device: torch.device, steps: int = 10, wa
     return {
         "device": torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads",
         "torch": torch.__version__,
-        "parameters": count_weights(first),
+        "parameters": sum(shape.numel() for shape in weights_of(first)),
         "matmul_flops_per_second": rate,
         "config": {name: getattr(first, name) for name in COMPUTED},
         "flops": flops,

@@ -15,6 +15,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from torch import nn
 
 from imagenet import distributed
 from imagenet.config import PRESETS, RESUMABLE, Config
-from imagenet.cost.memory import check_memory, free_bytes
 from imagenet.data.batches import Batches, loader
 from imagenet.data.fingerprints import fingerprint
 from imagenet.data.image_sets import Data, load_data, provenance_of
@@ -187,8 +187,7 @@ def begin(
         judge: measures the run in place of what the options name.
 
     Raises:
-        ValueError, OSError: bad options, missing data, a folder that is in the way or cannot be resumed, a step that
-            does not fit the device.
+        UserError: bad options, missing data, a folder that is in the way or cannot be resumed.
     """
     out = Path(options.out or f"runs/imagenet/{preset}")
     plan = world.on_first(lambda: prepare(preset, changes, out, resume=options.resume, world_size=world.size))
@@ -198,8 +197,6 @@ def begin(
     if options.evaluate_every and judge is None:
         reference, inception = (None if a is None else Path(a) for a in (options.reference, options.inception))
         judge = make_judge(config, reference, inception, options.evaluate_count, world)
-    free = world.all_gather([free_bytes(world.device)]).min().item()
-    check_memory(config, free, world.size)
     data = world.on_first(lambda: load_data(config, options.data_path, download=options.download))
     if data is None:  # the first process has fetched it
         data = load_data(config, options.data_path)
@@ -255,6 +252,16 @@ def train(run: Run, data: Data, options: Options) -> bool:
     return not stopped or training.step == config.steps
 
 
+@contextlib.contextmanager
+def hint_at_memory() -> Iterator[None]:
+    """Add to a GPU's OutOfMemoryError what would need less memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.add_note("smaller micro-batches (--accumulate) or recomputed blocks (--checkpointing) need less memory")
+        raise
+
+
 def main(argv: list[str] | None = None, judge: Judge | None = None) -> int:
     """Run the command; `judge` replaces what measures the run. Returns the exit status: 0 done, 130 stopped."""
     started = time.perf_counter()
@@ -267,7 +274,7 @@ def main(argv: list[str] | None = None, judge: Judge | None = None) -> int:
             if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(THREADS)
             run, data = begin(arguments.preset, given(arguments, Config), options, world, judge)
-        with command.errors(GO_ON):
+        with command.errors(GO_ON), hint_at_memory():
             finished = train(run, data, options)
             scores = run.write_report(time.perf_counter() - started).get("nfe", {}) if finished else {}
     if world.first and not finished:

@@ -1,1 +1,1 @@
-"""What a step costs: floating-point operations and memory. Imported by training and commands."""
+"""The arithmetic of a step: its floating-point operations and the bytes of its state. Commands and the log import it."""

@@ -134,7 +134,7 @@ def counted_step_flops(config: Config) -> int:
         return count_flops(step) // b
 
 
-def count_weights(config: Config) -> int:
-    """Count the trained numbers of a configuration's network."""
+def weights_of(config: Config) -> list[torch.Size]:
+    """List the shapes of the trained weights of a configuration's network, which is not built."""
     with torch.device("meta"):
-        return sum(p.numel() for p in build_model(config, attention="plain").parameters())
+        return [p.shape for p in build_model(config, attention="plain").parameters()]

@@ -1,6 +1,7 @@
-"""The README's commands for GPUs fit the machines that they are said to be for."""
+"""The recipes are scripts whose commands parse, for the machines that they name."""
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,36 +9,31 @@ import pytest
 
 from imagenet import train
 from imagenet.config import PRESETS, Config
-from imagenet.cost.memory import fits
 from tvm_ref.cli.options import given
 
-README = Path(train.__file__).with_name("README.md").read_text()
-
-
-def recipes() -> list[tuple[str, int, int]]:
-    """Of each command for GPUs: its preset's options, processes, and the machine: cards and their GB."""
-    section = README.split("## Commands")[1].split("\n## ")[0].replace("\\\n", " ")
-    found = []
-    for line in section.splitlines():
-        command = re.search(r"train\.py ((?:cifar10|imagenet\S+|synthetic)[^#']*)", line)
-        if command:
-            machine = re.search(r"#.*?(\d+) x (\d+) GB", line)
-            assert machine, f"no machine is named: {line}"
-            nodes = int((re.search(r"--n(?:nodes|odes) (\d+)", line) or [0, 1])[1])
-            processes = nodes * int((re.search(r"--nproc-per-node (\d+)", line) or [0, 1])[1])
-            assert processes == int(machine[1]), line
-            found.append((command[1], processes, int(machine[2])))
-    return found
+RECIPES = sorted((Path(train.__file__).parent / "recipes").glob("*.sh"))
+COMMAND = re.compile(r"torchrun (?P<launch>(?:--\S+ \S+ )*)imagenet/train\.py ?(?P<options>[^\n]*)")
 
 
 def test_recipes_are_found():
-    machines = {(cards, size) for _, cards, size in recipes()}
-    assert {(8, 80), (8, 40), (1, 24), (32, 80)} <= machines
+    machines = {path.stem.rpartition("_")[2] for path in RECIPES}
+    assert {"8x80gb", "8x40gb", "1x24gb", "32x80gb"} <= machines
 
 
-@pytest.mark.parametrize(("options", "processes", "size"), recipes())
-def test_a_recipe_fits_its_machine(options, processes, size):
-    arguments = train.parser().parse_args(options.split())
-    config = replace(PRESETS[arguments.preset], **given(arguments, Config))
-    assert fits(config, size * 1e9, processes)
-    assert config.batch_size % (processes * config.accumulate) == 0
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains_on_its_machine(recipe):
+    text = re.sub(r"\\\n\s*", "", recipe.read_text())
+    assert subprocess.run(["bash", "-n", recipe]).returncode == 0
+    assert text.splitlines()[1].startswith("# ")  # says for which machine it is
+    commands = list(COMMAND.finditer(text))
+    assert commands
+    for command in commands:
+        launch = dict(re.findall(r"--(\S+) (\S+)", command["launch"]))
+        processes = int(launch.get("nnodes", 1)) * int(launch.get("nproc-per-node", 1))
+        if machine := re.search(r"_(\d+)x(\d+)gb$", recipe.stem):
+            assert processes == int(machine[1])
+            assert f"# {machine[1]} x {machine[2]} GB" in text
+        options = command["options"].replace('"$@"', "").replace('"', "").split()
+        arguments = train.parser().parse_args(options)
+        config = replace(PRESETS[arguments.preset], **given(arguments, Config))
+        assert config.batch_size % (processes * config.accumulate) == 0

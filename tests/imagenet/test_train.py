@@ -1,10 +1,10 @@
 """The training command: its files, its errors, its help."""
 
 import json
-import re
 import sys
 
 import pytest
+import torch
 
 from imagenet import train
 from imagenet.config import PRESETS, Config
@@ -99,20 +99,14 @@ def test_a_place_that_cannot_be_written_ends_with_one_line(capsys, out):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_a_step_that_does_not_fit_is_refused_before_there_is_one(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "free_bytes", lambda device: 8e6)
-    with pytest.raises(SystemExit) as stop:
-        command(tmp_path / "run", "--hidden-size", 64, "--batch-size", 64)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    fitting = re.search(r"64 images at once need .* --accumulate (\d+)", error)
-    assert not (tmp_path / "run").exists()
-    assert (
-        command(tmp_path / "run", "--hidden-size", 64, "--batch-size", 64, "--accumulate", fitting[1], "--steps", 1)
-        == 0
-    )
+def test_too_little_memory_keeps_its_traceback_and_gets_a_hint(tmp_path, monkeypatch):
+    def full(self, batch, **_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Training, "train_step", full)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        command(tmp_path / "run", "--steps", 2)
+    assert any("--accumulate" in note and "--checkpointing" in note for note in error.value.__notes__)
 
 
 @pytest.mark.slow
