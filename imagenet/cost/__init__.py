@@ -1,1 +1,1 @@
-"""The arithmetic of a step: its floating-point operations and the bytes of its state. Commands and the log import it."""
+"""The arithmetic of a step: floating-point operations, and bytes of its state. The log and commands import it."""
