@@ -10,18 +10,14 @@ are centre-cropped and resized as in ADM: halved by averaging while both sides a
 scaled bicubically until the shorter side fits, then cut. For each image the mean and standard deviation of its
 posterior are stored as float16: 21 GB for ImageNet at 256, 84 GB at 512.
 
-An encoding that was stopped goes on with the same command, on any number of processes, and ends in the same files.
-Images that cannot be decoded are left out, counted, and listed with their reasons in skipped.txt.
+An encoding that was stopped continues with the same command, on any number of processes, and ends in the same files.
+Images that cannot be read are left out, counted, and listed with their reasons in skipped.txt.
 """
 
-import hashlib
 import json
-import os
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,24 +28,27 @@ from torch import nn
 
 from imagenet import distributed
 from imagenet.data.fingerprints import fingerprint
-from imagenet.data.image_files import Pixels, is_image
-from imagenet.data.latents import FORMAT, INDEX, index_of, measured_normalisation, moments, write_shard
+from imagenet.data.image_files import Pixels, find_images, read_image
+from imagenet.data.latents import FORMAT, INDEX, measured_normalisation, moments, write_shard
 from imagenet.data.vae import NORMALISATION, VAE, encode, load_vae
 from imagenet.distributed import World
-from tvm_ref.cli.errors import UserError
-from tvm_ref.cli.files import require_free, write_atomically
+from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.files import read_json, require_free, write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, given, option, require_at_least, run
 from tvm_ref.cli.progress import progress
 
-PLAN = "encode.json"  # what is being encoded, and how: an encoding goes on only if it is the same
+LISTING = "images.txt"  # class and path of each image, as they were found at the start
+PLAN = "encode.json"  # how they are encoded; written after the listing
 SKIPPED = "skipped.txt"
+PARTS = {"train", "val", "valid", "validation", "test"}  # of a data set: no names of classes
+LONGEST = 8  # ratio of an image's sides beyond which its ends are cut off before it is resized
 
 
 class Entry(NamedTuple):
-    """An image of the source: its path below it, and its class."""
+    """An image of the source: its class, and its path below the source."""
 
-    path: str
     label: int
+    path: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Settings:
     """How images are encoded.
 
     Raises:
-        ValueError: a bad value, named by its option.
+        UserError: a bad value, named by its option.
     """
 
     image_size: int = option(256, "side of the square that is cut out")
@@ -93,37 +92,63 @@ def parser() -> OneLineParser:
     return p
 
 
-# Images -------------------------------------------------------------------------------------------------------------
-
-
-def find_images(source: Path) -> tuple[list[str], list[Entry]]:
-    """Find the classes and images of a folder, both in order of their names.
+@user_files()
+def list_images(source: Path) -> tuple[list[str], list[Entry]]:
+    """List the classes and images of a folder, both in order of their names, and say how many there are.
 
     Raises:
-        ValueError: no class folders, or one without images.
+        UserError: no class folders with images.
     """
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder")
-    classes = sorted(path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not classes:
-        raise UserError(f"{source} holds no folders; one folder of images per class is expected")
+    folders = sorted(path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if folders and PARTS.issuperset(folders):
+        raise UserError(f"{source} holds parts of a data set, no classes: encode {source / folders[0]}")
+    classes: list[str] = []
     entries: list[Entry] = []
-    for label, name in enumerate(classes):
-        found = [
-            os.path.relpath(os.path.join(folder, file), source)
-            for folder, _, files in os.walk(source / name, followlinks=True)
-            for file in files
-            if is_image(Path(file))
-        ]
-        if not found:
-            raise UserError(f"{source / name} holds no images")
-        entries += [Entry(path, label) for path in sorted(found)]
+    for name in folders:
+        found = find_images(source / name)
+        if found.warning() is not None:
+            print(f"{name}: {found.warning()}")
+        if found.images:
+            entries += [Entry(len(classes), f"{name}/{path}") for path in found.images]
+            classes.append(name)
+        else:
+            print(f"warning: {source / name} holds no images and is no class")
+    if not classes:
+        raise UserError(f"{source} holds no images in folders; one folder of images per class is expected")
+    print(f"{len(entries)} images of {len(classes)} classes")
     return classes, entries
 
 
+def prepare(source: Path, out: Path, plan: dict[str, Any]) -> None:
+    """Make the folder of an encoding, or check that what it holds is the same encoding.
+
+    The images are listed once: those that vanish before they are read are skipped, and what is done stays done.
+
+    Raises:
+        UserError: anything else is in the way.
+    """
+    if (out / PLAN).exists():
+        before = read_json(out / PLAN, "encoding", tuple(plan))
+        for key, value in plan.items():
+            if before[key] != value:
+                raise UserError(
+                    f"{out} holds an encoding of other {key} ({before[key]}, not {value}); choose another --out"
+                )
+        return
+    require_free(out, (PLAN,), "latents")
+    classes, entries = list_images(source)
+    with user_files():
+        out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / LISTING, "".join(f"{json.dumps(entry)}\n" for entry in entries))
+    write_atomically(out / PLAN, json.dumps(plan | {"classes": classes}, indent=2) + "\n")
+
+
 def centre_crop(image: Image.Image, size: int) -> Pixels:
-    """Cut the middle out of an image, resized as in ADM: uint8 [size, size, 3]."""
-    image = image.convert("RGB")
+    """Cut the middle out of an image in RGB, resized as in ADM: uint8 [size, size, 3]."""
+    if max(image.size) > LONGEST * min(image.size):  # else a strip of 4000 x 1 would be a million pixels long
+        w, h = (min(side, LONGEST * min(image.size)) for side in image.size)
+        left, top = (image.width - w) // 2, (image.height - h) // 2
+        image = image.crop((left, top, left + w, top + h))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -133,52 +158,34 @@ def centre_crop(image: Image.Image, size: int) -> Pixels:
 
 
 def load(path: Path, size: int) -> Pixels | str:
-    """Read an image and crop it, or return the reason why it cannot be decoded.
-
-    Raises:
-        OSError: the file cannot be read at all: that is no fault of the image.
-    """
-    data = path.read_bytes()
+    """Read an image and crop it, or return the reason why it cannot be read."""
     try:
-        with Image.open(BytesIO(data)) as image:
-            return centre_crop(image, size)
-    except Exception as error:  # a damaged file can break a decoder anywhere; the reason is recorded
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return re.sub(r"\s*<[^>]* at 0x[0-9a-f]+>", "", reason)  # an address would differ from run to run
+        return centre_crop(read_image(path), size)
+    except UserError as error:
+        return str(error)
+    except (FileNotFoundError, PermissionError) as error:  # other faults are the disk's
+        return str(error.strerror)
 
 
 def load_ahead(paths: Sequence[Path], size: int, batch_size: int, workers: int) -> Iterator[list[Pixels | str]]:
     """Load images, a batch at a time; the next batch is read while the caller works on this one."""
     with ThreadPoolExecutor(workers) as pool:
-        under_way: list[Future[Pixels | str]] = []
+        pending: list[Future[Pixels | str]] = []
         for start in range(0, len(paths) + batch_size, batch_size):
             following = [pool.submit(load, path, size) for path in paths[start : start + batch_size]]
-            if under_way:
-                yield [result.result() for result in under_way]
-            under_way = following
-
-
-# Shards -------------------------------------------------------------------------------------------------------------
+            if pending:
+                yield [result.result() for result in pending]
+            pending = following
 
 
 def encode_shard(
-    source: Path, out: Path, name: str, entries: Sequence[Entry], vae: nn.Module, settings: Settings, bar: Any
-) -> None:
-    """Write one shard, and NAME.json last, the sign that the shard is complete.
-
-    Args:
-        source: folder of the images.
-        out: folder of the latents.
-        name: of the shard.
-        entries: the images of the shard.
-        vae: the autoencoder.
-        settings: sizes.
-        bar: a progress bar.
+    source: Path, out: Path, name: str, entries: Sequence[Entry], vae: nn.Module, settings: Settings
+) -> Iterator[int]:
+    """Write one shard, and NAME.json last, the sign that the shard is complete; yields numbers of images that are done.
 
     Raises:
         FloatingPointError: latents that are not finite.
     """
-    device = next(vae.parameters()).device
     posteriors, labels, skipped = [], [], []
     paths = [source / entry.path for entry in entries]
     batches = load_ahead(paths, settings.image_size, settings.batch_size, settings.workers)
@@ -188,12 +195,14 @@ def encode_shard(
         good = [(e, image) for e, image in zip(batch, results, strict=True) if not isinstance(image, str)]
         if good:
             images = torch.from_numpy(np.stack([image for _, image in good])).permute(0, 3, 1, 2)
-            posterior = encode(vae, images.to(device)).half().cpu().numpy()
+            posterior = encode(vae, images.to(next(vae.parameters()).device)).half().cpu().numpy()
             if not np.isfinite(posterior).all():
                 raise FloatingPointError(f"latents that are not finite among {good[0][0].path} to {good[-1][0].path}")
             posteriors.append(posterior)
             labels += [e.label for e, _ in good]
-        bar.update(len(results))
+        yield len(results)
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is gone")  # not each of its images
     if labels:
         stored = np.concatenate(posteriors)
         write_shard(out, name, stored, np.array(labels, np.int64))
@@ -201,65 +210,31 @@ def encode_shard(
     write_atomically(out / f"{name}.json", json.dumps(report) + "\n")
 
 
-# The command --------------------------------------------------------------------------------------------------------
-
-
-def plan_of(settings: Settings, classes: list[str], entries: list[Entry], vae: nn.Module) -> dict[str, Any]:
-    """Describe everything that decides the outcome of an encoding."""
-    listing = hashlib.sha256("\n".join(f"{e.label} {e.path}" for e in entries).encode()).hexdigest()
-    decisive = {name: value for name, value in asdict(settings).items() if name != "workers"}
-    about = {"format": FORMAT, "images": len(entries), "classes": len(classes), "listing": listing}
-    return about | decisive | {"vae_fingerprint": fingerprint(vae.state_dict())}
-
-
-def prepare(out: Path, plan: dict[str, Any]) -> None:
-    """Make the folder, or see that what it holds is the same encoding, unfinished.
-
-    Raises:
-        ValueError: anything else is in the way.
-    """
-    if (out / INDEX).exists():
-        raise UserError(f"{out} already holds finished latents; choose another --out")
-    if (out / PLAN).exists():
-        try:
-            before = json.loads((out / PLAN).read_text())
-        except ValueError:
-            raise UserError(f"{out / PLAN} is damaged; choose another --out") from None
-        for key, value in plan.items():
-            if before.get(key) != value:
-                raise UserError(
-                    f"{out} holds an encoding of other {key} ({before.get(key)}, not {value}); choose another --out"
-                )
-        return
-    require_free(out, (PLAN,), "latents")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / PLAN, json.dumps(plan, indent=2) + "\n")
-
-
-def finish(out: Path, names: list[str], classes: list[str], plan: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def finish(out: Path, names: list[str], plan: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Write skipped.txt and latents.json, the sign that all is done; returns what latents.json holds.
 
     Raises:
-        ValueError: not one image could be decoded.
+        UserError: not one image could be read.
     """
-    reports = [json.loads((out / f"{name}.json").read_text()) for name in names]
+    reports = [read_json(out / f"{name}.json", "shard") for name in names]
     skipped = [line for report in reports for line in report["skipped"]]
     write_atomically(out / SKIPPED, "".join(f"{path}\t{reason}\n" for path, reason in skipped))
     count = sum(report["count"] for report in reports)
     if not count:
-        raise UserError(f"not one of {len(skipped)} images could be decoded; {out / SKIPPED} says why")
+        raise UserError(f"not one of {len(skipped)} images could be read; {out / SKIPPED} says why")
     measured = measured_normalisation(reports)
-    index = index_of(
-        plan["image_size"],
-        classes,
-        NORMALISATION[settings.image_size] if settings.is_paper_s else measured,
-        [{"name": report["name"], "count": report["count"]} for report in reports],
-        count=count,
-        skipped=len(skipped),
-        vae=plan["vae"],
-        vae_fingerprint=plan["vae_fingerprint"],
-        measured={"mean": measured.mean, "std": measured.std},
-    )
+    index = {
+        "format": FORMAT,
+        "image_size": settings.image_size,
+        "classes": plan["classes"],
+        "normalisation": asdict(NORMALISATION[settings.image_size] if settings.is_paper_s else measured),
+        "shards": [{"name": report["name"], "count": report["count"]} for report in reports],
+        "count": count,
+        "skipped": len(skipped),
+        "vae": settings.vae,
+        "vae_fingerprint": plan["vae_fingerprint"],
+        "measured": asdict(measured),
+    }
     for leftover in out.glob("*.partial"):  # of a process that was killed while it wrote
         leftover.unlink()
     write_atomically(out / INDEX, json.dumps(index, indent=2) + "\n")
@@ -269,7 +244,7 @@ def finish(out: Path, names: list[str], classes: list[str], plan: dict[str, Any]
 def encode_folder(
     source: Path, out: Path, settings: Settings, *, world: World | None = None, vae: nn.Module | None = None
 ) -> dict[str, Any] | None:
-    """Encode a folder of images into a folder of latents, or go on with it. All processes take part.
+    """Encode a folder of images into a folder of latents, or continue to. All processes take part.
 
     Args:
         source: folder with one folder of images per class.
@@ -282,16 +257,19 @@ def encode_folder(
         what latents.json holds, in the first process.
 
     Raises:
-        ValueError, OSError: bad input.
+        UserError: bad input.
         FloatingPointError: see encode_shard.
     """
     world = world or World()
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder")
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out {out} lies inside {source}, where it would count as a class")
-    classes, entries = find_images(source)
     vae = (load_vae(settings.vae) if vae is None else vae).to(world.device)  # first: a failure leaves no folder behind
-    plan = plan_of(settings, classes, entries, vae)
-    world.on_first(lambda: prepare(out, plan))
+    decisive = {name: value for name, value in asdict(settings).items() if name != "workers"}
+    plan = {"format": FORMAT, "source": str(source.resolve()), "vae_fingerprint": fingerprint(vae.state_dict())}
+    world.on_first(lambda: prepare(source, out, plan | decisive))
+    entries = [Entry(*json.loads(line)) for line in (out / LISTING).read_text().splitlines()]
     starts = range(0, len(entries), settings.shard_size)
     shards = {f"{i:05d}": entries[start : start + settings.shard_size] for i, start in enumerate(starts)}
     todo = world.broadcast([name for name in shards if not (out / f"{name}.json").exists()])
@@ -299,9 +277,10 @@ def encode_folder(
     total = sum(len(shards[name]) for name in mine)
     with progress(total=total, unit="image", desc="encoding", disable=not world.first) as bar:
         for name in mine:
-            encode_shard(source, out, name, shards[name], vae, settings, bar)
+            for done in encode_shard(source, out, name, shards[name], vae, settings):
+                bar.update(done)
     world.barrier()
-    return finish(out, list(shards), classes, plan, settings) if world.first else None
+    return finish(out, list(shards), read_json(out / PLAN, "encoding"), settings) if world.first else None
 
 
 def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
@@ -316,7 +295,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
         print(f"{index['count']} latents of {len(index['classes'])} classes: {options.out}")
         print(f"normalised by {'the constants of the paper' if settings.is_paper_s else 'what was measured'}")
         if index["skipped"]:
-            print(f"{index['skipped']} images could not be decoded and were skipped: {options.out / SKIPPED}")
+            print(f"{index['skipped']} images could not be read and were skipped: {options.out / SKIPPED}")
     return 0
 
 

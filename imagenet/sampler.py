@@ -15,7 +15,7 @@ from imagenet.data import image_files
 from imagenet.data.class_names import class_number
 from imagenet.data.fingerprints import fingerprint
 from imagenet.data.image_files import Pixels, to_pixels
-from imagenet.data.latents import read_normalisation
+from imagenet.data.latents import read_index
 from imagenet.data.noise import PRIOR, normal
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import LATENT_SIDE, NORMALISATION, VAE, Normalisation, decode, load_vae
@@ -175,7 +175,7 @@ def normalisation_of(config: Config, known: Provenance, latents: Path | None = N
         ValueError: neither says it, and it is not known for latents of this size.
     """
     if latents is not None:
-        return read_normalisation(latents)
+        return read_index(latents).normalisation
     if known.normalisation is not None:
         return known.normalisation
     size = LATENT_SIDE * config.input_size

@@ -20,6 +20,7 @@ from imagenet.config import Config
 from imagenet.data.image_sets import Data
 from imagenet.data.noise import EVEN, PERMUTATION, STEP
 from tvm_ref import Condition, Times, draw_beta, drop_labels
+from tvm_ref.cli.errors import UserError
 from tvm_ref.cli.stopping import SAVE_SIGNALS
 from tvm_ref.seeding import generator as generator_of
 from tvm_ref.seeding import uniform_numbers
@@ -132,15 +133,21 @@ class Batches:
 
 
 def loader(batches: Batches, start: int, workers: int, *, pin: bool = False) -> Iterator[Batch]:
-    """Iterate over the batches of steps start, start + 1, ..., read ahead by `workers` processes (0: by none)."""
+    """Iterate over the batches of steps start, start + 1, ..., read ahead by `workers` processes (0: by none).
+
+    Raises:
+        UserError: data that cannot be used.
+    """
     if not workers:
-        return (batches[step] for step in range(start, len(batches)))
+        yield from (batches[step] for step in range(start, len(batches)))
+        return
     steps: Any = torch.utils.data.Subset(batches, range(start, len(batches)))  # type: ignore[arg-type]
-    return iter(
-        torch.utils.data.DataLoader(
+    try:
+        yield from torch.utils.data.DataLoader(
             steps, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_signals
         )
-    )
+    except UserError as error:  # of a worker: PyTorch puts the traceback into its message
+        raise UserError(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
 
 
 def _ignore_signals(_: int) -> None:

@@ -1,5 +1,10 @@
-"""Images on disk: folders of pictures and .npz files in (as a stream: they may not fit memory), PNG and .npz out."""
+"""Images on disk: folders of pictures and .npz files to read (as a stream: they may not fit memory), PNG, .npz, grids.
 
+Pictures come in all modes and shapes. Here each becomes upright, 8 bits, red, green and blue; transparent parts become
+white. What has no such meaning (floating-point numbers of unknown scale) is refused with a reason.
+"""
+
+import contextlib
 import math
 import os
 import zipfile
@@ -9,49 +14,25 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from tvm_ref.cli.errors import UserError, first_line
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}  # of a GIF the first image
 NOTES = {".json", ".txt", ".csv", ".md"}  # that may lie beside images without a word
-DAMAGED = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    SyntaxError,
-)  # what a reader raises
-BOMBS = Image.DecompressionBombError, Image.DecompressionBombWarning  # images of too many pixels
+DAMAGED = zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError  # raised by readers of .npz files
+NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"  # as in the .npz files of ADM
 GAP = 1  # pixels between the images of a grid, before enlarging
 SMALL = 480  # grids narrower than this are enlarged
-NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"  # as in the .npz files of ADM
-
 
 Pixels = NDArray[np.uint8]  # [B, H, W, 3]
-
-
-def is_image(path: Path) -> bool:
-    """Tell whether a file's name is that of a picture."""
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
-
-
-def left_out(paths: Iterable[Path]) -> str | None:
-    """Say which files are neither images nor notes beside them; None if there are no such files."""
-    kinds = Counter(p.suffix.lower() for p in paths if not is_image(p) and not p.name.startswith("."))
-    kinds = Counter({kind: n for kind, n in kinds.items() if kind not in NOTES})
-    if not kinds:
-        return None
-    named = ", ".join(f"{kind or 'none':.80}" for kind, _ in kinds.most_common(5))
-    return f"warning: {kinds.total()} files are left out, as they are no images by their endings ({named})"
 
 
 def to_pixels(x: Float[Tensor, "n c h w"]) -> Pixels:
@@ -105,15 +86,102 @@ def write_npz(path: Path, count: int, batches: Iterable[Pixels], labels: NDArray
             np.lib.format.write_array(stream, labels, allow_pickle=False)
     if written != count:
         partial.unlink()
-        raise UserError(f"{path}: {written} images came where {count} were announced")
+        raise ValueError(f"{path}: {written} images came where {count} were announced")
     os.replace(partial, path)
 
 
-class ImageFiles:
-    """The images of a folder (searched to any depth, in order of names) or of a .npz file's arr_0.
+class Found(NamedTuple):
+    """What lies in a folder of pictures, as paths below it in order of names.
+
+    Attributes:
+        images: the pictures, each once, however many links lead to it; a link to nothing is one that cannot be read.
+        left_out: files that are no pictures by their endings.
+    """
+
+    images: list[str]
+    left_out: list[str]
+
+    def warning(self) -> str | None:
+        """Say how many files of which kinds are left out, apart from notes; None if none are."""
+        kinds = Counter(Path(name).suffix.lower() for name in self.left_out)
+        kinds = Counter({kind: n for kind, n in kinds.items() if kind not in NOTES})
+        if not kinds:
+            return None
+        named = ", ".join(f"{kind or 'none':.20}" for kind, _ in kinds.most_common(5))
+        return f"warning: {kinds.total()} files are left out, as they are no images by their endings ({named})"
+
+
+def find_images(source: Path) -> Found:
+    """Find the pictures below a folder, at any depth. Hidden files and folders are passed over; links are followed."""
+    real, links, left_out = {}, [], []  # real: path by the real path
+    folders = {os.path.realpath(source)}  # entered so far: a link can lead back
+    for folder, below, files in os.walk(source, followlinks=True):
+        at = os.path.realpath(folder)
+        inside = {os.path.realpath(os.path.join(folder, name)): name for name in below if name[0] != "."}
+        below[:] = [name for place, name in inside.items() if place not in folders]
+        folders.update(inside)
+        for name in files:
+            path = os.path.join(folder, name)
+            if name[0] == ".":
+                continue
+            if os.path.splitext(name)[1].lower() not in EXTENSIONS:
+                left_out.append(path)
+            elif os.path.islink(path):
+                links.append(path)
+            else:
+                real[os.path.join(at, name)] = path
+    for path in links:
+        real.setdefault(os.path.realpath(path), path)
+    images, rest = (sorted(os.path.relpath(path, source) for path in paths) for paths in (real.values(), left_out))
+    return Found(images, rest)
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+    """Read a picture, upright and in RGB.
+
+    Args:
+        path: the file.
+        size: width and height that it must have; others are refused before they are decoded.
 
     Raises:
-        ValueError: no images there, or a file of another kind.
+        UserError: it cannot be decoded, or is of another size; the reason, without the path.
+        OSError: there is no such file, or it may not be read.
+    """
+    with path.open("rb") as stream:
+        try:
+            with Image.open(stream) as image:
+                if size is not None and image.size != size:
+                    w, h = image.size
+                    raise UserError(f"it is {w} x {h}, and others are {size[0]} x {size[1]}")
+                return _to_rgb(ImageOps.exif_transpose(image))
+        except UnidentifiedImageError:
+            raise UserError("it is no image of a known kind") from None
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file can break a decoder anywhere
+            raise UserError(f"{first_line(error):.200}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture of any mode to 8 bits of red, green and blue, on white where it is transparent."""
+    if image.mode == "F":
+        raise UserError("it holds floating-point numbers of unknown scale")
+    if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError("it holds 32-bit numbers of unknown scale")
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+class ImageFiles:
+    """The images of a folder (searched to any depth, in order of names) or of a .npz file's arr_0, all of one size.
+
+    Raises:
+        UserError: no images there, or a file of another kind.
     """
 
     def __init__(self, source: Path):
@@ -121,11 +189,12 @@ class ImageFiles:
         self._paths: list[Path] = []
         self.warning: str | None = None  # of files that are left out
         if source.is_dir():
-            files = [path for path in source.rglob("*") if path.is_file()]
-            self._paths, self.warning = sorted(path for path in files if is_image(path)), left_out(files)
+            found = find_images(source)
+            self._paths, self.warning = [source / name for name in found.images], found.warning()
             self.count = len(self._paths)
         elif source.suffix == ".npz" and source.is_file():
-            self.count = _npz_shape(source)[0]
+            with _open_npz(source) as (shape, _):
+                self.count = shape[0]
         else:
             raise UserError(f"{source} is neither a folder of images nor a .npz file")
         if not self.count:
@@ -138,7 +207,7 @@ class ImageFiles:
         """Read images uint8 [B, 3, H, W], `size` at a time; `limit` of them in all.
 
         Raises:
-            ValueError: an image that cannot be read, or differs in size from the first.
+            UserError: an image that cannot be read, or differs in size from the first.
         """
         count = self.count if limit is None else min(limit, self.count)
         read = self._from_folder if self._paths else self._from_npz
@@ -147,62 +216,42 @@ class ImageFiles:
 
     def _from_folder(self, size: int, count: int) -> Iterator[Pixels]:
         """Read the first `count` images of the folder."""
-        h, w, _ = read_image(self._paths[0]).shape
+        first = _pixels(self._paths[0])
+        read = partial(_pixels, size=(first.shape[1], first.shape[0]))
         with ThreadPoolExecutor() as pool:
             for start in range(0, count, size):
-                paths = self._paths[start : min(start + size, count)]
-                yield np.stack(list(pool.map(partial(read_image, size=(w, h)), paths)))
+                yield np.stack(list(pool.map(read, self._paths[start : min(start + size, count)])))
 
     def _from_npz(self, size: int, count: int) -> Iterator[Pixels]:
         """Read the first `count` images of the .npz file."""
-        with zipfile.ZipFile(self.source) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
-            shape = _read_header(self.source, stream)
+        with _open_npz(self.source) as (shape, stream):
             for start in range(0, count, size):
                 n = min(size, count - start)
-                try:
-                    data = bytearray(stream.read(n * math.prod(shape[1:])))
-                    batch = np.frombuffer(data, np.uint8).reshape(n, *shape[1:])
-                except (*DAMAGED, ValueError) as error:
-                    raise UserError(f"{self.source} is damaged: {first_line(error):.80}") from None
-                yield batch
+                yield np.frombuffer(bytearray(stream.read(n * math.prod(shape[1:]))), np.uint8).reshape(n, *shape[1:])
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Pixels:
-    """Read one image [H, W, 3].
-
-    Args:
-        path: the file.
-        size: width and height that it must have; others are refused before they are decoded.
-
-    Raises:
-        ValueError: it cannot be decoded, or is of another size.
-    """
+def _pixels(path: Path, size: tuple[int, int] | None = None) -> Pixels:
+    """Read one image [H, W, 3] of a given width and height."""
     try:
-        with Image.open(path) as image:
-            if size is not None and image.size != size:
-                w, h = image.size
-                raise UserError(f"it is {w} x {h}, and others are {size[0]} x {size[1]}")
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, MemoryError, *BOMBS) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error):.200}") from None
+        return np.array(read_image(path, size))
+    except (UserError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
 
 
-def _npz_shape(path: Path) -> tuple[int, ...]:
-    """Return the shape of the images of a .npz file."""
+@contextlib.contextmanager
+def _open_npz(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
+    """Open a .npz file of images: their shape, and a stream that is at the first of them."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
-            return _read_header(path, stream)
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(stream)
+            if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran:
+                raise UserError(f"{path}: {NPZ_IMAGES} must be uint8 [N, H, W, 3], and is {dtype} {list(shape)}")
+            yield shape, stream
+    except UserError:
+        raise
     except KeyError:
         raise UserError(f"{path} holds no images (an array {NPZ_IMAGES}, uint8 [N, H, W, 3])") from None
     except DAMAGED as error:
         raise UserError(f"{path} is damaged: {first_line(error):.80}") from None
-
-
-def _read_header(path: Path, stream: IO[bytes]) -> tuple[int, ...]:
-    """Return the shape of a .npy stream of images, which is left at the first image."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
-    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran:
-        raise UserError(f"{path}: {NPZ_IMAGES} must be uint8 [N, H, W, 3], and is {dtype} {list(shape)}")
-    return shape

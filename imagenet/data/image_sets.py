@@ -1,27 +1,27 @@
-"""Data sets of images and of latents.
+"""Data sets of images and of latents, and `load_data`, which finds that of a configuration.
 
-A data set is map-style, data[index] -> (x float32 [C, H, W], label), and gives many at once: data.batch(indices, draw).
-`draw` counts the epochs: what is drawn anew at each visit (flips, latents of a posterior) is decided by (seed, draw,
-index).
+A data set gives many samples at once: data.batch(indices, draw). `draw` counts the epochs: what is drawn anew at each
+visit (flips, latents of a posterior) is decided by (seed, draw, index).
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from imagenet.config import Config
+from imagenet.data.digits import load_digits
 from imagenet.data.fingerprints import fingerprint
+from imagenet.data.latents import Latents
 from imagenet.data.noise import FLIP
 from imagenet.data.provenance import Provenance
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import UserError, first_line
 
 
-@runtime_checkable
 class Data(Protocol):
     """The interface of a data set.
 
@@ -33,10 +33,6 @@ class Data(Protocol):
 
     def __len__(self) -> int:
         """Return the number of samples."""
-        ...
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return a sample x [C, H, W] and its label."""
         ...
 
     def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
@@ -65,10 +61,6 @@ class Images:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        x, labels = self.batch([index], 0)
-        return x[0], int(labels[0])
-
     def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
         """Return images x [B, C, H, W] and labels [B]; `draw` decides which of them are mirrored."""
         chosen = torch.as_tensor(indices)
@@ -96,9 +88,6 @@ class Synthetic:
     def __len__(self) -> int:
         return 1_281_167
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._x[index % self.STORE], index % self.classes
-
     def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
         """Return samples x [B, C, H, W] and labels [B], the same at every draw."""
         chosen = torch.as_tensor(indices)
@@ -118,36 +107,30 @@ def load_data(config: Config, folder: str | Path | None = None, *, download: boo
         download: fetch cifar10 into `folder` if it is not there.
 
     Raises:
-        ValueError: no such data there, or of another shape or number of classes than the configuration says; an extra
+        UserError: no such data there, or of another shape or number of classes than the configuration says; an extra
             of the package that is not installed.
     """
     shape = (config.in_channels, config.input_size, config.input_size)
     if config.data == "synthetic":
         return Synthetic(shape, config.classes)
-    data: Data
     if config.data == "digits":
-        from imagenet.data.digits import load_digits
-
-        x, labels = load_digits().train
-        data = Images(x, labels)
+        data: Images | Latents = Images(*load_digits().train)
     elif folder is None:
         raise UserError(f"--data {config.data} needs --data-path, the folder that it lies in")
     elif config.data == "cifar10":
         data = Images(*_load_cifar10(folder, download), flip=True, seed=config.seed)
     else:
-        from imagenet.data.latents import Latents
-
         data = Latents(folder, config.seed)
     if data.shape != shape:
         raise UserError(f"the data are of shape {list(data.shape)}, the configuration asks for {list(shape)}")
-    _check_labels(data, config.classes)
+    found = len(data.classes) if isinstance(data, Latents) else int(data.labels.max()) + 1
+    if found > config.classes or (isinstance(data, Latents) and found < config.classes):
+        raise UserError(f"the data have {found} classes, the configuration {config.classes}: --classes {found}")
     return data
 
 
 def provenance_of(config: Config, data: Data) -> Provenance:
     """Describe the data that a configuration is trained on."""
-    from imagenet.data.latents import Latents
-
     known = Provenance(config.data, len(data), data.fingerprint())
     if not isinstance(data, Latents):
         return known
@@ -159,13 +142,6 @@ def provenance_of(config: Config, data: Data) -> Provenance:
     )
 
 
-def _check_labels(data: Data, classes: int) -> None:
-    """Raise ValueError for labels outside [0, classes)."""
-    labels = getattr(data, "labels", None)
-    if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise UserError(f"the data have labels up to {int(labels.max())}, the configuration {classes} classes")
-
-
 def _load_cifar10(folder: str | Path, download: bool) -> tuple[Tensor, Tensor]:
     """Load the training split: images uint8 [50000, 3, 32, 32] and labels."""
     try:
@@ -174,7 +150,7 @@ def _load_cifar10(folder: str | Path, download: bool) -> tuple[Tensor, Tensor]:
         raise UserError("cifar10 needs torchvision: pip install -e '.[imagenet]'") from None
     try:
         stored = CIFAR10(str(folder), train=True, download=download)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError) as error:  # torchvision's way to say that files are missing or damaged
         advice = "" if download else " (--download fetches it)"
-        raise UserError(f"no CIFAR-10 in {folder}: {str(error).splitlines()[0]}{advice}") from None
+        raise UserError(f"no CIFAR-10 in {folder}: {first_line(error)}{advice}") from None
     return torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(stored.targets)

@@ -11,12 +11,10 @@ The shards are memory-mapped. An image's latent is drawn from its posterior anew
 
 import bisect
 import itertools
-import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +25,7 @@ from imagenet.data.fingerprints import fingerprint
 from imagenet.data.noise import POSTERIOR, normal
 from imagenet.data.vae import Normalisation
 from tvm_ref.cli.errors import UserError, first_line
+from tvm_ref.cli.files import read_json
 
 INDEX = "latents.json"
 FORMAT = "tvm-ref latents, version 1"
@@ -65,12 +64,9 @@ class Latents:
     def __init__(self, folder: str | Path, seed: int = 0):
         self.folder, self.seed = Path(folder), seed
         index = read_index(self.folder)
-        self.image_size: int = index["image_size"]
-        self.classes: list[str] = index["classes"]
-        self.normalisation = read_normalisation(self.folder)
-        self.autoencoder: str | None = _text(index.get("vae"))
-        self.autoencoder_fingerprint: str | None = _text(index.get("vae_fingerprint"))
-        opened = [self._open(shard["name"], shard["count"]) for shard in index["shards"] if shard["count"]]
+        self.classes, self.normalisation = index.classes, index.normalisation
+        self.autoencoder, self.autoencoder_fingerprint = index.autoencoder, index.autoencoder_fingerprint
+        opened = [self._open(name, count) for name, count in index.shards.items() if count]
         if not opened:
             raise UserError(f"{self.folder} holds no latents: every image was skipped")
         self._posteriors = [posteriors for posteriors, _ in opened]
@@ -87,11 +83,7 @@ class Latents:
         return self._ends[-1]
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        """Draw the latent x [C, H, W], and return it with its label, for an index or a pair (index, draw).
-
-        Raises:
-            IndexError: an index outside [0, len).
-        """
+        """Draw the latent x [C, H, W], and return it with its label, for an index or a pair (index, draw)."""
         index, draw = key if isinstance(key, tuple) else (key, 0)
         mean, std = self.posterior(index)
         raw = mean + std * normal(self.shape, POSTERIOR, self.seed, draw, index)
@@ -112,13 +104,22 @@ class Latents:
         return fingerprint({"labels": self.labels, **ends})
 
     def posterior(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of an image's raw latent, float32 [C, H, W] each."""
+        """Return mean and standard deviation of an image's raw latent, float32 [C, H, W] each.
+
+        Raises:
+            IndexError: an index outside [0, len).
+            UserError: numbers that are not finite; the file is named.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} lies outside [0, {len(self)})")
         shard = bisect.bisect_right(self._ends, index)
         start = self._ends[shard - 1] if shard else 0
-        stored = torch.from_numpy(self._posteriors[shard][index - start].astype(np.float32))
-        return stored[0], stored[1]
+        stored = self._posteriors[shard][index - start].astype(np.float32)
+        if not np.isfinite(stored).all():  # else training would end in NaN at this step, however often it is resumed
+            file = getattr(self._posteriors[shard], "filename", self.folder)
+            raise UserError(f"{file}: latent {index - start} holds numbers that are not finite; encode it again")
+        mean, std = torch.from_numpy(stored)
+        return mean, std
 
     def _open(self, name: str, count: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
         """Open the memory map [count, 2, C, H, W] and the labels [count] of a shard."""
@@ -134,54 +135,55 @@ class Latents:
         return posteriors, classes
 
 
-def _text(value: Any) -> str | None:
-    """Return a value of latents.json that is a text, or None."""
-    return value if isinstance(value, str) else None
-
-
 def shard_files(name: str) -> tuple[str, str]:
     """Return the names of the files of posteriors and of labels of a shard."""
     return f"{name}.latents.npy", f"{name}.labels.npy"
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+class Index(NamedTuple):
+    """What latents.json says.
+
+    Attributes:
+        image_size: side of the images in pixels.
+        classes: their names, by number.
+        normalisation: of the latents.
+        shards: number of latents by name.
+        autoencoder: that made them: a folder, or a name on the Hugging Face hub.
+        autoencoder_fingerprint: of its weights.
+    """
+
+    image_size: int
+    classes: list[str]
+    normalisation: Normalisation
+    shards: dict[str, int]
+    autoencoder: str | None
+    autoencoder_fingerprint: str | None
+
+
+def read_index(folder: Path) -> Index:
     """Read the latents.json of a folder.
 
     Raises:
-        ValueError: none there, a damaged one, or one of another format.
+        UserError: none there, a damaged one, or one of another format.
     """
     path = folder / INDEX
     if not path.is_file():
         raise UserError(f"{folder} holds no latents (no {INDEX}); imagenet/encode.py makes them")
+    stored = read_json(path, "folder of latents", ("format", "image_size", "classes", "normalisation", "shards"))
+    if stored["format"] != FORMAT:
+        raise UserError(f"{path} is not in the format {FORMAT!r}")
     try:
-        index = json.loads(path.read_text())
-        missing = {"format", "image_size", "classes", "normalisation", "shards"} - set(index)
-        index["shards"] = [{"name": str(a["name"]), "count": int(a["count"])} for a in index.get("shards", [])]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error):.80}") from None
-    if missing or index["format"] != FORMAT:
-        raise UserError(f"{path} is not in the format {FORMAT!r}" + (f": {min(missing)} is missing" if missing else ""))
-    classes, size = index["classes"], index["image_size"]
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"{path} is damaged: its classes are no list of names")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise UserError(f"{path} is damaged: its image_size is no size")
-    if any(set(shard["name"]) & set("/\\") or shard["count"] < 0 for shard in index["shards"]):
-        raise UserError(f"{path} is damaged: a shard without a name or count")
-    return index
-
-
-def read_normalisation(folder: Path) -> Normalisation:
-    """Read how the latents of a folder are normalised.
-
-    Raises:
-        ValueError: see read_index.
-    """
-    stored = read_index(folder)["normalisation"]
-    try:
-        return Normalisation(tuple(stored["mean"]), tuple(stored["std"]))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder / INDEX} is damaged: its normalisation is {stored!r:.300}") from None
+        norm = stored["normalisation"]
+        return Index(
+            stored["image_size"],
+            stored["classes"],
+            Normalisation(tuple(norm["mean"]), tuple(norm["std"])),
+            {Path(shard["name"]).name: int(shard["count"]) for shard in stored["shards"]},  # in this folder
+            stored.get("vae"),
+            stored.get("vae_fingerprint"),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {first_line(error):.200}") from None
 
 
 def write_shard(folder: Path, name: str, posteriors: NDArray[np.float16], labels: NDArray[np.int64]) -> None:
@@ -192,17 +194,3 @@ def write_shard(folder: Path, name: str, posteriors: NDArray[np.float16], labels
         with partial.open("wb") as stream:
             np.save(stream, array, allow_pickle=False)
         os.replace(partial, folder / file)
-
-
-def index_of(
-    image_size: int, classes: list[str], normalisation: Normalisation, shards: list[dict[str, Any]], **more: Any
-) -> dict[str, Any]:
-    """Return the content of latents.json; shards are {"name", "count"}."""
-    return {
-        "format": FORMAT,
-        "image_size": image_size,
-        "classes": classes,
-        "normalisation": asdict(normalisation),
-        "shards": shards,
-        **more,
-    }

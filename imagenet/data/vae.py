@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import UserError, first_line
 
 LATENT_SIDE = 8  # pixels of the image per number of the latent
 VAE = "stabilityai/sd-vae-ft-ema"
@@ -61,10 +61,9 @@ def load_vae(name: str = VAE, device: str | torch.device = "cpu") -> nn.Module:
     except ImportError:
         raise UserError("the autoencoder needs diffusers: pip install -e '.[imagenet]'") from None
     try:
-        vae = AutoencoderKL.from_pretrained(name)
+        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)  # True asks for accelerate, in four lines
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"no autoencoder {name} here, and it could not be fetched: {reason}") from None
+        raise UserError(f"no autoencoder {name} here, and it could not be fetched: {first_line(error)}") from None
     return vae.to(device).eval().requires_grad_(False)
 
 

@@ -1,5 +1,4 @@
 import contextlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +54,7 @@ def test_centre_crop_halves_by_averaging():
 
 @pytest.mark.parametrize("size", [(100, 41), (7, 31), (33, 32), (640, 16)])
 def test_centre_crop_of_any_shape_is_square_and_keeps_a_constant(size):
-    grey = Image.new("L", size, 77)
+    grey = Image.new("RGB", size, (77, 77, 77))
     np.testing.assert_array_equal(centre_crop(grey, 16), np.full((16, 16, 3), 77))
 
 
@@ -160,7 +159,7 @@ def test_corrupt_images_are_skipped_and_listed(source, tmp_path, capsys):
     (source / "cat" / "0.png").write_bytes((source / "cat" / "0.png").read_bytes()[:60])
     (source / "dog" / "0.png").write_text("no image at all")
     assert encode(source, tmp_path / "out") == 0
-    assert "2 images could not be decoded" in capsys.readouterr().out
+    assert "2 images could not be read" in capsys.readouterr().out
     assert Latents(tmp_path / "out").labels.tolist() == [0] * 3 + [1] * 2
     skipped = [line.split("\t") for line in (tmp_path / "out" / "skipped.txt").read_text().splitlines()]
     assert [path for path, _ in skipped] == ["cat/0.png", "dog/0.png"]
@@ -173,7 +172,7 @@ def test_reasons_are_the_same_each_time(source, tmp_path):
     for name in ("one", "two"):
         encode(source, tmp_path / name)
     assert files(tmp_path / "one") == files(tmp_path / "two")
-    assert "cannot identify image file" in (tmp_path / "one" / "skipped.txt").read_text()
+    assert "it is no image of a known kind" in (tmp_path / "one" / "skipped.txt").read_text()
 
 
 def test_images_that_are_all_corrupt_end_in_one_line(tmp_path, capsys):
@@ -186,12 +185,10 @@ def test_images_that_are_all_corrupt_end_in_one_line(tmp_path, capsys):
 def test_nothing_is_overwritten(source, tmp_path, capsys):
     encode(source, tmp_path / "out")
     before = files(tmp_path / "out")
-    assert encode(source, tmp_path / "out") == 2
-    assert "already holds finished latents" in capsys.readouterr().err
-    (tmp_path / "out" / "latents.json").unlink()
     assert encode(source, tmp_path / "out", "--image-size", "8") == 2
     assert "other image_size (16, not 8)" in capsys.readouterr().err
-    assert files(tmp_path / "out").items() < before.items()
+    assert encode(source, tmp_path / "out") == 0  # the same once more changes nothing
+    assert files(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     assert encode(source, tmp_path / "mine") == 2
@@ -217,10 +214,11 @@ def test_bad_input_ends_with_one_line(source, tmp_path, capsys, source_name, mor
     assert err.count("\n") == 1
 
 
-def test_an_empty_class_is_an_error(source, tmp_path, capsys):
-    (source / "emu").mkdir()
-    assert encode(source, tmp_path / "out") == 2
-    assert "emu holds no images" in capsys.readouterr().err
+def test_an_empty_folder_is_no_class(source, tmp_path, capsys):
+    (source / "bee").mkdir()
+    assert encode(source, tmp_path / "out") == 0
+    assert "bee holds no images and is no class\n7 images of 2 classes" in capsys.readouterr().out
+    assert Latents(tmp_path / "out").classes == ["cat", "dog"]
 
 
 def test_latents_that_are_not_finite_stop_the_encoding(source, tmp_path, capsys):
@@ -231,16 +229,46 @@ def test_latents_that_are_not_finite_stop_the_encoding(source, tmp_path, capsys)
     assert not list((tmp_path / "out").glob("*.npy"))
 
 
-def test_the_plan_says_what_decides_the_outcome(source, tmp_path):
-    encode(source, tmp_path / "out")
-    plan = json.loads((tmp_path / "out" / "encode.json").read_text())
-    assert plan["images"] == 7
-    assert plan["vae"] == "tiny"
-
-
 def test_an_autoencoder_that_cannot_be_had_leaves_nothing_behind(source, tmp_path, capsys):
     """Its folder used to be begun, and then refused another --vae."""
     nowhere = ["--vae", str(tmp_path / "nowhere"), "--device", "cpu"]
     assert status(main, [str(source), "--out", str(tmp_path / "out"), "--image-size", "16", *nowhere]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoding_continues_when_an_image_is_gone(source, tmp_path, capsys):
+    """A link to nothing, or an image that was removed, once cost all that was done."""
+    (source / "cat" / "nowhere.png").symlink_to("absent.png")
+    assert encode(source, tmp_path / "out", vae=interrupted(2)) == 130
+    done = (tmp_path / "out" / "00000.latents.npy").stat().st_mtime_ns
+    (source / "dog" / "0.png").unlink()
+    assert encode(source, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "00000.latents.npy").stat().st_mtime_ns == done
+    assert Latents(tmp_path / "out").labels.tolist() == [0] * 4 + [1] * 2
+    skipped = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert skipped == [f"{name}\tNo such file or directory" for name in ("cat/nowhere.png", "dog/0.png")]
+
+
+def test_a_source_that_is_gone_is_no_reason_to_skip_its_images(source, tmp_path):
+    vae = tiny_vae()
+    encoding = vae.encode
+    vae.encode = lambda x: (source.exists() and source.rename(tmp_path / "elsewhere") and None) or encoding(x)
+    with pytest.raises(FileNotFoundError, match="images is gone"):
+        encode(source, tmp_path / "out", vae=vae)
+    assert not (tmp_path / "out" / "00000.json").exists()
+
+
+def test_parts_of_a_data_set_are_no_classes(tmp_path, capsys):
+    for name in ("train", "val"):
+        (tmp_path / "images" / name / "cat").mkdir(parents=True)
+    assert encode(tmp_path / "images", tmp_path / "out") == 2
+    assert "holds parts of a data set, no classes: encode " in capsys.readouterr().err
+
+
+def test_a_strip_is_cut_before_it_is_resized(monkeypatch):
+    """A PNG of 92 bytes, 4000 x 1, took a gigabyte."""
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a: sizes.append(size) or resize(self, size, *a))
+    assert (centre_crop(Image.new("RGB", (4000, 1), (10, 200, 10)), 256) == (10, 200, 10)).all()
+    assert max(max(size) for size in sizes) <= 8 * 256

@@ -6,7 +6,18 @@ import pytest
 import torch
 from PIL import Image
 
-from imagenet.data.image_files import GAP, SMALL, ImageFiles, grid, save_png, to_pixels, write_npz
+from imagenet.data.image_files import (
+    GAP,
+    SMALL,
+    ImageFiles,
+    find_images,
+    grid,
+    read_image,
+    save_png,
+    to_pixels,
+    write_npz,
+)
+from tests.imagenet.data import odd_folder
 
 rng = np.random.default_rng(0)
 PIXELS = rng.integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
@@ -162,3 +173,52 @@ def test_small_grids_are_enlarged_pixel_by_pixel():
     assert sheet.shape[1] >= SMALL
     np.testing.assert_array_equal(sheet[GAP * factor : (GAP + 8) * factor, GAP * factor : (GAP + 8) * factor],
                                   images[0].repeat(factor, 0).repeat(factor, 1))  # fmt: skip
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    return odd_folder.make(tmp_path / "odd")
+
+
+def test_each_picture_is_found_once(odd):
+    """A folder that links to itself once held each picture 41 times, and thumbnails were pictures."""
+    images = find_images(odd).images
+    hidden = {".thumbnails", ".DS_Store", "loop", "link.png"}
+    assert images == sorted(path.name for path in odd.iterdir() if path.name not in hidden)
+    (odd / "second").symlink_to(odd / ".thumbnails")  # links to what lies elsewhere are followed
+    assert find_images(odd).images == sorted([*images, "second/colour.png"])
+
+
+def test_16_bits_look_as_8_do(odd):
+    """They once were cut off at 255."""
+    for name in ("eight_bits.png", "sixteen_bits.png", "sixteen_bits.tif"):
+        np.testing.assert_array_equal(np.array(read_image(odd / name)), np.repeat(odd_folder.GREY[..., None], 3, 2))
+
+
+def test_a_picture_that_lies_on_its_side_is_turned(odd):
+    np.testing.assert_array_equal(np.array(read_image(odd / "sideways.png")), np.rot90(odd_folder.COLOUR, -1))
+
+
+def test_what_is_transparent_is_white(odd):
+    found = np.array(read_image(odd / "transparent.png"))
+    assert (found[:30] == 255).all()
+    np.testing.assert_array_equal(found[30:], odd_folder.COLOUR[30:])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("float.tiff", "floating-point numbers of unknown scale"),
+        ("truncated.jpg", "image file is truncated"),
+        ("empty.png", "no image of a known kind"),
+        ("dangling.png", "No such file"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_has_a_reason(odd, name, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        read_image(odd / name)
+
+
+def test_other_kinds_of_pictures_are_read(odd):
+    for name in ("palette.png", "cmyk.jpg", "снимок № 1.webp"):
+        assert read_image(odd / name).size == (40, 60)

@@ -1,13 +1,18 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from imagenet.data.latents import INDEX, Latents, index_of, write_shard
+from imagenet.config import Config
+from imagenet.data.batches import Batches, loader
+from imagenet.data.image_sets import load_data
+from imagenet.data.latents import FORMAT, INDEX, Latents, write_shard
 from imagenet.data.noise import normal
 from imagenet.data.vae import NORMALISATION
+from tvm_ref.cli.errors import UserError
 
 COUNTS = [3, 0, 5]  # the middle shard is empty: all its images were damaged
 
@@ -20,7 +25,9 @@ def folder(tmp_path: Path) -> Path:
             posteriors = rng.random((n, 2, 4, 3, 3)).astype(np.float16)
             write_shard(tmp_path, f"{i:05d}", posteriors, np.arange(n) % 3)
     shards = [{"name": f"{i:05d}", "count": n} for i, n in enumerate(COUNTS)]
-    (tmp_path / INDEX).write_text(json.dumps(index_of(256, ["a", "b", "c"], NORMALISATION[256], shards)))
+    norm = {"mean": NORMALISATION[256].mean, "std": NORMALISATION[256].std}
+    index = {"format": FORMAT, "image_size": 256, "classes": ["a", "b", "c"], "normalisation": norm, "shards": shards}
+    (tmp_path / INDEX).write_text(json.dumps(index))
     return tmp_path
 
 
@@ -84,19 +91,20 @@ def change(folder: Path, **entries: object) -> None:
     [
         (lambda f: (f / INDEX).unlink(), "no latents.json"),
         (lambda f: (f / INDEX).write_text("{"), "is damaged"),
-        (lambda f: (f / INDEX).write_text("{}"), "classes is missing"),
+        (lambda f: (f / INDEX).write_text("{}"), "is damaged"),
+        (lambda f: change(f, format="another"), "not in the format"),
         (lambda f: (f / INDEX).write_text("[]"), "is damaged"),
         (lambda f: (f / INDEX).write_text((f / INDEX).read_text().replace('"count"', '"c"')), "is damaged"),
         (lambda f: (f / INDEX).write_text((f / INDEX).read_text().replace('"std"', '"s"')), "is damaged"),
-        (lambda f: change(f, classes=5), "its classes are no list of names"),
-        (lambda f: change(f, classes=[1, 2, 3]), "its classes are no list of names"),
-        (lambda f: change(f, image_size="256"), "its image_size is no size"),
-        (lambda f: change(f, shards=[{"name": "../../x", "count": 1}]), "a shard without a name"),
-        (lambda f: change(f, shards=[{"name": "x", "count": -1}]), "a shard without a name or count"),
+        (lambda f: change(f, shards=[{"name": "../../x", "count": 1}]), "shard x cannot be read"),
+        (lambda f: change(f, shards=[{"name": "00000", "count": -1}]), "do not hold -1 posteriors"),
         (lambda f: change(f, shards=5), "is damaged"),
-        (lambda f: change(f, normalisation={"mean": [0.0] * 4, "std": [float("inf")] * 4}), "its normalisation is"),
-        (lambda f: change(f, normalisation={"mean": ["a"] * 4, "std": [1.0] * 4}), "its normalisation is"),
-        (lambda f: change(f, normalisation=5), "its normalisation is 5"),
+        (
+            lambda f: change(f, normalisation={"mean": [0.0] * 4, "std": [float("inf")] * 4}),
+            "is damaged: a normalisation needs",
+        ),
+        (lambda f: change(f, normalisation={"mean": ["a"] * 4, "std": [1.0] * 4}), "is damaged"),
+        (lambda f: change(f, normalisation=5), "is damaged"),
         (lambda f: (f / INDEX).write_text("[" * 100_000), "is damaged"),
         (lambda f: (f / "00002.labels.npy").unlink(), "shard 00002 cannot be read"),
         (truncate, "shard 00000 cannot be read"),
@@ -114,3 +122,24 @@ def test_an_index_beyond_the_end_is_refused(folder):
     for index in (-1, 8):
         with pytest.raises(IndexError, match="outside"):
             Latents(folder)[index]
+
+
+CONFIG = Config(data="latents", input_size=3, in_channels=4, classes=3, patch_size=3, batch_size=8, steps=2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_numbers_that_are_not_finite_are_named(folder, workers):
+    """They once ended a training at the same step each time that it was resumed."""
+    posteriors = np.load(folder / "00002.latents.npy")
+    posteriors[3, 1, 0, 0, 0] = np.nan
+    np.save(folder / "00002.latents.npy", posteriors)
+    batches = Batches(CONFIG, load_data(CONFIG, folder))
+    with pytest.raises(UserError, match=r"^\S*00002.latents.npy: latent 3 holds numbers that are not finite"):
+        list(loader(batches, 0, workers))
+
+
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_another_number_of_classes_is_refused(folder, classes):
+    """A model of 1000 classes once learned from a folder of ten, without a word."""
+    with pytest.raises(UserError, match=f"the data have 3 classes, the configuration {classes}"):
+        load_data(replace(CONFIG, classes=classes), folder)
