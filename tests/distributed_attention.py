@@ -1,8 +1,9 @@
 """Two processes train on halves of a batch through a JVP and compare their gradients with one process's.
 
-    python -m tests.distributed_attention STORE ddp fsdp
+    python -m tests.distributed_attention STORE ddp fsdp ddp-inside
 
-The JVP is inside the module's forward, the wrapper outside.
+The JVP is inside the module's forward, the wrapper outside; for ddp-inside it is the other way round. Two networks: one
+that calls attention, and one of PyTorch's own layers, in the mode that makes them right.
 """
 
 import sys
@@ -31,15 +32,23 @@ class Block(nn.Module):
         return x + self.project(jvp_attention.attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class Ordinary(nn.TransformerEncoderLayer):
+    """A block of layer norms and scaled_dot_product_attention."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, HEADS, WIDTH, dropout=0.0, activation="gelu", batch_first=True)
+
+
 class Loss(nn.Module):
     """A loss of value and tangent of two blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: type[nn.Module]) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(Block(), Block())
+        self.blocks = nn.Sequential(block(), block())
 
     def forward(self, x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
-        y, dy = torch.func.jvp(self.blocks, (x,), (dx,))
+        with jvp_attention.jvp_ready():
+            y, dy = torch.func.jvp(self.blocks, (x,), (dx,))
         return (y.sin() * dy).sum(2).mean()
 
 
@@ -47,6 +56,10 @@ def wrap(kind: str, net: Loss) -> nn.Module:
     """Share the network out by DistributedDataParallel or FSDP2."""
     if kind == "ddp":
         return DistributedDataParallel(net)
+    if kind == "ddp-inside":
+        blocks, net.blocks = net.blocks, None
+        net.blocks = DistributedDataParallel(blocks)
+        return net
     mesh = dist.init_device_mesh("cpu", (2,))
     for block in net.blocks:
         fully_shard(block, mesh=mesh)
@@ -57,7 +70,14 @@ def work(rank: int, store: str, kinds: list[str]) -> None:
     """One process: the gradients of the batch, and by each kind of wrapper those of its half."""
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     torch.manual_seed(0)
-    net = Loss()
+    for block in (Block, Ordinary):
+        compare(rank, Loss(block), kinds)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def compare(rank: int, net: Loss, kinds: list[str]) -> None:
+    """Hold the gradients of this process's half of a batch, reduced, to those of the batch."""
     x, dx = torch.randn(2, SAMPLES, 10, WIDTH)
     half = slice(rank * SAMPLES // 2, (rank + 1) * SAMPLES // 2)
     nets = [deepcopy(net) for _ in kinds]
@@ -66,10 +86,8 @@ def work(rank: int, store: str, kinds: list[str]) -> None:
         wrapped = wrap(kind, copy)
         wrapped(x[half], dx[half]).backward()
         for p, whole in zip(copy.parameters(), net.parameters(), strict=True):
-            g = p.grad if kind == "ddp" else p.grad.full_tensor()
+            g = p.grad.full_tensor() if kind == "fsdp" else p.grad
             torch.testing.assert_close(g, whole.grad, rtol=1e-5, atol=1e-6)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
