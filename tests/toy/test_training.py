@@ -9,6 +9,7 @@ from tvm_ref.toy import training as training_module
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.data.distributions import make_distribution
 from tvm_ref.toy.report.metrics import exact_samples, make_reference, paired_errors
+from tvm_ref.toy.report.report import write_report
 from tvm_ref.toy.run import Run, load_run, read_config
 from tvm_ref.toy.training import BLOCK, Training, draw_block, learning_rate
 
@@ -165,7 +166,7 @@ def test_a_finished_run_is_loaded_as_it_was_evaluated(tmp_path):
     run = Run(tmp_path, config)
     run.create()
     run.train()
-    run.report(points=50)
+    write_report(run, points=50)
     loaded_config, oracle, model = load_run(tmp_path)
     assert loaded_config == config
     x1 = torch.randn(20, 2)

@@ -22,7 +22,6 @@ from tvm_ref.cli.files import require_free, write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, given, run
 from tvm_ref.cli.progress import progress
 from tvm_ref.toy.config import ToyConfig, use_one_thread
-from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.training import Training
 
 TRAINING_OPTIONS = ["dist", "data", "bandwidth", "objective", "steps", "batch_size", "width", "depth", "lr",
@@ -47,7 +46,7 @@ def measure_over_training(config: ToyConfig, measuring: Measuring) -> Iterator[R
     Raises:
         FloatingPointError: training that diverges.
     """
-    distribution = distribution_of(config)
+    distribution = config.make_distribution()
     draws, s = measuring.draw(distribution), measuring.times(distribution)
     training, losses = Training(config, distribution), []
     stops = set(measured_steps(config.steps))
@@ -124,7 +123,7 @@ def prepare(
     require_covered(config)
     out = arguments.out or Path("runs/toy") / f"{config.name}-{suffix}"
     require_free(out, (result,), "such results", "--overwrite", overwrite=arguments.overwrite)
-    distribution_of(config)  # refuses points that cannot be used
+    config.make_distribution()  # refuses points that cannot be used
     out.mkdir(parents=True, exist_ok=True)
     return config, measuring, out
 

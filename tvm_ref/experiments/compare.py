@@ -32,7 +32,6 @@ from tvm_ref.experiments.sweep import train_many
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.report.metrics import POINTS, Reference, paired_errors
-from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.training import Training
 
 NFES = (1, 2, 4, 8, 16, 32, 64)
@@ -86,7 +85,7 @@ class Plan:
 
 def step_seconds(configs: dict[str, ToyConfig]) -> dict[str, float]:
     """Measure median CPU seconds per training step of each configuration, in turns, as loads come and go."""
-    trainings = {name: Training(config, distribution_of(config)) for name, config in configs.items()}
+    trainings = {name: Training(config, config.make_distribution()) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
     turns = [turn for _ in range(ROUNDS) for turn in trainings.items()]
     for name, training in progress(turns, unit="turn", desc="measuring step times"):
@@ -256,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         plan = Plan(**given(arguments, Plan))
         out = arguments.out or Path("runs/toy") / f"{base.name}-{'ablation' if plan.ablation else 'compare'}"
         require_free(out, FILES, "a comparison", "--overwrite", overwrite=arguments.overwrite)
-        distribution_of(base)  # refuses points that cannot be used
+        base.make_distribution()  # refuses points that cannot be used
         out.mkdir(parents=True, exist_ok=True)
     with command.errors():
         seconds = step_seconds({UNIT: base, **plan.configs(base)})

@@ -28,7 +28,6 @@ from tvm_ref.flow_map import FlowMap
 from tvm_ref.time_samplers import TimeSampler
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.mixture import GaussianMixture
-from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.training import Training
 
 PARTS = ("picture", "noise", "cost", "bias", "jumps", "scale")
@@ -43,7 +42,7 @@ GAPS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
 
 def trained(config: ToyConfig) -> FlowMap:
     """Train a network and return its evaluation weights."""
-    training = Training(config, distribution_of(config))
+    training = Training(config, config.make_distribution())
     for _ in progress(range(config.steps), unit="step", desc="training"):
         training.train_step()
     return training.ema.module
@@ -154,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     use_one_thread()
     with command.errors(), user_files():
         config = ToyConfig(**given(arguments, ToyConfig))
-        distribution = distribution_of(config)
+        distribution = config.make_distribution()
         require_at_least(2, samples=arguments.samples)
         require_at_least(1, dims=min(arguments.dims))
         parts = [] if {*arguments.parts} == {*PARTS} else arguments.parts

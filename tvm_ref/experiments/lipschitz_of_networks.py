@@ -26,7 +26,6 @@ from tvm_ref.flow_map import FlowMap
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.mixture import GaussianMixture, exact_path
 from tvm_ref.toy.network import ToyNetwork
-from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.training import Training
 
 STEPS = 1500  # of training for each network, unless --steps says otherwise
@@ -108,7 +107,7 @@ def diagnose(config: ToyConfig, measuring: Measuring) -> dict[str, dict[str, Any
     Raises:
         FloatingPointError: training that diverges.
     """
-    distribution = distribution_of(config)
+    distribution = config.make_distribution()
     draws, s = measuring.draw(distribution), measuring.times(distribution)
 
     def metrics_of(model: FlowMap) -> dict[str, Any]:
@@ -175,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         config, measuring, out = prepare(arguments, "lipschitz", "lipschitz.json", steps=STEPS)
     with command.errors():
         results = diagnose(config, measuring)
-        exact = exact_lipschitz(distribution_of(config), measuring)
+        exact = exact_lipschitz(config.make_distribution(), measuring)
         report: dict[str, Any] = {"t": measuring.time, "points": measuring.points, "grid": measuring.grid}
         report |= {"training_steps": config.steps, "networks": results, "exact_flow": exact}
         write_atomically(out / "lipschitz.json", to_json(report))

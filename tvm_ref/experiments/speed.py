@@ -24,7 +24,6 @@ from tvm_ref.experiments.seeds import one_step
 from tvm_ref.experiments.sweep import train_many
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.report.metrics import POINTS
-from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.training import Batch, Training
 
 QUALITY = {"paired_rmse": 0.07, "w2_same_noise": 0.06, "low_density": 0.04}  # one step, moons, median over seeds
@@ -90,7 +89,7 @@ def time_to_quality(
 
 def measure(base: ToyConfig, rounds: int, repeats: int, seeds: int, jobs: int) -> dict[str, Any]:
     """Measure and print step times and, unless there are no seeds, the time to a quality; returns the figures."""
-    distribution = distribution_of(base)
+    distribution = base.make_distribution()
     trainings = {name: Training(replace(base, **changes), distribution) for name, changes in METHODS.items()}
     times = step_times(trainings, rounds, repeats)
     print(f"batch size {base.batch_size}, width {base.width}, depth {base.depth}, one thread\n{table(times)}")

@@ -11,7 +11,6 @@ from typing import Any
 from tvm_ref.cli.progress import progress
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.report.metrics import Reference, make_reference
-from tvm_ref.toy.run import distribution_of
 from tvm_ref.toy.training import Training
 
 Measure = Callable[[Training, Reference], dict[str, float]]
@@ -19,7 +18,7 @@ Measure = Callable[[Training, Reference], dict[str, float]]
 
 @lru_cache(maxsize=1)
 def _reference(dist: str, data: str | None, bandwidth: float | None, points: int) -> Reference:
-    return make_reference(distribution_of(ToyConfig(dist=dist, data=data, bandwidth=bandwidth)), points=points)
+    return make_reference(ToyConfig(dist=dist, data=data, bandwidth=bandwidth).make_distribution(), points=points)
 
 
 def train_and_measure(config: ToyConfig, measure: Measure, points: int) -> dict[str, Any]:

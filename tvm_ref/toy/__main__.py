@@ -33,15 +33,15 @@ from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.points import OwnPoints
 from tvm_ref.toy.report.metrics import POINTS, table
-from tvm_ref.toy.report.samples import samples_table
-from tvm_ref.toy.run import MARKS, Run, distribution_of, distribution_of_run, load_model, read_config
+from tvm_ref.toy.report.report import samples_table, stored_metrics, write_report
+from tvm_ref.toy.run import CHECKPOINT, MARKS, OWN_FILES, Run, load_distribution, load_model, read_config
 
 
 def parser() -> OneLineParser:
     """Make the command line."""
     p = OneLineParser("python -m tvm_ref.toy", __doc__)
     add_options(p, ToyConfig)
-    p.add_argument("--points", type=int, default=POINTS, help="samples that every figure is measured on")
+    p.add_argument("--points", type=int, default=POINTS, help="samples that errors are measured on")
     p.add_argument("--out", type=Path, help="folder of the run (default: runs/toy/NAME, NAME after the options)")
     existing = p.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace a run that is already there")
@@ -49,10 +49,7 @@ def parser() -> OneLineParser:
         "--resume", action="store_true", help="go on with the run that is there, with its own options"
     )
     existing.add_argument(
-        "--sample",
-        type=int,
-        metavar="N",
-        help="only write N samples of the run that is there, as samples-N.csv",
+        "--sample", type=int, metavar="N", help="only write N samples of the run that is there, as samples-N.csv"
     )
     p.add_argument(
         "--sample-seed", type=int, metavar="K", help="draws other samples by --sample, written as samples-N-seedK.csv"
@@ -102,7 +99,7 @@ def write_samples(arguments: argparse.Namespace) -> Path:
     folder = folder_of(arguments)
     require_same(arguments, folder, "--sample")
     config, model, units = load_model(folder)
-    classes = distribution_of(config) if config.conditional else None
+    classes = config.make_distribution() if config.conditional else None
     jump = stepper(model, config.objective)
     path = folder / f"samples-{arguments.sample}{'' if seed is None else f'-seed{seed}'}.csv"
     seed = SAMPLING + 1 if seed is None else seed  # other noise than that of samples.csv
@@ -123,12 +120,15 @@ def prepare(arguments: argparse.Namespace) -> tuple[Run, torch.Tensor | None]:
         require_free(folder, MARKS, ways="--resume, --overwrite", overwrite=arguments.overwrite)
         new = Run(folder, ToyConfig(**given(arguments, ToyConfig)))
         new.create()
+        others = sorted(path.name for path in folder.iterdir() if path.name not in OWN_FILES)
+        if others:  # results of other commands, or the user's own
+            print(f"{folder} keeps what the earlier run did not write: {', '.join(others)}")
         return new, None
     stored = require_same(arguments, folder, "--resume")
-    if not (folder / "checkpoint.pt").is_file():
+    if not (folder / CHECKPOINT).is_file():
         raise UserError(f"{folder} holds no checkpoint to resume from; start again with --overwrite")
     gone = stored.data is not None and not Path(stored.data).exists()  # the run keeps a copy of its points
-    old = Run(folder, stored, distribution_of_run(folder, stored) if gone else None)
+    old = Run(folder, stored, load_distribution(folder, stored) if gone else None)
     return old, old.load()
 
 
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         this, sums = prepare(arguments)
     if isinstance(this.distribution, OwnPoints):
         print("\n".join(this.distribution.describe()))
-    metrics = this.results(arguments.points) if this.training.step == this.config.steps else None
+    metrics = stored_metrics(this, arguments.points) if this.training.step == this.config.steps else None
     if metrics is not None:
         print(f"{this.folder} was finished at step {this.training.step}, and measured:")
     else:
@@ -156,16 +156,16 @@ def main(argv: list[str] | None = None) -> int:
             done = f"step {this.training.step} of {this.config.steps}"
             print(f"stopped by a signal at {done} and saved; measuring what there is (Ctrl-C leaves at once)")
         with command.errors("the same command with --resume measures and draws"):
-            metrics = this.report(arguments.points)
+            metrics = write_report(this, arguments.points)
     print(table(metrics["nfe"]))
     kind = OBJECTIVES[this.config.objective]
     if not kind.learns_jumps:
         print("flow matching learns no jumps: its steps are Euler's, of which it needs many")
     elif kind.one_step_only:
-        print("a consistency model learns jumps to s = 0 alone: one step; pictures of other jumps show the untaught")
+        print("a consistency model is trained for one step only; ignore the pictures of other jumps")
     seconds = metrics["seconds"]
     spent = f"{seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all"
-    print(f"{spent}; pictures and figures: {this.folder}")
+    print(f"{spent}; pictures and metrics: {this.folder}")
     if this.training.step < this.config.steps:
         print("go on: the same command with --resume")
         return INTERRUPTED

@@ -12,7 +12,9 @@ from tvm_ref.cli.options import check_types, flag, option, read_settings, requir
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.objectives import OBJECTIVES, Objective
 from tvm_ref.time_samplers import TIME_SAMPLERS, TimeSampler
-from tvm_ref.toy.data.distributions import DISTRIBUTIONS
+from tvm_ref.toy.data.distributions import DISTRIBUTIONS, make_distribution
+from tvm_ref.toy.data.mixture import GaussianMixture
+from tvm_ref.toy.data.points import load_points
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,21 @@ class ToyConfig:
         """Whether classifier-free guidance is learned: w other than 1."""
         return self.w != 1
 
+    def make_distribution(self) -> GaussianMixture:
+        """Make the distribution to learn.
+
+        Raises:
+            UserError, OSError: points that cannot be used, or classes asked of data without.
+        """
+        if self.data is not None:
+            return load_points(Path(self.data), self.bandwidth)
+        distribution = make_distribution(self.dist)
+        if self.conditional and not distribution.num_classes:
+            raise UserError(
+                f"--conditional needs classes, and {self.dist} has none (moons, circles, eight_gaussians do)"
+            )
+        return distribution
+
     def sampler(self) -> TimeSampler:
         """Make the sampler of training's times."""
         law = None if self.time_sampler == "own" else TimeSampler(self.time_sampler)
@@ -118,5 +135,5 @@ class ToyConfig:
 
 
 def use_one_thread() -> None:
-    """Compute on one thread: a second is no faster on tensors this small, and waits for the first on a busy machine."""
+    """Compute on one thread: a second one is no faster on tensors this small, and much slower on a busy machine."""
     torch.set_num_threads(1)

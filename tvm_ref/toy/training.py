@@ -2,8 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +22,10 @@ from tvm_ref.toy.network import ToyNetwork
 BLOCK = 50  # steps whose data are drawn at once, to spare small calls
 WARMUP = 200  # steps of linear warm-up
 CLIP = 1.0  # largest norm of the gradient
-LABEL_DROPOUT = 0.1  # share of labels replaced by "no class"
+LABEL_DROPOUT = 0.1  # fraction of labels replaced by "no class"
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """Data of one step, or of a block of steps: data x0, noise x1, times and condition, each [B, ...]."""
 
     x0: Tensor
@@ -35,9 +33,18 @@ class Batch:
     times: Times
     condition: Condition | None
 
+    def rows(self, part: slice, device: str) -> "Batch":
+        """Return some samples, on a device."""
+        condition = None if self.condition is None else Condition(*(a[part].to(device) for a in self.condition))
+        times = Times(*(a[part].to(device) for a in self.times))
+        return Batch(self.x0[part].to(device), self.x1[part].to(device), times, condition)
+
 
 def draw_block(config: ToyConfig, distribution: GaussianMixture, block: int) -> list[Batch]:
-    """Draw the batches of steps block * BLOCK, ..., (block + 1) * BLOCK - 1, a pure function of (seed, block)."""
+    """Draw the batches of steps block * BLOCK, ..., (block + 1) * BLOCK - 1, a pure function of (seed, block).
+
+    One Sobol point per sample decides its noise, its data and its times, so that all three fill their space evenly.
+    """
     n, dim = BLOCK * config.batch_size, distribution.dim
     u = uniform_numbers(n, 5 + 2 * dim, config.seed, block)
     x1 = torch.special.ndtri(u[:, :dim]).float()
@@ -50,19 +57,8 @@ def draw_block(config: ToyConfig, distribution: GaussianMixture, block: int) -> 
         generator = generator_of(config.seed, block)
         condition = drop_labels(condition, distribution.num_classes, LABEL_DROPOUT, generator=generator)
 
-    def split(a: Tensor) -> list[Tensor]:
-        return list(a.to(config.device).split(config.batch_size))
-
-    return [
-        Batch(x0, x1, Times(*times), Condition(*condition) if condition else None)
-        for x0, x1, times, condition in zip(
-            split(x0),
-            split(x1),
-            zip(*map(split, times), strict=True),
-            zip(*map(split, condition), strict=True) if condition else [None] * BLOCK,
-            strict=True,
-        )
-    ]
+    whole = Batch(x0, x1, Times(*times), condition)
+    return [whole.rows(slice(i, i + config.batch_size), config.device) for i in range(0, n, config.batch_size)]
 
 
 def learning_rate(config: ToyConfig, step: int) -> float:
@@ -119,7 +115,8 @@ class Training:
         # data x0, noise x1, and times t >= s and s' from the sampler (sec. 7.3); classes, some dropped (sec. 3)
         batch = self.batch(self.step)
         self.objective.set_progress(self.step / self.config.steps)  # for methods with a curriculum
-        # both terms of eq. 12 (with classes eq. 15); the target network theta* takes no gradient
+        # TVM.forward, unless --objective says otherwise: both terms of eq. 12 (with classes eq. 15), where the target
+        # network theta* takes no gradient
         terms = self.objective(batch.x0, batch.x1, batch.times, batch.condition, self.target.module)
         self._require_finite(terms)
         # the gradient in theta, through d/ds f as well: backward through a forward JVP (eq. 17)
@@ -139,9 +136,7 @@ class Training:
         try:
             terms.check_finite()
         except FloatingPointError as error:
-            raise FloatingPointError(
-                f"training diverged at step {self.step}: {error}; a smaller --lr may help"
-            ) from None
+            raise FloatingPointError(f"training diverged at step {self.step}: {error}; a smaller lr may help") from None
 
     def state_dict(self) -> dict[str, Any]:
         """Gather everything that continues this training bit for bit, as tensors and plain numbers."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tvm_ref.toy.data.distributions import make_distribution
-from tvm_ref.toy.report.metrics import FIGURES, evaluate, low_density, make_reference
+from tvm_ref.toy.report.metrics import METRICS, evaluate, low_density, make_reference
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def reference():
 
 def test_the_exact_flow_has_no_error(reference):
     figures = evaluate(reference.distribution.jump, reference, 1)
-    assert tuple(figures) == FIGURES
+    assert tuple(figures) == METRICS
     assert figures["paired_rmse"] < 1e-5
     assert figures["w2_same_noise"] < 1e-5
     assert figures["w2_data"] == pytest.approx(figures["w2_floor"], abs=1e-5)

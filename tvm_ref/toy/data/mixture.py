@@ -17,7 +17,6 @@ from torch import Tensor
 from tvm_ref.guidance import Condition
 from tvm_ref.objectives import Flow
 from tvm_ref.shapes import Labels, PerSample, Sample, Time, check_batch, check_times, over
-from tvm_ref.toy.data.units import Units
 
 MAX_PAIRS = 2**17  # points x centres held at once: 1 MiB of float64, which a core's cache holds
 RK4_STEPS = 48  # an RMS error under 1e-5 on every distribution of this package
@@ -53,8 +52,6 @@ def exact_path(oracle: Flow, x_t: Sample, s: Tensor, scale: float, condition: Co
 class GaussianMixture:
     """Data distribution sum_k w_k N(m_k, sigma^2 I) together with its exact probability flow.
 
-    Its `units` say what the standardised plane means in the data's own; by default they are the same.
-
     Args:
         centres: [K, D] means m_k.
         sigma: bandwidth, the standard deviation of every component around its centre.
@@ -80,7 +77,6 @@ class GaussianMixture:
         self.sigma = float(sigma)
         self.log_weights = (weights.double() / weights.sum()).log()
         self.labels = labels
-        self.units = Units()
 
     @property
     def dim(self) -> int:

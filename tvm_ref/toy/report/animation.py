@@ -20,6 +20,7 @@ from tvm_ref.cli.options import run as run_command
 from tvm_ref.cli.progress import progress
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.sampling import sample_path
+from tvm_ref.seeding import EVALUATION
 from tvm_ref.toy.config import use_one_thread
 from tvm_ref.toy.run import load_run
 
@@ -28,7 +29,7 @@ STEPS = 40  # of the left picture: one per frame
 
 
 def paths(run: Path) -> tuple[list[float], Tensor, Tensor]:
-    """Times [S + 1] from 1 to 0, and at each the same noise by the exact flow and by one jump: [S + 1, N, 2].
+    """Return times [S + 1] from 1 to 0, and at each the same noise by the exact flow and by one jump: [S + 1, N, 2].
 
     Raises:
         ValueError, OSError: a folder without a finished run, or one with classes or without jumps.
@@ -38,7 +39,7 @@ def paths(run: Path) -> tuple[list[float], Tensor, Tensor]:
         raise UserError(f"{run} is conditioned on classes; this animation shows runs without --conditional")
     if not OBJECTIVES[config.objective].learns_jumps:
         raise UserError(f"{run} was trained by --objective {config.objective}, which teaches no jumps")
-    noise = torch.randn(POINTS, 2, generator=torch.Generator().manual_seed(2**40))
+    noise = torch.randn(POINTS, 2, generator=torch.Generator().manual_seed(EVALUATION))
     times = [1 - i / STEPS for i in range(STEPS + 1)]
     print(f"carrying {POINTS} points by the exact flow, in {STEPS} steps")
     exact = torch.stack(sample_path(distribution.jump, noise, times))

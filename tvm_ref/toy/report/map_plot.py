@@ -10,8 +10,8 @@ from torch import Tensor
 from tvm_ref.guidance import Condition
 from tvm_ref.sampling import EulerStep, Jump, sample
 from tvm_ref.toy.data.mixture import GaussianMixture
-from tvm_ref.toy.data.points import OwnPoints
-from tvm_ref.toy.report.metrics import Reference, exact_samples
+from tvm_ref.toy.data.points import OwnPoints, units_of
+from tvm_ref.toy.report.metrics import EULER_STEPS, Reference, exact_samples
 from tvm_ref.toy.report.plots import (
     GREY,
     STYLE,
@@ -23,7 +23,6 @@ from tvm_ref.toy.report.plots import (
     set_window,
     use_units,
 )
-from tvm_ref.toy.report.samples import EULER_STEPS
 
 RADII, RAYS = (0.5, 1.0, 1.5, 2.0, 2.5), 24
 GAP = 0.05  # between neighbouring points of a line, at most; data have unit variance
@@ -62,7 +61,7 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference) ->
         if ax is not axes[0]:
             if isinstance(distribution, OwnPoints):
                 use_units(ax, distribution)
-            x, dots = distribution.units.restore(x), distribution.units.restore(data)
+            x, dots = units_of(distribution).restore(x), units_of(distribution).restore(data)
             scatter(ax, dots, s=dot_size(dots), c=GREY, alpha=0.4, linewidths=0)
         pieces = x.split([len(line) for line in lines])
         for piece, hue in zip(pieces[:RAYS], hues, strict=True):

@@ -22,9 +22,8 @@ from torch import Tensor
 from tvm_ref.guidance import Condition
 from tvm_ref.sampling import EulerStep, Jump, sample, sample_path
 from tvm_ref.toy.data.mixture import GaussianMixture, exact_path
-from tvm_ref.toy.data.points import OwnPoints
-from tvm_ref.toy.report.metrics import Reference
-from tvm_ref.toy.report.samples import EULER_STEPS
+from tvm_ref.toy.data.points import OwnPoints, units_of
+from tvm_ref.toy.report.metrics import EULER_STEPS, Reference
 
 # Okabe and Ito's palette, told apart with every common colour blindness
 BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#D55E00"
@@ -135,7 +134,7 @@ def plot_samples(
         if own and ax is not axes[0]:
             _say_what_is_outside(ax, x)
             use_units(ax, distribution)
-            x = distribution.units.restore(x)
+            x = units_of(distribution).restore(x)
         scatter(ax, x, s=dot_size(x), c=colours_of(condition, len(x)), alpha=0.5, linewidths=0, rasterized=True)
     if isinstance(jump, EulerStep) and 1 in nfes:
         note = "one straight step\ntakes all noise to\nthe mean of the data"
@@ -157,11 +156,11 @@ def _say_what_is_outside(ax: Axes, x: Tensor) -> None:
 
 def use_units(ax: Axes, distribution: GaussianMixture) -> None:
     """Turn a panel of standardised data into one in the data's own units, with its axes."""
-    corners = distribution.units.restore(torch.tensor([*zip(ax.get_xlim(), ax.get_ylim(), strict=True)]))
+    corners = units_of(distribution).restore(torch.tensor([*zip(ax.get_xlim(), ax.get_ylim(), strict=True)]))
     ax.set(aspect="auto", box_aspect=1, xlim=corners[:, 0].tolist(), ylim=corners[:, 1].tolist())
     ax.set_axis_on()
     ax.tick_params(labelsize=8)
-    for axis, column in zip((ax.xaxis, ax.yaxis), distribution.units.columns, strict=True):
+    for axis, column in zip((ax.xaxis, ax.yaxis), units_of(distribution).columns, strict=True):
         axis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
         axis.set_label_text(column, fontsize=9)
 
@@ -189,7 +188,7 @@ def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Refe
     figure, axes = make_figure(2, 5.0)
     set_window(axes, reference.data)
     colours = colours_of(first, n)
-    own, restore = isinstance(distribution, OwnPoints), distribution.units.restore
+    own, restore = isinstance(distribution, OwnPoints), units_of(distribution).restore
     data = restore(reference.data)
     for ax, (title, path_states) in zip(axes, panels.items(), strict=True):
         if own:

@@ -1,9 +1,13 @@
+import dataclasses
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.run import Run, read_config
-from tvm_ref.toy.snapshots import SNAPSHOTS, load_snapshots, snapshot_steps
+from tvm_ref.toy.run import FORMAT, SNAPSHOTS, Run, load_run, load_snapshots, read_config, snapshot_steps
+from tvm_ref.toy.training import Training
 
 SMALL = ToyConfig(batch_size=16, width=8, depth=2, steps=100)
 
@@ -61,3 +65,43 @@ def test_a_run_without_snapshots_goes_on(tmp_path):
     assert load_snapshots(tmp_path) == {}
     assert Run(tmp_path, SMALL).train()
     assert list(load_snapshots(tmp_path)) == sorted(snapshot_steps(100))
+
+
+def test_the_log_is_written_as_it_goes(tmp_path, monkeypatch):
+    """It once stayed empty until the first checkpoint."""
+    run, seen = fresh(tmp_path), []
+    step = Training.train_step
+
+    def reading(self):
+        seen.append((tmp_path / "train.jsonl").read_text().count("\n"))
+        return step(self)
+
+    monkeypatch.setattr(Training, "train_step", reading)
+    assert run.train()
+    assert seen == [0] * 50 + [1] * 50
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ToyConfig)])
+def test_a_configuration_from_before_a_field_was_added_is_read(tmp_path, name):
+    """Its default changes nothing; what is not known is refused."""
+    fresh(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["format"] == FORMAT
+    del stored[name]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert read_config(tmp_path) == dataclasses.replace(SMALL, **{name: getattr(ToyConfig(), name)})
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"colour": "red"}))
+    with pytest.raises(ValueError, match="colour"):
+        read_config(tmp_path)
+
+
+def test_weights_say_which_format_they_have(tmp_path):
+    run = fresh(tmp_path)
+    run.write_weights()
+    assert load_run(tmp_path)[0] == SMALL
+    weights = run.training.ema.module.network.state_dict()
+    save_file(weights, tmp_path / "weights.safetensors", {"format": str(FORMAT + 1)})
+    with pytest.raises(ValueError, match="later version"):
+        load_run(tmp_path)
+    save_file(weights, tmp_path / "weights.safetensors")  # from before they did
+    assert load_run(tmp_path)[0] == SMALL

@@ -1,0 +1,124 @@
+"""The report of a run: measure its evaluation weights, draw them, and write samples as a table."""
+
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+
+from tvm_ref.cli.files import write_atomically
+from tvm_ref.cli.progress import progress
+from tvm_ref.guidance import Condition
+from tvm_ref.interpolant import interpolate
+from tvm_ref.objectives import OBJECTIVES, ResidualObjective
+from tvm_ref.sampling import Jump, sample
+from tvm_ref.seeding import SAMPLING
+from tvm_ref.toy.config import ToyConfig
+from tvm_ref.toy.data.mixture import GaussianMixture
+from tvm_ref.toy.data.points import OwnPoints, Units, units_of
+from tvm_ref.toy.report.metrics import EULER_STEPS, NFES, evaluate, make_reference
+from tvm_ref.toy.run import METRICS, PICTURES, SAMPLES, WEIGHTS, Run
+from tvm_ref.toy.training import draw_block
+
+BAR = "measuring and drawing: {percentage:3.0f}%|{bar}| {elapsed}"
+
+
+def write_report(run: Run, points: int) -> dict[str, Any]:
+    """Measure and draw with progress; write weights, samples, pictures and metrics.json, and return the metrics."""
+    from tvm_ref.toy.report import plots  # matplotlib, which --help need not wait for
+    from tvm_ref.toy.report.map_plot import plot_map
+
+    config, data, jump = run.config, run.distribution, run.training.evaluated
+    for name in (METRICS, *PICTURES):  # those of other weights must not stand next to these
+        run.path(name).unlink(missing_ok=True)
+    run.write_weights()
+    if isinstance(data, OwnPoints):
+        write_atomically(run.path(SAMPLES), samples_table(config, jump, units_of(data), points))
+    kind = OBJECTIVES[config.objective]
+    nfes = NFES[:1] if kind.one_step_only else NFES if kind.learns_jumps else (*NFES, EULER_STEPS)
+    shown = nfes if kind.one_step_only else None
+    with progress(total=1 + len(nfes) + len(PICTURES), file=sys.stdout, mininterval=0.1, bar_format=BAR) as bar:
+        reference = make_reference(data, w=config.w if config.conditional else None, points=points)
+        bar.update()
+        nfe = {}
+        for n in nfes:
+            nfe[str(n)] = evaluate(jump, reference, n)
+            bar.update()
+        for name, draw in {
+            "samples.png": lambda: plots.plot_samples(data, jump, reference, shown),
+            "trajectories.png": lambda: plots.plot_trajectories(data, jump, reference),
+            "map.png": lambda: plot_map(data, jump, reference),
+            "losses.png": lambda: plots.plot_losses(run.log, least_flow_matching_loss(run)),
+        }.items():
+            plots.save_figure(draw(), run.path(name))
+            bar.update()
+    training = run.training.seconds
+    total = time.perf_counter() - run.started + run.earlier
+    metrics = {
+        "nfe": nfe,
+        "seconds": {"training": round(training, 2), "total": round(total, 2)},
+        "steps": {"done": run.training.step, "planned": config.steps},
+        "points": points,
+    }
+    write_atomically(run.path(METRICS), json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def stored_metrics(run: Run, points: int) -> dict[str, Any] | None:
+    """Return metrics.json if it is of these weights and of so many points, and all files are there; else None."""
+    if not all(run.path(name).is_file() for name in (WEIGHTS, METRICS, *PICTURES)):
+        return None
+    try:
+        metrics: dict[str, Any] = json.loads(run.path(METRICS).read_text())
+        current = metrics["steps"]["done"] == run.training.step and metrics["points"] == points
+        return metrics if current and metrics["nfe"] and metrics["seconds"] else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def least_flow_matching_loss(run: Run) -> float | None:
+    """Measure the flow-matching loss of the exact velocity: the mean variance of v given x_t.
+
+    That is less noisy than a mean of squared errors. None for objectives whose term covers only some of the samples, or
+    is weighted.
+    """
+    if isinstance(run.training.objective, ResidualObjective):
+        return None
+    variances = []
+    for batch in draw_block(dataclasses.replace(run.config, device="cpu"), run.distribution, 0):
+        x, label = interpolate(batch.x0, batch.x1, batch.times.s_prime), batch.condition and batch.condition.label
+        variances.append(run.distribution.velocity_variance(x, batch.times.s_prime, label).mean())
+    return float(torch.stack(variances).mean())
+
+
+def samples_table(
+    config: ToyConfig,
+    jump: Jump,
+    units: Units,
+    points: int,
+    seed: int = SAMPLING,
+    classes: GaussianMixture | None = None,
+) -> str:
+    """Draw samples in one step (in 64 Euler steps where no jumps were learned) and write them as comma-separated text.
+
+    Args:
+        config: what the model was trained with.
+        jump: how it takes a step.
+        units: of the data.
+        points: rows of the table, next to the line of names.
+        seed: of the noise.
+        classes: the distribution whose classes a conditional model is asked for, and which become a last column.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise, names, label, condition = torch.randn(points, 2, generator=generator), [*units.columns], None, None
+    if classes is not None:
+        label = classes.sample(points, generator)[1]
+        condition, names = Condition(label, torch.full((points,), 1 / config.w)), [*names, "class"]
+    steps = 1 if OBJECTIVES[config.objective].learns_jumps else EULER_STEPS
+    x = units.restore(sample(jump, noise, steps, condition))
+    rows = [",".join(f"{a:.10g}" for a in row) for row in x.tolist()]
+    if label is not None:
+        rows = [f"{row},{c}" for row, c in zip(rows, label.tolist(), strict=True)]
+    return "\n".join([",".join(names), *rows]) + "\n"
