@@ -20,9 +20,8 @@ from imagenet.data.noise import PRIOR, normal
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import LATENT_SIDE, NORMALISATION, VAE, Normalisation, decode, load_vae
 from imagenet.weights import load_weights, read_provenance
-from tvm_ref import Condition, FlowMap, sample
+from tvm_ref import OBJECTIVES, Condition, FlowMap, sample
 from tvm_ref.cli.errors import UserError
-from tvm_ref.sampling import stepper
 
 CPU = torch.device("cpu")
 BATCH = 64  # samples at a time, where nothing else is said
@@ -71,7 +70,7 @@ class Generator:
         label = torch.tensor(self.labels(numbers), device=self.device)
         condition = Condition(label, torch.full((len(x1),), 1 / self.guidance, device=self.device))
         with self._autocast():
-            return sample(stepper(self.flow_map, config.objective), x1, steps, condition).float()
+            return sample(OBJECTIVES[config.objective].stepper(self.flow_map), x1, steps, condition).float()
 
     def images(self, numbers: Sequence[int], steps: int) -> Pixels:
         """Draw images uint8 [B, H, W, 3]."""

@@ -1,4 +1,3 @@
-import copy
 import math
 
 import pytest
@@ -6,14 +5,11 @@ import torch
 from torch import Tensor
 
 from tests.networks import Waves, some_times
-from tvm_ref.flow_map import DIFFERENCE, Factor, FlowMap
+from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.shapes import over
 
 SHAPES = [(5, 2), (3, 4, 2, 2)]
-SINE = Factor(  # gamma(t, s) = sin(s) - sin(t): another factor that vanishes at s = t
-    gamma=lambda t, s: s.sin() - t.sin(), gamma_ds=lambda t, s: s.cos()
-)
 
 
 def setup(shape: tuple[int, ...], **options) -> tuple[FlowMap, Waves, Tensor, Tensor, Tensor]:
@@ -35,32 +31,17 @@ def test_displacement_and_its_derivative_equal_closed_form(shape):
     torch.testing.assert_close(flow_map.velocity(x, t), network(x, t, t), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("factor", [DIFFERENCE, SINE], ids=["difference", "sine"])
-def test_jvp_against_central_differences_has_slope_two(factor):
-    flow_map, _, x, t, s = setup((64, 2), factor=factor)
+def test_jvp_against_central_differences_has_slope_two():
+    flow_map, _, x, t, s = setup((64, 2))
     t, s = 0.2 + 0.7 * t, 0.1 + 0.7 * s
     exact = flow_map.displacement_and_terminal_velocity(x, t, s)[1]
     steps = [2.0**-k for k in (4, 5, 6, 7)]
     errors = []
     for h in steps:
-        ahead, behind = (
-            flow_map._scale(factor.gamma(t, s + h), x, None),
-            flow_map._scale(factor.gamma(t, s - h), x, None),
-        )
-        difference = ahead * flow_map.network(x, t, s + h) - behind * flow_map.network(x, t, s - h)
-        errors.append(float((difference / (2 * h) - exact).detach().norm()))
+        ahead, behind = (over(s + e - t, x) * flow_map.network(x, t, s + e) for e in (h, -h))
+        errors.append(float(((ahead - behind) / (2 * h) - exact).detach().norm()))
     slope = math.log(errors[0] / errors[-1]) / math.log(steps[0] / steps[-1])
     assert slope == pytest.approx(2, abs=0.02)
-
-
-def test_general_factor_equals_closed_form_and_keeps_the_velocity_condition():
-    flow_map, network, x, t, s = setup((5, 2), factor=SINE)
-    f, df_ds = flow_map.displacement_and_terminal_velocity(x, t, s)
-    F = network(x, t, s)
-    torch.testing.assert_close(f, over(s.sin() - t.sin(), x) * F)
-    torch.testing.assert_close(df_ds, over(s.cos(), x) * F + over(s.sin() - t.sin(), x) * network.ds(x, t, s))
-    at_t = flow_map.displacement_and_terminal_velocity(x, t, t)[1]  # eq. 21: u(x, t) = d/ds f at s = t
-    torch.testing.assert_close(flow_map.velocity(x, t), at_t)
 
 
 def test_value_and_tangent_come_from_one_call():
@@ -155,28 +136,11 @@ def test_condition_of_wrong_size_raises():
         flow_map.jump(x, t, s, Condition(torch.zeros(4, dtype=torch.long), torch.ones(4)))
 
 
-def test_mean_flow_derivative_refuses_other_factors():
-    flow_map, _, x, t, s = setup((5, 2), factor=SINE)
-    with pytest.raises(ValueError, match="factor"):
-        flow_map.average_velocity_and_total_derivative(x, t, s, x)
-
-
-def test_average_velocity_needs_the_factor_s_minus_t_and_knows_it_in_a_copy():
-    """A deep copy, as EMA makes, holds another tuple of the same functions."""
-    flow_map, network, x, t, s = setup((5, 2))
-    torch.testing.assert_close(copy.deepcopy(flow_map).average_velocity(x, t, s), network(x, t, s))
-    other = setup((5, 2), factor=SINE)[0]
-    with pytest.raises(ValueError, match="factor s - t alone"):
-        other.average_velocity(x, t, s)
-    with pytest.raises(ValueError, match="factor s - t alone"):
-        other.average_velocity_and_total_derivative(x, t, s, x)
-
-
 def test_derivatives_take_times_that_share_memory():
     flow_map, _, x, _, _ = setup((5, 2))
     t, s = torch.tensor([0.7], dtype=torch.float64), torch.tensor([0.2], dtype=torch.float64)
     for method in (
         flow_map.displacement_and_terminal_velocity,
-        lambda x, t, s: flow_map.average_velocity_and_total_derivative(x, t, s, x),
+        lambda x, t, s: flow_map.F_and_total_derivative(x, t, s, x),
     ):
         torch.testing.assert_close(method(x, t.expand(5), s.expand(5)), method(x, t.repeat(5), s.repeat(5)))

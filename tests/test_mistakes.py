@@ -93,7 +93,7 @@ MISTAKES = {  # what is done: how, which error, what it says
     ),
     "a network without condition": (lambda m: FlowMap(Unconditional()), TypeError, r"takes \(x.*, t.*, s.*\)"),
     "plain attention": (lambda m: loss(FlowMap(Layer(Attention()))), NotImplementedError, "jvp_attention.attention"),
-    "batch norm": (lambda m: loss(FlowMap(Layer(nn.BatchNorm1d(4).double()))), RuntimeError, "GroupNorm or LayerNorm"),
+    "batch norm": (lambda m: loss(FlowMap(Layer(nn.BatchNorm1d(4).double()))), RuntimeError, "GroupNorm or RMSNorm"),
 }
 
 

@@ -123,7 +123,7 @@ def test_same_generator_same_times():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "uniform"}, "unknown time sampler"),
+        ({"kind": "uniform"}, "kind must be one of"),
         ({"first": (0.0, 0.0)}, "standard deviation"),
         ({"second": (0.0, float("nan"))}, "standard deviation"),
         ({"first": (float("nan"), 1.0)}, "mean"),

@@ -4,7 +4,7 @@ Written for x: [B, ...]. Time 0 is data, time 1 is noise; times are tensors [B] 
 """
 
 from tvm_ref.ema import EMA
-from tvm_ref.flow_map import DIFFERENCE, Factor, FlowMap
+from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition, draw_beta, drop_labels, guided_velocity, without_label
 from tvm_ref.interpolant import conditional_velocity, interpolate
 from tvm_ref.layers import Linear
@@ -14,7 +14,6 @@ from tvm_ref.time_samplers import TIME_SAMPLERS, Times, TimeSampler
 
 __version__ = "0.2.0"
 __all__ = [
-    "DIFFERENCE",
     "EMA",
     "OBJECTIVES",
     "PID",
@@ -22,7 +21,6 @@ __all__ = [
     "TVM",
     "Condition",
     "EulerStep",
-    "Factor",
     "FlowMap",
     "FlowMatching",
     "Linear",

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tvm_ref.checks import require
+
 
 def wasserstein2(x: Tensor, y: Tensor) -> float:
     """Measure W2 between the empirical measures of x [N, D] and y [M, D]: the exact optimal transport cost, its root.
@@ -18,10 +20,9 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
         ValueError: clouds that are empty, of different dimension, or not finite.
     """
     a, b = (np.asarray(cloud.detach().cpu(), dtype=np.float64) for cloud in (x, y))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
-        raise ValueError(f"W2 needs clouds of shape [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("W2 needs finite points")
+    fit = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[1] and len(a) > 0 and len(b) > 0
+    require(fit, f"W2 needs clouds of shape [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
+    require(bool(np.isfinite(a).all() and np.isfinite(b).all()), "W2 needs finite points")
     if len(a) == len(b) and np.square(a - b).sum() < 0.02 * np.square(a - a.mean(0)).sum():
         from scipy.optimize import linear_sum_assignment  # half a second of CPU, which --help need not wait for
         from scipy.spatial.distance import cdist
@@ -47,8 +48,7 @@ def sampling_floor(
     Raises:
         ValueError: fewer than one repeat.
     """
-    if repeats < 1:
-        raise ValueError(f"the sampling floor needs at least one repeat, got {repeats}")
+    require(repeats >= 1, f"the sampling floor needs at least one repeat, got {repeats}")
     generator = torch.Generator().manual_seed(seed)
     values = [wasserstein2(draw(points, generator), draw(points, generator)) for _ in range(repeats)]
     return statistics.fmean(values), statistics.pstdev(values)

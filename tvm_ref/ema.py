@@ -6,6 +6,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tvm_ref.checks import require
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -24,8 +26,7 @@ class EMA(Generic[M]):
     """
 
     def __init__(self, module: M, decay: float):
-        if not 0 <= decay <= 1:
-            raise ValueError(f"the EMA decay must lie in [0, 1], got {decay}")
+        require(0 <= decay <= 1, f"the EMA decay must lie in [0, 1], got {decay}")
         self.module: M = copy.deepcopy(module).requires_grad_(False)
         self.decay = decay
         self.updates = 0

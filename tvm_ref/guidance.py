@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tvm_ref.checks import checked_labels, require
 from tvm_ref.shapes import Labels, PerSample, Sample, over
 
 
@@ -28,12 +29,13 @@ def draw_beta(
     Raises:
         ValueError: unless 0 < w_min <= w_max.
     """
-    if not 0 < w_min <= w_max:
-        raise ValueError(f"guidance weights must satisfy 0 < w_min <= w_max, got {w_min} and {w_max}")
+    require(0 < w_min <= w_max, f"guidance weights must satisfy 0 < w_min <= w_max, got {w_min} and {w_max}")
+    # uniform in beta = 1/w, not in w: the network is conditioned on beta, which stays within (0, 1]
     u = torch.rand(n, generator=generator, device=device)
     return 1 / w_max + (1 / w_min - 1 / w_max) * u
 
 
+@checked_labels
 def drop_labels(
     condition: Condition, null_label: int, rate: float = 0.1, *, generator: torch.Generator | None = None
 ) -> Condition:
@@ -43,19 +45,15 @@ def drop_labels(
         ValueError: a rate outside [0, 1].
         TypeError: labels without beta.
     """
-    if not isinstance(condition, Condition):
-        raise TypeError(f"drop_labels takes Condition(label, beta), got {type(condition).__name__}")
-    if not 0 <= rate <= 1:
-        raise ValueError(f"the label dropout rate must lie in [0, 1], got {rate}")
-    label, beta = condition
-    dropped = torch.rand(len(label), generator=generator, device=label.device) < rate
-    return without_label(Condition(label, beta), null_label, dropped)
+    dropped = torch.rand(len(condition.label), generator=generator, device=condition.label.device) < rate
+    return without_label(condition, null_label, dropped)
 
 
 def without_label(condition: Condition, null_label: int, where: Tensor | None = None) -> Condition:
     """Take the class from a condition (label null, w = 1): for all samples, or where `where` [B] is true."""
     label, beta = condition
     where = torch.ones_like(label, dtype=torch.bool) if where is None else where
+    # without a class there is nothing to guide towards, so w = 1 goes with the null label
     return Condition(label.masked_fill(where, null_label), beta.masked_fill(where, 1.0))
 
 
@@ -65,4 +63,5 @@ def guided_velocity(conditional: Sample, unconditional: Sample, beta: PerSample)
     With the conditional velocity v for u(x, c) it is the target of eq. 14.
     """
     w = over(1 / beta, conditional)
+    # w > 1 goes beyond the conditional velocity, away from the unconditional one
     return w * conditional + (1 - w) * unconditional

@@ -4,12 +4,11 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tvm_ref.ema import EMA
-from tvm_ref.flow_map import FlowMap
+from tvm_ref.checks import check_sampling, require
+from tvm_ref.flow_map import Flow
 from tvm_ref.guidance import Condition
-from tvm_ref.objectives import OBJECTIVES, Flow
 from tvm_ref.shapes import Sample, Time, over
 
 Jump = Callable[[Tensor, Tensor, Tensor, Condition | None], Tensor]
@@ -21,8 +20,7 @@ def uniform_times(steps: int) -> list[float]:
     Raises:
         ValueError: fewer than one step.
     """
-    if steps < 1:
-        raise ValueError(f"sampling needs at least one step, got {steps}")
+    require(steps >= 1, f"sampling needs at least one step, got {steps}")
     return [1 - i / steps for i in range(steps + 1)]
 
 
@@ -43,18 +41,13 @@ def sample_path(
         TypeError: an EMA, whose .module is meant; a network that is not wrapped in a FlowMap: it gives average
             velocities F, not states. A number of steps that is no whole number.
     """
-    if isinstance(jump, EMA):
-        raise TypeError("an EMA holds a model and is none: sample from its .module")
-    if isinstance(jump, nn.Module) and not hasattr(jump, "displacement"):
-        raise TypeError(f"{type(jump).__name__} is a network, not a flow map; wrap it: FlowMap(network)")
-    if isinstance(times, float):
-        raise TypeError(f"times must be a number of steps, as 1, or a grid, as [1.0, 0.5, 0.0]; got {times}")
-    grid = uniform_times(times) if isinstance(times, int) else [float(a) for a in times]
-    if len(grid) < 2 or not all(1 >= a > b >= 0 for a, b in itertools.pairwise(grid)):
-        raise ValueError(f"a time grid must fall strictly within [0, 1] and hold at least two times, got {grid}")
+    check_sampling(jump, times)
+    # the paper's slice of its grid drops the last time, 0, and with it the last step; ours ends at the data
+    grid = uniform_times(times) if isinstance(times, int) else [float(time) for time in times]
     path = [x1]
     for t, s in itertools.pairwise(grid):
         x = path[-1]
+        # all samples take the same step; a flow map takes it in one evaluation, however long it is
         path.append(jump(x, x.new_full((len(x),), t), x.new_full((len(x),), s), condition))
     return path
 
@@ -72,9 +65,5 @@ class EulerStep:
 
     def __call__(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
         """Return the state [B, ...] at times s [B]."""
+        # a straight line along the velocity at the start: exact only where the flow is straight
         return x + over(s - t, x) * self.flow.velocity(x, t, condition)
-
-
-def stepper(flow_map: FlowMap, objective: str) -> Jump:
-    """Choose how a model trained with an objective takes a step: a jump, or, where it learned none, Euler's."""
-    return flow_map if OBJECTIVES[objective].learns_jumps else EulerStep(flow_map)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tvm_ref.checks import require, require_one_of
 from tvm_ref.shapes import Time
 
 Normal = tuple[float, float]  # mean and standard deviation of logit(time)
@@ -122,17 +123,14 @@ class TimeSampler:
     share_noise: float = 0.0  # share of samples with t set to 1, where one-step generation starts (not in the paper)
 
     def __post_init__(self) -> None:
-        if self.kind not in TIME_SAMPLERS:
-            raise ValueError(f"unknown time sampler '{self.kind}'; choose one of {', '.join(TIME_SAMPLERS)}")
-        for normal in (self.first, self.second):
-            if normal is not None and TIME_SAMPLERS[self.kind][1] is NO_NORMAL:
-                raise ValueError(f"time sampler '{self.kind}' has no mean and standard deviation")
-            if normal is not None and not normal[1] > 0:
-                raise ValueError(f"the standard deviation of logit(time) must be positive, got {normal[1]}")
-            if normal is not None and not math.isfinite(normal[0]):
-                raise ValueError(f"the mean of logit(time) must be finite, got {normal[0]}")
-        if not (self.share_equal >= 0 and self.share_noise >= 0 and self.share_equal + self.share_noise <= 1):
-            raise ValueError("share_equal and share_noise must not be negative, nor exceed 1 together")
+        require_one_of("kind", self.kind, TIME_SAMPLERS)
+        has_normal = TIME_SAMPLERS[self.kind][1] is not NO_NORMAL
+        for mean, std in (normal for normal in (self.first, self.second) if normal is not None):
+            require(has_normal, f"time sampler '{self.kind}' has no mean and standard deviation")
+            require(std > 0, f"the standard deviation of logit(time) must be positive, got {std}")
+            require(math.isfinite(mean), f"the mean of logit(time) must be finite, got {mean}")
+        shares = self.share_equal >= 0 and self.share_noise >= 0 and self.share_equal + self.share_noise <= 1
+        require(shares, "share_equal and share_noise must not be negative, nor exceed 1 together")
 
     @property
     def draws_equal_times(self) -> bool:

@@ -14,5 +14,6 @@ from jvp_attention.ready import jvp_ready
 __version__ = "0.3.0"
 __all__ = ["attention", "dual_attention", "jvp_ready", "reference"]
 
-# PyTorch's first JVP of a process uses torch.jit.script itself, and warns its caller of it
-warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+with warnings.catch_warnings():  # PyTorch's first JVP imports these rules, and warns of its own use of torch.jit.script
+    warnings.simplefilter("ignore")
+    import torch._decomp.decompositions_for_jvp  # noqa: F401

@@ -31,29 +31,6 @@ from tvm_ref.toy.run import load_run, load_snapshots
 PARTS = Path(__file__).parent / "web"  # the page, its style and its two scripts
 POINTS = 256  # noise points; a page computes all of them anew for every frame
 START = (1.5, 1.6)  # the noise of the point that is followed at first
-NAMED: dict[str, tuple[str, str]] = {  # objective: its name, and what it does
-    "tvm": ("TVM", "Terminal Velocity Matching trains d/ds f towards u at the landing point, and u by flow matching."),
-    "fm": (
-        "flow matching",
-        "Flow matching learns u alone. Its one step is Euler's, a straight line; d/ds f is u where it starts.",
-    ),
-    "lsd": ("LSD", "Lagrangian self-distillation trains d/ds f towards u at the landing point, as TVM does."),
-    "pid": (
-        "PID",
-        "Physics Informed Distillation is TVM whose jumps all start at t = 1: others were never trained.",
-    ),
-    "esd": (
-        "ESD",
-        "Eulerian self-distillation keeps the landing point where it is while the start moves along the flow.",
-    ),
-    "meanflow": ("MeanFlow", "MeanFlow trains by the velocity where a jump starts; TVM by the velocity where it ends."),
-    "imf": ("improved MeanFlow", "Improved MeanFlow trains by the velocity where a jump starts, as its own u has it."),
-    "sct": ("sCT", "A continuous-time consistency model jumps to s = 0 alone: others were never trained."),
-    "alphaflow": ("alpha-Flow", "alpha-Flow trains a jump by one from a point a part of the way on; the part shrinks."),
-    "soflow": ("SoFlow", "SoFlow trains a jump by one from a point a part of the way on; the part shrinks."),
-    "psd": ("PSD", "Progressive self-distillation trains a jump by two shorter ones, one after the other."),
-    "shortcut": ("shortcut", "A shortcut model trains a jump by two of half its length; lengths are powers of 1/2."),
-}
 
 
 def encode(numbers: Tensor) -> str:
@@ -79,7 +56,7 @@ def describe_run(folder: Path, blobs: list[str]) -> tuple[GaussianMixture, dict[
         raise UserError(f"{folder} is conditioned on classes; this page shows runs without --conditional")
     snapshots = {step: w for step, w in load_snapshots(folder).items() if step < (done := steps_done(folder, config))}
     snapshots[done] = model.network.state_dict()
-    name, what = NAMED[config.objective]
+    method = OBJECTIVES[config.objective].method
     entries = []
     for step, weights in snapshots.items():
         blob = encode(flatten(weights, config.depth))
@@ -89,8 +66,8 @@ def describe_run(folder: Path, blobs: list[str]) -> tuple[GaussianMixture, dict[
     return distribution, {
         "folder": folder.name,
         "objective": config.objective,
-        "name": name + (" (detached)" if config.settings.get("detach_jvp") else ""),
-        "help": what,
+        "name": method.title + (" (detached)" if config.settings.get("detach_jvp") else ""),
+        "help": method.summary,
         "learns_jumps": OBJECTIVES[config.objective].learns_jumps,
         "width": config.width,
         "depth": config.depth,

@@ -55,9 +55,9 @@ from tvm_ref.bound.paths import (
     terminal_velocity_residual,
 )
 from tvm_ref.distances import wasserstein2
+from tvm_ref.exact_flow import exact_path
+from tvm_ref.flow_map import Flow
 from tvm_ref.guidance import Condition
-from tvm_ref.objectives import Flow
-from tvm_ref.toy.data.mixture import exact_path
 
 LABELS = {  # of every term
     "w2": "W2 (optimal transport)",

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tvm_ref.exact_flow import exact_path
+from tvm_ref.flow_map import Flow
 from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import conditional_velocity, interpolate
-from tvm_ref.objectives import TVM, Flow
+from tvm_ref.objectives import TVM
 from tvm_ref.shapes import Sample, Time
 from tvm_ref.time_samplers import Times
-from tvm_ref.toy.data.mixture import exact_path
 
 STEPS = 128  # intervals of the time grid
 

@@ -20,25 +20,8 @@ from tvm_ref.time_samplers import Times, TimeSampler
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.network import ToyNetwork
 
-# What is measured: name, key of OBJECTIVES, settings. Without weights, unless the name says so.
-MEMBERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("TVM", "tvm", {}),
-    ("LSD", "lsd", {}),
-    ("PID", "pid", {}),
-    ("ESD, stops convex", "esd", {}),
-    ("ESD, stops full", "esd", {"stops": "full"}),
-    ("PSD, midpoint", "psd", {}),
-    ("PSD, uniform (SplitMeanFlow)", "psd", {"split": "uniform"}),
-    ("shortcut", "shortcut", {}),
-    ("improved MeanFlow", "imf", {"power": 0}),
-    ("MeanFlow", "meanflow", {"power": 0}),
-    ("MeanFlow, adaptive weight", "meanflow", {}),
-    ("sCT", "sct", {"constant": None}),
-    ("sCT, tangent normalised", "sct", {}),
-    ("alpha-Flow, alpha 0.5", "alphaflow", {"alpha": 0.5, "power": 0}),
-    ("alpha-Flow, alpha 0.05", "alphaflow", {"alpha": 0.05, "power": 0}),
-    ("SoFlow, alpha 0.002", "soflow", {"first": 0.002, "last": 0.002, "power": 0}),
-)
+# What is measured: name, key of OBJECTIVES, settings
+MEMBERS = tuple((name, key, settings) for key, kind in OBJECTIVES.items() for name, settings in kind.method.measured_as)
 
 
 class ExactNetwork(nn.Module):

@@ -21,10 +21,11 @@ from tvm_ref.cli.errors import user_files
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.cli.options import run
 from tvm_ref.cli.progress import progress
+from tvm_ref.exact_flow import exact_path
 from tvm_ref.experiments.bound_over_training import end, make_parser, prepare
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.toy.config import ToyConfig, use_one_thread
-from tvm_ref.toy.data.mixture import GaussianMixture, exact_path
+from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.network import ToyNetwork
 from tvm_ref.toy.training import Training
 

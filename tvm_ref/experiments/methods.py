@@ -9,31 +9,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "TVM": {},
     "TVM, noise 1/4": {"noise_share": 0.25},
     "TVM, JVP detached": {"settings": {"detach_jvp": True}},
-    "LSD": {"objective": "lsd"},
-    "PID": {"objective": "pid"},
-    "ESD": {"objective": "esd"},
-    "MeanFlow": {"objective": "meanflow"},
-    "improved MeanFlow": {"objective": "imf"},
-    "sCT": {"objective": "sct"},
-    "alpha-Flow": {"objective": "alphaflow"},
-    "SoFlow": {"objective": "soflow"},
-    "PSD": {"objective": "psd"},
-    "shortcut": {"objective": "shortcut"},
-    "flow matching": {"objective": "fm"},
+    **{kind.method.title: {"objective": key} for key, kind in OBJECTIVES.items() if key != "tvm"},
 }
-SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {  # what is swept beside the rate; the first is the method's default
-    "TVM": ({}, {"time_sampler": "trunc"}),
-    "LSD": ({}, {"settings": {"learned_weight": True}}),
-    "PID": ({}, {"time_sampler": "trunc"}),
-    "ESD": ({}, {"settings": {"stops": "full"}}),
-    "MeanFlow": ({}, {"settings": {"power": 0.0}}, {"settings": {"power": 0.0}, "equal_share": 0.5}),
-    "improved MeanFlow": ({}, {"settings": {"power": 0.0}}, {"settings": {"power": 0.0}, "equal_share": 0.25}),
-    "sCT": ({}, {"settings": {"constant": None}}),
-    "alpha-Flow": ({}, {"settings": {"power": 0.0}}),
-    "SoFlow": ({}, {"settings": {"power": 0.0}}),
-    "PSD": ({}, {"settings": {"split": "uniform"}}),
-    "shortcut": ({}, {"equal_share": 0.5}),
-}
+# what is swept beside the rate; the first is the method's default
+SETTINGS = {kind.method.title: kind.method.sweeps for kind in OBJECTIVES.values()}
 # From MeanFlow to TVM, one change at a time. With target_ema 0 the target is the model itself, stopped.
 _QUARTER = {"time_sampler": "sorted", "equal_share": 0.75}  # MeanFlow's law of times
 ABLATION: dict[str, dict[str, Any]] = {

@@ -1,13 +1,14 @@
 """Terminal Velocity Matching and its relatives: objectives that learn a flow map, on the same FlowMap.
 
-One file per identity of the flow map (see README.md here); a method is a residual, what is stopped in it, a law of
-times and a weight.
+One file per identity of the flow map (see README.md here); a method is the two sides of an equation, what is stopped
+in them, a distribution of times and a weight. A new one is a class with its record, `method`, listed in KINDS.
 """
 
 from tvm_ref.objectives.base import (
     TERMS,
-    Flow,
+    Jumps,
     LossTerms,
+    Method,
     Objective,
     ResidualObjective,
     guided_target,
@@ -21,20 +22,21 @@ from tvm_ref.objectives.semigroup import PSD, Shortcut
 from tvm_ref.objectives.tvm import TVM
 from tvm_ref.objectives.weights import AdaptiveWeight, LearnedWeight
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    "tvm": TVM,
-    "fm": FlowMatching,
-    "lsd": LSD,
-    "pid": PID,
-    "esd": ESD,
-    "meanflow": MeanFlow,
-    "imf": ImprovedMeanFlow,
-    "sct": ContinuousConsistency,
-    "alphaflow": AlphaFlow,
-    "soflow": SoFlow,
-    "psd": PSD,
-    "shortcut": Shortcut,
-}
+KINDS: tuple[type[Objective], ...] = (
+    TVM,
+    LSD,
+    PID,
+    ESD,
+    MeanFlow,
+    ImprovedMeanFlow,
+    ContinuousConsistency,
+    AlphaFlow,
+    SoFlow,
+    PSD,
+    Shortcut,
+    FlowMatching,
+)
+OBJECTIVES = {kind.method.key: kind for kind in KINDS}
 
 __all__ = [
     "ESD",
@@ -47,12 +49,13 @@ __all__ = [
     "AdaptiveWeight",
     "AlphaFlow",
     "ContinuousConsistency",
-    "Flow",
     "FlowMatching",
     "ImprovedMeanFlow",
+    "Jumps",
     "LearnedWeight",
     "LossTerms",
     "MeanFlow",
+    "Method",
     "Objective",
     "ResidualObjective",
     "Shortcut",

@@ -1,40 +1,45 @@
-"""What objectives are made of: a flow map, loss terms, the target of guidance; and a frame for those of one residual.
+"""Base classes of all objectives: loss terms, the target of guidance, and the frame of methods with one residual.
 
 Every objective is a module called as objective(x0, x1, times, condition, target) that returns LossTerms: the JVP runs
 inside its forward, so that DDP, FSDP or torch.compile can wrap it.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, NoReturn, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from tvm_ref.flow_map import FlowMap
+from tvm_ref.checks import NotALoss, check_objective, checked_loss, require, require_one_of
+from tvm_ref.flow_map import Flow, FlowMap
 from tvm_ref.guidance import Condition, guided_velocity, without_label
 from tvm_ref.interpolant import conditional_velocity, interpolate
-from tvm_ref.objectives.weights import Weight, unweighted
-from tvm_ref.shapes import PerSample, Sample, Time, over, values_are_cheap
+from tvm_ref.objectives.weights import LearnedWeight, Weight, unweighted
+from tvm_ref.sampling import EulerStep, Jump
+from tvm_ref.shapes import PerSample, Sample, Time, over
 from tvm_ref.time_samplers import Times, TimeSampler
 
 
-@runtime_checkable
-class Flow(Protocol):
-    """What TVM asks of its flow map and of its target: a FlowMap or the exact flow of a toy distribution."""
+class Method(NamedTuple):
+    """What the project says of an objective and how it measures it: every table and choice is a view of these.
 
-    def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
-        """See FlowMap.velocity."""
-        ...
+    Attributes:
+        key: its name on a command line.
+        title: its name in tables and pictures.
+        summary: one sentence on what trains its jumps.
+        sweeps: what experiments/compare.py tries: options of the toy; the first is the method's default.
+        measured_as: what experiments/family.py measures: names and settings, without adaptive weights unless named.
+    """
 
-    def displacement_and_terminal_velocity(
-        self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None, *, detach_jvp: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """See FlowMap.displacement_and_terminal_velocity."""
-        ...
+    key: str
+    title: str
+    summary: str
+    sweeps: tuple[dict[str, Any], ...] = ({},)
+    measured_as: tuple[tuple[str, dict[str, Any]], ...] = ()
 
 
 @dataclass(frozen=True)
-class LossTerms:
+class LossTerms(NotALoss):
     """The terms of an objective, one number per sample; squared norms are means over a sample's elements.
 
     Attributes:
@@ -50,10 +55,6 @@ class LossTerms:
         """[B] what training minimises the mean of."""
         return self.jump + self.flow_matching
 
-    def backward(self) -> NoReturn:
-        """Raise TypeError with what to do: these are terms per sample, and the loss is the mean of their total."""
-        raise TypeError("LossTerms are no loss, but terms per sample; take terms.total.mean().backward()")
-
     def check_finite(self) -> None:
         """Raise FloatingPointError, naming the term, if a term is NaN or infinite."""
         if bool(torch.isfinite(self.total).all()):
@@ -67,14 +68,6 @@ class LossTerms:
 TERMS = tuple(f.name for f in fields(LossTerms))
 
 
-def check_drawn(times: Times) -> None:
-    """Raise TypeError unless times are Times, as a TimeSampler draws them."""
-    if not isinstance(times, Times):
-        raise TypeError(
-            f"times must be Times(t, s, s_prime), as TimeSampler().draw(len(x0)) returns; got {type(times).__name__}"
-        )
-
-
 def mean_square(a: Sample) -> PerSample:
     """Return ||a||^2 / (number of elements) of each sample: [B, ...] to [B]."""
     return a.flatten(1).square().mean(1)
@@ -86,19 +79,11 @@ def guided_target(
     """Return what u(x, t, c, w) is regressed on (eq. 14): w v + (1 - w) u*(x, t, no class, 1); v without a null label.
 
     No gradient flows through the target's velocity u*.
-
-    Raises:
-        ValueError: guidance (beta other than 1) without a null label, values being looked at as in check_times; a null
-            label without a condition.
     """
-    if condition is None:
-        if null_label is not None:
-            raise ValueError("an objective with a null_label needs a condition: Condition(label, beta)")
+    if condition is None or null_label is None:
         return v
-    if null_label is None:
-        if values_are_cheap(v) and bool((condition.beta != 1).any()):
-            raise ValueError("guidance (beta other than 1) needs the objective's null_label")
-        return v
+    # u* stands for the unconditional velocity, which has no samples of its own here; without sg it would be trained by
+    # the guided loss as well
     with torch.no_grad():
         unconditional = target.velocity(x, t, without_label(condition, null_label))
     return guided_velocity(v, unconditional, condition.beta)
@@ -114,18 +99,20 @@ class Objective(nn.Module):
         null_label: the label that means "no class"; None where w = 1 throughout, which saves one call of the target.
 
     Attributes:
+        method: its record.
         learns_jumps: whether f(x, t, s) is trained for s < t; without, a model takes Euler steps (see stepper).
         one_step_only: whether that holds for s = 0 alone, so that a model is for one step.
         has_guidance: whether guidance (classifier-free, inside the target) is implemented for the method.
         has_curriculum: whether set_progress changes it, so that it is shaped by the number of training steps.
-        default_times: the law of times that the method's paper trains with.
-        needs_equal_times: whether the method meets the data where t = s alone; without such samples it learns nothing.
+        default_times: the distribution of times that the method's paper trains with.
+        needs_equal_times: whether the method meets the data only where t = s; without such samples it learns nothing.
 
     Raises:
         ValueError: a null label for a method without guidance.
         TypeError: a network that is not wrapped in a FlowMap.
     """
 
+    method: ClassVar[Method]
     learns_jumps: ClassVar[bool] = True
     one_step_only: ClassVar[bool] = False
     has_guidance: ClassVar[bool] = True
@@ -135,10 +122,7 @@ class Objective(nn.Module):
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None):
         super().__init__()
-        if null_label is not None and not self.has_guidance:
-            raise ValueError(f"{type(self).__name__} takes no null_label: it has no guidance here")
-        if not hasattr(flow_map, "velocity"):
-            raise TypeError(f"{type(self).__name__} trains a flow map; wrap the network: FlowMap(network)")
+        check_objective(type(self), flow_map, null_label)
         self.flow_map = flow_map
         self.null_label = null_label
 
@@ -165,12 +149,17 @@ class Objective(nn.Module):
         times = times or cls.default_times
         equal_share = cls.default_times.share_equal if equal_share is None else equal_share
         times = replace(times, share_equal=equal_share, share_noise=noise_share)
-        if cls.needs_equal_times and not times.draws_equal_times:
-            raise ValueError(f"{cls.__name__} meets the data only where t = s: equal_share must be above 0")
+        meets_data = times.draws_equal_times or not cls.needs_equal_times
+        require(meets_data, f"{cls.__name__} meets the data only where t = s: equal_share must be above 0")
         return times
 
+    @classmethod
+    def stepper(cls, flow_map: FlowMap) -> Jump:
+        """Return how a model of this objective takes a step: a jump, or, where it learned none, Euler's."""
+        return flow_map if cls.learns_jumps else EulerStep(flow_map)
+
     def set_progress(self, progress: float) -> None:
-        """Tell how much of training is done, from 0 to 1, before a step; only a method with a curriculum listens."""
+        """Take note, before a step, of how much of training is done, from 0 to 1; only a curriculum changes by it."""
 
     def forward(
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
@@ -188,11 +177,39 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
+class Jumps(NamedTuple):
+    """What the residual of a method is made of, for a batch of jumps.
+
+    Attributes:
+        x: [B, ...] x_t, where jumps start.
+        v: [B, ...] the velocity x1 - x0 of each sample, or the target of eq. 14 in its place.
+        t: [B] when they start.
+        s: [B] when they end.
+        s_prime: [B] a third time, for methods that want one.
+        condition: labels and beta, or None.
+        target: the frozen flow map.
+    """
+
+    x: Sample
+    v: Sample
+    t: Time
+    s: Time
+    s_prime: Time
+    condition: Condition | None
+    target: FlowMap
+
+    def at(self, rows: Tensor) -> "Jumps":
+        """Return the jumps of some rows of the batch."""
+        x, v, t, s, s_prime = (a[rows] for a in self[:5])
+        condition = None if self.condition is None else Condition(*(a[rows] for a in self.condition))
+        return Jumps(x, v, t, s, s_prime, condition, self.target)
+
+
 class ResidualObjective(Objective):
     """An objective that is one residual for F, squared and weighted: of a jump where s < t, of flow matching at t = s.
 
-    A method is its `residual`, what is stopped in it, `default_times` and a `weight`. With a condition the residual is
-    multiplied by beta, which is the weight 1/w^2 of eq. 15, and guided_target stands for v.
+    A method is its `sides`, what is stopped in them, `default_times` and a `weight`. With a condition the square is
+    multiplied by beta^2, which is the weight 1/w^2 of eq. 15, and guided_target stands for v.
 
     Args:
         flow_map: the model.
@@ -207,39 +224,64 @@ class ResidualObjective(Objective):
         super().__init__(flow_map, null_label=null_label)
         self.weight: Weight = unweighted if weight is None else weight
 
-    def residual(
-        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
-    ) -> Sample:
-        """Return the residual [B, ...] at x = x_t, with gradients where the method has them; at t = s it must be F - v.
+    def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
+        """Return both sides of the method's equation [B, ...]; the loss is the square of their difference.
 
-        Args:
-            x: [B, ...] x_t.
-            v: [B, ...] the velocity x1 - x0 of the sample, or the target of eq. 14 in its place.
-            t: [B] where the jump starts.
-            s: [B] where the jump ends.
-            times: all times that were drawn.
-            condition: labels and beta, or None.
-            target: the frozen flow map.
+        Each has gradients where the method has them. At t = s the first side must be F(x, t, t).
         """
         raise NotImplementedError
 
+    @checked_loss
     def forward(
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
     ) -> LossTerms:
-        """See Objective."""
-        check_drawn(times)
-        teacher = cast(FlowMap, self.flow_map if target is None else target)
-        t, s = times.t, times.s
+        """Return the loss terms [B], see Objective."""
+        target = self.flow_map if target is None else target
+        t, s, s_prime = times
         x = interpolate(x0, x1, t)
-        v = guided_target(conditional_velocity(x0, x1), x, t, condition, self.null_label, teacher)
-        residual = self.residual(x, v, t, s, times, condition, teacher)
+        v = guided_target(conditional_velocity(x0, x1), x, t, condition, self.null_label, target)
+        square = self.square(Jumps(x, v, t, s, s_prime, condition, cast(FlowMap, target)))
         if condition is not None:
-            residual = over(condition.beta, residual) * residual  # beta^2 = 1/w^2 once squared
-        loss = self.weigh(mean_square(residual), t, s)
+            square = condition.beta**2 * square  # 1/w^2 (eq. 15)
+        loss = self.weigh(square, t, s)
         if self.one_term:
             return LossTerms(loss, torch.zeros_like(loss))
         return LossTerms(torch.where(t != s, loss, 0.0), torch.where(t != s, 0.0, loss))
 
+    def square(self, jumps: Jumps) -> PerSample:
+        """Return the squared residual [B]: of the method's equation where t != s, of flow matching where t = s."""
+        left, right = self.sides(jumps)
+        # F(x, t, t) is the velocity, so at t = s the left side is regressed on v in place of the right one
+        return mean_square(left - torch.where(over(jumps.t == jumps.s, right), jumps.v, right))
+
     def weigh(self, square: PerSample, t: Time, s: Time) -> PerSample:
         """Return the loss [B] of squared residuals [B]."""
         return self.weight(square, t, s)
+
+
+class SelfDistillation(ResidualObjective):
+    """A residual of the flow map whose velocity or shorter jumps come from a frozen target (2505.18825).
+
+    Three quarters of a batch lie on the diagonal, and (t, s) is uniform on the triangle, as in the authors' code.
+
+    Args:
+        flow_map: the model.
+        null_label: refused, as there is no guidance. TVM is LSD with guidance.
+        stops: where gradients are stopped, one of STOPS.
+        learned_weight: weigh by LearnedWeight, as the paper does; then optimise the objective's parameters.
+
+    Raises:
+        ValueError: stops that the method does not have; a null label.
+    """
+
+    STOPS: ClassVar[tuple[str, ...]] = ("convex", "none")
+    has_guidance = False
+    needs_equal_times = True
+    default_times = TimeSampler("triangle", share_equal=0.75)
+
+    def __init__(
+        self, flow_map: Flow, *, null_label: int | None = None, stops: str = "convex", learned_weight: bool = False
+    ):
+        require_one_of("stops", stops, self.STOPS)
+        super().__init__(flow_map, null_label=null_label, weight=LearnedWeight() if learned_weight else None)
+        self.stops = stops

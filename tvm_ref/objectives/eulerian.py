@@ -7,18 +7,11 @@ The members differ in what stands for u(x, t), in what is stopped, and in their 
 
 import torch
 
-from tvm_ref.flow_map import FlowMap
-from tvm_ref.guidance import Condition
-from tvm_ref.objectives.base import Flow, ResidualObjective, mean_square
-from tvm_ref.objectives.self_distillation import SelfDistillation
+from tvm_ref.flow_map import Flow
+from tvm_ref.objectives.base import Jumps, Method, ResidualObjective, SelfDistillation, mean_square
 from tvm_ref.objectives.weights import AdaptiveWeight
-from tvm_ref.shapes import Sample, Time, over
-from tvm_ref.time_samplers import Times, TimeSampler
-
-
-def eulerian_residual(F: Sample, u: Sample, DF: Sample, t: Time, s: Time) -> Sample:
-    """Return F - u - (s - t) D F [B, ...] of a jump from t to s [B]."""
-    return F - u - over(s - t, F) * DF
+from tvm_ref.shapes import Sample, over
+from tvm_ref.time_samplers import TimeSampler
 
 
 class ESD(SelfDistillation):
@@ -32,26 +25,33 @@ class ESD(SelfDistillation):
             random v for u*, does in expectation.
     """
 
+    method = Method(
+        "esd",
+        "ESD",
+        "Eulerian self-distillation keeps the landing point where it is while the start moves along the flow.",
+        sweeps=({}, {"settings": {"stops": "full"}}),
+        measured_as=(("ESD, stops convex", {}), ("ESD, stops full", {"stops": "full"})),
+    )
     STOPS = ("full", "convex", "none", "all")
 
-    def residual(
-        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
-    ) -> Sample:
-        """See ResidualObjective."""
+    def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
+        """Return F - (s - t) D F along the flow, and u where the jump starts."""
+        x, _, t, s, _, condition, target = jumps
         if self.stops == "none":
             u = self.flow_map.velocity(x, t, condition)
         else:
             with torch.no_grad():
                 u = target.velocity(x, t, condition)
+        # "full" splits D F: dF/dt is the model's, with gradients, and the advection (grad_x F*) u* the target's
         along = torch.zeros_like(u) if self.stops == "full" else u
-        F, DF = self.flow_map.average_velocity_and_total_derivative(x, t, s, along, condition)
+        F, DF = self.flow_map.F_and_total_derivative(x, t, s, along, condition)
         if self.stops == "full":
             with torch.no_grad():
-                advection = target.average_velocity_and_total_derivative(x, t, s, u, condition, dt=0.0)[1]
-            DF = DF + advection  # (grad_x F*) u*
+                advection = target.F_and_total_derivative(x, t, s, u, condition, dt=0.0)[1]
+            DF = DF + advection
         if self.stops == "all":
             DF = DF.detach()
-        return eulerian_residual(F, torch.where(over(t == s, v), v, u), DF, t, s)
+        return F - over(s - t, F) * DF, u
 
 
 class MeanFlow(ResidualObjective):
@@ -67,18 +67,25 @@ class MeanFlow(ResidualObjective):
         eps: of AdaptiveWeight.
     """
 
+    method = Method(
+        "meanflow",
+        "MeanFlow",
+        "MeanFlow trains by the velocity where a jump starts; TVM by the velocity where it ends.",
+        sweeps=({}, {"settings": {"power": 0.0}}, {"settings": {"power": 0.0}, "equal_share": 0.5}),
+        measured_as=(("MeanFlow", {"power": 0}), ("MeanFlow, adaptive weight", {})),
+    )
     default_times = TimeSampler("sorted", share_equal=0.75)
     one_term = True
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None, power: float = 1.0, eps: float = 1e-3):
         super().__init__(flow_map, null_label=null_label, weight=AdaptiveWeight(power, eps))
 
-    def residual(
-        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
-    ) -> Sample:
-        """See ResidualObjective."""
-        F, DF = self.flow_map.average_velocity_and_total_derivative(x, t, s, v, condition)
-        return eulerian_residual(F, v, DF.detach(), t, s)
+    def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
+        """Return F, and v + (s - t) D F along v, stopped."""
+        x, v, t, s, _, condition, _ = jumps
+        F, DF = self.flow_map.F_and_total_derivative(x, t, s, v, condition)
+        # sg: gradients flow through F alone, so no derivative of a derivative is needed
+        return F, v + over(s - t, F) * DF.detach()
 
 
 class ImprovedMeanFlow(MeanFlow):
@@ -89,16 +96,22 @@ class ImprovedMeanFlow(MeanFlow):
     which has the paper's fixed point; its second head for u, and guidance within an interval of t, are left out.
     """
 
+    method = Method(
+        "imf",
+        "improved MeanFlow",
+        "Improved MeanFlow trains by the velocity where a jump starts, as its own u has it.",
+        sweeps=({}, {"settings": {"power": 0.0}}, {"settings": {"power": 0.0}, "equal_share": 0.25}),
+        measured_as=(("improved MeanFlow", {"power": 0}),),
+    )
     default_times = TimeSampler("sorted", share_equal=0.5)
 
-    def residual(
-        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
-    ) -> Sample:
-        """See ResidualObjective."""
+    def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
+        """Return V = F - (s - t) D F along u, where D F is stopped, and v."""
+        x, v, t, s, _, condition, _ = jumps
         with torch.no_grad():
             u = self.flow_map.velocity(x, t, condition)
-        F, DF = self.flow_map.average_velocity_and_total_derivative(x, t, s, u, condition)
-        return eulerian_residual(F, v, DF.detach(), t, s)
+        F, DF = self.flow_map.F_and_total_derivative(x, t, s, u, condition)
+        return F - over(s - t, F) * DF.detach(), v
 
 
 class ContinuousConsistency(ResidualObjective):
@@ -117,6 +130,13 @@ class ContinuousConsistency(ResidualObjective):
         constant: c; None for no normalisation. ||g|| is the root mean square over elements.
     """
 
+    method = Method(
+        "sct",
+        "sCT",
+        "A continuous-time consistency model jumps to s = 0 alone: others were never trained.",
+        sweeps=({}, {"settings": {"constant": None}}),
+        measured_as=(("sCT", {"constant": None}), ("sCT, tangent normalised", {})),
+    )
     has_guidance = False
     one_step_only = True
     default_times = TimeSampler("trunc", first=(-0.3, 1.4))
@@ -126,14 +146,13 @@ class ContinuousConsistency(ResidualObjective):
         super().__init__(flow_map, null_label=null_label)
         self.constant = constant
 
-    def residual(
-        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
-    ) -> Sample:
-        """See ResidualObjective; s is set to 0 where it is not t."""
+    def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
+        """Return F, and F - g / (||g|| + c), stopped; s is set to 0 where it is not t."""
+        x, v, t, s, _, condition, _ = jumps
         s = torch.where(t == s, s, 0.0)
-        F, DF = self.flow_map.average_velocity_and_total_derivative(x, t, s, v, condition)
-        g = eulerian_residual(F, v, DF, t, s).detach()
+        F, DF = self.flow_map.F_and_total_derivative(x, t, s, v, condition)
+        g = (F - v - over(s - t, F) * DF).detach()
         if self.constant is not None:
-            normalised = g / over(mean_square(g).sqrt() + self.constant, g)
-            g = torch.where(over(t == s, g), g, normalised)
-        return F - F.detach() + g
+            # tangents differ in length by orders of magnitude; only their direction is kept, but for the shortest
+            g = g / over(mean_square(g).sqrt() + self.constant, g)
+        return F, F.detach() - g

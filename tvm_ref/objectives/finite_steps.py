@@ -11,27 +11,25 @@ import math
 import torch
 from torch import Tensor
 
-from tvm_ref.flow_map import FlowMap
-from tvm_ref.guidance import Condition
-from tvm_ref.objectives.base import Flow, ResidualObjective
-from tvm_ref.objectives.eulerian import eulerian_residual
+from tvm_ref.checks import require
+from tvm_ref.flow_map import Flow, FlowMap
+from tvm_ref.objectives.base import Jumps, Method, ResidualObjective
 from tvm_ref.shapes import PerSample, Sample, Time, over
-from tvm_ref.time_samplers import Times, TimeSampler
+from tvm_ref.time_samplers import TimeSampler
 
 
-def finite_step_residual(
-    flow_map: FlowMap, x: Sample, v: Sample, t: Time, s: Time, alpha: Tensor, condition: Condition | None
-) -> Sample:
-    """Return F(x_t, t, s) - sg[alpha v + (1 - alpha) F(x_r, r, s)] [B, ...] for steps of alpha [B] times t - s.
+def finite_step(flow_map: FlowMap, jumps: Jumps, alpha: Tensor) -> tuple[Sample, Sample]:
+    """Return F(x_t, t, s), and sg[alpha v + (1 - alpha) F(x_r, r, s)] [B, ...] for steps of alpha [] times t - s.
 
-    It is (X(x_t, t, s) - sg X(x_r, r, s)) / (s - t). At t = s or alpha = 1 it is F - v.
+    Their difference is (X(x_t, t, s) - sg X(x_r, r, s)) / (s - t).
     """
-    r = (t - alpha * (t - s)).clamp(s, t)
+    x, v, t, s, _, condition, _ = jumps
+    r = (t - alpha * (t - s)).clamp(s, t)  # rounding must not put it outside [s, t]
+    # the start moves along the straight path that v belongs to, on which x_r is a sample's x at time r
     x_r = x - over(t - r, x) * v
     with torch.no_grad():
-        F_r = flow_map.average_velocity(x_r, r, s, condition)
-    a = over(alpha, x)
-    return flow_map.average_velocity(x, t, s, condition) - (a * v + (1 - a) * F_r)
+        F_r = flow_map.F(x_r, r, s, condition)
+    return flow_map.F(x, t, s, condition), alpha * v + (1 - alpha) * F_r
 
 
 class AlphaFlow(ResidualObjective):
@@ -58,6 +56,16 @@ class AlphaFlow(ResidualObjective):
         ValueError: an alpha outside [0, 1], a curriculum that does not lie in training.
     """
 
+    method = Method(
+        "alphaflow",
+        "alpha-Flow",
+        "alpha-Flow trains a jump by one from a point a part of the way on; the part shrinks.",
+        sweeps=({}, {"settings": {"power": 0.0}}),
+        measured_as=(
+            ("alpha-Flow, alpha 0.5", {"alpha": 0.5, "power": 0}),
+            ("alpha-Flow, alpha 0.05", {"alpha": 0.05, "power": 0}),
+        ),
+    )
     has_curriculum = True
     default_times = TimeSampler("sorted", share_equal=0.25)  # their table 2b; three quarters in MeanFlow
     alpha_now: Tensor
@@ -76,10 +84,8 @@ class AlphaFlow(ResidualObjective):
         eps: float = 1e-3,
     ):
         super().__init__(flow_map, null_label=null_label)
-        if alpha is not None and not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-        if not 0 <= start < end <= 1:
-            raise ValueError(f"the curriculum must have 0 <= start < end <= 1, got {start} and {end}")
+        require(alpha is None or 0 <= alpha <= 1, f"alpha must lie in [0, 1], got {alpha}")
+        require(0 <= start < end <= 1, f"the curriculum must have 0 <= start < end <= 1, got {start} and {end}")
         self.constant, self.start, self.end, self.temperature, self.clamp = alpha, start, end, temperature, clamp
         self.power, self.eps = power, eps
         # a tensor, so that torch.compile takes every alpha above 0 for the same program
@@ -87,30 +93,29 @@ class AlphaFlow(ResidualObjective):
         self.set_progress(0.0)
 
     def alpha(self, progress: float) -> float:
-        """Return alpha after a share of training (their algorithm 2)."""
+        """Return alpha after a fraction of training (their algorithm 2)."""
         if self.constant is not None:
             return self.constant
-        place = (progress - (self.start + self.end) / 2) / (self.end - self.start)
-        alpha = 1 - 1 / (1 + math.exp(-self.temperature * place))
+        centred = (progress - (self.start + self.end) / 2) / (self.end - self.start)
+        alpha = 1 - 1 / (1 + math.exp(-self.temperature * centred))
         return 1.0 if alpha > 1 - self.clamp else 0.0 if alpha < self.clamp else alpha
 
     def set_progress(self, progress: float) -> None:
-        """See Objective."""
+        """Move alpha along its curriculum."""
         alpha = self.alpha(progress)
         self.continuous = alpha == 0
         self.alpha_now.fill_(alpha)
 
-    def residual(
-        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
-    ) -> Sample:
-        """See ResidualObjective; at alpha = 0 it is MeanFlow's (their algorithm 1)."""
-        if self.continuous:
-            F, DF = self.flow_map.average_velocity_and_total_derivative(x, t, s, v, condition)
-            return eulerian_residual(F, v, DF.detach(), t, s)
-        return finite_step_residual(self.flow_map, x, v, t, s, self._alphas(t, s), condition)
+    def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
+        """Return F, and its target by a finite step; at alpha = 0 by MeanFlow's derivative (their algorithm 1)."""
+        if not self.continuous:
+            return finite_step(self.flow_map, jumps, self.alpha_now.to(jumps.t.dtype))
+        x, v, t, s, _, condition, _ = jumps
+        F, DF = self.flow_map.F_and_total_derivative(x, t, s, v, condition)
+        return F, v + over(s - t, F) * DF.detach()
 
     def weigh(self, square: PerSample, t: Time, s: Time) -> PerSample:
-        """See ResidualObjective: alpha^-1 times the square, or their adaptive weight."""
+        """Return alpha^-1 times the square, or their adaptive weight of it [B]."""
         alpha = torch.ones_like(t) if self.continuous else self._alphas(t, s)
         return alpha ** (2 * self.power - 1) * square / (square.detach() + self.eps) ** self.power
 
@@ -138,6 +143,13 @@ class SoFlow(ResidualObjective):
         ValueError: unless 0 < last <= first <= 1.
     """
 
+    method = Method(
+        "soflow",
+        "SoFlow",
+        "SoFlow trains a jump by one from a point a part of the way on; the part shrinks.",
+        sweeps=({}, {"settings": {"power": 0.0}}),
+        measured_as=(("SoFlow, alpha 0.002", {"first": 0.002, "last": 0.002, "power": 0}),),
+    )
     has_curriculum = True
     default_times = TimeSampler("sorted", first=(0.2, 0.8), second=(-1.0, 0.8), share_equal=0.75)
     alpha_now: Tensor
@@ -153,24 +165,21 @@ class SoFlow(ResidualObjective):
         eps: float = 1e-2,
     ):
         super().__init__(flow_map, null_label=null_label)
-        if not 0 < last <= first <= 1:
-            raise ValueError(f"alpha must fall within (0, 1], got from {first} to {last}")
+        require(0 < last <= first <= 1, f"alpha must fall within (0, 1], got from {first} to {last}")
         self.first, self.last, self.power, self.eps = first, last, power, eps
         self.register_buffer("alpha_now", torch.ones(()), persistent=False)
         self.set_progress(0.0)
 
     def set_progress(self, progress: float) -> None:
-        """See Objective."""
+        """Move alpha from `first` to `last`."""
         self.alpha_now.fill_(self.first * (self.last / self.first) ** progress)
 
-    def residual(
-        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
-    ) -> Sample:
-        """See ResidualObjective."""
-        return finite_step_residual(self.flow_map, x, v, t, s, self._alphas(t, s), condition)
+    def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
+        """Return F, and its target by a finite step."""
+        return finite_step(self.flow_map, jumps, self.alpha_now.to(jumps.t.dtype))
 
     def weigh(self, square: PerSample, t: Time, s: Time) -> PerSample:
-        """See ResidualObjective: alpha^-1 times the square over sg(||Q||^2 + eps)^power, ||Q||^2 = square / alpha^2."""
+        """Return alpha^-1 square / sg(||Q||^2 + eps)^power [B], ||Q||^2 = square / alpha^2."""
         alpha = self._alphas(t, s)
         return square / alpha / ((square / alpha**2).detach() + self.eps) ** self.power
 

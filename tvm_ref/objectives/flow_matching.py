@@ -1,30 +1,38 @@
-"""Flow matching (Lipman and others, 2210.02747): the velocity alone, where all of the family starts."""
+"""Flow matching (Lipman and others, 2210.02747): only the velocity, where all of the family starts."""
 
 import torch
 
+from tvm_ref.checks import checked_loss
+from tvm_ref.flow_map import Flow
 from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import conditional_velocity, interpolate
-from tvm_ref.objectives.base import Flow, LossTerms, Objective, check_drawn, guided_target, mean_square
+from tvm_ref.objectives.base import LossTerms, Method, Objective, guided_target, mean_square
 from tvm_ref.shapes import Sample
 from tvm_ref.time_samplers import Times
 
 
 class FlowMatching(Objective):
-    """Flow matching (eq. 1): ||u(x_s', s') - v||^2. It trains the velocity alone.
+    """Flow matching (eq. 1): ||u(x_s', s') - v||^2. It trains only the velocity.
 
     With a condition it is eq. 14, weighted by 1/w^2: guided_target stands for v.
     """
 
+    method = Method(
+        "fm",
+        "flow matching",
+        "Flow matching learns u alone. Its one step is Euler's, a straight line; d/ds f is u where it starts.",
+    )
     learns_jumps = False
 
+    @checked_loss
     def forward(
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
     ) -> LossTerms:
-        """See Objective; of the times only s_prime is used."""
-        check_drawn(times)
+        """Return the loss terms [B], see Objective; of the times only s_prime is used."""
         target = self.flow_map if target is None else target
         x, t = interpolate(x0, x1, times.s_prime), times.s_prime
+        # v is random given x_t; its mean, which the square's minimum is, is u(x_t, t)
         v = guided_target(conditional_velocity(x0, x1), x, t, condition, self.null_label, target)
         error = mean_square(self.flow_map.velocity(x, t, condition) - v)
-        weight = torch.ones_like(t) if condition is None else condition.beta**2
+        weight = torch.ones_like(t) if condition is None else condition.beta**2  # 1/w^2 (eq. 15)
         return LossTerms(torch.zeros_like(error), weight * error)

@@ -8,12 +8,12 @@ TVM is one of them, in tvm.py.
 import torch
 from torch import Tensor
 
-from tvm_ref.flow_map import FlowMap
+from tvm_ref.checks import checked_loss
+from tvm_ref.flow_map import Flow
 from tvm_ref.guidance import Condition
-from tvm_ref.objectives.base import Flow, LossTerms, check_drawn
-from tvm_ref.objectives.self_distillation import SelfDistillation
+from tvm_ref.objectives.base import Jumps, LossTerms, Method, SelfDistillation
 from tvm_ref.objectives.tvm import TVM
-from tvm_ref.shapes import Sample, Time, over
+from tvm_ref.shapes import Sample
 from tvm_ref.time_samplers import Times
 
 
@@ -25,18 +25,26 @@ class LSD(SelfDistillation):
     with the target's velocity u* where `stops` is "convex". With "none" nothing is stopped and u* is the model's own.
     """
 
-    def residual(
-        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
-    ) -> Sample:
-        """See ResidualObjective."""
+    method = Method(
+        "lsd",
+        "LSD",
+        "Lagrangian self-distillation trains d/ds f towards u at the landing point, as TVM does.",
+        sweeps=({}, {"settings": {"learned_weight": True}}),
+        measured_as=(("LSD", {}),),
+    )
+
+    def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
+        """Return d/ds X(x_t, t, s), and u where the jump lands."""
+        x, _, t, s, _, condition, target = jumps
         f, df_ds = self.flow_map.displacement_and_terminal_velocity(x, t, s, condition)
         u: Tensor
         if self.stops == "none":
             u = self.flow_map.velocity(x + f, s, condition)
         else:
+            # the jump is judged by the flow as it is known today, and does not move the landing point to please u
             with torch.no_grad():
                 u = target.velocity(x + f, s, condition)
-        return df_ds - torch.where(over(t == s, v), v, u)
+        return df_ds, u
 
 
 class PID(TVM):
@@ -46,9 +54,17 @@ class PID(TVM):
     (2511.19428); given the model's EMA, the joint training of sec. 7.3.
     """
 
+    method = Method(
+        "pid",
+        "PID",
+        "Physics Informed Distillation is TVM whose jumps all start at t = 1: others were never trained.",
+        sweeps=({}, {"time_sampler": "trunc"}),
+        measured_as=(("PID", {}),),
+    )
+
+    @checked_loss
     def forward(
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
     ) -> LossTerms:
-        """See Objective; times.t is not used."""
-        check_drawn(times)
+        """Return the loss terms [B], see Objective; times.t is not used."""
         return super().forward(x0, x1, times._replace(t=torch.ones_like(times.t)), condition, target)

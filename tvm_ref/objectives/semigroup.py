@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tvm_ref.flow_map import FlowMap
+from tvm_ref.checks import require_one_of
+from tvm_ref.flow_map import Flow, FlowMap
 from tvm_ref.guidance import Condition
-from tvm_ref.objectives.base import Flow
-from tvm_ref.objectives.self_distillation import SelfDistillation
-from tvm_ref.shapes import Sample, Time, over
-from tvm_ref.time_samplers import DYADIC_STEPS, Times, TimeSampler
+from tvm_ref.objectives.base import Jumps, Method, SelfDistillation
+from tvm_ref.shapes import Sample, over
+from tvm_ref.time_samplers import DYADIC_STEPS, TimeSampler
 
 
 class PSD(SelfDistillation):
@@ -29,6 +29,13 @@ class PSD(SelfDistillation):
     default_times: that is SplitMeanFlow (Guo and others, 2507.16884).
     """
 
+    method = Method(
+        "psd",
+        "PSD",
+        "Progressive self-distillation trains a jump by two shorter ones, one after the other.",
+        sweeps=({}, {"settings": {"split": "uniform"}}),
+        measured_as=(("PSD, midpoint", {}), ("PSD, uniform (SplitMeanFlow)", {"split": "uniform"})),
+    )
     SPLITS: ClassVar[tuple[str, ...]] = ("midpoint", "uniform")
 
     def __init__(
@@ -41,27 +48,24 @@ class PSD(SelfDistillation):
         split: str = "midpoint",
     ):
         super().__init__(flow_map, null_label=null_label, stops=stops, learned_weight=learned_weight)
-        if split not in self.SPLITS:
-            raise ValueError(f"a jump is split by one of {', '.join(self.SPLITS)}; got '{split}'")
+        require_one_of("split", split, self.SPLITS)
         self.split = split
 
-    def residual(
-        self, x: Sample, v: Sample, t: Time, s: Time, times: Times, condition: Condition | None, target: FlowMap
-    ) -> Sample:
-        """See ResidualObjective."""
+    def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
+        """Return F(x_t, t, s), and the average velocity over two jumps by way of r."""
+        x, _, t, s, s_prime, condition, target = jumps
         teacher = self.flow_map if self.stops == "none" else target
-        h = times.s_prime if self.split == "uniform" else torch.full_like(t, 0.5)
-        r = (s + h * (t - s)).clamp(s, t)
+        h = s_prime if self.split == "uniform" else torch.full_like(t, 0.5)
+        r = (s + h * (t - s)).clamp(s, t)  # rounding must not put it outside [s, t]
         with contextlib.nullcontext() if self.stops == "none" else torch.no_grad():
+            # from t to r, and on from where that lands; the weights are the two jumps' fractions of t - s
             first = self.shorter_jump(teacher, x, t, r, condition)
             second = self.shorter_jump(teacher, x + over(r - t, x) * first, r, s, condition)
-        average = over(1 - h, x) * first + over(h, x) * second
-        F = self.flow_map.average_velocity(x, t, s, condition)
-        return F - torch.where(over(t == s, v), v, average)
+        return self.flow_map.F(x, t, s, condition), over(1 - h, x) * first + over(h, x) * second
 
     def shorter_jump(self, teacher: FlowMap, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Tensor:
         """Return F [B, ...] of one of the two shorter jumps."""
-        return teacher.average_velocity(x, t, s, condition)
+        return teacher.F(x, t, s, condition)
 
 
 class Shortcut(PSD):
@@ -77,6 +81,13 @@ class Shortcut(PSD):
         steps: M; the times "dyadic" go with 128.
     """
 
+    method = Method(
+        "shortcut",
+        "shortcut",
+        "A shortcut model trains a jump by two of half its length; lengths are powers of 1/2.",
+        sweeps=({}, {"equal_share": 0.5}),
+        measured_as=(("shortcut", {}),),
+    )
     default_times = TimeSampler("dyadic", share_equal=0.75)
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None, steps: int = DYADIC_STEPS):
@@ -84,5 +95,5 @@ class Shortcut(PSD):
         self.steps = steps
 
     def shorter_jump(self, teacher: FlowMap, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Tensor:
-        """See PSD: F(x, t, s), or F(x, t, t) if t - s <= 1/M."""
-        return teacher.average_velocity(x, t, torch.where(t - s <= 1 / self.steps, t, s), condition)
+        """Return F(x, t, s) [B, ...], or F(x, t, t) if t - s <= 1/M."""
+        return teacher.F(x, t, torch.where(t - s <= 1 / self.steps, t, s), condition)

@@ -2,9 +2,11 @@
 
 import torch
 
+from tvm_ref.checks import checked_loss
+from tvm_ref.flow_map import Flow
 from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import conditional_velocity, interpolate
-from tvm_ref.objectives.base import Flow, LossTerms, Objective, check_drawn, guided_target, mean_square
+from tvm_ref.objectives.base import LossTerms, Method, Objective, guided_target, mean_square
 from tvm_ref.shapes import Sample
 from tvm_ref.time_samplers import Times
 
@@ -20,7 +22,8 @@ class TVM(Objective):
 
     The first term, for w = 1, is the Lagrangian self-distillation (LSD) of Boffi, Albergo and Vanden-Eijnden, "How to
     build a consistency model" (2505.18825), which is trained jointly with flow matching, too. TVM takes both terms of
-    every sample, and adds the law of times gap* and guidance inside the target with the scaled parameterisation.
+    every sample, and adds the distribution of times gap* and guidance inside the target with the scaled
+    parameterisation.
 
     Args:
         flow_map: the model.
@@ -28,6 +31,14 @@ class TVM(Objective):
         detach_jvp: no gradient through dF/ds: cheaper, biased (sec. 7.4).
         detach_landing: sg, no gradient through the point where u* is taken (eq. 8).
     """
+
+    method = Method(
+        "tvm",
+        "TVM",
+        "Terminal Velocity Matching trains d/ds f towards u at the landing point, and u by flow matching.",
+        sweeps=({}, {"time_sampler": "trunc"}),
+        measured_as=(("TVM", {}),),
+    )
 
     def __init__(
         self,
@@ -41,11 +52,12 @@ class TVM(Objective):
         self.detach_jvp = detach_jvp
         self.detach_landing = detach_landing
 
+    @checked_loss
     def forward(
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
     ) -> LossTerms:
-        """See Objective. The comments name the lines of algorithm 1."""
-        check_drawn(times)
+        """Return the loss terms [B], see Objective. The comments name the lines of algorithm 1."""
+        # u* comes from a frozen copy; without one it is the model's own, and then it is trained as well
         target = self.flow_map if target is None else target
         t, s, s_prime = times
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from tvm_ref.checks import require
 from tvm_ref.shapes import PerSample, Time
 
 Weight = Callable[[PerSample, Time, Time], PerSample]  # called as weight(square, t, s): squares [B] to losses [B]
@@ -32,11 +33,12 @@ class AdaptiveWeight:
     eps: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not (self.power >= 0 and self.eps > 0):
-            raise ValueError(f"power must not be negative and eps be positive, got {self.power} and {self.eps}")
+        good = self.power >= 0 and self.eps > 0
+        require(good, f"power must not be negative and eps be positive, got {self.power} and {self.eps}")
 
     def __call__(self, square: PerSample, t: Time, s: Time) -> PerSample:
         """Return losses [B] of squares [B]."""
+        # sg: the weight is a number, so that gradients keep their direction
         return square / (square.detach() + self.eps) ** self.power
 
 
@@ -54,6 +56,7 @@ class LearnedWeight(nn.Module):
         super().__init__()
         self.hidden = nn.Linear(3, width)
         self.output = nn.Linear(width, 1)
+        # w = 0 at first: the loss starts as the plain square
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 

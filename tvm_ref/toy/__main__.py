@@ -28,7 +28,6 @@ from tvm_ref.cli.files import require_free, write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, flag, given, require_at_least, run
 from tvm_ref.cli.stopping import INTERRUPTED
 from tvm_ref.objectives import OBJECTIVES
-from tvm_ref.sampling import stepper
 from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.points import OwnPoints
@@ -100,7 +99,7 @@ def write_samples(arguments: argparse.Namespace) -> Path:
     require_same(arguments, folder, "--sample")
     config, model, units = load_model(folder)
     classes = config.make_distribution() if config.conditional else None
-    jump = stepper(model, config.objective)
+    jump = OBJECTIVES[config.objective].stepper(model)
     path = folder / f"samples-{arguments.sample}{'' if seed is None else f'-seed{seed}'}.csv"
     seed = SAMPLING + 1 if seed is None else seed  # other noise than that of samples.csv
     table = samples_table(config, jump, units, arguments.sample, seed, classes)

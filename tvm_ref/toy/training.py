@@ -11,7 +11,7 @@ from tvm_ref.ema import EMA
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition, drop_labels
 from tvm_ref.objectives import TERMS, LossTerms
-from tvm_ref.sampling import Jump, stepper
+from tvm_ref.sampling import Jump
 from tvm_ref.seeding import generator as generator_of
 from tvm_ref.seeding import uniform_numbers
 from tvm_ref.time_samplers import Times
@@ -162,4 +162,4 @@ class Training:
     @property
     def evaluated(self) -> Jump:
         """The evaluation weights on the CPU, as they take a step: a jump, or, as flow matching learns none, Euler's."""
-        return stepper(copy.deepcopy(self.ema.module).cpu(), self.config.objective)
+        return type(self.objective).stepper(copy.deepcopy(self.ema.module).cpu())

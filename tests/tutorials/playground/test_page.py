@@ -87,9 +87,9 @@ def test_the_page_lies_in_the_first_run_by_default(tmp_path):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_runs_of_every_objective_have_a_page(objective, tmp_path):
     text = command.make_page([make_run(tmp_path / objective, objective=objective, width=8, depth=2)])
-    name, what = command.NAMED[objective]
-    assert name in text
-    assert what in text
+    method = OBJECTIVES[objective].method
+    assert method.title in text
+    assert method.summary in text
 
 
 def test_equal_weights_are_stored_once_and_runs_of_one_objective_are_told_apart(tmp_path):

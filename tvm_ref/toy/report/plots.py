@@ -19,9 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from tvm_ref.exact_flow import exact_path
 from tvm_ref.guidance import Condition
 from tvm_ref.sampling import EulerStep, Jump, sample, sample_path
-from tvm_ref.toy.data.mixture import GaussianMixture, exact_path
+from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.data.points import OwnPoints, units_of
 from tvm_ref.toy.report.metrics import EULER_STEPS, Reference
 

@@ -1,0 +1,290 @@
+"""Every guard and warning of the method, put on from outside, so that the mathematics has none between its lines.
+
+A function with `@checked` above it checks its arguments once, where a user calls it; what it calls in turn is not
+checked again. Values are looked at only where that costs nothing: on the CPU, outside torch.compile.
+"""
+
+import functools
+import inspect
+import itertools
+import threading
+import warnings
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tvm_ref.shapes import over
+
+with warnings.catch_warnings():  # PyTorch's first JVP imports these rules, and warns of its own use of torch.jit.script
+    warnings.simplefilter("ignore")
+    import torch._decomp.decompositions_for_jvp
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FAR = 100.0  # standard deviations of the noise: images left in 0 to 255 go beyond
+PATIENCE = 5  # steps: a zero-initialised DiT depends on s from its third on
+HINTS = {  # words of an error raised inside the user's network: what to do
+    "scaled_dot_product": "PyTorch's scaled_dot_product_attention has no JVP; jvp_attention.attention has one "
+    "(kernels/jvp_attention/README.md)",
+    "in-place operation": "no JVP runs through a layer that changes a buffer in its forward, as BatchNorm does in "
+    "training; take GroupNorm or RMSNorm",
+}
+
+
+def require(true: bool, otherwise: str) -> None:
+    """Raise ValueError with a message unless something holds."""
+    if not true:
+        raise ValueError(otherwise)
+
+
+def require_one_of(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError unless a value is one of some words."""
+    require(value in choices, f"{name} must be one of {', '.join(choices)}; got '{value}'")
+
+
+def has_values(a: Tensor) -> bool:
+    """Tell whether a tensor's numbers can be looked at: not under torch.compile, on "meta" or in a fake tensor."""
+    return not torch.compiler.is_compiling() and not a.is_meta and type(a) in (Tensor, nn.Parameter)
+
+
+def values_are_cheap(a: Tensor) -> bool:
+    """Tell whether looking at numbers costs nothing: an accelerator's queue would stall."""
+    return has_values(a) and a.device.type == "cpu"
+
+
+# What is checked: shapes, times, conditions, data, models
+
+
+def check_batch(x: Tensor, *per_sample: Tensor) -> None:
+    """Raise ValueError unless x is [B, ...] and every other tensor is [B], TypeError where there is no tensor."""
+    require(x.ndim >= 2, f"x must be of shape [B, ...] with at least two axes, got {list(x.shape)}")
+    for a in per_sample:
+        if not isinstance(a, Tensor):
+            raise TypeError(f"times, labels and beta must be tensors, one number per sample; got {type(a).__name__}")
+        if a.shape != x.shape[:1]:
+            raise ValueError(f"times, labels and beta must be of shape [{len(x)}] to go with x, got {list(a.shape)}")
+
+
+def check_times(t: Tensor, s: Tensor) -> None:
+    """Raise ValueError unless 0 <= s <= t <= 1 everywhere; NaN is refused too."""
+    if values_are_cheap(t) and not bool(((s >= 0) & (s <= t) & (t <= 1)).all()):
+        if bool(((s >= 0) & (t <= 1)).all()):
+            raise ValueError("the end time s must not exceed the start time t: a flow map runs from noise to data")
+        raise ValueError("times must lie in [0, 1] (0 is data, 1 is noise)")
+
+
+def check_condition(condition: Any, flow_map: Any) -> None:
+    """Raise TypeError for what is no Condition, ValueError where a scaled flow map has none; warn if beta may be w."""
+    if condition is None:
+        scaled = getattr(flow_map, "scaled", False)
+        require(not scaled, "a scaled flow map, f = (s - t) w F, needs a condition: Condition(label, beta=1/w)")
+    elif not hasattr(condition, "beta"):
+        kind = type(condition).__name__
+        raise TypeError(f"the condition must be Condition(label, beta) with beta = 1/w, 1 without guidance; got {kind}")
+    elif isinstance(condition.beta, Tensor) and values_are_cheap(condition.beta) and bool((condition.beta > 1).any()):
+        warnings.warn("beta = 1/w is above 1, a guidance weight w below 1; was w meant?", stacklevel=4)
+
+
+def check_data(x0: Tensor, x1: Tensor, t: Tensor) -> None:
+    """Raise TypeError for data of whole numbers, ValueError for shapes that do not fit; warn of data far out."""
+    if not x0.is_floating_point():
+        raise TypeError(f"data must be floating-point numbers, got {x0.dtype}; scale images to [-1, 1]: x0 / 127.5 - 1")
+    require(x0.shape == x1.shape, f"x0 and x1 must have the same shape, got {list(x0.shape)} and {list(x1.shape)}")
+    check_batch(x0, t)
+    if values_are_cheap(x0) and x0.numel() and float(x0.detach().abs().amax()) > FAR:
+        warnings.warn(f"data reach beyond {FAR:g}, where noise has standard deviation 1; scale them", stacklevel=4)
+
+
+def is_average(a: Any) -> bool:
+    """Tell whether something is an EMA, which holds a model and is none."""
+    return not isinstance(a, nn.Module) and hasattr(a, "decay") and hasattr(a, "module")
+
+
+def check_network(network: Any) -> None:
+    """Raise TypeError unless a network is what a FlowMap is made around, called as network(x, t, s, condition)."""
+    if hasattr(network, "displacement") or is_average(network):
+        raise TypeError(f"a FlowMap is made around a network itself, got {type(network).__name__}")
+    try:
+        signature = inspect.signature(getattr(network, "forward", network))
+    except (TypeError, ValueError):  # of compiled code
+        return
+    try:
+        signature.bind("x", "t", "s", "condition")
+    except TypeError:
+        raise TypeError(
+            f"the network is called as network(x, t, s, condition); {type(network).__name__}.forward takes {signature}"
+        ) from None
+
+
+def check_objective(kind: Any, flow_map: Any, null_label: int | None) -> None:
+    """Raise TypeError for an objective of a bare network, ValueError for guidance that the method does not have."""
+    require(null_label is None or kind.has_guidance, f"{kind.__name__} takes no null_label: it has no guidance here")
+    if not hasattr(flow_map, "velocity"):
+        raise TypeError(f"{kind.__name__} trains a flow map; wrap the network: FlowMap(network)")
+
+
+def check_sampling(jump: Any, times: Any) -> None:
+    """Raise TypeError for what takes no steps, ValueError for a grid of times that does not fall within [0, 1]."""
+    if is_average(jump):
+        raise TypeError("an EMA holds a model and is none: sample from its .module")
+    if isinstance(jump, nn.Module) and not hasattr(jump, "displacement"):
+        raise TypeError(f"{type(jump).__name__} is a network, not a flow map; wrap it: FlowMap(network)")
+    if isinstance(times, float):
+        raise TypeError(f"times must be a number of steps, as 1, or a grid, as [1.0, 0.5, 0.0]; got {times}")
+    if isinstance(times, int):
+        return
+    grid = [float(a) for a in times]
+    falls = len(grid) >= 2 and all(1 >= a > b >= 0 for a, b in itertools.pairwise(grid))
+    require(falls, f"a time grid must fall strictly within [0, 1] and hold at least two times, got {grid}")
+
+
+# Who is checked: the outermost call
+
+
+class _Inside(threading.local):
+    checked = False  # whether a checked call is under way, whose callees are trusted
+
+
+_inside = _Inside()
+
+
+def checks_first(check: Callable[..., None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a decorator: call `check` with a function's arguments by name first, unless a checked call is under way.
+
+    Errors that come from inside the user's network keep their type and traceback, and get a note of what to do.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        names = tuple(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def checked_function(*arguments: P.args, **options: P.kwargs) -> R:
+            if torch.compiler.is_compiling():  # shapes alone, while the graph is traced
+                check(**dict(zip(names, arguments, strict=False)), **options)
+                return function(*arguments, **options)
+            if _inside.checked:
+                return function(*arguments, **options)
+            check(**dict(zip(names, arguments, strict=False)), **options)
+            _inside.checked = True
+            try:
+                return function(*arguments, **options)
+            except RuntimeError as error:  # also NotImplementedError
+                for hint in (hint for words, hint in HINTS.items() if words in str(error)):
+                    error.add_note(hint)
+                raise
+            finally:
+                _inside.checked = False
+
+        return checked_function
+
+    return decorate
+
+
+@checks_first
+def checked_flow(self: Any, x: Tensor, t: Tensor, s: Tensor | None = None, **others: Any) -> None:
+    """Check a call of an exact flow, (x, t[, s]): shapes, and times in [0, 1], in either order."""
+    for time in (t,) if s is None else (t, s):
+        check_batch(x, time)
+        check_times(time, time)
+
+
+@checks_first
+def checked(self: Any, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Any = None, **others: Any) -> None:
+    """Check a call of a FlowMap, (x, t[, s], condition): shapes, 0 <= s <= t <= 1, a condition where there must be."""
+    s = t if s is None else s
+    check_condition(condition, self)
+    check_batch(x, t, s, *(condition or ()))
+    check_times(t, s)
+
+
+@checks_first
+def checked_data(x0: Tensor, x1: Tensor, t: Tensor) -> None:
+    """Check data, noise and times."""
+    check_data(x0, x1, t)
+
+
+@checks_first
+def checked_labels(condition: Any, null_label: int, rate: float = 0.1, **others: Any) -> None:
+    """Check labels that are to be dropped."""
+    if not hasattr(condition, "beta"):
+        raise TypeError(f"drop_labels takes Condition(label, beta), got {type(condition).__name__}")
+    require(0 <= rate <= 1, f"the label dropout rate must lie in [0, 1], got {rate}")
+
+
+@checks_first
+def checked_loss(self: Any, x0: Tensor, x1: Tensor, times: Any, condition: Any = None, **others: Any) -> None:
+    """Check what an objective is called with, once: data, noise, times, condition, and that it has a null label."""
+    if not hasattr(times, "s_prime"):
+        kind = type(times).__name__
+        raise TypeError(f"times must be Times(t, s, s_prime), as TimeSampler().draw(len(x0)) returns; got {kind}")
+    check_data(x0, x1, times.t)
+    check_condition(condition, self.flow_map)
+    check_batch(x0, *times, *(condition or ()))
+    check_times(times.t, times.s)
+    check_times(times.s_prime, times.s_prime)
+    if condition is None:
+        require(self.null_label is None, "an objective with a null_label needs a condition: Condition(label, beta)")
+    elif self.null_label is None and values_are_cheap(condition.beta):
+        require(bool((condition.beta == 1).all()), "guidance (beta other than 1) needs the objective's null_label")
+
+
+# What is looked at afterwards: the output of the network, and of its JVP
+
+
+def checked_output(function: Callable[P, R]) -> Callable[P, R]:
+    """Raise ValueError unless F(x, ...) has the shape of x."""
+
+    @functools.wraps(function)
+    def checked_function(*arguments: P.args, **options: P.kwargs) -> R:
+        F: Any = function(*arguments, **options)
+        x: Any = arguments[1] if len(arguments) > 1 else options["x"]
+        if F.shape != x.shape:
+            raise ValueError(f"the network must return the shape of x, {list(x.shape)}; it returned {list(F.shape)}")
+        result: R = F
+        return result
+
+    return checked_function
+
+
+_steps_blind: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # of each flow map, how often dF/ds was zero
+
+
+def warns_if_blind(function: Callable[P, R]) -> Callable[P, R]:
+    """Warn once of a network that after PATIENCE steps of training does not depend on s, from f and d/ds f."""
+    names = tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def warning_function(*arguments: P.args, **options: P.kwargs) -> R:
+        result: Any = function(*arguments, **options)
+        if not torch.compiler.is_compiling():
+            given: dict[str, Any] = dict(zip(names, arguments, strict=False)) | options
+            _warn_if_blind(given["self"], given["t"], given["s"], *result)
+        values: R = result
+        return values
+
+    return warning_function
+
+
+def _warn_if_blind(flow_map: Any, t: Tensor, s: Tensor, f: Tensor, df_ds: Tensor) -> None:
+    steps = _steps_blind.get(flow_map, 0)
+    if steps >= PATIENCE or not f.requires_grad or not values_are_cheap(f) or not bool(f.any()):
+        return  # an output of zeros says nothing: many networks start so
+    if not torch.equal(over(s - t, f) * df_ds, f):  # d/ds f = F + (s - t) dF/ds is more than F
+        _steps_blind[flow_map] = PATIENCE  # it was seen to depend on s
+        return
+    _steps_blind[flow_map] = steps + 1
+    if steps + 1 == PATIENCE:
+        blind = "the network's output does not depend on s: it can learn no jumps unless it embeds s or t - s"
+        warnings.warn(blind, stacklevel=4)
+
+
+class NotALoss:
+    """Base of terms per sample, which people take for the loss."""
+
+    def backward(self) -> NoReturn:
+        """Raise TypeError with what to do."""
+        raise TypeError("LossTerms are no loss, but terms per sample; take terms.total.mean().backward()")
