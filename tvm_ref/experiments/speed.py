@@ -1,11 +1,9 @@
-"""Measure how fast training is: time per step next to a flow-matching step, and time to a quality.
+"""Measure how fast training is: time per step of every objective next to a flow-matching step.
 
     python -m tvm_ref.experiments.speed
-    python -m tvm_ref.experiments.speed --seeds 0            step times only
 
-First the step times of every objective, taken in turns, as ratios to flow matching on the same network: as they are,
-and of the loss and its gradients alone, without optimizer and data. Then trainings of growing length, until the median
-over seeds reaches the quality that the default is held to on moons.
+Step times are taken in turns, as ratios to flow matching on the same network: as they are, and of the loss and its
+gradients only, without optimizer and data. `seeds --steps N` says what quality N steps give.
 """
 
 import json
@@ -14,20 +12,13 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tvm_ref.cli.errors import user_files
 from tvm_ref.cli.files import require_new, write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, given, require_at_least, run
 from tvm_ref.experiments.methods import METHODS
-from tvm_ref.experiments.seeds import one_step
-from tvm_ref.experiments.sweep import train_many
 from tvm_ref.toy.config import ToyConfig, use_one_thread
-from tvm_ref.toy.report.metrics import POINTS
 from tvm_ref.toy.training import Batch, Training
-
-QUALITY = {"paired_rmse": 0.07, "w2_same_noise": 0.06, "low_density": 0.04}  # one step, moons, median over seeds
-BUDGETS = (500, 1000, 2000, 3000, 4000)  # training steps
 
 
 def gradients(training: Training, batch: Batch) -> None:
@@ -66,48 +57,12 @@ def table(times: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def time_to_quality(
-    base: ToyConfig, milliseconds: float, *, seeds: int, jobs: int, points: int
-) -> list[dict[str, Any]]:
-    """Take medians over seeds for each budget of steps, up to the first that reaches QUALITY; print as they come."""
-    rows = []
-    for steps in BUDGETS:
-        configs = [replace(base, steps=steps, seed=seed) for seed in range(seeds)]
-        runs = list(train_many(configs, one_step, jobs=jobs, points=points, label=f"{steps} steps"))
-        figures = {k: statistics.median(run["figures"].get(k, float("inf")) for run in runs) for k in QUALITY}
-        reached = all(figures[k] <= limit for k, limit in QUALITY.items())
-        rows.append({"steps": steps, "seconds": steps * milliseconds / 1e3, "reached": reached, **figures})
-        print(
-            f"{steps} steps, {rows[-1]['seconds']:.0f} s of training: paired RMSE {figures['paired_rmse']:.3f}, "
-            f"W2 {figures['w2_same_noise']:.3f}, low density {100 * figures['low_density']:.1f} %"
-            f"{' - reached' if reached else ''}"
-        )
-        if reached:
-            break
-    return rows
-
-
-def measure(base: ToyConfig, rounds: int, repeats: int, seeds: int, jobs: int) -> dict[str, Any]:
-    """Measure and print step times and, unless there are no seeds, the time to a quality; returns the figures."""
-    distribution = base.make_distribution()
-    trainings = {name: Training(replace(base, **changes), distribution) for name, changes in METHODS.items()}
-    times = step_times(trainings, rounds, repeats)
-    print(f"batch size {base.batch_size}, width {base.width}, depth {base.depth}, one thread\n{table(times)}")
-    report: dict[str, Any] = {"milliseconds": times}
-    if seeds:
-        print(f"\ntime to quality on {base.dist} (one step, median over seeds), seeds: {seeds}")
-        report["quality"] = time_to_quality(base, times["TVM"]["step"], seeds=seeds, jobs=jobs, points=POINTS)
-    return report
-
-
 def parser() -> OneLineParser:
     """Make the command line."""
     p = OneLineParser("python -m tvm_ref.experiments.speed", __doc__)
     add_options(p, ToyConfig, ["batch_size", "width", "depth"])
     p.add_argument("--rounds", type=int, default=10, help="rounds of timing")
     p.add_argument("--repeats", type=int, default=20, help="steps per method and round")
-    p.add_argument("--seeds", type=int, default=3, help="seeds of the time to quality; 0 leaves it out")
-    p.add_argument("--jobs", type=int, default=2, help="trainings at a time for the time to quality")
     p.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     return p
 
@@ -119,13 +74,15 @@ def main(argv: list[str] | None = None) -> int:
     use_one_thread()
     with command.errors(), user_files():
         base = ToyConfig(**given(arguments, ToyConfig))
-        require_at_least(1, rounds=arguments.rounds, repeats=arguments.repeats, jobs=arguments.jobs)
-        require_at_least(0, seeds=arguments.seeds)
+        require_at_least(1, rounds=arguments.rounds, repeats=arguments.repeats)
         require_new(arguments.out)
     with command.errors():
-        report = measure(base, arguments.rounds, arguments.repeats, arguments.seeds, arguments.jobs)
+        distribution = base.make_distribution()
+        trainings = {name: Training(replace(base, **changes), distribution) for name, changes in METHODS.items()}
+        times = step_times(trainings, arguments.rounds, arguments.repeats)
+        print(f"batch size {base.batch_size}, width {base.width}, depth {base.depth}, one thread\n{table(times)}")
         if arguments.out is not None:
-            write_atomically(arguments.out, json.dumps(report, indent=2) + "\n")
+            write_atomically(arguments.out, json.dumps({"milliseconds": times}, indent=2) + "\n")
     return 0
 
 
