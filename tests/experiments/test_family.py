@@ -174,7 +174,6 @@ def test_the_command_writes_its_parts(tmp_path, capsys, monkeypatch):
     measured = {"noise", "cost", "adaptive_bias", "jumps", "noise_scale"}
     assert set(report) == {"dist", "made_with", "options", *measured}
     assert set(report["noise"]) == {name for name, _, _ in MEMBERS[:2]}
-    assert (out / "measured.png").is_file()
     assert (out / "times.png").is_file()
     assert (out / "family.png").is_file()
     printed = capsys.readouterr().out

@@ -9,8 +9,8 @@
     bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
     jumps     which jumps four laws of times draw, beside the errors of the jumps of the default run
     scale     at that run's network, by t - s: the batch at which a gradient's noise equals its signal
-Writes results.json, measured.png and, with `picture`, family.png; with `jumps`, times.png: the same by (t, s). All into
-a folder of its own; parts that are measured with other options go into another folder.
+Writes results.json and, with `picture`, family.png; with `jumps`, times.png: the same by (t, s). All into a folder of
+its own; parts that are measured with other options go into another folder.
 """
 
 import json
@@ -124,8 +124,6 @@ def draw(report: dict[str, Any], out: Path, *, picture: bool) -> None:
 
     if picture:
         plots.save_figure(family_plots.plot_family(), out / "family.png")
-    if {"noise", "adaptive_bias", "jumps", "noise_scale"} & {*report}:
-        plots.save_figure(family_plots.plot_measured(report), out / "measured.png")
     if "jumps" in report:
         plots.save_figure(family_plots.plot_times(report["jumps"]), out / "times.png")
 

@@ -1,6 +1,5 @@
-"""Draw the family of objectives: who matches what in the triangle of (t, s), and what was measured of them."""
+"""Draw the family of objectives: who matches what in the triangle of (t, s), and which jumps are drawn."""
 
-from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -92,20 +91,6 @@ def plot_family() -> Figure:
 
 
 @matplotlib.rc_context(plots.STYLE)
-def plot_measured(report: dict[str, Any]) -> Figure:
-    """Draw noise at the solution, the bias of adaptive weights, jump errors beside draws, and the noise scale."""
-    panels: dict[str, Callable[[Axes, Any], None]] = {
-        "noise": _plot_noise, "adaptive_bias": _plot_bias, "jumps": _plot_jumps, "noise_scale": _plot_scale,
-    }  # fmt: skip
-    shown = [key for key in panels if key in report]
-    figure, axes = plots.make_figure(len(shown), 5, plane=False)
-    figure.set_size_inches(6.4 * len(shown), 5.2)
-    for key, ax in zip(shown, axes, strict=True):
-        panels[key](ax, report[key])
-    return figure
-
-
-@matplotlib.rc_context(plots.STYLE)
 def plot_times(jumps: dict[str, Any]) -> Figure:
     """Draw, in the triangle of (t, s), how densely each law draws jumps, and how large the errors of jumps are."""
     figure = Figure(figsize=(11, 6.2), layout="constrained")
@@ -130,54 +115,3 @@ def _plot_cells(ax: Axes, title: str, values: list[list[float | None]], scale: L
     cells = np.array([[np.nan if v is None else v for v in row] for row in values]).T
     ax.set_title(title)
     return ax.imshow(cells, origin="lower", extent=(0, 1, 0, 1), norm=scale, cmap="viridis")
-
-
-def _plot_noise(ax: Axes, noise: dict[str, dict[str, float]]) -> None:
-    names = list(noise)[::-1]
-    mean, error, median = (np.array([noise[name][key] for name in names]) for key in ("mean", "error", "median"))
-    ax.barh(
-        names, np.maximum(mean, 1e-10), color=[plots.BLUE if v < 1e-4 else plots.ORANGE for v in mean],
-        xerr=np.where(mean < 1e-4, 0, error), label="mean",
-    )  # fmt: skip
-    ax.plot(np.maximum(median, 1e-10), names, "|", color="black", ms=12, mew=2, label="median")
-    ax.set(xscale="log", xlim=(1e-10, 1e2), xlabel="||dL/dF||² over flow matching's mean")
-    ax.legend(fontsize=9)
-    ax.tick_params(axis="y", labelsize=9)
-    ax.set_title("noise at the exact flow map")
-
-
-def _plot_bias(ax: Axes, bias: dict[str, dict[str, float]]) -> None:
-    for (name, values), colour in zip(bias.items(), (plots.BLUE, plots.ORANGE), strict=False):
-        ax.plot([int(d) for d in values], list(values.values()), "o-", color=colour, label=name)
-    ax.set(xscale="log", yscale="log", xlabel="dimension D", ylabel="RMS of F - u over the deviation of v")
-    ax.set_title("bias of the adaptive weight")
-    ax.grid(alpha=0.3)
-    ax.legend(title="data in each coordinate")
-
-
-def _plot_jumps(ax: Axes, jumps: dict[str, Any]) -> None:
-    bins = len(jumps["error"])
-    middles = (np.arange(bins) + 0.5) / bins
-    for (name, shares), colour in zip(
-        jumps["shares"].items(), (plots.BLUE, plots.PINK, plots.SKY, plots.GREEN), strict=False
-    ):
-        ax.step(middles, np.maximum(shares, 1e-6), where="mid", color=colour, label=f"draws, {name}")
-    ax.set(yscale="log", xlabel="t - s", ylabel="share of jumps drawn", ylim=(1e-5, 1))
-    other = ax.twinx()
-    other.plot(middles, jumps["error"], "o-", color=plots.ORANGE, label="RMSE of a jump")
-    other.set(yscale="log", ylabel="RMSE to the exact flow map")
-    other.spines["right"].set_visible(True)
-    ax.set_title("what is drawn, and what goes wrong")
-    ax.legend(*(a + b for a, b in zip(*(x.get_legend_handles_labels() for x in (ax, other)), strict=True)), fontsize=9)
-
-
-def _plot_scale(ax: Axes, measured: dict[str, Any]) -> None:
-    styles = [
-        (c, m) for m in ("o-", "s--", "^:") for c in (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PINK, plots.GREY)
-    ]
-    for (name, values), (colour, marker) in zip(measured["scale"].items(), styles, strict=False):
-        ax.plot(measured["gaps"], [np.nan if v is None else v for v in values], marker, color=colour, label=name, ms=5)
-    ax.set(yscale="log", xlabel="t - s", ylabel="batch at which noise equals signal")
-    ax.set_title("gradients at a trained network")
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, ncols=2)
