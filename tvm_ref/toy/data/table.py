@@ -53,9 +53,10 @@ def parse(text: str) -> tuple[np.ndarray, tuple[str, ...]]:
     header: tuple[str, ...] = ()
     lines = [(i, line) for i, line in enumerate(text.replace('"', "").splitlines(), 1) if line.strip(" \t,;")]
     lines = [(i, line) for i, line in lines if not line.lstrip().startswith("#")]
-    separator = next(
-        (m for m in ";\t," if 2 * sum(m in line for _, line in lines) >= len(lines) > 0), None
-    )  # or blanks
+    if not lines:
+        raise UserError("the file is empty")
+    common = (mark for mark in ";\t," if 2 * sum(mark in line for _, line in lines) >= len(lines))
+    separator = next(common, None)  # None: blanks
     for i, line in lines:
         cells = tuple(cell.strip() for cell in line.split(separator))
         try:
@@ -74,7 +75,7 @@ def parse(text: str) -> tuple[np.ndarray, tuple[str, ...]]:
         header = ("0", "1")
         del rows[0]
     if not rows:
-        raise UserError("nothing but a header" if header else "the file is empty")
+        raise UserError("nothing but a header")
     return np.array(rows), header
 
 

@@ -29,9 +29,8 @@ from tvm_ref.toy.report.metrics import EULER_STEPS, Reference
 # Okabe and Ito's palette, told apart with every common colour blindness
 BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#D55E00"
 CLASSES = (BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED, "#000000")
-FEW_COLOURS = (BLUE, SKY, PINK, GREEN, ORANGE, GREY, RED)
-MANY_COLOURS = (BLUE, SKY, RED, PINK, GREEN, GREY, ORANGE, "#000000")
-EXTENT = 2.6  # half width of the window on the plane; data have unit variance
+LINES = (BLUE, SKY, RED, PINK, GREEN, GREY, ORANGE, "#000000")
+EXTENT = 2.6  # half width of the window in 2D; data have unit variance
 STYLE: dict[Any, Any] = {
     "font.size": 13,
     "axes.titlesize": 15,
@@ -67,7 +66,7 @@ def scatter(ax: Axes, x: Tensor, **options: Any) -> None:
 
 
 def dot_size(x: Tensor) -> float:
-    """Choose the area of the dots of a cloud [N, 2], so that few are seen and many do not run together."""
+    """Choose the area of the dots of a cloud [N, 2], so that few are visible and many do not run together."""
     return min(40.0, max(4.0, 4.0 * math.sqrt(4000 / len(x))))
 
 
@@ -259,9 +258,7 @@ def plot_errors(
     title: str,
     families: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Draw each method's error against NFE: median and range over seeds.
-
-    Up to seven methods have a legend, and bands for the ranges; more have bars side by side, and names at their ends.
+    """Draw each method's error against NFE: median and range over seeds, methods side by side at each NFE.
 
     Args:
         errors: by method and NFE, a paired RMSE per seed; NaN at an NFE that the method is not for.
@@ -270,12 +267,17 @@ def plot_errors(
         families: by method, the name of its family, whose methods share a colour; by default each has its own.
     """
     figure, (ax,) = make_figure(1, plane=False)
-    many = len(errors) > len(FEW_COLOURS)
-    figure.set_size_inches(*((12, 8) if many else (9, 6)))
-    few = () if many else errors.items()
-    for (name, values), marker, colour in zip(few, "os^DvPX", FEW_COLOURS, strict=False):
-        ax.plot(nfes, [statistics.median(v) for v in values], marker=marker, color=colour, label=name)
-        ax.fill_between(nfes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
+    figure.set_size_inches(11, 6.5)
+    families = families or {name: name for name in errors}
+    colours = dict(zip(dict.fromkeys(families.values()), itertools.cycle(LINES), strict=False))
+    dashes = {family: itertools.cycle(("-", "--", ":", "-.")) for family in colours}
+    shifts = np.geomspace(0.86, 1 / 0.86, len(errors))  # so that no bar covers another
+    for (name, values), marker, shift in zip(errors.items(), itertools.cycle("os^DvPX*<>hdp8"), shifts, strict=False):
+        family, x = families[name], np.array(nfes) * shift
+        medians, low, high = ([f(v) for v in values] for f in (statistics.median, min, max))
+        style: dict[str, Any] = {"color": colours[family], "lw": 1.3}
+        ax.plot(x, medians, next(dashes[family]), marker=marker, label=name, **style)
+        ax.vlines(x, low, high, alpha=0.5, **style)
     ax.set(xscale="log", yscale="log", xlabel="function evaluations (NFE)", ylabel="paired RMSE to the exact flow map")
     ax.set_xticks(nfes, [str(n) for n in nfes])
     ax.minorticks_off()
@@ -283,51 +285,7 @@ def plot_errors(
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.grid(alpha=0.3)
     ax.set_title(title)
-    if many:
-        _draw_many(ax, errors, nfes, families or {name: name for name in errors})
-    else:
-        ax.legend(fontsize=10, ncols=2)
-    return figure
-
-
-def _draw_many(
-    ax: Axes, errors: Mapping[str, Sequence[Sequence[float]]], nfes: Sequence[int], families: Mapping[str, str]
-) -> None:
-    """Draw medians and ranges over seeds side by side at each NFE, and every name at both ends of its line."""
-    colours = dict(zip(dict.fromkeys(families.values()), itertools.cycle(MANY_COLOURS), strict=False))
-    dashes = {family: itertools.cycle(("-", "--", ":", "-.")) for family in colours}
-    shifts = np.geomspace(0.86, 1 / 0.86, len(errors))  # so that no bar covers another
-    drawn = {}
-    for (name, values), marker, shift in zip(errors.items(), itertools.cycle("os^DvPX*<>hdp8"), shifts, strict=False):
-        family, x, y = families[name], np.array(nfes) * shift, np.array([statistics.median(v) for v in values])
-        style: dict[str, Any] = {"color": colours[family], "lw": 1.3}
-        ax.plot(x, y, next(dashes[family]), marker=marker, label=name, **style)
-        ax.vlines(x, [min(v) for v in values], [max(v) for v in values], alpha=0.5, **style)
-        drawn[name] = x[np.isfinite(y)], y[np.isfinite(y)]
-    known = [v for values in errors.values() for seeds in values for v in seeds if math.isfinite(v)] or [1.0]
-    gap = 0.03 * math.log(1.2 * max(known) / min(known))  # a line of text
-    for end, at, side, towards in ((0, nfes[0] / 1.6, "right", 1), (-1, nfes[-1] * 1.6, "left", 0)):
-        reaching = [name for name, (x, _) in drawn.items() if len(x) and (end == 0 or x[-1] > nfes[-1] / 1.2)]
-        reaching.sort(key=lambda name: drawn[name][1][end])
-        heights = np.exp(spread([math.log(drawn[name][1][end]) for name in reaching], gap))
-        known += heights.tolist()
-        for name, height in zip(reaching, heights, strict=True):
-            (x, y), colour = drawn[name], colours[families[name]]
-            line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkB": 4, "relpos": (towards, 0.5)}
-            text: dict[str, Any] = {"ha": side, "va": "center", "fontsize": 10, "color": colour}
-            ax.annotate(name, (x[end], y[end]), (at, height), arrowprops=line, **text)
-    ax.set(xlim=(nfes[0] / 5.2, nfes[-1] * 5.2), ylim=(min(known) / 1.08, max(known) * 1.08))
     shared = "; one colour: one family" if len(colours) < len(errors) else ""
-    ax.set_xlabel(f"{ax.get_xlabel()}\nmedian and range over seeds, methods side by side at each NFE{shared}")
-
-
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Move rising values to at least `gap` from each other, by the least sum of squares."""
-    pools: list[tuple[float, int]] = []  # mean and number of those values, less gap times rank, that are moved together
-    for rank, value in enumerate(values):
-        mean, number = value - gap * rank, 1
-        while pools and pools[-1][0] > mean:
-            before, several = pools.pop()
-            mean, number = (before * several + mean * number) / (several + number), several + number
-        pools.append((mean, number))
-    return [mean + gap * rank for rank, mean in enumerate(m for m, number in pools for _ in range(number))]
+    ax.set_xlabel(f"{ax.get_xlabel()}\nmedian and range over seeds{shared}")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=10)
+    return figure
