@@ -9,6 +9,7 @@ nn.MultiheadAttention's matters, and `opened` shows it. What is called in C++ st
 multiplies by absent tangents. A checkpoint is no such function; recompute.py sets one attribute for it.
 """
 
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,8 @@ class jvp_ready(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer one call."""
         kwargs = kwargs or {}
+        if func is torch.Tensor.unflatten:  # which calls super(): torch.compile of PyTorch 2.11 cannot follow from here
+            func = torch.unflatten
         answer = ANSWERS.get(func)
         if answer is None:
             return func(*args, **kwargs)
@@ -59,8 +62,12 @@ class jvp_ready(TorchFunctionMode):
 
 def opened(function: Callable[..., Any]) -> Callable[..., Any]:
     """Copy a function of torch.nn.functional without its question who else may answer: what it calls is then seen."""
-    space = {**function.__globals__, "has_torch_function": lambda _: False, "__name__": f"{__name__}.opened"}
-    return types.FunctionType(function.__code__, space, function.__name__, function.__defaults__, function.__closure__)
+    space = types.ModuleType(f"{__name__}.opened")  # a module, as torch.compile looks a function's names up in one
+    space.__dict__.update(function.__globals__, has_torch_function=lambda _: False, __name__=space.__name__)
+    sys.modules[space.__name__] = space
+    return types.FunctionType(
+        function.__code__, space.__dict__, function.__name__, function.__defaults__, function.__closure__
+    )
 
 
 MULTI_HEAD_ATTENTION = opened(F.multi_head_attention_forward)

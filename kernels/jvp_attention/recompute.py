@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from jvp_attention.rules import has_tangent, unpack_dual
 
-OPTIONS = {  # of checkpoint itself; other keywords are the function's
+OPTIONS = {"preserve_rng_state"} | {  # of checkpoint itself; other keywords are the function's
     name
     for name, parameter in inspect.signature(pytorch.checkpoint).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY or name == "use_reentrant"
