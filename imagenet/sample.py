@@ -8,7 +8,7 @@
 The ending of --out decides: .png is one grid, .npz all images as ADM's evaluation takes them, anything else a folder
 with a PNG per image. A grid has a class per column: those of --classes, or at most ten, evenly spaced. Otherwise sample
 i has the class number i modulo the number of classes (or of --classes). Its noise is decided by --seed and i alone, so
-it is the same image for any batch size and any number of processes.
+it is the same image for any batch size and any number of processes. What was stopped continues with the same command.
 
 A network works for the guidance weights that it was trained with, which its file says; --w overrides that, with a
 warning. Models of latents need the autoencoder that made them (--vae).
@@ -17,9 +17,7 @@ warning. Models of latents need the autoencoder that made them (--vae).
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +26,11 @@ from torch import nn
 
 from imagenet import distributed
 from imagenet.data.fingerprints import fingerprint
-from imagenet.data.image_files import EXTENSIONS, Pixels, grid, save_png, write_npz
-from imagenet.distributed import World
+from imagenet.data.image_files import EXTENSIONS, ImageFiles, grid, save_png, write_npz
 from imagenet.model_options import add_model_options, load_model
-from imagenet.sampler import BATCH, ROWS, Generator
+from imagenet.sampler import ROWS, Generator
 from tvm_ref.cli.errors import UserError, user_files
-from tvm_ref.cli.files import require_free, require_new, write_atomically
+from tvm_ref.cli.files import read_json, require_free, require_new, write_atomically
 from tvm_ref.cli.options import OneLineParser, require_at_least, run
 from tvm_ref.cli.progress import progress
 
@@ -56,11 +53,22 @@ def parser() -> OneLineParser:
     return p
 
 
-# Files --------------------------------------------------------------------------------------------------------------
+def folder_of(out: Path) -> Path:
+    """Return the folder that images are drawn into: --out, or one beside it until its file is put together.
+
+    Raises:
+        UserError: --out ends as files do that are not written here.
+    """
+    if out.suffix in (".png", ".npz"):
+        return out.with_name(f"{out.name}.parts")
+    if out.suffix.lower() in OTHERS and not out.is_dir():
+        raise UserError(f"--out must end in .png or .npz, or be a folder; {out.suffix} is not written")
+    return out
 
 
+@user_files()
 def prepare(out: Path, plan: dict[str, Any], *, overwrite: bool = False) -> None:
-    """Refuse to write over what is there, or make way for it; a folder of the same plan, unfinished, is kept.
+    """Refuse to write over what is there, or make way for it; unfinished images of the same plan are kept.
 
     Args:
         out: --out.
@@ -68,38 +76,30 @@ def prepare(out: Path, plan: dict[str, Any], *, overwrite: bool = False) -> None
         overwrite: replace other images.
 
     Raises:
-        ValueError: something is there, or `out` ends as files do that are not written here.
+        UserError: something is there.
     """
-    if is_folder(out):
-        unfinished = (out / PLAN).is_file() and not (out / ABOUT).is_file()
-        if unfinished and not overwrite:
-            _check_plan(out, plan)
-            return
-        require_free(out, (PLAN if unfinished else ABOUT,), "samples", "--overwrite", overwrite)
-        if out.exists():
-            shutil.rmtree(out)
-    elif out.is_dir() or (out.exists() and not overwrite):
-        raise UserError(f"{out} exists already: {'' if out.is_dir() else '--overwrite, or '}another --out")
-    elif not out.exists():
-        require_new(out)  # sees whether it can be written
-    (out if is_folder(out) else out.parent).mkdir(parents=True, exist_ok=True)
-    if is_folder(out):
-        write_atomically(out / PLAN, json.dumps(plan, indent=2) + "\n")
-
-
-def _check_plan(out: Path, plan: dict[str, Any]) -> None:
-    """Raise ValueError unless the unfinished samples in a folder are those of a plan."""
-    try:
-        before = json.loads((out / PLAN).read_text())
-        changed = [key for key in plan if before[key] != plan[key]]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{out / PLAN} is damaged: --overwrite, or another --out") from None
-    if changed:
-        raise UserError(f"{out} holds unfinished samples of other {', '.join(changed)}: --overwrite, or another --out")
+    folder = folder_of(out)
+    if folder != out:
+        if out.is_dir() or (out.exists() and not overwrite):
+            raise UserError(f"{out} exists already: {'' if out.is_dir() else '--overwrite, or '}another --out")
+        if not out.exists():
+            require_new(out)  # sees whether it can be written
+    if (folder / PLAN).is_file() and not (folder / ABOUT).is_file() and not overwrite:
+        before = read_json(folder / PLAN, "sampling; --overwrite, or another --out", tuple(plan))
+        changed = ", ".join(key for key in plan if before[key] != plan[key])
+        if changed:
+            raise UserError(f"{folder} holds unfinished samples of other {changed}: --overwrite, or another --out")
+        return
+    unfinished = (folder / PLAN).is_file() and not (folder / ABOUT).is_file()
+    require_free(folder, (PLAN if unfinished else ABOUT,), "samples", "--overwrite", overwrite)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_atomically(folder / PLAN, json.dumps(plan, indent=2) + "\n")
 
 
 def plan_of(generator: Generator, count: int, steps: int) -> dict[str, Any]:
-    """Describe everything that decides the images of a folder."""
+    """Describe everything that decides the images."""
     networks = {"weights": generator.flow_map, "autoencoder": generator.vae}
     return {
         "count": count,
@@ -111,130 +111,60 @@ def plan_of(generator: Generator, count: int, steps: int) -> dict[str, Any]:
     }
 
 
-def is_folder(out: Path) -> bool:
-    """Tell whether --out names a folder of images.
-
-    Raises:
-        ValueError: it ends as files do that are not written here.
-    """
-    if out.suffix.lower() in OTHERS and not out.is_dir():
-        raise UserError(f"--out must end in .png or .npz, or be a folder; {out.suffix} is not written")
-    return out.suffix not in (".png", ".npz")
-
-
-def missing(out: Path, numbers: range) -> list[int]:
-    """Return the numbers of images that a folder does not hold yet."""
-    return [i for i in numbers if not image_of(out, i).exists()]
-
-
-def image_of(out: Path, number: int) -> Path:
-    """Return the file of an image in a folder."""
-    return out / f"{number:06d}.png"
-
-
-def part_of(out: Path, rank: int) -> Path:
-    """Return the file where a process keeps its images until the first puts them together."""
-    return out.with_name(f"{out.name}.part{rank:04d}.npy")
-
-
-def write_images(out: Path, batches: Iterator[Pixels], numbers: list[int], bar: Any) -> None:
-    """Write the images of some numbers into a folder, each complete or not at all."""
-    done = 0
-    with ThreadPoolExecutor() as pool:
-        for pixels in batches:
-            names = (image_of(out, i) for i in numbers[done : done + len(pixels)])
-            list(pool.map(save_png, names, pixels))
-            done += len(pixels)
+def draw(generator: Generator, folder: Path, numbers: range, steps: int, batch_size: int, *, quiet: bool) -> None:
+    """Write the images of some numbers as NUMBER.png, each complete or not at all; those that are there are kept."""
+    files = {i: folder / f"{i:06d}.png" for i in numbers}
+    todo = [i for i in numbers if not files[i].exists()]
+    done, given = len(numbers) - len(todo), iter(todo)
+    with (
+        ThreadPoolExecutor() as pool,
+        progress(total=len(numbers), initial=done, unit="image", desc="sampling", disable=quiet) as bar,
+    ):
+        for pixels in generator.batches(todo, steps, batch_size):
+            list(pool.map(save_png, [files[next(given)] for _ in pixels], pixels))
             bar.update(len(pixels))
 
 
-def write_part(out: Path, batches: Iterator[Pixels], world: World, numbers: range, bar: Any) -> None:
-    """Write this process's images as its part of the file."""
-    part, done = None, 0
-    for pixels in batches:
-        if part is None:
-            shape = (len(numbers), *pixels.shape[1:])
-            part = np.lib.format.open_memmap(part_of(out, world.rank), "w+", np.uint8, shape)
-        part[done : done + len(pixels)] = pixels
-        done += len(pixels)
-        bar.update(len(pixels))
-    if part is not None:
-        part.flush()
-
-
-def join_parts(out: Path, world: World, labels: list[int], columns: int) -> None:
-    """Make the .npz or the grid of the parts of all processes, in order, and remove the parts."""
-    ranks = (rank for rank in range(world.size) if replace(world, rank=rank).partition(len(labels)))
-    parts = [np.load(part_of(out, rank), mmap_mode="r") for rank in ranks]
-    if out.suffix == ".npz":
-        batches = (part[i : i + CHUNK] for part in parts for i in range(0, len(part), CHUNK))
-        write_npz(out, len(labels), batches, np.array(labels, np.int64))
-    else:
-        save_png(out, grid(np.concatenate(parts), columns))
-    for path in out.parent.glob(f"{out.name}.part*.npy"):
-        path.unlink()
-
-
-# The command --------------------------------------------------------------------------------------------------------
-
-
-def draw(
-    generator: Generator, out: Path, world: World, *, count: int = COUNT, steps: int = 1, batch_size: int = BATCH
-) -> float:
-    """Write samples 0 to count - 1 of a model to `out`; returns the seconds that it took. All processes take part.
-
-    Args:
-        generator: the model.
-        out: where to, see above.
-        world: the processes.
-        count: number of images.
-        steps: network evaluations per image.
-        batch_size: images at a time, per process.
-
-    Raises:
-        OSError: a file could not be written.
-    """
-    numbers, started = world.partition(count), time.perf_counter()
-    todo = missing(out, numbers) if is_folder(out) else numbers
-    done = len(numbers) - len(todo)
-    with progress(total=len(numbers), initial=done, unit="image", desc="sampling", disable=not world.first) as bar:
-        batches = generator.batches(todo, steps, batch_size)
-        if is_folder(out):
-            write_images(out, batches, list(todo), bar)
-        else:
-            write_part(out, batches, world, numbers, bar)
-    world.barrier()
-    seconds, labels = time.perf_counter() - started, generator.labels(range(count))
-    if world.first and is_folder(out):
-        for leftover in out.glob("*.partial"):  # of a process that was killed while it wrote
-            leftover.unlink()
+def finish(generator: Generator, out: Path, count: int, steps: int) -> None:
+    """Say that a folder is complete, or make the file of its images and remove it."""
+    folder, labels = folder_of(out), generator.labels(range(count))
+    for leftover in folder.glob("*.partial"):  # of a process that was killed while it wrote
+        leftover.unlink()
+    if folder == out:
         about = {"steps": steps, "w": generator.guidance, "seed": generator.seed, "labels": labels}
         write_atomically(out / ABOUT, json.dumps(about) + "\n")
-    elif world.first:
-        join_parts(out, world, labels, generator.columns(count))
-    return seconds
+        return
+    batches = (batch.permute(0, 2, 3, 1).numpy() for batch in ImageFiles(folder).batches(CHUNK))
+    if out.suffix == ".npz":
+        write_npz(out, count, batches, np.array(labels, np.int64))
+    else:
+        save_png(out, grid(np.concatenate(list(batches)), generator.columns(count)))
+    shutil.rmtree(folder)
 
 
 def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
     """Run the command; `vae` replaces the autoencoder that the options name. Returns the exit status, 0."""
     command = parser()
     options = command.parse_args(argv)
-    with command.errors(), user_files():
-        hint = "the same command goes on" if is_folder(options.out) else ""
-    with command.errors(hint), distributed.process_group(options.device) as world:
+    out, steps = options.out, options.steps
+    with command.errors("the same command goes on"), distributed.process_group(options.device) as world:
+        folder = folder_of(out)
         count: int = COUNT if options.count is None else options.count
-        require_at_least(1, count=count, steps=options.steps, batch_size=options.batch_size)
+        require_at_least(1, count=count, steps=steps, batch_size=options.batch_size)
         generator = load_model(options, world, vae)
-        if options.out.suffix == ".png":
+        if out.suffix == ".png":  # a grid, with a class per column
             generator = generator.with_columns()
             count = ROWS * len(generator.classes or ()) if options.count is None else count
-        plan = plan_of(generator, count, options.steps) if is_folder(options.out) else {}
-        with user_files():
-            world.on_first(lambda: prepare(options.out, plan, overwrite=options.overwrite))
-        seconds = draw(generator, options.out, world, count=count, steps=options.steps, batch_size=options.batch_size)
+        plan = plan_of(generator, count, steps)
+        world.on_first(lambda: prepare(out, plan, overwrite=options.overwrite))
+        started = time.perf_counter()
+        draw(generator, folder, world.partition(count), steps, options.batch_size, quiet=not world.first)
+        world.barrier()
+        seconds = time.perf_counter() - started
         if world.first:
+            finish(generator, out, count, steps)
             w, rate = f"w = {generator.guidance:g}", f"{count / seconds:.3g} images per second"
-            print(f"{options.out}: {count} images, {options.steps} step{'s' * (options.steps > 1)} each, {w}, {rate}")
+            print(f"{out}: {count} images, {steps} step{'s' * (steps > 1)} each, {w}, {rate}")
     return 0
 
 

@@ -14,7 +14,8 @@ pytest.importorskip("torch_fidelity")
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from imagenet import sample
-from imagenet.evaluate import figures, main
+from imagenet.evaluate import main
+from imagenet.metrics.fid import metrics_of
 from imagenet.metrics.frechet import frechet_distance, gaussian_statistics, precision_recall
 from imagenet.metrics.inception import Features
 from imagenet.metrics.references import Reference
@@ -63,7 +64,7 @@ def test_figures_of_known_features():
     pool, spatial = torch.randn(n, 3, dtype=torch.float64), torch.randn(n, 2, dtype=torch.float64)
     logits = 100.0 * torch.eye(5)[torch.arange(n) % 5]
     reference = Reference("r", gaussian_statistics(pool + 2), gaussian_statistics(3 * spatial))
-    measured = figures(Features(pool, logits, spatial), reference, Features(pool + 100, logits, spatial))
+    measured = metrics_of(Features(pool, logits, spatial), reference, Features(pool + 100, logits, spatial))
     assert measured["fid"] == pytest.approx(3 * 2**2)
     assert measured["sfid"] == pytest.approx(sum((3 - 1) ** 2 * spatial.var(0)) + 4 * spatial.mean(0).square().sum())
     assert measured["inception_score"] == pytest.approx(5 * (1 - 4 / 800), abs=0.02)
@@ -73,7 +74,7 @@ def test_figures_of_known_features():
 def test_fid_is_torch_fidelity_s():
     a, b = torch.randn(300, 20), 1.2 * torch.randn(200, 20) + 0.1
     theirs = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), False)
-    measured = figures(Features(a, a, a), Reference("b", gaussian_statistics(b)), None)
+    measured = metrics_of(Features(a, a, a), Reference("b", gaussian_statistics(b)), None)
     assert measured["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
     assert "sfid" not in measured
     assert "precision" not in measured
