@@ -72,6 +72,14 @@ def test_every_link_holds(name, state, seed):
         assert w2 <= coupling * (1 + 1e-9)  # exact: no quadrature, no statistics
 
 
+def test_every_link_holds_in_the_small():
+    """One distribution, a random network and a few points; the slow test goes through all of them."""
+    bound = measured(random_model(1), make_distribution("eight_gaussians"), t=0.7, n=20, steps=32)
+    assert bound.violations() == []
+    assert bound.values["w2"] <= bound.values["displacement"] * (1 + 1e-9)
+    assert abs(bound.values["global_from_loss"] - bound.values["global"]) <= 5 * bound.standard_error
+
+
 def test_a_violated_link_is_named():
     bound = measured(random_model(0), make_distribution("moons"), n=20, steps=16)
     bound.values["displacement"] = 10 * max(bound.values[name] for name in ("terminal_velocity", "pathwise_one_sided"))
@@ -90,13 +98,14 @@ def test_groenwall_holds_for_every_single_point():
         assert (terms["displacement"] <= terms[name] + error).all(), name
 
 
-@pytest.mark.slow
-def test_with_signs_groenwall_is_an_identity():
+@pytest.mark.parametrize("state", ["random", pytest.param("trained", marks=pytest.mark.slow)])
+def test_with_signs_groenwall_is_an_identity(state):
     """d/ds e = <n, residuals> - m e, n the unit vector from Y to X, so e(0) = -int exp(int m) <n, a + b> ds.
 
     It fails for a wrong sign or size of a, b or m.
     """
-    bound = measured(trained_model("moons", 0), make_distribution("moons"), n=100, steps=256)
+    model = random_model(0) if state == "random" else trained_model("moons", 0)
+    bound = measured(model, make_distribution("moons"), n=20 if state == "random" else 100, steps=256)
 
     def signed(paths: chain.Paths) -> Tensor:
         apart = paths.x - paths.y
@@ -167,6 +176,27 @@ def test_constant_of_one_gaussian_is_its_closed_form():
     minimum = bound_paths.flow_matching_minimum(oracle, x0, bound_paths.repaired(x1, len(s)), s)
     exact = -quad(lambda r: 2 * t * math.exp(2 * rate * r) * 2 * sigma**2 / ((1 - r) ** 2 * sigma**2 + r**2), 0, t)[0]
     assert chain.constant(torch.full_like(s, rate), minimum, s) == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.parametrize(("c", "t"), [(0.8, 0.6), (-0.8, 1.0)], ids=["contracting", "expanding"])
+def test_bounds_of_a_linear_field_are_its_exponentials(c, t):
+    """u_theta = c x, so m = M = -c and the two-sided rate is |c|; a + b = q at all times."""
+    s, q = time_grid(t, 0.5, 256), torch.tensor([0.42, 0.56], dtype=torch.float64)  # ||q|| = 0.7
+    x, y, df_ds = torch.randn(3, len(s), 7, 2, dtype=torch.float64)
+    paths = bound_paths.Paths(s, x, y, df_ds, c * x, c * y, exact=df_ds - c * x + c * y - q)
+    one_sided, two_sided = (0.7 * math.expm1(rate * t) / rate for rate in (-c, abs(c)))
+    assert float(chain.pathwise(chain.one_sided_rate(paths), paths).max()) == pytest.approx(one_sided, rel=1e-4)
+    assert float(chain.pathwise(chain.two_sided_rate(paths), paths).max()) == pytest.approx(two_sided, rel=1e-4)
+    assert chain.mean_square(paths) == pytest.approx(one_sided, rel=1e-4)
+
+
+def test_eq_7_has_the_factor_t():
+    """With ||d/ds f - u|| = r at all times, sqrt(t int_0^t r^2 ds) = t r; without the factor it is sqrt(t) r."""
+    s, r = time_grid(0.25, 0.1, 16), 1.3
+    zero = torch.zeros(len(s), 5, 2, dtype=torch.float64)
+    gap = zero + torch.tensor([0.6 * r, 0.8 * r], dtype=torch.float64)
+    paths = bound_paths.Paths(s, zero, zero, gap, zero, zero, zero)
+    torch.testing.assert_close(chain.terminal_velocity(paths), torch.full((5,), 0.25 * r, dtype=torch.float64))
 
 
 class Affine(nn.Module):
