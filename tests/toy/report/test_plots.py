@@ -15,7 +15,7 @@ from tvm_ref.sampling import EulerStep
 from tvm_ref.toy.data.distributions import make_distribution
 from tvm_ref.toy.data.points import OwnPoints
 from tvm_ref.toy.report import plots
-from tvm_ref.toy.report.map_plot import cartesian, follow, plot_map, polar_grid
+from tvm_ref.toy.report.map_plot import plot_map
 from tvm_ref.toy.report.metrics import make_reference
 
 
@@ -162,20 +162,6 @@ def test_the_map_of_the_exact_flow_drawn_as_a_model_is_the_exact_map(oracle, ref
         a, b = (torch.tensor(line.get_xydata()) for line in lines)
         assert distance_to_line(a, b).max() < 1e-3
         assert distance_to_line(b, a).max() < 1e-3
-
-
-@pytest.mark.slow
-def test_lines_of_the_map_cut_no_corners(oracle):
-    """With points evenly spaced on the noise, the exact flow's rays between the moons once were broken lines."""
-
-    def carry(x):  # by the exact map, and by one that tears other rays than it does
-        return torch.stack([oracle.jump(sign * x, torch.ones(len(x)), torch.zeros(len(x))) for sign in (1, -1)])
-
-    grid = polar_grid()
-    lines, images = follow([grid[1], grid[7], grid[24]], carry)  # two rays and a ring
-    for line, image in zip(lines, images.split([len(line) for line in lines], dim=1), strict=True):
-        true = carry(cartesian((line[1:] + line[:-1]) / 2))
-        assert max(distance_to_line(x, y).max() for x, y in zip(true, image, strict=True)) < 0.01  # a line's width
 
 
 def test_a_loss_that_rises_first_is_explained_beside_its_curve():

@@ -18,7 +18,8 @@ def standardise(centres: Tensor, sigma: float) -> Tensor:
     return centred * math.sqrt(1 - sigma**2) / centred.square().mean(0).sqrt()
 
 
-def _polar(radius: Tensor, angle: Tensor) -> Tensor:
+def polar(radius: Tensor, angle: Tensor) -> Tensor:
+    """Place points by radius and angle [N]: [N, 2]."""
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
 
 
@@ -30,7 +31,7 @@ def _middles(n: int) -> Tensor:
 def moons() -> Drawn:
     """Place two interleaved half circles; two classes."""
     angle = math.pi * _middles(64)
-    upper = _polar(torch.ones(64), angle)
+    upper = polar(torch.ones(64), angle)
     lower = torch.tensor([1.0, 0.5]) - upper
     return torch.cat([upper, lower]), torch.arange(2).repeat_interleave(64)
 
@@ -38,13 +39,13 @@ def moons() -> Drawn:
 def circles() -> Drawn:
     """Place two concentric circles; two classes."""
     angle = 2 * math.pi * _middles(96)
-    ring = _polar(torch.ones(96), angle)
+    ring = polar(torch.ones(96), angle)
     return torch.cat([ring, 0.5 * ring]), torch.arange(2).repeat_interleave(96)
 
 
 def eight_gaussians() -> Drawn:
     """Place eight blobs on a circle; eight classes."""
-    return _polar(torch.ones(8), 2 * math.pi * torch.arange(8, dtype=torch.float64) / 8), torch.arange(8)
+    return polar(torch.ones(8), 2 * math.pi * torch.arange(8, dtype=torch.float64) / 8), torch.arange(8)
 
 
 def checkerboard() -> Drawn:
@@ -57,7 +58,7 @@ def checkerboard() -> Drawn:
 def two_spirals() -> Drawn:
     """Wind two interleaved spirals of one and a half turns."""
     turn = 3 * math.pi * _middles(192).sqrt()
-    arm = _polar(turn, turn)
+    arm = polar(turn, turn)
     return torch.cat([arm, -arm]), None
 
 
@@ -67,7 +68,7 @@ def pinwheel() -> Drawn:
     across = math.sqrt(2) * torch.erfinv(2 * _middles(3) - 1)
     along, lateral = torch.cartesian_prod(1 + 0.3 * normal, 0.05 * across).unbind(-1)  # [48] each
     arms = [
-        _polar((along**2 + lateral**2).sqrt(), torch.atan2(lateral, along) + 0.25 * along.exp() + 2 * math.pi * k / 5)
+        polar((along**2 + lateral**2).sqrt(), torch.atan2(lateral, along) + 0.25 * along.exp() + 2 * math.pi * k / 5)
         for k in range(5)
     ]
     return torch.cat(arms), None
@@ -76,7 +77,7 @@ def pinwheel() -> Drawn:
 def swiss_roll() -> Drawn:
     """Wind one spiral of one and a half turns, seen from above."""
     angle = 1.5 * math.pi * (1 + 2 * _middles(192))
-    return _polar(angle, angle), None
+    return polar(angle, angle), None
 
 
 DISTRIBUTIONS: dict[str, tuple[Callable[[], Drawn], float]] = {  # name: (centres and labels, bandwidth sigma)
