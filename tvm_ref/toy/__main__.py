@@ -32,7 +32,7 @@ from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.points import OwnPoints
 from tvm_ref.toy.report.metrics import POINTS, table
-from tvm_ref.toy.report.report import samples_table, stored_metrics, write_report
+from tvm_ref.toy.report.report import samples_table, write_report
 from tvm_ref.toy.run import CHECKPOINT, MARKS, OWN_FILES, Run, load_distribution, load_model, read_config
 
 
@@ -145,17 +145,13 @@ def main(argv: list[str] | None = None) -> int:
         this, sums = prepare(arguments)
     if isinstance(this.distribution, OwnPoints):
         print("\n".join(this.distribution.describe()))
-    metrics = stored_metrics(this, arguments.points) if this.training.step == this.config.steps else None
-    if metrics is not None:
-        print(f"{this.folder} was finished at step {this.training.step}, and measured:")
-    else:
-        with command.errors("the same command with --resume goes on from the last checkpoint, if there is one"):
-            finished = this.train(sums)
-        if not finished:
-            done = f"step {this.training.step} of {this.config.steps}"
-            print(f"stopped by a signal at {done} and saved; measuring what there is (Ctrl-C leaves at once)")
-        with command.errors("the same command with --resume measures and draws"):
-            metrics = write_report(this, arguments.points)
+    with command.errors("the same command with --resume goes on from the last checkpoint, if there is one"):
+        finished = this.train(sums)
+    if not finished:
+        done = f"step {this.training.step} of {this.config.steps}"
+        print(f"stopped by a signal at {done} and saved; measuring what there is (Ctrl-C leaves at once)")
+    with command.errors("the same command with --resume measures and draws"):
+        metrics = write_report(this, arguments.points)
     print(table(metrics["nfe"]))
     kind = OBJECTIVES[this.config.objective]
     if not kind.learns_jumps:
@@ -165,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds = metrics["seconds"]
     spent = f"{seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all"
     print(f"{spent}; pictures and metrics: {this.folder}")
-    if this.training.step < this.config.steps:
+    if not finished:
         print("go on: the same command with --resume")
         return INTERRUPTED
     return 0

@@ -19,7 +19,7 @@ from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.data.points import OwnPoints, Units, units_of
 from tvm_ref.toy.report.metrics import EULER_STEPS, NFES, evaluate, make_reference
-from tvm_ref.toy.run import METRICS, PICTURES, SAMPLES, WEIGHTS, Run
+from tvm_ref.toy.run import METRICS, PICTURES, SAMPLES, Run
 from tvm_ref.toy.training import draw_block
 
 BAR = "measuring and drawing: {percentage:3.0f}%|{bar}| {elapsed}"
@@ -64,18 +64,6 @@ def write_report(run: Run, points: int) -> dict[str, Any]:
     }
     write_atomically(run.path(METRICS), json.dumps(metrics, indent=2) + "\n")
     return metrics
-
-
-def stored_metrics(run: Run, points: int) -> dict[str, Any] | None:
-    """Return metrics.json if it is of these weights and of so many points, and all files are there; else None."""
-    if not all(run.path(name).is_file() for name in (WEIGHTS, METRICS, *PICTURES)):
-        return None
-    try:
-        metrics: dict[str, Any] = json.loads(run.path(METRICS).read_text())
-        current = metrics["steps"]["done"] == run.training.step and metrics["points"] == points
-        return metrics if current and metrics["nfe"] and metrics["seconds"] else None
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def least_flow_matching_loss(run: Run) -> float | None:
