@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from tests.tutorials.playground.test_page import make_run
-from tvm_ref.toy.report import animation, frames
+from tvm_ref.toy.report import animation, plots
 from tvm_ref.toy.run import load_run
 
 
@@ -37,10 +37,10 @@ def test_the_file_is_small_and_moves(tmp_path, capsys, monkeypatch):
 def test_a_frame_says_what_is_seen_on_each_side_and_at_which_time(monkeypatch):
     """Within its panel, in letters that are read at the width of a README."""
     seen = []
-    real = frames.make_figure
-    monkeypatch.setattr(frames, "make_figure", lambda *args: seen.append(real(*args)) or seen[-1])
+    real = plots.make_figure
+    monkeypatch.setattr(plots, "make_figure", lambda *args: seen.append(real(*args)) or seen[-1])
     cloud = torch.zeros(5, 16, 2)
-    image = frames.draw_frame([1, 0.75, 0.5, 0.25, 0], cloud, cloud, 3)
+    image = animation.draw_frame([1, 0.75, 0.5, 0.25, 0], cloud, cloud, 3)
     axes = seen[0][1]
     assert 700 < image.width < 800
     said = "exact flow: 3 of 4 small steps", "model: one jump, one evaluation"
