@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tests.differences import difference, double, randn_like
 from tests.networks import Waves, some_times
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
@@ -144,3 +145,44 @@ def test_derivatives_take_times_that_share_memory():
         lambda x, t, s: flow_map.F_and_total_derivative(x, t, s, x),
     ):
         torch.testing.assert_close(method(x, t.expand(5), s.expand(5)), method(x, t.repeat(5), s.repeat(5)))
+
+
+class Ordinary(nn.Module):
+    """Layers whose gradient through a JVP PyTorch gets wrong, or refuses: LayerNorm, GLU and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(8, 2, 8, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.out = nn.Sequential(nn.Linear(8, 16), nn.GLU())
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
+        return self.out(self.block(x + over((3 * t).sin(), x) + over((2 * (t - s)).cos(), x)))
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_ordinary_layers_are_right_in_the_gradient_of_the_terminal_velocity(compiled):
+    """Against differences, in all parameters at once, of what plain forwards give."""
+    model = FlowMap(double(Ordinary()))
+    t, s = some_times(2)
+    x, v = torch.randn(2, 2, 3, 8, dtype=torch.float64)
+    parameters = list(model.parameters())
+    directions = [randn_like(p, k) for k, p in enumerate(parameters)]
+
+    def loss() -> Tensor:
+        return (model.displacement_and_terminal_velocity(x, t, s)[1] - v).square().sum()
+
+    def moved(step: float) -> Tensor:
+        nn.utils.vector_to_parameters(start + step * nn.utils.parameters_to_vector(directions), parameters)
+        df_ds = difference(lambda e: model.network(x, t, s + e) * over(s + e - t, x))
+        nn.utils.vector_to_parameters(start, parameters)
+        return (df_ds - v).square().sum()
+
+    call = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    found = torch.autograd.grad(call(), parameters)
+    with torch.no_grad():
+        start = nn.utils.parameters_to_vector(parameters).clone()
+        exact = difference(moved)
+    torch.testing.assert_close(
+        sum((g * d).sum() for g, d in zip(found, directions, strict=True)), exact, rtol=1e-7, atol=0
+    )

@@ -28,12 +28,6 @@ class Layer(nn.Module):
         return y
 
 
-class Attention(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x[:, None, :, None].float().repeat(1, 1, 1, 8)
-        return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)[:, 0, :, 0].double()
-
-
 class Unconditional(nn.Module):
     def forward(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return x
@@ -92,7 +86,6 @@ MISTAKES = {  # what is done: how, which error, what it says
         r"called as network\(x, t, s, condition\); Sequential\.forward takes \(input",
     ),
     "a network without condition": (lambda m: FlowMap(Unconditional()), TypeError, r"takes \(x.*, t.*, s.*\)"),
-    "plain attention": (lambda m: loss(FlowMap(Layer(Attention()))), NotImplementedError, "jvp_attention.attention"),
     "batch norm": (lambda m: loss(FlowMap(Layer(nn.BatchNorm1d(4).double()))), RuntimeError, "GroupNorm or RMSNorm"),
 }
 

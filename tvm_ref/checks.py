@@ -28,8 +28,6 @@ R = TypeVar("R")
 FAR = 100.0  # standard deviations of the noise: images left in 0 to 255 go beyond
 PATIENCE = 5  # steps: a zero-initialised DiT depends on s from its third on
 HINTS = {  # words of an error raised inside the user's network: what to do
-    "scaled_dot_product": "PyTorch's scaled_dot_product_attention has no JVP; jvp_attention.attention has one "
-    "(kernels/jvp_attention/README.md)",
     "in-place operation": "no JVP runs through a layer that changes a buffer in its forward, as BatchNorm does in "
     "training; take GroupNorm or RMSNorm",
 }

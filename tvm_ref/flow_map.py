@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from jvp_attention import jvp_ready
 from tvm_ref.checks import check_network, checked, checked_output, warns_if_blind
 from tvm_ref.guidance import Condition
 from tvm_ref.shapes import Sample, Time, over
@@ -16,7 +17,9 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """Return value and tangent of a function of tensors: torch.func.jvp for one output, typed."""
     inputs = tuple(a.contiguous() for a in inputs)  # a JVP refuses memory that is shared, as by expand
-    value, tangent = torch.func.jvp(function, inputs, tangents)[:2]
+    # reverse mode through the tangent is wrong in PyTorch's own LayerNorm, and attention has no tangent there
+    with jvp_ready():
+        value, tangent = torch.func.jvp(function, inputs, tangents)[:2]
     return value, tangent
 
 

@@ -99,8 +99,12 @@ def rms_norm(x: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
 
 
 def layer_norm(x: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
-    """Apply LayerNorm without parameters over the last axis: the ablation of fig. 4."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+    """Apply LayerNorm without parameters over the last axis: the ablation of fig. 4.
+
+    Written out, because the gradient of F.layer_norm is wrong where it goes through a JVP (outside jvp_ready).
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return rms_norm(wide - wide.mean(-1, keepdim=True)).to(x.dtype)
 
 
 def modulate(x: Tokens, shift: Float[Tensor, "b 1 d"], scale: Float[Tensor, "b 1 d"]) -> Tokens:

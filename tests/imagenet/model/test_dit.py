@@ -1,5 +1,6 @@
 """The DiT against the official implementation's numbers, closed forms, and the properties that the paper claims."""
 
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from imagenet.model.dit import (
     plain_attention,
     rms_norm,
 )
+from tests.differences import assert_right
 from tvm_ref import TVM, Condition, FlowMap, Linear, Times, interpolate, sample
 from tvm_ref.bound.lipschitz import power_iteration_norms
 
@@ -219,6 +221,12 @@ def test_rms_norm_jacobian_is_the_closed_form_and_its_norm_is_at_most_one_over_t
         norm = torch.linalg.matrix_norm(jacobian, 2)
         torch.testing.assert_close(norm, 1 / r)
         assert norm <= 1000 * (1 + 1e-12)
+
+
+def test_layer_norm_is_pytorchs_with_a_right_gradient_through_a_jvp():
+    x = torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer_norm(x), torch.nn.functional.layer_norm(x, (8,), eps=1e-6))
+    assert_right(layer_norm, [x], mode=contextlib.nullcontext)
 
 
 def test_layer_norm_has_no_slower_growth_than_rms_norm_at_constant_inputs():
