@@ -68,16 +68,6 @@ def test_the_page_is_one_small_file_that_loads_nothing(runs, tmp_path, capsys):
     assert [p.name for p in out.parent.iterdir()] == [out.name]
 
 
-@pytest.mark.parametrize("name", ["moons", "heart"])
-def test_the_finished_pages_are_of_these_sources(name):
-    """One once kept the words of an earlier version; tutorials/pages/README.md says how they are made."""
-    page = (command.PARTS.parents[2] / "tutorials" / "pages" / f"{name}.html").read_text(encoding="utf-8")
-    for part in ("page.css", "model.js", "view.js"):
-        assert (command.PARTS / part).read_text(encoding="utf-8") in page
-    for words in re.split(r"{{\w+}}", (command.PARTS / "page.html").read_text(encoding="utf-8")):
-        assert words in page
-
-
 def test_the_page_lies_in_the_first_run_by_default(tmp_path):
     folder = make_run(tmp_path / "run", width=8, depth=2)
     assert command.main([str(folder)]) == 0
