@@ -53,6 +53,11 @@ def test_every_formula_of_the_notebooks_can_be_set(conf, path):
         assert conf.mathml(latex, "inline").startswith("<math")
 
 
+def test_the_dictionary_is_right():
+    page = (ROOT / "tutorials" / "site" / "dictionary.md").read_text()
+    exec(page.split("```python")[1].split("```")[0], {})
+
+
 @pytest.mark.parametrize("latex", [r"\nosuchcommand{x}", r"\left( x"])
 def test_a_formula_that_cannot_be_set_is_an_error(conf, latex):
     with pytest.raises(Exception, match=r"formula|Delimiter|Missing|Extra|^$"):

@@ -57,7 +57,6 @@ nb_execution_timeout = 3600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_ipywidgets_js: dict[str, Any] = {}  # nothing from elsewhere
-suppress_warnings = ["toc.empty_glob"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
 
