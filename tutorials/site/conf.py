@@ -72,6 +72,7 @@ apidoc_modules = [
 ]
 autodoc_default_options = {"ignore-module-all": True}  # each name where it is defined
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 autodoc_member_order = "bysource"
 html_math_renderer = "mathml"
 
