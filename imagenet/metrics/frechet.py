@@ -62,7 +62,7 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> tuple[floa
     """Compute precision and recall of fake [M, D] against real [N, D] features.
 
     The support of a set is the union of balls around its points, each reaching to its k-th nearest neighbour in the
-    set. Precision is the share of fake points in the support of the real ones, recall of real in the fake ones'.
+    set. Precision is the fraction of fake points in the support of the real ones, recall of real in the fake ones'.
 
     Raises:
         ValueError: k below 1, no more than k points in a set, shapes that do not fit, numbers that are not finite.

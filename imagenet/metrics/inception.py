@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import UserError, first_line
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d"  # how the digest of these weights begins: no other network may stand in for this one
@@ -42,22 +42,21 @@ class Inception:
         device: where to run.
 
     Raises:
-        ValueError: torch-fidelity is not installed, or the weights are not there, or are others.
+        UserError: torch-fidelity is not installed, or the weights are not there, or are others.
     """
 
     def __init__(self, weights: Path | None = None, device: str | torch.device = "cpu"):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another PyTorch
-            reason = str(error).splitlines()[0]
-            raise UserError(f"FID needs torch-fidelity: pip install -e '.[imagenet]' ({reason})") from None
+            raise UserError(f"FID needs torch-fidelity: pip install -e '.[imagenet]' ({first_line(error)})") from None
         weights = weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
         check_weights(weights)
         layers = ["2048", "logits_unbiased"]
         self.network = FeatureExtractorInceptionV3("inception", layers, feature_extractor_weights_path=str(weights))
         self.network.to(device).eval().requires_grad_(False)
         self.device = device
-        self._spatial: Tensor | None = None
+        self._spatial = torch.empty(0)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
     def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -68,7 +67,6 @@ class Inception:
     def __call__(self, images: Tensor) -> Features:
         """Extract features of images uint8 [B, 3, H, W], on the CPU; they are resized to 299 x 299 as by TensorFlow."""
         pool, logits = self.network(images.to(self.device))
-        assert self._spatial is not None
         return Features(pool.cpu(), logits.cpu(), self._spatial.float().cpu())
 
 
@@ -76,14 +74,15 @@ def check_weights(path: Path) -> None:
     """Check that a file holds the weights of 2015's Inception, and nothing that loading would execute.
 
     Raises:
-        ValueError: no file, another one, or one that does more than hold weights.
+        UserError: no such file, another one, or one that does more than hold weights.
     """
     if not path.is_file():
         raise UserError(f"the weights of Inception are not here ({path}): fetch {URL} and name it with --inception")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if not digest.startswith(SHA256):
         raise UserError(f"{path} is not Inception as published figures use it (sha256 {digest[:8]}, not {SHA256})")
-    try:
+    try:  # torch-fidelity loads it with weights_only=False, and the beginning of a checksum can be forged
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} holds more than weights: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} holds more than weights: {first_line(error)}") from None

@@ -4,19 +4,19 @@
 .npz of EDM        mu, sigma
 .pkl of EDM2       {"fid": {"mu", "sigma"}, ...}
 .pkl of StyleGAN   raw_mean, raw_cov and num_items, sums over images
-folder, .npz       images alone: everything is computed from them
+folder, .npz       images only: everything is computed from them
 """
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from imagenet.data.image_files import NPZ_IMAGES, ImageFiles
+from imagenet.data.image_files import DAMAGED, NPZ_IMAGES, ImageFiles
 from imagenet.foreign.restricted_pickle import Object, read_pickle, to_array
-from imagenet.metrics.frechet import Gaussian, Matrix, covariance_root, gaussian_statistics
+from imagenet.metrics.frechet import Gaussian, covariance_root, gaussian_statistics
 from imagenet.metrics.inception import Features
 from tvm_ref.cli.errors import UserError, first_line, user_files
 
@@ -25,7 +25,7 @@ MAX_SIZE = 4096  # of a mean: Inception's features have 2048 and 2023 numbers
 
 @dataclass(frozen=True)
 class Reference:
-    """What images are measured against.
+    """Real images, or their statistics, that generated images are measured against.
 
     Attributes:
         name: the file's or folder's.
@@ -42,16 +42,15 @@ class Reference:
     def completed(self, features: Features) -> "Reference":
         """Return the same, with the statistics that it lacks computed from the features of its images."""
         pool = self.pool or gaussian_statistics(features.pool)
-        return Reference(self.name, pool, self.spatial or gaussian_statistics(features.spatial), self.images)
+        return replace(self, pool=pool, spatial=self.spatial or gaussian_statistics(features.spatial))
 
 
 @user_files()
 def read_reference(path: Path) -> Reference:
-    """Reference statistics or images.
+    """Read reference statistics or images.
 
     Raises:
-        ValueError: a file that holds neither, or holds anything that loading would execute.
-        OSError: it cannot be read.
+        UserError: a file that holds neither, cannot be read, or holds anything that loading would execute.
     """
     if path.is_dir():
         return Reference(path.name, images=ImageFiles(path))
@@ -70,7 +69,7 @@ def check_reference(reference: Reference, features: Features) -> None:
         features: of some images, for their sizes.
 
     Raises:
-        ValueError: statistics of another size than the features', or a matrix that is no covariance.
+        UserError: statistics of another size than the features', or a matrix that is no covariance.
     """
     for kind in ("pool", "spatial"):
         gaussian: Gaussian | None = getattr(reference, kind)
@@ -93,12 +92,10 @@ def _from_npz(path: Path) -> Reference:
         with zipfile.ZipFile(path) as archive:
             known = {name.removesuffix(".npy") for name in archive.namelist()}
             pool, spatial = (
-                _gaussian(*(_array(archive, name) for name in names)) if known.issuperset(names) else None
+                to_gaussian(*(_array(archive, name) for name in names)) if known.issuperset(names) else None
                 for names in (("mu", "sigma"), ("mu_s", "sigma_s"))
             )
-    except OSError:
-        raise
-    except Exception as error:  # a damaged archive can break its reader anywhere
+    except DAMAGED as error:
         raise UserError(f"{path} cannot be read: {first_line(error):.80}") from None
     if pool is None and NPZ_IMAGES not in known:
         held = ", ".join(f"{name!r:.80}" for name in sorted(known)[:5])
@@ -125,10 +122,9 @@ def _from_pickle(path: Path) -> Gaussian:
         stored = stored["fid"]
     stored = stored if isinstance(stored, dict) else {}
     try:
-        for names, gaussian in ((("mu", "sigma"), _gaussian), (("raw_mean", "raw_cov", "num_items"), from_sums)):
+        for names, gaussian in ((("mu", "sigma"), to_gaussian), (("raw_mean", "raw_cov", "num_items"), from_sums)):
             if stored.keys() >= set(names):
-                found = (to_array(a) if isinstance(a, Object) else a for a in map(stored.get, names))
-                return gaussian(*found)
+                return gaussian(*(to_array(a) if isinstance(a, Object) else a for a in map(stored.get, names)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     raise UserError(f"{path} holds no statistics (mu and sigma, or raw_mean, raw_cov and num_items)")
@@ -138,20 +134,21 @@ def from_sums(total: Any, squares: Any, n: Any) -> Gaussian:
     """Compute mean and covariance of n features from their sum [D] and the sum of their outer products [D, D]."""
     if not isinstance(n, int | float | np.ndarray) or np.ndim(n) or isinstance(n, bool) or not 2 <= n < 2**53:
         raise UserError("num_items must be a number of at least 2")
-    n, (mean, squares) = float(n), _gaussian(total, squares)
+    n, (mean, squares) = float(n), to_gaussian(total, squares)
     with np.errstate(all="ignore"):  # what is not finite is refused
         mean = mean / n
-        return _gaussian(mean, (squares - n * np.outer(mean, mean)) / (n - 1))
+        return to_gaussian(mean, (squares - n * np.outer(mean, mean)) / (n - 1))
 
 
-def _gaussian(mean: Any, covariance: Any) -> Gaussian:
-    """Return the two in float64, if they are arrays of numbers that fit each other."""
-    arrays: list[Matrix] = []
-    for name, array in (("the mean", mean), ("the covariance", covariance)):
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-            raise UserError(f"{name} is no array of numbers")
-        arrays.append(np.asarray(array, np.float64))
-    mean, covariance = arrays
+def to_gaussian(mean: Any, covariance: Any) -> Gaussian:
+    """Return the two in float64.
+
+    Raises:
+        UserError: they are no arrays of finite numbers that fit each other.
+    """
+    if not all(isinstance(a, np.ndarray) and a.dtype.kind in "fiu" for a in (mean, covariance)):
+        raise UserError("mean and covariance must be arrays of numbers")
+    mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not 1 <= len(mean) <= MAX_SIZE:
         raise UserError(f"a mean {list(mean.shape)} and a covariance {list(covariance.shape)} do not fit")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
