@@ -8,6 +8,7 @@ from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition, draw_beta, drop_labels, guided_velocity, without_label
 from tvm_ref.interpolant import conditional_velocity, interpolate
 from tvm_ref.layers import Linear
+from tvm_ref.network_check import NetworkCheck, check_network
 from tvm_ref.objectives import OBJECTIVES, PID, TVM, FlowMatching, LossTerms, MeanFlow, guided_target
 from tvm_ref.sampling import EulerStep, sample, sample_path, uniform_times
 from tvm_ref.time_samplers import TIME_SAMPLERS, Times, TimeSampler
@@ -26,8 +27,10 @@ __all__ = [
     "Linear",
     "LossTerms",
     "MeanFlow",
+    "NetworkCheck",
     "TimeSampler",
     "Times",
+    "check_network",
     "conditional_velocity",
     "draw_beta",
     "drop_labels",

@@ -1,0 +1,263 @@
+"""check_network: hold a network's derivatives, as Terminal Velocity Matching takes them, to differences of its values.
+
+The loss goes through dF/ds, so reverse mode runs over a JVP, where layers may be wrong without a word. Here value,
+tangent and gradient are compared with differences in float64; where they do not agree, every submodule is compared on
+its own, on the inputs that it met, and the innermost ones that are wrong are named.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tvm_ref.flow_map import FlowMap, jvp
+from tvm_ref.guidance import Condition
+from tvm_ref.shapes import Sample, over
+
+STEP = 1e-3  # of a five-point difference: errors of STEP^4 and, of a difference of differences, 1e-16 / STEP^2
+TOLERANCE = 1e-4  # relative; right layers are at 1e-8, wrong ones at 1e-2 to 1
+DIRECTIONS = 3  # random ones, in all parameters, in which the gradient is compared
+STATISTICS = nn.modules.batchnorm._NormBase  # norms that update running statistics while they train
+
+JVP: TypeAlias = Callable[[Callable[..., Tensor], tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, Tensor]]
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+class Errors(NamedTuple):
+    """Relative errors of what a JVP gives and of the gradient through it, less what differences leave in doubt."""
+
+    value: float
+    tangent: float
+    gradient: float
+
+    @property
+    def wrong(self) -> str:
+        """The name of the first that is wrong; empty if none is."""
+        return next((name for name, error in self._asdict().items() if not error <= TOLERANCE), "")
+
+
+class NetworkCheck(NamedTuple):
+    """What check_network found: print it, or ask `ok`."""
+
+    errors: Errors | None  # of the whole network; None where its JVP fails
+    findings: tuple[str, ...]  # what is wrong, in words
+
+    @property
+    def ok(self) -> bool:
+        """True if nothing is wrong."""
+        return not self.findings
+
+    def __str__(self) -> str:
+        if self.ok:
+            return "right: value, tangent and gradient agree with differences"
+        found = [] if self.errors is None else [f"{k} {e:.0e}" for k, e in self.errors._asdict().items()]
+        return "\n".join(["wrong" + (f", relative errors: {', '.join(found)}" if found else ""), *self.findings])
+
+
+def check_network(
+    network: nn.Module, x: Sample, condition: Condition | None = None, *, jvp: JVP = jvp, samples: int = 4
+) -> NetworkCheck:
+    """Compare value, dF/ds and the gradient of the terminal-velocity loss with differences; name the layers at fault.
+
+    It takes seconds for a small network, on a copy in float64 in which parameters that are all zero are random and
+    dropout is off. A warning says what is wrong, too.
+
+    Args:
+        network: called as network(x, t, s, condition), or a FlowMap of one.
+        x: some samples [B, ...], of which the first `samples` are taken.
+        condition: as the network takes it.
+        jvp: torch.func.jvp for a training loop that calls it outside `jvp_attention.jvp_ready`; FlowMap's JVP, which
+            is inside, unless given.
+        samples: how many.
+    """
+    network = _ready_to_differ(network.network if isinstance(network, FlowMap) else network)
+    x = x[:samples].detach().double()
+    if condition is not None:
+        condition = Condition(condition.label[:samples], condition.beta[:samples].double())
+    t, s = (torch.linspace(*ends, len(x), dtype=x.dtype, device=x.device) for ends in ((0.9, 0.6), (0.5, 0.2)))
+    model = FlowMap(network)
+
+    def F(s: Tensor) -> Tensor:
+        return model.F(x, t, s, condition)
+
+    with torch.no_grad():  # the target of eq. 12, where the jump lands, is frozen
+        target = model.velocity(x + model.displacement(x, t, s, condition), s, condition)
+
+    def loss(F: Tensor, dF_ds: Tensor) -> Tensor:
+        return (F + over(s - t, x) * dF_ds - target).square().mean()  # eq. 8 and 17
+
+    findings, errors = [], None
+    try:
+        errors = measure(F, [s], [torch.ones_like(s)], list(network.parameters()), loss, jvp)
+        wrong = errors.wrong
+    except Exception as error:  # whatever a layer raises is what is looked for
+        wrong = _first_line(error)
+    if wrong:
+        findings += _layers_at_fault(network, F, s, jvp) or [f"the network: {wrong}"]
+    if errors is not None and not any((F(s + e) != F(s)).any() for e in (-0.1, 0.1)):
+        findings.append("the output does not depend on s: it can learn no jumps unless it embeds s or t - s")
+    check = NetworkCheck(errors, tuple(findings))
+    if not check.ok:
+        warnings.warn(str(check), stacklevel=2)
+    return check
+
+
+def measure(
+    function: Callable[..., Tensor],
+    values: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    loss: Loss,
+    jvp: JVP = jvp,
+) -> Errors:
+    """Compare a function's value, its tangent by `jvp`, and the gradient of a loss of both, with differences."""
+    values = [v.detach().clone().requires_grad_() for v in values]
+    variables = [*values, *(p for p in parameters if p.requires_grad)]
+
+    def derivative(step: float) -> Tensor:
+        return difference(lambda e: function(*(v + e * d for v, d in zip(values, tangents, strict=True))), step)
+
+    y, dy = jvp(function, tuple(values), tuple(tangents))
+    with torch.no_grad():
+        error_of_value = _relative(y - function(*values), y)
+        exact = derivative(STEP)
+        error_of_tangent = _relative(dy - exact, exact, exact - derivative(2 * STEP))
+    # a function may be constant in some or all
+    total = loss(y, dy)
+    gradients: tuple[Tensor, ...] = tuple(map(torch.zeros_like, variables))
+    if total.requires_grad:
+        gradients = torch.autograd.grad(total, variables, allow_unused=True, materialize_grads=True)
+    starts = [v.detach().clone() for v in variables]
+    generator = torch.Generator().manual_seed(0)
+    error_of_gradient, scale = 0.0, torch.stack([g.norm() for g in gradients]).norm()
+    for _ in range(DIRECTIONS):
+        directions = [torch.randn(v.shape, generator=generator, dtype=v.dtype).to(v.device) for v in variables]
+
+        def moved(e: float, directions: list[Tensor] = directions) -> Tensor:
+            for v, start, d in zip(variables, starts, directions, strict=True):
+                v.data.copy_(start + e * d)
+            return loss(function(*values), derivative(STEP))
+
+        with torch.no_grad():
+            exact, rough = difference(moved, STEP), difference(moved, 2 * STEP)
+            moved(0.0)
+        found = torch.stack([(g * d).sum() for g, d in zip(gradients, directions, strict=True)]).sum()
+        size = torch.maximum(scale, exact.abs())
+        error_of_gradient = max(error_of_gradient, _relative(found - exact, size, exact - rough))
+    return Errors(error_of_value, error_of_tangent, error_of_gradient)
+
+
+def difference(function: Callable[[float], Tensor], step: float) -> Tensor:
+    """Return the derivative of a function of one number at 0, by five points."""
+    at = {k: function(k * step) for k in (-2, -1, 1, 2)}
+    return (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step)
+
+
+def _relative(error: Tensor, exact: Tensor, doubt: Tensor | None = None) -> float:
+    """Return the norm of an error over the exact value's, less ten times the doubt, as of kinks and rounding."""
+    doubtful = 0.0 if doubt is None else 10 * float(doubt.norm())
+    return max(float(error.norm()) - doubtful, 0.0) / max(float(exact.norm()), 1e-12)
+
+
+def _ready_to_differ(network: nn.Module) -> nn.Module:
+    """Copy a network to float64, its zeros random and its dropout off, as it was before torch.compile."""
+    network = copy.deepcopy(getattr(network, "_orig_mod", network)).double()
+    generator = torch.Generator().manual_seed(1)
+    for p in network.parameters():
+        if not p.any():
+            p.data.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device))
+    for module in network.modules():
+        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else ["dropout", "dropout_p", "drop_prob"]
+        for name in names:  # as dropout layers, attention and stochastic depth call it
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return network
+
+
+class _Call(NamedTuple):
+    """What a module was first called with."""
+
+    leaves: list[Any]
+    tree: Any
+
+
+def _record(network: nn.Module, F: Callable[[Tensor], Tensor], s: Tensor) -> dict[nn.Module, _Call]:
+    """Return what each module of the network is first called with in F(s)."""
+    calls: dict[nn.Module, _Call] = {}
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.setdefault(module, _Call(*tree_flatten((args, kwargs))))
+
+    hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in network.modules()]
+    try:
+        with torch.no_grad():
+            F(s)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return calls
+
+
+def _layers_at_fault(network: nn.Module, F: Callable[[Tensor], Tensor], s: Tensor, jvp: JVP) -> list[str]:
+    """Say of the innermost modules that are wrong what is, each on its own with the inputs and tangents that it met."""
+    here, before, after = (_record(network, F, s + e) for e in (0.0, -STEP, STEP))
+    blamed: dict[tuple[str, str], list[str]] = {}
+    done: list[str] = []
+    for name, module in sorted(network.named_modules(), key=lambda pair: -pair[0].count(".") - bool(pair[0])):
+        if module not in here or any(not name or inner.startswith(name + ".") for inner in done):
+            continue
+        words = _fault(module, here[module], before[module], after[module], jvp)
+        if words:
+            done.append(name)
+            blamed.setdefault((type(module).__name__, words), []).append(name or "the network itself")
+    return [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} ({kind}): {words}"
+        for (kind, words), names in blamed.items()
+    ]
+
+
+def _fault(module: nn.Module, here: _Call, before: _Call, after: _Call, jvp: JVP) -> str:
+    """Say what is wrong with a module where it was called; nothing if it is right or meets no tangent."""
+    moving = [
+        i
+        for i, a in enumerate(here.leaves)
+        if isinstance(a, Tensor) and a.is_floating_point() and not torch.equal(before.leaves[i], after.leaves[i])
+    ]
+    if not moving:
+        return ""
+    tangents = [(after.leaves[i] - before.leaves[i]) / (2 * STEP) for i in moving]
+
+    def function(*values: Tensor) -> Tensor:
+        leaves = list(here.leaves)
+        for i, v in zip(moving, values, strict=True):
+            leaves[i] = v
+        args, kwargs = tree_unflatten(leaves, here.tree)
+        results = [a for a in tree_flatten(module(*args, **kwargs))[0] if isinstance(a, Tensor)]
+        return torch.cat([a.flatten() for a in results if a.is_floating_point()])
+
+    def loss(y: Tensor, dy: Tensor) -> Tensor:
+        c = torch.linspace(-1, 1, len(y), dtype=y.dtype, device=y.device)
+        return (c * (y + 1) * dy + dy.square()).mean()
+
+    values = [here.leaves[i] for i in moving]
+    try:
+        wrong = measure(function, values, tangents, list(module.parameters()), loss, jvp).wrong
+    except Exception as error:  # as in check_network
+        if isinstance(module, STATISTICS) and module.training and module.track_running_stats:
+            return "it updates running statistics in the forward, through which no JVP runs: take GroupNorm or RMSNorm"
+        return f"refused: {_first_line(error)}"
+    return {
+        "": "",
+        "value": "its value under a JVP is not that of a plain call",
+        "tangent": "its tangent is wrong; has an autograd.Function in it a wrong jvp?",
+        "gradient": "value and tangent are right, the gradient through the tangent is wrong; "
+        "take the JVP in jvp_attention.jvp_ready(), or write the layer out",
+    }[wrong]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
