@@ -6,7 +6,7 @@
     python imagenet/evaluate.py runs/imagenet/digits --steps 1 4                          digits have their own metrics
 
 A model's images are made on the fly, the same that sample.py draws; sample.py under torchrun is faster for many.
-What is measured depends on the reference: statistics (mu, sigma) give FID, spatial ones (mu_s, sigma_s) sFID, images
+The reference decides what is measured: statistics (mu, sigma) give FID, spatial ones (mu_s, sigma_s) sFID, images
 precision and recall; the inception score needs none. references.py lists the formats. Pickles are read without
 executing anything in them.
 
@@ -55,7 +55,7 @@ def parser() -> OneLineParser:
 
 
 def model_images(generator: Generator, steps: list[int], count: int, size: int) -> Candidates:
-    """Return a model's images by number of steps, drawn as they are asked for, `size` at a time."""
+    """Return a model's images by number of steps, drawn when they are needed, `size` at a time."""
 
     def drawn(n: int) -> Any:
         for pixels in generator.batches(range(count), n, size):

@@ -1,1 +1,6 @@
-"""Images and latents: reading, encoding, batches. Imported by training, metrics and commands."""
+"""The data of models, from files to batches. It imports only configurations, and the method for a batch's times.
+
+Read image_sets.py first (`load_data`, and what a data set is), then batches.py (the batch of a step). Behind them:
+digits.py, latents.py and vae.py, and image_files.py for all that is read as pictures or written as such. noise.py holds
+the keys of random numbers, class_names.py names of classes, provenance.py what a model keeps of the data it learned.
+"""

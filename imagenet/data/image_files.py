@@ -1,7 +1,7 @@
 """Images on disk: folders of pictures and .npz files to read (as a stream: they may not fit memory), PNG, .npz, grids.
 
-Pictures come in all modes and shapes. Here each becomes upright, 8 bits, red, green and blue; transparent parts become
-white. What has no such meaning (floating-point numbers of unknown scale) is refused with a reason.
+Pictures come in all modes and shapes. Here each becomes upright, in RGB of 8 bits, white where it is transparent.
+Floating-point numbers, whose scale is unknown, are refused.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from torch import Tensor
 from tvm_ref.cli.errors import UserError, first_line
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}  # of a GIF the first image
-NOTES = {".json", ".txt", ".csv", ".md"}  # that may lie beside images without a word
+NOTES = {".json", ".txt", ".csv", ".md"}  # files next to images that no warning counts
 DAMAGED = zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError  # raised by readers of .npz files
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"  # as in the .npz files of ADM
 GAP = 1  # pixels between the images of a grid, before enlarging
@@ -91,7 +91,7 @@ def write_npz(path: Path, count: int, batches: Iterable[Pixels], labels: NDArray
 
 
 class Found(NamedTuple):
-    """What lies in a folder of pictures, as paths below it in order of names.
+    """The content of a folder of pictures, as paths below it in order of names.
 
     Attributes:
         images: the pictures, each once, however many links lead to it; a link to nothing is one that cannot be read.
@@ -112,7 +112,7 @@ class Found(NamedTuple):
 
 
 def find_images(source: Path) -> Found:
-    """Find the pictures below a folder, at any depth. Hidden files and folders are passed over; links are followed."""
+    """Find the pictures below a folder, at any depth. Hidden files and folders are ignored; links are followed."""
     real, links, left_out = {}, [], []  # real: path by the real path
     folders = {os.path.realpath(source)}  # entered so far: a link can lead back
     for folder, below, files in os.walk(source, followlinks=True):

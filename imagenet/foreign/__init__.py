@@ -1,1 +1,1 @@
-"""Weights and statistics that others published, read without executing anything. Imported by commands and metrics."""
+"""Weights and statistics that others published, read without executing anything. Imported by convert.py and metrics."""

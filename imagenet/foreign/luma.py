@@ -1,7 +1,7 @@
 """The weights that Luma released: which preset each file is, and its tensors, read without executing anything.
 
 A released file is a pickle of a dict, with the averaged network as "ema" or "net". Its modules were pickled as calls of
-a function that runs the Python source stored beside them; what that call was to be given holds the tensors.
+a function that runs Python source, which the file holds as well. The arguments of that call contain the tensors.
 """
 
 import io
@@ -96,7 +96,7 @@ def tensors_of(module: Any, size: int) -> dict[str, Tensor]:
 
     Args:
         module: an Object.
-        size: bytes of the file; all tensors together hold no more.
+        size: bytes of the file, which all tensors together may not exceed.
 
     Raises:
         UserError: it is no module, or one of more than MAX_PARTS parts, such as one within itself.
@@ -132,7 +132,7 @@ def _without_wrappers(name: str) -> str:
 
 
 class Storages:
-    """The flat tensors that tensors are views of, each read once, and of no more bytes together than their file."""
+    """The flat tensors that all others are views of. Each is read once; together they are no larger than their file."""
 
     def __init__(self, size: int):
         self._left = size

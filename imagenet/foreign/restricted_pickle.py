@@ -1,11 +1,11 @@
 """Read pickles of others without executing anything in them.
 
 A pickle is a program for a small machine: it puts objects on a stack, names functions and calls them. The machine here
-calls nothing. A name becomes a Global, and a call becomes an Object, a note of what was to be called with what. Whoever
-wants an array (`to_array`) or a tensor (luma.py) makes it of such a note, if it bears one of the names that they know.
+calls nothing. A name becomes a Global, and a call becomes an Object, which records the function's name and arguments.
+`to_array` and luma.py make arrays and tensors of such records, if they know the name.
 
-Nothing costs more than the file's size tells, either: what is cut off ends the reading, the number of steps is bounded,
-and keys are numbers or texts (a tuple of tuples that are shared takes 2^n steps to hash).
+A small file cannot cost much memory or time either: lengths beyond the file's end stop the reading, the number of steps
+is bounded, and keys are numbers or texts (the hash of a tuple of shared tuples, n deep, takes 2^n steps).
 """
 
 import mmap
@@ -37,13 +37,13 @@ class Refused(UserError):
 
 
 class Global(NamedTuple):
-    """A name as torch.nn.modules.linear.Linear. Nothing looks up what it stands for."""
+    """A name such as torch.nn.modules.linear.Linear. It is never looked up."""
 
     name: str
 
 
 class Object:
-    """A call that was not made, as those that make objects: the name of what was to be called, arguments, state."""
+    """A call that was not made, such as of a class: its name, the arguments, and the state that was to be set."""
 
     def __init__(self, name: str, args: tuple[Any, ...]):
         self.name, self.args, self.state = name, args, None
@@ -53,7 +53,7 @@ class Object:
 
 
 class Machine(pickle._Unpickler):
-    """The standard library's unpickler in Python, of which the opcodes that call or change objects only take notes.
+    """The standard library's unpickler in Python, whose opcodes that call or change objects only record it.
 
     Args:
         stream: at the pickle's beginning; left behind its end.
@@ -70,7 +70,7 @@ class Machine(pickle._Unpickler):
         self._outside, self.steps = outside, 0
 
     def find_class(self, module: str, name: str) -> Global:
-        """Note a name. Any would be harmless, but a file that holds others than these means harm."""
+        """Record a name. Any would be harmless, but a file that holds others than these means harm."""
         full, package = f"{module}.{name}", module.partition(".")[0]
         builtin = module in ("builtins", "__builtin__") and name in BUILTINS
         known = package in PACKAGES or package.startswith("_imported_module_") or full == "_codecs.encode" or builtin
@@ -79,13 +79,13 @@ class Machine(pickle._Unpickler):
         return Global(full)
 
     def persistent_load(self, pid: Any) -> Object:
-        """Note a reference to something outside of the pickle."""
+        """Record a reference to something outside of the pickle."""
         if not self._outside or not isinstance(pid, tuple):
             raise Refused("it refers to something outside of it")
         return Object("reference", pid)
 
     def call(self) -> None:
-        """REDUCE and NEWOBJ: note a call. The arguments are shared with other notes, never copied."""
+        """REDUCE and NEWOBJ: record a call. The arguments are shared with other records, never copied."""
         args, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Global) or type(args) is not tuple:
             raise Refused("it calls something that is no function")
@@ -93,12 +93,12 @@ class Machine(pickle._Unpickler):
         self.append({} if ordered else Object(function.name, args))
 
     def call_with_keywords(self) -> None:
-        """NEWOBJ_EX: note a call without its keywords."""
+        """NEWOBJ_EX: record a call without its keywords."""
         self.stack.pop()
         self.call()
 
     def build(self) -> None:
-        """BUILD: note the state of an object; attributes of anything else, as of an OrderedDict, are left out."""
+        """BUILD: record the state of an object; attributes of anything else, as of an OrderedDict, are left out."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Object):
             self.stack[-1].state = state

@@ -1,1 +1,5 @@
-"""How good samples are: FID, precision and recall, and the digits' own. Imported by training and commands."""
+"""How good generated images are. Training and commands import it; it draws a model's images through the sampler.
+
+frechet.py has the formulas; inception.py and references.py what FID needs, fid.py puts it together, digits.py has the
+metrics of digits.
+"""

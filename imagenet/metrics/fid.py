@@ -98,7 +98,7 @@ def judge_digits(generator: Generator, steps: int, world: World) -> dict[str, fl
 
 
 class Fid:
-    """The Frechet distance of a model's images to a reference, made and looked at by all processes together.
+    """The Frechet distance of a model's images to a reference; all processes draw and measure a part of them.
 
     Args:
         reference: statistics of real images.
@@ -108,7 +108,7 @@ class Fid:
 
     def __init__(self, reference: Reference, extractor: Extractor, count: int):
         if reference.pool is None:
-            raise UserError(f"{reference.name} holds no mu and sigma, which --evaluate-every needs")
+            raise UserError(f"{reference.name} holds no mu and sigma, which evaluate_every needs")
         self.reference, self.real, self.extractor, self.count = reference, reference.pool, extractor, count
 
     def __call__(self, generator: Generator, steps: int, world: World) -> dict[str, float]:
@@ -147,8 +147,8 @@ def make_judge(config: Config, reference: Path | None, inception: Path | None, c
     """
     if reference is None:
         if config.data != "digits":
-            raise UserError("--evaluate-every needs --reference: mu and sigma of real images (.npz, .pkl)")
+            raise UserError("evaluate_every needs a reference: mu and sigma of real images (.npz, .pkl)")
         return judge_digits
     if count % world.size:  # else sharded weights would be asked for by some processes alone
-        raise UserError(f"--evaluate-count {count} is no multiple of {world.size} processes")
+        raise UserError(f"evaluate_count {count} is no multiple of {world.size} processes")
     return Fid(read_reference(reference), Inception(inception, world.device), count)

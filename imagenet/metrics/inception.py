@@ -77,7 +77,7 @@ def check_weights(path: Path) -> None:
         UserError: no such file, another one, or one that does more than hold weights.
     """
     if not path.is_file():
-        raise UserError(f"the weights of Inception are not here ({path}): fetch {URL} and name it with --inception")
+        raise UserError(f"the weights of Inception are not here ({path}): fetch {URL}, and give its path as inception")
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if not digest.startswith(SHA256):

@@ -1,4 +1,4 @@
-"""Pickles are read as numbers and notes of calls: nothing in them is executed, and none costs more than its size."""
+"""Pickles are read as numbers and records of calls: nothing in them is executed, and none costs more than its size."""
 
 import io
 import json
@@ -143,9 +143,9 @@ def test_files_that_are_no_pickles_are_named(tmp_path, data):
 
 
 def test_what_a_call_makes_cannot_be_changed(tmp_path):
-    """BUILD with a pair as its state sets attributes: here the name of a call that was noted."""
+    """BUILD with a pair as its state sets attributes: here the name of a recorded call."""
     data = b"\x80\x04ctorch\nTensor\n)R" + b"N}\x8c\x04name\x8c\x04evils\x86b."
     (tmp_path / "file.pkl").write_bytes(data)
-    note = read_pickle(tmp_path / "file.pkl")
-    assert isinstance(note, Object)
-    assert note.name == "torch.Tensor"
+    record = read_pickle(tmp_path / "file.pkl")
+    assert isinstance(record, Object)
+    assert record.name == "torch.Tensor"
