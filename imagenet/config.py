@@ -15,7 +15,9 @@ from tvm_ref.cli.errors import UserError
 from tvm_ref.cli.options import check_types, flag, option, read_settings, require_at_least
 from tvm_ref.objectives import Objective
 
-SHOWN = 80  # letters of an unknown key that are printed
+FORMAT = 1  # of stored configurations: to be raised when a field changes its meaning, or goes
+LABEL_DROPOUT = 0.1  # fraction of labels replaced by "no class" (sec. 3)
+OF_DATA = ("data", "input_size", "in_channels", "classes")  # decided by the preset and the latents, not by options
 # sizes far beyond what fits any machine, so that a bad file is noticed before its network is built
 LARGEST = {
     "input_size": 2**12, "in_channels": 2**12, "patch_size": 2**12, "classes": 2**24,
@@ -26,7 +28,9 @@ SWITCH = {"action": argparse.BooleanOptionalAction}  # of what is off by default
 
 @dataclass(frozen=True)
 class Config:
-    """What decides a run; stored as JSON in its folder and beside its weights. The defaults are the preset `digits`.
+    """What decides a run; stored as JSON in its folder and with its weights. The defaults are the preset `digits`.
+
+    A field that is added must have a default that leaves earlier runs what they were: they are read with it.
 
     Raises:
         ValueError: a bad value, named by its option.
@@ -45,9 +49,9 @@ class Config:
     time_init: Literal["normal", "spectral"] = option(
         "normal", "initial weights of the embeddings of times and beta (table 6)"
     )
-    block_norm: Literal["rms", "layer"] = option("rms", "norm in front of attention and MLP (ablation, fig. 4)")
-    qk_norm: bool = option(True, "normalise queries and keys (ablation, fig. 4)")
-    modulation_norm: bool = option(True, "normalise modulation vectors, eq. 16 (ablation, fig. 4)")
+    norms: Literal["all", "no-block", "no-qk", "no-modulation", "none"] = option(
+        "all", "norms of blocks, of queries and keys, of modulations (eq. 16): all, or some left out (ablation, fig. 4)"
+    )
     scaled: bool = option(True, "scaled parameterisation f = (s - t) w F (sec. 4)")
     # Objective
     objective: str = option("tvm", "what to minimise: TVM, or what it is compared with", choices=OBJECTIVES)
@@ -55,17 +59,13 @@ class Config:
         {}, "the objective's own settings, as power=0 or stops=none (tvm_ref/objectives/README.md)"
     )
     w: float = option(1.0, "classifier-free guidance weight (eq. 15); the network learns this one; 1: none")
-    w_max: float | None = option(None, "draw beta = 1/w between 1/w_max and 1/w (F.1); default: w alone")
-    label_dropout: float = option(0.1, "share of labels replaced by 'no class' (sec. 3)")
+    w_max: float | None = option(None, "draw beta = 1/w between 1/w_max and 1/w (F.1); default: only w")
     time_sampler: str = option(
         "own", "how times are drawn (sec. 7.3); own: as the objective's paper does, gap* in TVM",
         choices=("own", *TIME_SAMPLERS),
     )  # fmt: skip
     equal_share: float | None = option(
-        None, "share of samples with t = s, table 4d (default: the objective's own; 0 in TVM)"
-    )
-    noise_share: float = option(
-        0.0, "share of samples whose jump starts at t = 1, where one step does (not in the paper)"
+        None, "fraction of samples with t = s, table 4d (default: the objective's own; 0 in TVM)"
     )
     # Optimisation
     init: str | None = option(None, "start from these weights: a .safetensors file or a run's folder (default: new)")
@@ -81,17 +81,17 @@ class Config:
     clip: float = option(1.0, "largest norm of the gradient; 0: no clipping, as in the paper")
     target_ema: float = option(0.99, "decay of the target's weights theta* (table 4b)")
     ema: float = option(0.99, "decay of the evaluated weights theta** (the paper: 0.9999)")
-    seed: int = option(0, "of initial weights, order of the data, noise and times")
+    seed: int = option(0, "seed of initial weights, order of the data, noise and times")
     # How it is computed: --resume may change these
     precision: Literal["float32", "bfloat16"] = option(
-        "float32", "of matrix products; weights stay float32", resume=True
+        "float32", "data type of matrix products; weights stay float32", resume=True
     )
     attention: str = option(
         "plain", "plain: any device; fused: one kernel for value and tangent", choices=ATTENTION, resume=True
     )
     compile: bool = option(False, "torch.compile the loss", resume=True, **SWITCH)
     checkpointing: bool = option(
-        False, "keep each block's input alone for the backward: less memory, a third more time", resume=True, **SWITCH
+        False, "keep only each block's input for the backward: less memory, a third more time", resume=True, **SWITCH
     )
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "ddp: a copy per process; fsdp: weights sharded over processes", resume=True
@@ -109,11 +109,9 @@ class Config:
             raise UserError(f"--lr must be positive and finite, and --clip finite; got {self.lr} and {self.clip}")
         if not 0 < self.w < float("inf") or not self.w <= (self.w_max or self.w) < float("inf"):
             raise UserError(f"--w must be positive and at most --w-max, got {self.w} and {self.w_max}")
-        for name in ("label_dropout", "beta2", "target_ema", "ema"):
+        for name in ("beta2", "target_ema", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{flag(name)} must lie in [0, 1], got {getattr(self, name)}")
-        if self.label_dropout == 0 and self.guided:
-            raise UserError("--label-dropout 0 leaves nothing to guide against; it goes with --w 1")
         if self.batch_size % self.accumulate:
             raise UserError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
         if self.optimizer == "soap" and self.parallel == "fsdp":
@@ -144,7 +142,13 @@ class Config:
 
     def network(self) -> DiTConfig:
         """Return the sizes of the network."""
-        return DiTConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DiTConfig)})
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(DiTConfig) if hasattr(self, f.name)}
+        return DiTConfig(
+            **sizes,
+            block_norm="layer" if self.norms in ("no-block", "none") else "rms",
+            qk_norm=self.norms not in ("no-qk", "none"),
+            modulation_norm=self.norms not in ("no-modulation", "none"),
+        )
 
     def make_objective(self, model: FlowMap) -> Objective:
         """Build the objective with its settings."""
@@ -154,31 +158,31 @@ class Config:
     def sampler(self) -> TimeSampler:
         """Return the sampler of times."""
         law = None if self.time_sampler == "own" else TimeSampler(self.time_sampler)
-        return OBJECTIVES[self.objective].make_times(law, self.equal_share, self.noise_share)
+        return OBJECTIVES[self.objective].make_times(law, self.equal_share)
 
     def to_json(self) -> str:
-        """Write one JSON object, a key per field."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """Write one JSON object, a key per field, and the version of the format."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2)
 
     @staticmethod
     def from_json(text: str) -> "Config":
-        """Read what to_json wrote.
+        """Read what to_json wrote, also an earlier version of it: a field that is missing was added later.
 
         Raises:
-            ValueError: no JSON, unknown or missing keys, bad values.
+            UserError: no JSON, a later format, unknown keys, bad values.
         """
-        names = [f.name for f in dataclasses.fields(Config)]
         try:
             stored = json.loads(text)
-        except RecursionError:
-            raise UserError("not a configuration of this program: nested too deep") from None
-        if not isinstance(stored, dict):
-            raise UserError("not a configuration of this program: no object of JSON")
-        missing = [name for name in names if name not in stored]
-        unknown = [repr(name[:SHOWN]) for name in stored if name not in names]
-        if missing or unknown:
-            wrong = [f"no {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown[:5])}"] * bool(unknown)
-            raise UserError(f"not a configuration of this program: {'; '.join(wrong)}")
+        except (ValueError, RecursionError):
+            stored = None
+        if not isinstance(stored, dict) or not isinstance(stored.get("format"), int):
+            raise UserError("not a configuration of this program")
+        if stored.pop("format") > FORMAT:
+            raise UserError("a configuration of a later version of this program")
+        names = [f.name for f in dataclasses.fields(Config)]
+        unknown = [f"{name!r:.80}" for name in stored if name not in names]
+        if unknown:
+            raise UserError(f"not a configuration of this program: unknown {', '.join(unknown[:5])}")
         return Config(**stored)
 
 

@@ -27,7 +27,6 @@ from PIL import Image
 from torch import nn
 
 from imagenet import distributed
-from imagenet.data.fingerprints import fingerprint
 from imagenet.data.image_files import Pixels, find_images, read_image
 from imagenet.data.latents import FORMAT, INDEX, measured_normalisation, moments, write_shard
 from imagenet.data.vae import NORMALISATION, VAE, encode, load_vae
@@ -232,7 +231,6 @@ def finish(out: Path, names: list[str], plan: dict[str, Any], settings: Settings
         "count": count,
         "skipped": len(skipped),
         "vae": settings.vae,
-        "vae_fingerprint": plan["vae_fingerprint"],
         "measured": asdict(measured),
     }
     for leftover in out.glob("*.partial"):  # of a process that was killed while it wrote
@@ -267,7 +265,7 @@ def encode_folder(
         raise UserError(f"--out {out} lies inside {source}, where it would count as a class")
     vae = (load_vae(settings.vae) if vae is None else vae).to(world.device)  # first: a failure leaves no folder behind
     decisive = {name: value for name, value in asdict(settings).items() if name != "workers"}
-    plan = {"format": FORMAT, "source": str(source.resolve()), "vae_fingerprint": fingerprint(vae.state_dict())}
+    plan = {"format": FORMAT, "source": str(source.resolve())}
     world.on_first(lambda: prepare(source, out, plan | decisive))
     entries = [Entry(*json.loads(line)) for line in (out / LISTING).read_text().splitlines()]
     starts = range(0, len(entries), settings.shard_size)

@@ -25,10 +25,10 @@ import numpy as np
 from torch import nn
 
 from imagenet import distributed
-from imagenet.data.fingerprints import fingerprint
 from imagenet.data.image_files import EXTENSIONS, ImageFiles, grid, save_png, write_npz
 from imagenet.model_options import add_model_options, load_model
 from imagenet.sampler import ROWS, Generator
+from imagenet.weights import weights_file
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import read_json, require_free, require_new, write_atomically
 from tvm_ref.cli.options import OneLineParser, require_at_least, run
@@ -98,16 +98,17 @@ def prepare(out: Path, plan: dict[str, Any], *, overwrite: bool = False) -> None
     write_atomically(folder / PLAN, json.dumps(plan, indent=2) + "\n")
 
 
-def plan_of(generator: Generator, count: int, steps: int) -> dict[str, Any]:
-    """Describe everything that decides the images."""
-    networks = {"weights": generator.flow_map, "autoencoder": generator.vae}
+def plan_of(generator: Generator, source: Path, vae: str | None, count: int, steps: int) -> dict[str, Any]:
+    """Describe everything that decides the images; weights are identified by their file and its time of writing."""
+    weights = weights_file(source)
     return {
+        "weights": [str(weights.absolute()), weights.stat().st_mtime_ns],
+        "autoencoder": vae,
         "count": count,
         "steps": steps,
         "w": generator.guidance,
         "seed": generator.seed,
         "classes": generator.labels(range(min(count, generator.config.classes))),
-        **{name: None if net is None else fingerprint(net.state_dict()) for name, net in networks.items()},
     }
 
 
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
         if out.suffix == ".png":  # a grid, with a class per column
             generator = generator.with_columns()
             count = ROWS * len(generator.classes or ()) if options.count is None else count
-        plan = plan_of(generator, count, steps)
+        plan = plan_of(generator, options.source, options.vae, count, steps)
         world.on_first(lambda: prepare(out, plan, overwrite=options.overwrite))
         started = time.perf_counter()
         draw(generator, folder, world.partition(count), steps, options.batch_size, quiet=not world.first)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from imagenet.config import Config
 from imagenet.data import image_files
 from imagenet.data.class_names import class_number
-from imagenet.data.fingerprints import fingerprint
 from imagenet.data.image_files import Pixels, to_pixels
 from imagenet.data.latents import read_index
 from imagenet.data.noise import PRIOR, normal
@@ -151,11 +150,9 @@ def load_generator(
     known = read_provenance(source) or Provenance(config.data)
     normalisation = normalisation_of(config, known, latents)
     name = vae or known.autoencoder or VAE
+    here = Provenance(config.data, autoencoder=name if isinstance(name, str) else None, normalisation=normalisation)
+    known.check_latents(here, f"{source} was trained on other latents")
     decoder = load_vae(name) if isinstance(name, str) else name
-    here = Provenance(config.data, normalisation=normalisation)
-    if known.autoencoder_fingerprint is not None:
-        here = replace(here, autoencoder_fingerprint=fingerprint(decoder.state_dict()))
-    known.check_same_latents(here, f"{source} was trained on other latents")
     return replace(generator, vae=decoder.to(device), normalisation=normalisation)
 
 

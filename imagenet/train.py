@@ -3,7 +3,7 @@
     torchrun imagenet/train.py                                       digits, on a laptop, in minutes
     torchrun imagenet/train.py --resume                              go on with it, bit for bit
     torchrun imagenet/train.py --init runs/imagenet/fm --out runs/imagenet/fm-then-tvm     from given weights
-    torchrun imagenet/train.py cifar10 --data-path DATA --download
+    torchrun imagenet/train.py cifar10 --data-path DATA
     torchrun --nproc-per-node 8 imagenet/train.py imagenet256-w2 --data-path LATENTS --accumulate 16      8 x 80 GB
     torchrun --nproc-per-node 8 imagenet/train.py synthetic --accumulate 16      throughput, without data
 
@@ -17,16 +17,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from imagenet import distributed
-from imagenet.config import PRESETS, RESUMABLE, Config
+from imagenet.config import OF_DATA, PRESETS, RESUMABLE, Config
 from imagenet.data.batches import Batches, loader
-from imagenet.data.fingerprints import fingerprint
-from imagenet.data.image_sets import Data, load_data, provenance_of
+from imagenet.data.image_sets import Data, fit_to_latents, load_data, provenance_of
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import load_vae
 from imagenet.distributed import World
@@ -44,78 +43,86 @@ from tvm_ref.cli.progress import progress
 from tvm_ref.cli.stopping import INTERRUPTED, Interruption, SaveRequests
 from tvm_ref.objectives import TERMS
 
-LEAST = 10  # images to measure
 GO_ON = "the same command with --resume goes on"
-THREADS = 1  # on a CPU, unless OMP_NUM_THREADS says more, which helps digits little and hurts much on busy cores
+THREADS = 1  # on a CPU, unless OMP_NUM_THREADS is set: more help digits little and hurt much on busy cores
+MEASURED = 10_000  # images for each FID while training; published FIDs use 50,000, as evaluate.py does
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How and where to run, beside the configuration."""
+    """How and where to run, in addition to the configuration."""
 
     out: str | None = option(None, "folder of the run (default: runs/imagenet/PRESET)")
-    resume: bool = option(False, "go on with the run in that folder; begin it if there is none")
-    data_path: str | None = option(None, "folder of cifar10 or of latents")
-    download: bool = option(False, "fetch cifar10 if it is not there")
+    resume: bool = option(False, "continue the run in that folder; start one if there is none")
+    data_path: str | None = option(None, "folder of latents, or of cifar10, which is fetched if it is not there")
     device: str | None = option(None, "cpu, cuda, ... (default: the GPU if there is one)")
     workers: int = option(0, "processes that read ahead")
     log_every: int = option(20, "steps between lines of train.jsonl")
-    sample_every: int = option(200, "steps between sample grids")
-    save_every: int = option(500, "steps between checkpoints")
-    keep: int = option(3, "checkpoints that stay, the newest; each holds its evaluation weights")
-    vae: str | None = option(None, "autoencoder that shows latents as pictures (default: the one that made them)")
-    evaluate_every: int = option(0, "steps between measurements of the evaluation weights; 0: none")
-    evaluate_count: int = option(10_000, "images for each measurement (published figures use 50,000)")
-    evaluate_steps: int = option(1, "network evaluations per image that is measured")
-    reference: str | None = option(None, "mu and sigma of real images, .npz or .pkl, for FID; digits need none")
-    inception: str | None = option(None, "file of Inception's weights, for FID (default: where torch.hub keeps it)")
+    save_every: int = option(250, "steps between checkpoints, each with its evaluation weights and a grid of samples")
+    keep: int = option(3, "number of checkpoints that stay, the newest")
+    evaluate_every: int = option(0, "steps between measurements of one-step samples; 0: none")
+    reference: str | None = option(None, "mu and sigma of real images, .npz or .pkl, for their FID; digits need none")
     wandb: str | None = option(None, "log to this project of Weights & Biases as well")
 
     def __post_init__(self) -> None:
         require_at_least(0, workers=self.workers, evaluate_every=self.evaluate_every)
-        for name in ("log_every", "sample_every", "save_every", "keep", "evaluate_steps"):
-            require_at_least(1, **{name: getattr(self, name)})
-        require_at_least(LEAST, evaluate_count=self.evaluate_count)
+        require_at_least(1, log_every=self.log_every, save_every=self.save_every, keep=self.keep)
 
 
 def parser() -> OneLineParser:
     """Build the command line."""
-    lines = ["presets, and where they differ from digits:"]
+    lines, default = ["presets, and where they differ from digits:"], Config()
     for name, preset in PRESETS.items():
-        changed = [f for f in dataclasses.fields(Config) if getattr(preset, f.name) != getattr(Config(), f.name)]
-        lines.append(f"  {name}: " + (", ".join(f"{f.name} {getattr(preset, f.name)}" for f in changed) or "default"))
+        values = {f.name: getattr(preset, f.name) for f in dataclasses.fields(Config)}
+        changed = [f"{name} {value}" for name, value in values.items() if value != getattr(default, name)]
+        lines.append(f"  {name}: " + (", ".join(changed) or "default"))
     usage = "train.py [PRESET] [--option value ...]"
     p = OneLineParser("train.py", __doc__, usage=usage, epilog="\n".join(lines))
     p.add_argument("preset", nargs="?", default="digits", choices=tuple(PRESETS), help="the default is digits")
     add_options(p.add_argument_group("the run"), Options)
-    add_options(p.add_argument_group("the configuration (defaults are those of digits)"), Config)
+    names = [f.name for f in dataclasses.fields(Config) if f.name not in OF_DATA]
+    add_options(p.add_argument_group("the configuration (defaults are those of digits)"), Config, names)
     return p
 
 
-def prepare(
-    preset: str, changes: dict[str, Any], out: Path, *, resume: bool = False, world_size: int = 1
-) -> tuple[Config, bool]:
-    """Choose the configuration of a run, and tell whether it goes on with the one in the folder `out`.
+class Plan(NamedTuple):
+    """What a run will be.
+
+    Attributes:
+        config: its configuration.
+        resumed: it continues the run in its folder.
+        provenance: where its data are from.
+    """
+
+    config: Config
+    resumed: bool
+    provenance: Provenance
+
+
+def make_plan(preset: str, changes: dict[str, Any], out: Path, options: Options, world_size: int) -> tuple[Plan, Data]:
+    """Choose the configuration of a run and load its data, in the first process.
 
     Args:
         preset: a key of PRESETS.
         changes: fields of the configuration in place of the preset's.
         out: folder of the run.
-        resume: go on with the run in that folder, if there is one.
+        options: how and where to run.
         world_size: number of processes.
 
     Raises:
-        ValueError, OSError: bad values, or a folder that is in the way.
+        UserError: bad values, no data, a folder that is in the way, latents of another autoencoder.
     """
     config = dataclasses.replace(PRESETS[preset], **changes)
     changes = {name: getattr(config, name) for name in changes}  # words of --settings have become values
-    resumed = resume and (out / CONFIG).exists()
+    resumed = options.resume and (out / CONFIG).exists()
     if resumed:
         of_preset = {} if preset == "digits" else dataclasses.asdict(PRESETS[preset])  # digits may be unsaid
-        kept = (*RESUMABLE, "steps", "init")  # as stored, where nothing else is said
+        kept = (*RESUMABLE, "steps", "init", "input_size", "in_channels", "classes")  # as stored, unless given
         config = stored_config(out, {k: v for k, v in of_preset.items() if k not in kept} | changes)
     else:
         require_free(out, (CONFIG,), ways="--resume", overwrite=saved_nothing(out))
+        if config.data == "latents" and options.data_path is not None:
+            config = fit_to_latents(config, options.data_path)
     if config.batch_size % (world_size * config.accumulate):
         raise UserError(
             f"--batch-size {config.batch_size} is no multiple of {world_size} processes times "
@@ -123,90 +130,52 @@ def prepare(
         )
     if config.parallel == "fsdp":
         check_version()
-    return config, resumed
+    data = load_data(config, options.data_path)
+    provenance = provenance_of(config, data, options.data_path)
+    earlier = str(out) if resumed else config.init  # of a run that is resumed, its checkpoint holds all that is needed
+    if earlier is not None and (before := read_provenance(earlier)) is not None:
+        before.check_latents(provenance, f"{earlier} was trained on other latents than --data-path holds")
+    return Plan(config, resumed, provenance), data
 
 
-def described(config: Config, data: Data, folder: Path | None, vae: str | None = None) -> Provenance:
-    """Describe the data, and check that they are those of the run in a folder, and of the weights that it starts from.
-
-    Args:
-        config: of the run.
-        data: its data.
-        folder: of a run that goes on.
-        vae: --vae, if it is given; else a run that goes on keeps what it was given.
-
-    Raises:
-        ValueError: they are others.
-    """
-    here = provenance_of(config, data)
-    before = None if folder is None else read_provenance(folder)
-    if before is not None:
-        before.check_same(here, f"--resume: {folder} was trained on other data than --data-path holds")
-        here = dataclasses.replace(here, autoencoder=before.autoencoder)
-    start = config.init if folder is None else None  # of a run that goes on, its checkpoint holds all that is needed
-    source = None if start is None else read_provenance(start)
-    if source is not None:
-        source.check_same_latents(here, f"--init: {start} was trained on other latents than --data-path holds")
-    return here if vae is None else dataclasses.replace(here, autoencoder=vae)
-
-
-def load_decoder(here: Provenance, asked: bool, world: World) -> nn.Module | None:
-    """Load the autoencoder of latents; None where there is none, or it cannot be had and was not asked for.
-
-    Raises:
-        ValueError: it was asked for by --vae and cannot be had, or it is not the one that made the latents.
-    """
-    if here.normalisation is None or here.autoencoder is None:
-        if asked:
-            raise UserError(f"--vae shows latents as pictures; --data {here.data} has none")
+def load_decoder(provenance: Provenance, world: World) -> nn.Module | None:
+    """Load the autoencoder that made the latents; None where there is none, or it cannot be had."""
+    name = provenance.autoencoder
+    if name is None:
         return None
-    name = here.autoencoder
     try:
         vae = world.on_first(lambda: load_vae(name)) or load_vae(name)  # the first process may have to fetch it
-    except ValueError as error:
-        if asked:
-            raise
+    except UserError as error:
         if world.first:
             print(f"{error}; grids show latents as they are")
         return None
-    there = Provenance(here.data, autoencoder_fingerprint=fingerprint(vae.state_dict()))
-    here.check_same_latents(there, f"--vae {name} is not what made the latents")
     return vae.to(world.device)
 
 
 def begin(
     preset: str, changes: dict[str, Any], options: Options, world: World, judge: Judge | None = None
 ) -> tuple[Run, Data]:
-    """Make a run, or restore the one that goes on, and load its data.
-
-    Args:
-        preset: a key of PRESETS.
-        changes: fields of the configuration in place of the preset's.
-        options: how and where to run.
-        world: the processes.
-        judge: measures the run in place of what the options name.
+    """Make a run, or restore the one that is resumed, and load its data; see make_plan.
 
     Raises:
         UserError: bad options, missing data, a folder that is in the way or cannot be resumed.
     """
     out = Path(options.out or f"runs/imagenet/{preset}")
-    plan = world.on_first(lambda: prepare(preset, changes, out, resume=options.resume, world_size=world.size))
-    config, resumed = world.broadcast(plan)
+    made = world.on_first(lambda: make_plan(preset, changes, out, options, world.size))
+    plan: Plan = world.broadcast(made and made[0])
+    data = made[1] if made is not None else load_data(plan.config, options.data_path)
     if options.wandb is not None:
         check_wandb()
     if options.evaluate_every and judge is None:
-        reference, inception = (None if a is None else Path(a) for a in (options.reference, options.inception))
-        judge = make_judge(config, reference, inception, options.evaluate_count, world)
-    data = world.on_first(lambda: load_data(config, options.data_path, download=options.download))
-    if data is None:  # the first process has fetched it
-        data = load_data(config, options.data_path)
-    here = world.broadcast(world.on_first(lambda: described(config, data, out if resumed else None, options.vae)))
-    vae = load_decoder(here, options.vae is not None, world)
-    run = Run(out, Training(config, world), options.keep, here, vae=vae, judge=judge, wandb=options.wandb)
+        reference = None if options.reference is None else Path(options.reference)
+        judge = make_judge(plan.config, reference, None, MEASURED - MEASURED % world.size, world)
+    vae = load_decoder(plan.provenance, world)
+    training = Training(plan.config, world)
+    run = Run(out, training, options.keep, plan.provenance, vae=vae, judge=judge, wandb=options.wandb)
     run.start()
     world.on_first(run.create)
-    if not resumed and options.resume and world.first:
-        print(f"{out} holds no run to resume: beginning one")
+    if not plan.resumed and options.resume and world.first:
+        print(f"{out} holds no run to resume: starting one")
     return run, data
 
 
@@ -219,7 +188,7 @@ def train(run: Run, data: Data, options: Options) -> bool:
     """
     training, config, world = run.training, run.training.config, run.world
     batches = Batches(config, data, world.rank, world.size)
-    first = saved = training.step  # a run that is resumed has its first step's checkpoint
+    first = saved = training.step  # a run that is resumed starts at a checkpoint
     stopped = False
     bar = progress(
         total=config.steps, initial=first, unit="step", desc="training", file=sys.stdout, mininterval=0.5,
@@ -237,12 +206,11 @@ def train(run: Run, data: Data, options: Options) -> bool:
                 line = run.log.write(metrics)
                 shown = (*TERMS, "images_per_second", "data_wait", "gib")
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in shown}, refresh=False)
-            if step % options.sample_every == 0:
-                run.draw_grid(f"samples/{step:08d}.png")
             if options.evaluate_every and step % options.evaluate_every == 0:
-                run.evaluate([options.evaluate_steps])
+                run.evaluate()
             if step % options.save_every == 0 or metrics.asked_to_save:
                 run.save()
+                run.draw_grid(f"samples/{step:08d}.png")
                 saved = step
             if metrics.asked_to_stop:
                 stopped = True

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -14,12 +13,13 @@ from imagenet.config import Config, build_model
 from imagenet.data.provenance import Provenance
 from tvm_ref import FlowMap
 from tvm_ref.cli.errors import UserError, first_line
-from tvm_ref.cli.options import flag
 
 WEIGHTS = "weights.safetensors"  # the evaluation weights, in a run's folder and in each of its checkpoints
 CONFIG = "config.json"
 DATA = "data.json"
 CHECKPOINTS = "checkpoints"
+# fields that decide which weights fit; time_init decides only how new ones start
+NETWORK = ("input_size", "in_channels", "classes", "patch_size", "hidden_size", "depth", "heads", "norms", "scaled")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -94,11 +94,10 @@ def load_initial(config: Config) -> dict[str, Tensor]:
     """
     assert config.init is not None
     model, stored = load_weights(config.init, attention="plain")
-    shape = {f.name for f in fields(config.network())} - {"time_init"}  # how new weights start does not matter here
-    for name in (*sorted(shape), "scaled"):
+    for name in NETWORK:
         there, here = getattr(stored, name), getattr(config, name)
         if there != here:
-            raise UserError(f"--init {config.init} has {flag(name)} {there}, this run {here}")
+            raise UserError(f"init: {config.init} has {name} {there}, this run {here}")
     return model.state_dict()
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imagenet.config import Config
+from imagenet.config import LABEL_DROPOUT, Config
 from imagenet.data.image_sets import Data
 from imagenet.data.noise import EVEN, PERMUTATION, STEP
 from tvm_ref import Condition, Times, draw_beta, drop_labels
@@ -102,7 +102,7 @@ class Batches:
             x1 = torch.randn(x0.shape, generator=generator)
             times = config.sampler().draw(n, generator)
         condition = Condition(label, draw_beta(n, config.w, config.w_max or config.w, generator=generator))
-        return Batch(x0, x1, times, drop_labels(condition, config.classes, config.label_dropout, generator=generator))
+        return Batch(x0, x1, times, drop_labels(condition, config.classes, LABEL_DROPOUT, generator=generator))
 
     def _uniform_numbers(self, step: int) -> Tensor:
         """Draw the quasi-random numbers of a step [batch size, 4 + D], for times and an image's noise of D numbers."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from imagenet.config import Config
 from imagenet.data.digits import load_digits
-from imagenet.data.fingerprints import fingerprint
 from imagenet.data.latents import Latents
 from imagenet.data.noise import FLIP
 from imagenet.data.provenance import Provenance
@@ -37,10 +36,6 @@ class Data(Protocol):
 
     def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
         """Return samples x [B, C, H, W] and labels [B]."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Return digits that tell whether these are the same data (fingerprints.py)."""
         ...
 
 
@@ -71,10 +66,6 @@ class Images:
             x = torch.where(torch.from_numpy(flips)[chosen].view(-1, 1, 1, 1), x.flip(-1), x)
         return x, labels
 
-    def fingerprint(self) -> str:
-        """Return the fingerprint of images and labels."""
-        return fingerprint({"x": self.x, "labels": self.labels})
-
 
 class Synthetic:
     """Normal noise with labels, for throughput: as many samples as ImageNet, drawn from a small store."""
@@ -93,18 +84,13 @@ class Synthetic:
         chosen = torch.as_tensor(indices)
         return self._x[chosen % self.STORE], chosen % self.classes
 
-    def fingerprint(self) -> str:
-        """Return the fingerprint of the store."""
-        return fingerprint({"x": self._x, "classes": torch.tensor(self.classes)})
 
-
-def load_data(config: Config, folder: str | Path | None = None, *, download: bool = False) -> Data:
+def load_data(config: Config, folder: str | Path | None = None) -> Data:
     """Load the data of a configuration.
 
     Args:
         config: names the data.
-        folder: where cifar10 or latents lie.
-        download: fetch cifar10 into `folder` if it is not there.
+        folder: where cifar10 or latents lie; cifar10 is fetched into it if it is not there.
 
     Raises:
         UserError: no such data there, or of another shape or number of classes than the configuration says; an extra
@@ -116,9 +102,9 @@ def load_data(config: Config, folder: str | Path | None = None, *, download: boo
     if config.data == "digits":
         data: Images | Latents = Images(*load_digits().train)
     elif folder is None:
-        raise UserError(f"--data {config.data} needs --data-path, the folder that it lies in")
+        raise UserError(f"{config.data} need --data-path, the folder that they lie in")
     elif config.data == "cifar10":
-        data = Images(*_load_cifar10(folder, download), flip=True, seed=config.seed)
+        data = Images(*_load_cifar10(folder), flip=True, seed=config.seed)
     else:
         data = Latents(folder, config.seed)
     if data.shape != shape:
@@ -129,28 +115,33 @@ def load_data(config: Config, folder: str | Path | None = None, *, download: boo
     return data
 
 
-def provenance_of(config: Config, data: Data) -> Provenance:
-    """Describe the data that a configuration is trained on."""
-    known = Provenance(config.data, len(data), data.fingerprint())
+def fit_to_latents(config: Config, folder: str | Path) -> Config:
+    """Return a configuration with the shape and the number of classes of the latents in a folder.
+
+    Raises:
+        UserError: no latents there, or patches that do not tile them.
+    """
+    latents = Latents(folder)
+    channels, side, _ = latents.shape
+    return replace(config, in_channels=channels, input_size=side, classes=len(latents.classes))
+
+
+def provenance_of(config: Config, data: Data, folder: str | Path | None = None) -> Provenance:
+    """Describe the data that a configuration is trained on, and the folder that they are from."""
+    known = Provenance(config.data, None if folder is None else str(Path(folder).absolute()))
     if not isinstance(data, Latents):
         return known
-    return replace(
-        known,
-        autoencoder=data.autoencoder,
-        autoencoder_fingerprint=data.autoencoder_fingerprint,
-        normalisation=data.normalisation,
-    )
+    return replace(known, autoencoder=data.autoencoder, normalisation=data.normalisation)
 
 
-def _load_cifar10(folder: str | Path, download: bool) -> tuple[Tensor, Tensor]:
-    """Load the training split: images uint8 [50000, 3, 32, 32] and labels."""
+def _load_cifar10(folder: str | Path) -> tuple[Tensor, Tensor]:
+    """Load the training split, and fetch it first if it is not there: images uint8 [50000, 3, 32, 32] and labels."""
     try:
         from torchvision.datasets import CIFAR10
     except ImportError:
         raise UserError("cifar10 needs torchvision: pip install -e '.[imagenet]'") from None
     try:
-        stored = CIFAR10(str(folder), train=True, download=download)
-    except (RuntimeError, OSError) as error:  # torchvision's way to say that files are missing or damaged
-        advice = "" if download else " (--download fetches it)"
-        raise UserError(f"no CIFAR-10 in {folder}: {first_line(error)}{advice}") from None
+        stored = CIFAR10(str(folder), train=True, download=True)  # only what is missing
+    except (RuntimeError, OSError) as error:  # torchvision's way to say that files are damaged
+        raise UserError(f"no CIFAR-10 in {folder}, and it could not be fetched: {first_line(error)}") from None
     return torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(stored.targets)

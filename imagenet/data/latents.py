@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imagenet.data.fingerprints import fingerprint
 from imagenet.data.noise import POSTERIOR, normal
 from imagenet.data.vae import Normalisation
 from tvm_ref.cli.errors import UserError, first_line
@@ -65,7 +64,7 @@ class Latents:
         self.folder, self.seed = Path(folder), seed
         index = read_index(self.folder)
         self.classes, self.normalisation = index.classes, index.normalisation
-        self.autoencoder, self.autoencoder_fingerprint = index.autoencoder, index.autoencoder_fingerprint
+        self.autoencoder = index.autoencoder
         opened = [self._open(name, count) for name, count in index.shards.items() if count]
         if not opened:
             raise UserError(f"{self.folder} holds no latents: every image was skipped")
@@ -93,15 +92,6 @@ class Latents:
         """Draw latents x [B, C, H, W], and return them with labels [B], for many indices."""
         pairs = [self[int(index), draw] for index in indices]
         return torch.stack([x for x, _ in pairs]), torch.tensor([label for _, label in pairs])
-
-    def fingerprint(self) -> str:
-        """Return the fingerprint of all labels, and of the first and last posterior of each shard."""
-        ends = {
-            f"{i} {place}": torch.from_numpy(posteriors[place].copy())
-            for i, posteriors in enumerate(self._posteriors)
-            for place in (0, -1)
-        }
-        return fingerprint({"labels": self.labels, **ends})
 
     def posterior(self, index: int) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of an image's raw latent, float32 [C, H, W] each.
@@ -149,7 +139,6 @@ class Index(NamedTuple):
         normalisation: of the latents.
         shards: number of latents by name.
         autoencoder: that made them: a folder, or a name on the Hugging Face hub.
-        autoencoder_fingerprint: of its weights.
     """
 
     image_size: int
@@ -157,7 +146,6 @@ class Index(NamedTuple):
     normalisation: Normalisation
     shards: dict[str, int]
     autoencoder: str | None
-    autoencoder_fingerprint: str | None
 
 
 def read_index(folder: Path) -> Index:
@@ -180,7 +168,6 @@ def read_index(folder: Path) -> Index:
             Normalisation(tuple(norm["mean"]), tuple(norm["std"])),
             {Path(shard["name"]).name: int(shard["count"]) for shard in stored["shards"]},  # in this folder
             stored.get("vae"),
-            stored.get("vae_fingerprint"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {first_line(error):.200}") from None

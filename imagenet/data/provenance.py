@@ -1,11 +1,11 @@
-"""What a model was trained on: fingerprints of its data, and the autoencoder and normalisation of latents.
+"""What a model was trained on. A run keeps it as data.json, weights in their metadata (`data`).
 
-A run keeps it as data.json, weights in their metadata (`data`). Going on with other data, or decoding latents with
-another autoencoder or normalisation, is refused: it would give worse images without a word.
+Latents of another autoencoder, by name, or of another normalisation are refused, as images would become worse without a
+word. Data are not compared: continuing on others is possible.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from imagenet.data.vae import Normalisation
 from tvm_ref.cli.errors import UserError
@@ -16,27 +16,22 @@ class Provenance:
     """Where the data of a model are from; what is not known is None.
 
     Attributes:
-        data: as --data.
-        images: their number.
-        fingerprint: of the data (fingerprints.py).
+        data: name of the data, as in Config.
+        path: folder that they were read from.
         autoencoder: name of the autoencoder of latents: a folder, or on the Hugging Face hub.
-        autoencoder_fingerprint: of its weights.
         normalisation: of latents.
 
     Raises:
-        ValueError: a bad value, as a file may have it.
+        UserError: a bad value, as a file may have it.
     """
 
     data: str
-    images: int | None = None
-    fingerprint: str | None = None
+    path: str | None = None
     autoencoder: str | None = None
-    autoencoder_fingerprint: str | None = None
     normalisation: Normalisation | None = None
 
     def __post_init__(self) -> None:
-        texts = (self.data, self.fingerprint, self.autoencoder, self.autoencoder_fingerprint)
-        if not all(a is None or isinstance(a, str) for a in texts) or not isinstance(self.images, int | None):
+        if not all(a is None or isinstance(a, str) for a in (self.data, self.path, self.autoencoder)):
             raise UserError("a bad value")
 
     def to_json(self) -> str:
@@ -48,7 +43,7 @@ class Provenance:
         """Read what to_json wrote.
 
         Raises:
-            ValueError: anything else.
+            UserError: anything else.
         """
         try:
             values = json.loads(text)
@@ -59,18 +54,14 @@ class Provenance:
         except (AttributeError, TypeError, ValueError, KeyError, RecursionError):
             raise UserError(f"no description of data: {text!r:.80}") from None
 
-    def check_same(self, other: "Provenance", what: str) -> None:
-        """Raise ValueError, which begins with `what`, unless everything that both know is the same."""
-        self._compare(other, [f.name for f in fields(self) if f.name != "autoencoder"], what)
+    def check_latents(self, other: "Provenance", what: str) -> None:
+        """Raise UserError, which begins with `what`, unless latents mean the same, as far as both know.
 
-    def check_same_latents(self, other: "Provenance", what: str) -> None:
-        """Raise ValueError, which begins with `what`, unless latents mean the same, as far as both know."""
-        self._compare(other, ["autoencoder_fingerprint", "normalisation"], what)
-
-    def _compare(self, other: "Provenance", names: list[str], what: str) -> None:
-        """Compare some attributes. A name of an autoencoder is never among them: copies have other names."""
-        for name in names:
-            mine, others = getattr(self, name), getattr(other, name)
-            if mine is not None and others is not None and mine != others:
-                label = {"images": "number of images"}.get(name, name.replace("_", "'s "))
-                raise UserError(f"{what}: another {label}, {others!s:.200} in place of {mine!s:.200}")
+        A folder and a name on the hub are the same autoencoder if their last parts are.
+        """
+        names = [a.autoencoder and a.autoencoder.rstrip("/").rpartition("/")[2] for a in (self, other)]
+        if all(names) and names[0] != names[1]:
+            raise UserError(f"{what}: their autoencoder is {self.autoencoder!r:.80}, not {other.autoencoder!r:.80}")
+        normalisations = [a.normalisation for a in (self, other)]
+        if all(normalisations) and normalisations[0] != normalisations[1]:
+            raise UserError(f"{what}: their normalisation is {normalisations[0]}, not {normalisations[1]}")

@@ -23,7 +23,7 @@ def check_version() -> None:
     """Raise ValueError where FSDP under a JVP is known to fail or, worse, to be wrong in silence."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 13):
-        raise UserError(f"--parallel fsdp needs PyTorch 2.13 or later, as a JVP is wrong before; this is {version}")
+        raise UserError(f"parallel fsdp needs PyTorch 2.13 or later, as a JVP is wrong before; this is {version}")
 
 
 def wrap(objective: Objective, averages: list[EMA[FlowMap]], world: World, kind: str) -> nn.Module:

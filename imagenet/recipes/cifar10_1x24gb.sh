@@ -2,4 +2,4 @@
 # 1 x 24 GB: CIFAR-10, fetched into the folder DATA.
 # On a GPU nothing here is measured: --accumulate is an estimate. PyTorch's OutOfMemoryError says so if it is too low.
 set -euo pipefail
-torchrun imagenet/train.py cifar10 --data-path "${DATA:-data}" --download --workers 4 --save-every 5000 --accumulate 4 "$@"
+torchrun imagenet/train.py cifar10 --data-path "${DATA:-data}" --workers 4 --save-every 5000 --accumulate 4 "$@"

@@ -1,4 +1,4 @@
-"""The log of a run: train.jsonl, TensorBoard's log if it is installed, and Weights & Biases if asked for."""
+"""The log of a run: train.jsonl, and Weights & Biases if asked for."""
 
 import json
 import math
@@ -48,7 +48,6 @@ class Log:
         self._sums, self._summed = [0.0] * len(TERMS), 0  # losses since the last line, and the number of steps
         self._waited = 0.0  # seconds for data since the last line
         self._lines: Any = None
-        self._board: Any = None
         self._wandb: Any = None
 
     def open(self) -> None:
@@ -62,20 +61,14 @@ class Log:
         self._lines = path.open("a")
         if self.project is not None:
             self._wandb = join_wandb(self.project, self.folder, asdict(self.training.config))
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._first + 1)
 
     def close(self) -> None:
         """Close what `open` opened."""
-        for log in (self._lines, self._board):
-            if log is not None:
-                log.close()
+        if self._lines is not None:
+            self._lines.close()
         if self._wandb is not None:
             self._wandb.finish()
-        self._lines = self._board = self._wandb = None
+        self._lines = self._wandb = None
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Iterate over batches, and add up how long each was waited for."""
@@ -123,9 +116,7 @@ class Log:
         return line
 
     def show(self, values: dict[str, float]) -> None:
-        """Send numbers of the training's step to TensorBoard and Weights & Biases."""
-        for name, value in values.items() if self._board is not None else ():
-            self._board.add_scalar(name, value, self.training.step)
+        """Send numbers of the training's step to Weights & Biases."""
         if self._wandb is not None:
             self._wandb.log(values, step=self.training.step)
 

@@ -4,7 +4,7 @@
     data.json              what it is trained on (provenance.py)
     train.jsonl            a line per --log-every steps (log.py)
     evaluations.jsonl      a line per --evaluate-every steps (fid.py)
-    samples/               grids drawn while training
+    samples/               a grid per checkpoint
     checkpoints/           the newest states, each with its evaluation weights (checkpoint.py)
     weights.safetensors    evaluation weights, once training is done, as all below
     samples-1.png, -4.png  grids of one-step and four-step samples
@@ -16,14 +16,14 @@ default: the same noise, classes, precision.
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from imagenet.config import RESUMABLE, Config
+from imagenet.config import OF_DATA, RESUMABLE, Config
 from imagenet.data.image_files import save_png
 from imagenet.data.provenance import Provenance
 from imagenet.metrics.fid import Judge
@@ -53,7 +53,8 @@ def stored_config(folder: Path, given: dict[str, Any]) -> Config:
         _check_steps(folder, stored, given["steps"])
     for name, value in given.items():
         if name not in (*RESUMABLE, "steps") and getattr(stored, name) != value:
-            raise UserError(f"--resume keeps a run's options: {folder} has {flag(name)} {getattr(stored, name)}")
+            option = name if name in OF_DATA else flag(name)
+            raise UserError(f"--resume keeps a run's options: {folder} has {option} {getattr(stored, name)}")
     return replace(stored, **given)
 
 
@@ -165,15 +166,14 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_png(path, image)
 
-    def evaluate(self, steps: Sequence[int]) -> None:
-        """Measure the evaluation weights at some numbers of steps."""
+    def evaluate(self) -> None:
+        """Measure one-step samples of the evaluation weights."""
         assert self.judge is not None
-        figures = {str(n): self.judge(self.generator(), n, self.world) for n in steps}
+        figures = self.judge(self.generator(), 1, self.world)
         if self.world.first:
-            line = {"step": self.training.step, "nfe": figures}
             with (self.folder / EVALUATIONS).open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            self.log.show({f"{name}, {n} NFE": value for n, row in figures.items() for name, value in row.items()})
+                file.write(json.dumps({"step": self.training.step, "nfe": {"1": figures}}) + "\n")
+            self.log.show({f"{name}, 1 NFE": value for name, value in figures.items()})
 
     def write_report(self, total_seconds: float) -> dict[str, Any]:
         """Write weights, grids and metrics.json of a training that is done; returns the metrics.

@@ -48,7 +48,9 @@ def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
     def walk(value: Any, path: tuple[str, ...]) -> Any:
         if isinstance(value, Tensor):
             tensors["/".join(path)] = value.detach()
-            return {"tensor": "/".join(path)}
+            # products of SOAP's transposed matrices round differently if they come back contiguous
+            stride = {} if value.is_contiguous() else {"stride": value.stride()}
+            return {"tensor": "/".join(path), **stride}
         if isinstance(value, Mapping):
             return {"dict": [[key, walk(item, (*path, str(key)))] for key, item in value.items()]}
         if isinstance(value, list | tuple):
@@ -63,7 +65,8 @@ def unflatten(rest: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(rest, dict):
         return rest
     if "tensor" in rest:
-        return tensors[rest["tensor"]]
+        a = tensors[rest["tensor"]]
+        return torch.empty_strided(a.shape, rest["stride"], dtype=a.dtype).copy_(a) if "stride" in rest else a
     if "list" in rest:
         return [unflatten(item, tensors) for item in rest["list"]]
     return {key: unflatten(item, tensors) for key, item in rest["dict"]}

@@ -10,19 +10,20 @@ from imagenet import train
 from imagenet.training.checkpoint import read_checkpoint
 from imagenet.weights import checkpoints
 
-TINY = [
-    "--data", "synthetic", "--patch-size", "4", "--hidden-size", "16", "--depth", "1", "--heads", "2",
-    "--batch-size", "8", "--optimizer", "adamw", "--lr", "1e-3", "--warmup", "0",
-    "--log-every", "5", "--sample-every", "1000",
+SMALL = [
+    "--hidden-size", "16", "--depth", "1", "--heads", "2", "--batch-size", "8", "--lr", "1e-3", "--clip", "1",
+    "--schedule", "cosine", "--w", "1", "--ema", "0.99", "--precision", "float32", "--attention", "plain",
+    "--log-every", "5", "--save-every", "1000",
 ]  # fmt: skip
-ON_LATENTS = ["--data", "latents", "--in-channels", "4", "--classes", "2"]
+TINY = ["synthetic", "--patch-size", "16", *SMALL]
+ON_LATENTS = ["imagenet256-w1.75", "--patch-size", "4", *SMALL]
 
 
-def command(folder, *options):
+def command(folder, *options, base=TINY):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return train.main([*TINY, "--out", str(folder), *map(str, options)])
+        return train.main([*base, "--out", str(folder), *map(str, options)])
     finally:
         torch.set_num_threads(threads)
 

@@ -74,5 +74,5 @@ def latent_run(tmp_path_factory, latents):
     from tests.imagenet.commands import ON_LATENTS, command
 
     folder = tmp_path_factory.mktemp("on_latents") / "run"
-    assert command(folder, *ON_LATENTS, "--data-path", latents, "--steps", 2) == 0
+    assert command(folder, "--data-path", latents, "--steps", 2, base=ON_LATENTS) == 0
     return folder

@@ -1,12 +1,12 @@
 """The presets are the paper's table 6, and configurations survive JSON and refuse what they do not know."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
-from imagenet.config import PRESETS, RESUMABLE, Config, build_model
+from imagenet.config import FORMAT, LABEL_DROPOUT, PRESETS, RESUMABLE, Config, build_model
 from tvm_ref import OBJECTIVES, TimeSampler
 
 IMAGENET = ("imagenet256-w2", "imagenet256-w1.75", "imagenet512-w2.5", "imagenet512-w2.25")
@@ -25,12 +25,14 @@ def test_table_6(name, side, w, scaled, time_init):
     c = PRESETS[name]
     assert (c.data, c.input_size, c.in_channels, c.classes) == ("latents", side, 4, 1000)
     assert (c.hidden_size, c.depth, c.heads, c.patch_size) == (1152, 28, 18, 2)
-    assert (c.w, c.w_max, c.scaled, c.time_init, c.label_dropout) == (w, None, scaled, time_init, 0.1)
+    assert (c.w, c.w_max, c.scaled, c.time_init, LABEL_DROPOUT) == (w, None, scaled, time_init, 0.1)
     assert (c.optimizer, c.lr, c.beta2, c.schedule, c.warmup, c.clip) == ("adamw", 1e-4, 0.95, "constant", 0, 0)
     assert (c.steps, c.batch_size, c.ema, c.target_ema) == (300_000, 2048, 0.9999, 0.99)
     assert c.sampler() == TimeSampler("gap*")
     assert not c.detach_jvp
-    assert (c.block_norm, c.qk_norm, c.modulation_norm, c.objective) == ("rms", True, True, "tvm")
+    assert (c.norms, c.objective, c.network().block_norm) == ("all", "tvm", "rms")
+    assert c.network().qk_norm
+    assert c.network().modulation_norm
     assert c.precision == "bfloat16"
 
 
@@ -64,7 +66,7 @@ def test_the_default_is_digits():
 BAD = {
     "an unknown key": {"colour": "red"},
     "text for a number": {"steps": "many"},
-    "a number for a switch": {"qk_norm": 1},
+    "a number for a switch": {"scaled": 1},
     "a switch for a number": {"steps": True},
     "nothing for a number": {"lr": None},
     "an unknown choice": {"objective": "gan"},
@@ -96,22 +98,41 @@ def test_stored_configurations_are_checked(change):
     assert str(error.value).isprintable()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"steps": ', "[" * 100_000, '{"a": ' * 100_000, "9" * 10_000])
+NONE = ["", "[]", "3", "{}", '{"steps": 3}', '{"format": "1"}', '{"steps": ', "[" * 100_000, '{"a": ' * 100_000]
+
+
+@pytest.mark.parametrize("text", [*NONE, "9" * 10_000])
 def test_what_is_no_configuration(text):
     with pytest.raises(ValueError, match=r".+") as error:
         Config.from_json(text)
     assert len(str(error.value)) < 1500
 
 
-def test_a_lost_field_is_no_default():
-    """Without this, {} is the digits' configuration, and a lost w another w in silence."""
-    with pytest.raises(ValueError, match=r"no data, input_size, .*accumulate"):
-        Config.from_json("{}")
-    for name in (f.name for f in fields(Config)):
-        stored = json.loads(Config().to_json())
+def test_a_run_of_an_earlier_version_stays_readable():
+    """A field that was added later is missing there, and has its neutral value."""
+    stored = json.loads(replace(PRESETS["imagenet256-w2"], w=3.0).to_json())
+    assert stored["format"] == FORMAT
+    for name in ("equal_share", "w_max", "norms", "init"):
         del stored[name]
-        with pytest.raises(ValueError, match=f"not a configuration of this program: no {name}$"):
-            Config.from_json(json.dumps(stored))
+    assert Config.from_json(json.dumps(stored)) == replace(PRESETS["imagenet256-w2"], w=3.0)
+
+
+def test_a_later_format_is_refused():
+    """Its fields may mean something else."""
+    stored = json.loads(Config().to_json()) | {"format": FORMAT + 1}
+    with pytest.raises(ValueError, match="of a later version of this program"):
+        Config.from_json(json.dumps(stored))
+
+
+@pytest.mark.parametrize("norms", ["no-block", "no-qk", "no-modulation", "none"])
+def test_norms_are_left_out_one_kind_at_a_time(norms):
+    network = Config(norms=norms).network()
+    left_out = {
+        "block": network.block_norm == "layer",
+        "qk": not network.qk_norm,
+        "modulation": not network.modulation_norm,
+    }
+    assert left_out == {kind: norms in (f"no-{kind}", "none") for kind in left_out}
 
 
 def test_what_may_change_on_resuming_changes_no_weights_names():
@@ -120,4 +141,3 @@ def test_what_may_change_on_resuming_changes_no_weights_names():
     small = replace(Config(), hidden_size=16, depth=1)
     names = set(build_model(small).state_dict())
     assert names == set(build_model(replace(small, checkpointing=True, precision="bfloat16")).state_dict())
-    assert {f.name for f in fields(Config)} > set(RESUMABLE)

@@ -23,7 +23,7 @@ def run(request, tmp_path_factory):
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("generator") / "run"
     size = ["--steps", "4", "--batch-size", "8", "--hidden-size", "16", "--depth", "1", "--optimizer", "adamw"]
-    options = ["--seed", "3", "--precision", request.param, "--sample-every", "4", "--device", "cpu"]
+    options = ["--seed", "3", "--precision", request.param, "--save-every", "4", "--device", "cpu"]
     assert train.main([*size, *options, "--out", str(folder)]) == 0
     return folder
 

@@ -1,9 +1,9 @@
 """What the tests run in processes of their own."""
 
 import copy
-import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,8 +51,8 @@ def start_state(config):
 
 def steps(world, count=3, poison=None, **fields):
     """Train from start_state: losses and gradient norm of each step, the last gradients, and the state at the end."""
-    plain = Config(**{**json.loads(SMALL.to_json()), **fields, "parallel": "ddp", "accumulate": 1})
-    training = Training(Config(**{**json.loads(plain.to_json()), **fields}), world)
+    plain = replace(SMALL, **{**fields, "parallel": "ddp", "accumulate": 1})
+    training = Training(replace(plain, **fields), world)
     training.load_state_dict(parallelize.reshard(start_state(plain), training.state_dict()))
     batches = Batches(training.config, load_data(training.config), world.rank, world.size)
     metrics = []
@@ -100,8 +100,7 @@ def train_in_every_way(folder, world):
 
 def save_and_reshard(folder, kind, world):
     """Save a state while the next step is taken; returns it, and what the other way of training makes of it."""
-    small = json.loads(SMALL.to_json())
-    training = Training(Config(**small | {"parallel": kind}), world)
+    training = Training(replace(SMALL, parallel=kind), world)
     training.load_state_dict(parallelize.reshard(start_state(SMALL), training.state_dict()))
     batches = Batches(training.config, load_data(training.config), world.rank, world.size)
     training.train_step(batches[0])
@@ -109,7 +108,7 @@ def save_and_reshard(folder, kind, world):
     with Saver(folder, 3, world, asynchronous=True) as saver:
         saver.save(training.state_dict(), training.step)
         training.train_step(batches[1])
-    other = Training(Config(**small | {"parallel": "fsdp" if kind == "ddp" and fsdp_works() else "ddp"}), world)
+    other = Training(replace(SMALL, parallel="fsdp" if kind == "ddp" and fsdp_works() else "ddp"), world)
     other.load_state_dict(read_checkpoint(folder / "checkpoints" / "00000001", other.slot))
     return {"saved": saved, "read": parallelize.full_state(other.state_dict())}
 

@@ -119,7 +119,7 @@ def test_cifar10_as_torchvision_stores_it(monkeypatch, tmp_path):
 
     class Stored:
         def __init__(self, root, train, download):
-            assert (root, train, download) == (str(tmp_path), True, False)
+            assert (root, train, download) == (str(tmp_path), True, True)  # fetched if it is not there
             self.data, self.targets = pictures.numpy(), [3, 9]
 
     monkeypatch.setattr(datasets, "CIFAR10", Stored)

@@ -1,25 +1,23 @@
-"""What a model was trained on stays with it, and other data, autoencoders or normalisations are refused."""
+"""What a model was trained on stays with it; latents of another autoencoder or normalisation are refused."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 
-from imagenet import encode, sample, train
-from imagenet.data.fingerprints import fingerprint
+from imagenet import sample, train
 from imagenet.data.latents import Latents
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import Normalisation
 from imagenet.sampler import load_generator
 from imagenet.weights import read_provenance
-from tests.imagenet.commands import ON_LATENTS, TINY, command, status
+from tests.imagenet.commands import ON_LATENTS, command, status
 
-KNOWN = Provenance("latents", 3, "f00", "a/name", "ba5", Normalisation((0.0, 1.5), (1.0, 2.0)))
+KNOWN = Provenance("latents", "/somewhere", "a/name", Normalisation((0.0, 1.5), (1.0, 2.0)))
 
 
-@pytest.mark.parametrize("known", [KNOWN, Provenance("digits", 7, "f00"), Provenance("latents")])
+@pytest.mark.parametrize("known", [KNOWN, Provenance("digits"), Provenance("latents", "/somewhere")])
 def test_it_survives_json(known):
     assert Provenance.from_json(known.to_json()) == known
 
@@ -27,7 +25,7 @@ def test_it_survives_json(known):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "5", "{}", '{"data": 5}', '{"data": "latents", "images": "3"}', '{"data": "latents", "colour": 1}',
+        "", "[]", "5", "{}", '{"data": 5}', '{"data": "latents", "path": 3}', '{"data": "latents", "colour": 1}',
         '{"data": "latents", "normalisation": 5}', '{"data": "latents", "normalisation": {"mean": [0], "std": [0]}}',
         '{"data": "latents", "normalisation": {"mean": ["a"], "std": [1]}}', "[" * 100_000,
     ],
@@ -38,56 +36,67 @@ def test_what_is_no_provenance_is_refused(text):
     assert len(str(error.value)) < 200
 
 
-def test_a_run_and_its_weights_name_data_autoencoder_and_normalisation(latents, latent_run, vae):
-    data, about = Latents(latents), read_provenance(latent_run)
-    assert about == Provenance(
-        "latents", 12, data.fingerprint(), str(vae), data.autoencoder_fingerprint, data.normalisation
-    )
+@pytest.mark.parametrize(
+    ("mine", "other", "same"),
+    [
+        ("stabilityai/sd-vae-ft-ema", "/models/sd-vae-ft-ema/", True),
+        ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse", False),
+        (None, "stabilityai/sd-vae-ft-mse", True),
+    ],
+)
+def test_an_autoencoder_is_known_by_the_last_part_of_its_name(mine, other, same):
+    check = Provenance("latents", autoencoder=mine).check_latents
+    if same:
+        check(Provenance("latents", autoencoder=other), "here")
+    else:
+        with pytest.raises(ValueError, match="here: their autoencoder is"):
+            check(Provenance("latents", autoencoder=other), "here")
+
+
+def test_a_run_and_its_weights_name_path_autoencoder_and_normalisation(latents, latent_run, vae):
+    about = read_provenance(latent_run)
+    assert about == Provenance("latents", str(latents), str(vae), Latents(latents).normalisation)
     assert read_provenance(latent_run / "weights.safetensors") == about
-    with safe_open(latent_run / "weights.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["data"])["autoencoder"] == str(vae)
-    assert data.autoencoder_fingerprint == fingerprint(load_generator(latent_run).vae.state_dict())
 
 
-def test_sampling_takes_the_autoencoder_that_the_weights_name_and_no_other(latents, latent_run, tmp_path, capsys):
+def test_sampling_takes_the_autoencoder_that_the_weights_name_and_no_other(latents, latent_run, vae, tmp_path, capsys):
     """Once a model of 256 x 256 got Stable Diffusion's normalisation, whatever its latents were made by."""
-    from tests.autoencoders import tiny_vae
-
-    alone = tmp_path / "moved.safetensors"  # of a run, weights alone say enough
+    alone = tmp_path / "moved.safetensors"  # of a run, its weights say enough
     shutil.copy(latent_run / "weights.safetensors", alone)
     generator = load_generator(alone)
     assert generator.normalisation == Latents(latents).normalisation
-    copy = load_generator(alone, vae=tiny_vae())  # by another name the same
+    copy = load_generator(alone, vae=str(shutil.copytree(vae, tmp_path / "copy" / vae.name)))
     np.testing.assert_array_equal(generator.images([0, 1], 1), copy.images([0, 1], 1))
-    with pytest.raises(ValueError, match="was trained on other latents: another autoencoder's fingerprint"):
-        load_generator(alone, vae=tiny_vae(1))
+    with pytest.raises(ValueError, match=r"on other latents: their autoencoder is .*tiny', not .*other'"):
+        load_generator(alone, vae=str(tmp_path / "other"))
 
-    other = tmp_path / "latents"
-    shutil.copytree(latents, other)
-    index = json.loads((other / "latents.json").read_text())
-    index["normalisation"]["std"][0] *= 2
-    (other / "latents.json").write_text(json.dumps(index))
     drawn = [str(alone), "--out", str(tmp_path / "a.npz"), "--count", "2", "--device", "cpu"]
-    assert status(sample.main, [*drawn, "--latents", str(other)]) == 2
-    assert "another normalisation" in capsys.readouterr().err
+    assert status(sample.main, [*drawn, "--latents", str(normalised_otherwise(latents, tmp_path))]) == 2
+    assert "their normalisation is" in capsys.readouterr().err
     assert status(sample.main, [*drawn, "--latents", str(latents)]) == 0
 
 
-def test_other_data_are_refused_by_resume_and_init(latents, latent_run, pictures, vae, tmp_path, capsys):
-    other = tmp_path / "latents"
-    options = ["--image-size", "16", "--vae", vae, "--shard-size", 5, "--device", "cpu", "--normalisation", "measured"]
-    fewer = tmp_path / "pictures"
-    shutil.copytree(pictures, fewer)
-    (fewer / "cat" / "0.png").unlink()
-    assert encode.main([str(a) for a in (fewer, "--out", other, *options)]) == 0
-    shutil.copytree(latent_run, tmp_path / "run")
-    assert status(command, tmp_path / "run", *ON_LATENTS, "--data-path", other, "--steps", 2, "--resume") == 2
-    assert "was trained on other data than --data-path holds: another number of images, 11 in place of 12" in (
-        capsys.readouterr().err
-    )
-    assert command(tmp_path / "run", *ON_LATENTS, "--data-path", latents, "--steps", 2, "--resume") == 0
+def normalised_otherwise(latents, folder):
+    other = shutil.copytree(latents, folder / "latents")
+    index = json.loads((other / "latents.json").read_text())
+    index["normalisation"]["std"][0] *= 2
+    (other / "latents.json").write_text(json.dumps(index))
+    return other
 
-    init = [*TINY, *ON_LATENTS, "--data-path", str(other), "--init", str(latent_run), "--out", str(tmp_path / "new")]
-    assert status(train.main, init) == 2
-    assert "was trained on other latents than --data-path holds: another normalisation" in capsys.readouterr().err
+
+def test_other_latents_are_refused_by_resume_and_init(latents, latent_run, tmp_path, capsys):
+    other = normalised_otherwise(latents, tmp_path)
+    shutil.copytree(latent_run, tmp_path / "run")
+    options = ["--data-path", other, "--steps", 2]
+    assert status(command, tmp_path / "run", *options, "--resume", base=ON_LATENTS) == 2
+    assert "run was trained on other latents than --data-path holds: their normalisation" in capsys.readouterr().err
+    assert command(tmp_path / "run", "--data-path", latents, "--steps", 2, "--resume", base=ON_LATENTS) == 0
+    assert status(command, tmp_path / "new", *options, "--init", latent_run, base=ON_LATENTS) == 2
+    assert "was trained on other latents than --data-path holds: their normalisation" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_the_network_has_the_shape_of_the_latents(latents, latent_run):
+    """The preset says 32 x 32 and 1000 classes; these latents are 8 x 8, of cats and dogs."""
+    config = train.stored_config(latent_run, {})
+    assert (config.in_channels, config.input_size, config.classes) == (4, 8, 2)

@@ -161,6 +161,16 @@ def test_a_file_in_the_way_stops_no_saving(tmp_path, name):
     assert newest(tmp_path)["step"] == 2
 
 
+def test_a_tensor_keeps_its_layout(tmp_path):
+    """Products of a matrix that is stored by columns are rounded in another way than those of one stored by rows."""
+    matrix = torch.arange(6.0).view(2, 3).T
+    saver = Saver(tmp_path, 1)
+    saver.save({"a": matrix}, 1)
+    again = newest(tmp_path)["a"]
+    assert torch.equal(again, matrix)
+    assert again.stride() == matrix.stride()
+
+
 def test_the_newest_are_kept(tmp_path):
     for step in range(1, 8):
         save(tmp_path, step, keep=3)

@@ -9,7 +9,7 @@ from imagenet import encode, evaluate, sample, train
 from imagenet.data.image_files import ImageFiles
 from imagenet.metrics.frechet import gaussian_statistics
 from imagenet.weights import checkpoints, load_weights, read_provenance
-from tests.imagenet.commands import ON_LATENTS, TINY, same
+from tests.imagenet.commands import ON_LATENTS, same
 from tests.imagenet.metrics.test_fid import rows
 from tests.imagenet.test_distributed import ROOT, torchrun
 
@@ -27,7 +27,7 @@ def test_from_pictures_to_a_fine_tuned_model(pictures, vae, tmp_path):
     assert encode.main([str(pictures), "--out", latents, "--image-size", "16", "--vae", str(vae), *on_cpu]) == 0
 
     # two processes train, and are killed after their twelfth step; what they saved in its course is whole
-    training = [*TINY, *ON_LATENTS, "--data-path", latents, "--steps", "15", "--save-every", "5", "--out", run]
+    training = [*ON_LATENTS, "--data-path", latents, "--steps", "15", "--save-every", "5", "--out", run]
     killed = torchrun("-m", "tests.imagenet.interrupted", "SIGKILL", 12, *training, cwd=ROOT)
     assert killed.returncode != 0
     newest = checkpoints(tmp_path / "run")[-1]
@@ -53,7 +53,7 @@ def test_from_pictures_to_a_fine_tuned_model(pictures, vae, tmp_path):
     assert figures["2 NFE"]["fid"] < min(1e-9, figures["1 NFE"]["fid"])
 
     # another run starts from the weights, on the same latents
-    further = [*TINY, *ON_LATENTS, "--data-path", latents, "--init", run, "--steps", "2", "--out", tuned]
+    further = [*ON_LATENTS, "--data-path", latents, "--init", run, "--steps", "2", "--out", tuned]
     assert train.main(further) == 0
     assert read_provenance(tuned) == read_provenance(run)
     assert not same(*(load_weights(folder)[0].state_dict() for folder in (run, tuned)))

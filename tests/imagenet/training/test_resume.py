@@ -49,6 +49,18 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(tmp_path, who
 
 
 @pytest.mark.slow
+def test_digits_go_on_bit_for_bit(tmp_path, monkeypatch):
+    """Their noise is quasi-random, drawn for many steps at once. SOAP's transposed matrices once became contiguous."""
+    digits = ["digits", "--hidden-size", "16", "--depth", "1", "--batch-size", "8", "--log-every", "5"]
+    assert command(tmp_path / "whole", "--steps", 40, base=digits) == 0
+    monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 20))
+    assert command(tmp_path / "run", "--steps", 40, base=digits) == 130
+    monkeypatch.undo()
+    assert command(tmp_path / "run", "--steps", 40, "--resume", base=digits) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_sigusr1_saves_and_training_goes_on(tmp_path, whole, monkeypatch):
     """A scheduler sends it some minutes before it ends a job."""
     monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 52, signal.SIGUSR1))
@@ -198,7 +210,7 @@ def test_a_full_disk_ends_with_a_clear_error_and_the_last_good_checkpoint(tmp_pa
 
 def test_resume_begins_where_there_is_nothing(tmp_path, capsys):
     assert command(tmp_path / "new", "--steps", 2, "--resume") == 0
-    assert "holds no run to resume: beginning one" in capsys.readouterr().out
+    assert "holds no run to resume: starting one" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -218,7 +230,7 @@ def test_torchrun_on_two_processes_equals_one_and_one_goes_on_where_two_stopped(
 @workers.needs_fsdp
 def test_fsdp_saves_samples_and_goes_on_as_one_plain_process(tmp_path, whole):
     folder = tmp_path / "run"
-    options = ["--steps", 120, "--parallel", "fsdp", "--sample-every", 20]
+    options = ["--steps", 120, "--parallel", "fsdp", "--save-every", 20]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "train_step", stopping_at(Training.train_step, 50))
         assert command(folder, *options) == 130

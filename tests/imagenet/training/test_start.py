@@ -16,7 +16,10 @@ from imagenet.weights import read_config, save_weights
 from tests.imagenet.commands import TINY, assert_same_run, command, same, state, status, stopping_at
 from tests.imagenet.workers import needs_fsdp, randomise
 
-SIZES = {"data": "synthetic", "hidden_size": 16, "depth": 1}
+SIZES = {
+    "data": "synthetic", "input_size": 32, "in_channels": 4, "classes": 1000, "patch_size": 16, "hidden_size": 16,
+    "depth": 1,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -68,11 +71,10 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_from_them_again(giv
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--hidden-size", "32"], "has --hidden-size 16, this run 32"),
-        (["--depth", "2"], "has --depth 1, this run 2"),
-        (["--classes", "11"], "has --classes 10, this run 11"),
-        (["--no-scaled"], "has --scaled True, this run False"),
-        (["--no-qk-norm"], "has --qk-norm True, this run False"),
+        (["--hidden-size", "32"], "has hidden_size 16, this run 32"),
+        (["--depth", "2"], "has depth 1, this run 2"),
+        (["--no-scaled"], "has scaled True, this run False"),
+        (["--norms", "no-qk"], "has norms all, this run no-qk"),
     ],
 )
 def test_weights_of_another_network_are_refused(given, tmp_path, capsys, options, message):
