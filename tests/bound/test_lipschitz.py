@@ -36,12 +36,12 @@ def test_segments_are_looked_at_between_their_ends():
     def field(x):
         return x.tanh()  # steepest at 0
 
-    assert largest_on_segments(field, x, -x, places=3) == 1
-    assert largest_on_segments(field, x, -x, places=2) == pytest.approx(1 - float(x.tanh()) ** 2)
+    assert largest_on_segments(field, x, -x, points=3) == 1
+    assert largest_on_segments(field, x, -x, points=2) == pytest.approx(1 - float(x.tanh()) ** 2)
 
 
 def test_bad_input_raises():
     with pytest.raises(ValueError, match="dimensions"):
         exact_norms(lambda x: x, torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="places"):
-        largest_on_segments(lambda x: x, torch.zeros(2, 2), torch.zeros(2, 2), places=1)
+    with pytest.raises(ValueError, match="points"):
+        largest_on_segments(lambda x: x, torch.zeros(2, 2), torch.zeros(2, 2), points=1)

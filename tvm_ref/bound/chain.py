@@ -21,10 +21,10 @@ the terms, all as distances, are (norms over dimensions, E over points)
     global_from_loss     sqrt(int_0^t lambda(s) L_TVM(t, s) ds + C),   C = -int_0^t lambda(s) E||v - u||^2 ds
 
 with dx = X_s - Y_s, du = u_theta(X_s, s) - u_theta(Y_s, s), and w2 <= displacement <= each of the others, in the
-order of LINKS. M is the mean of m in which each path counts by the square of its error, so that a path along a
-separatrix, where the field is steep, does not decide it alone, as it may the path-wise bounds.
+order of LINKS. M is the mean of m weighted by squared error. The weighting keeps single paths along a separatrix, where
+the field is steep, from dominating M, as they may dominate the path-wise bounds.
 
-Groenwall's inequality asks for ||a + b|| alone; the theorem wants two separate losses and splits it:
+Groenwall's inequality needs only ||a + b||; the theorem wants two separate losses and splits it:
 ||a + b||^2 <= 2 ||a||^2 + 2 ||b||^2. The trapezoidal rule has positive weights that sum to t, and L is at least every
 observed ||du||/||dx||; so mean_square <= global and pathwise_one_sided <= pathwise_two_sided <= global hold exactly on
 any grid, not only in the limit.
@@ -90,13 +90,16 @@ def one_sided_rate(paths: Paths) -> Tensor:
 
     It is negative where the field contracts towards data.
     """
+    # d||e||/ds = <a + b + du, e> / ||e||: time runs down, so a field that grows along e, du = c e, shrinks e at rate c
     dx, du = (paths.x - paths.y).flatten(2), (paths.u_x - paths.u_y).flatten(2)
     return _ratio(-(du * dx).sum(2), displacement_error(paths).square(), displacement_error(paths))
 
 
 def two_sided_rate(paths: Paths) -> Tensor:
     """Return ||u_theta(X) - u_theta(Y)|| / ||X - Y|| [S, N], at least |m(s)|."""
-    e = displacement_error(paths)
+    e = displacement_error(
+        paths
+    )  # by Cauchy-Schwarz |<du, e>| <= ||du|| ||e||, which forgets where the field contracts
     return _ratio(norms(paths.u_x - paths.u_y), e, e)
 
 
@@ -133,11 +136,12 @@ def displacement(paths: Paths) -> Tensor:
 
 def terminal_velocity(paths: Paths) -> Tensor:
     """Return sqrt(t int_0^t ||d/ds f - u(Y_s, s)||^2 ds) [N] (eq. 7, with the factor t that Cauchy-Schwarz needs)."""
+    # (int_0^t ||.|| ds)^2 <= t int_0^t ||.||^2 ds; no Lipschitz constant: u is taken on the exact path
     return (paths.s[-1] * integral(norms(paths.df_ds - paths.exact).square(), paths.s)).sqrt()
 
 
 def residual(paths: Paths) -> Tensor:
-    """Return ||a(s) + b(s)|| [S, N]: what drives the model's path from the exact one, beside the model's own field."""
+    """Return ||a(s) + b(s)|| [S, N], which drives the paths apart in addition to the model's own field."""
     return norms(paths.df_ds - paths.u_x + paths.u_y - paths.exact)
 
 
@@ -179,6 +183,7 @@ def lipschitz(model: Flow, paths: Paths, condition: Condition | None = None) -> 
 
 def log_lambda(lipschitz: Tensor, s: Tensor) -> Tensor:
     """Return the log of lambda[L](s) = 2 t exp(2 int_0^s L(r) dr) [S] (theorem 1, with its constants)."""
+    # t from Cauchy-Schwarz in time, 2 from ||a + b||^2 <= 2 ||a||^2 + 2 ||b||^2, and L doubled as the error is squared
     return math.log(2 * float(s[-1])) + 2 * running_integral(lipschitz, s)
 
 
@@ -297,7 +302,7 @@ def measure(model: Flow, oracle: Flow, draws: Draws, s: Tensor, scale: float, pa
         draws: data and noise to measure on; the jump starts at x_t = (1 - t) x0 + t x1.
         s: times [S], see time_grid.
         scale: of the time grid.
-        pairings: how often data and noise are paired anew for the loss: global_from_loss is noisy where C is large.
+        pairings: how often data and noise are paired again for the loss: global_from_loss is noisy where C is large.
 
     Raises:
         FloatingPointError: a model whose path is not finite.

@@ -1,4 +1,4 @@
-"""Measure how fast a velocity field changes from place to place: spectral norms of its Jacobian, exact in the plane."""
+"""Measure how fast a velocity field changes in space: spectral norms of its Jacobian, exact in 2D."""
 
 from collections.abc import Callable
 
@@ -57,14 +57,14 @@ def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
-def largest_on_segments(field: Field, x: Sample, y: Sample, places: int = 3) -> float:
+def largest_on_segments(field: Field, x: Sample, y: Sample, points: int = 3) -> float:
     """Find the largest ||du/dx|| over the points x and y [B, ...] and equally spaced points between each pair.
 
-    `places` counts the points per pair, its ends included.
+    `points` counts the points per pair, its ends included.
 
     Raises:
-        ValueError: fewer than two places.
+        ValueError: fewer than two points.
     """
-    if places < 2:
-        raise ValueError(f"a segment has at least two places, its ends; got {places}")
-    return max(float(jacobian_norms(field, torch.lerp(x, y, i / (places - 1))).max()) for i in range(places))
+    if points < 2:
+        raise ValueError(f"a segment has at least two points, its ends; got {points}")
+    return max(float(jacobian_norms(field, torch.lerp(x, y, i / (points - 1))).max()) for i in range(points))

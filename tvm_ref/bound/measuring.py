@@ -22,7 +22,7 @@ WHILE_TRAINING = {"points": 500, "grid": STEPS // 2}  # defaults where many netw
 
 @dataclass(frozen=True)
 class Measuring:
-    """What the bound is measured on.
+    """Points and times that the bound is measured on.
 
     Raises:
         UserError: a bad value, named by its option.

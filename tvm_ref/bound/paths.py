@@ -139,7 +139,7 @@ def flow_matching_residual(paths: Paths) -> Tensor:
 
 
 def repaired(x1: Sample, times: int, seed: int = 0) -> Tensor:
-    """Shuffle noise x1 anew for every time, [times, N, ...], so that with x0 as it is each time has its own draws.
+    """Shuffle noise x1 again for every time, [times, N, ...], so that with x0 as it is each time has its own draws.
 
     Errors of the mean then average out over times as well as over samples.
     """
@@ -159,7 +159,7 @@ def tvm_loss(model: Flow, x0: Sample, x1: Tensor, s: Tensor, condition: Conditio
         s: [S] times, of the jump's end and of the flow-matching term.
         condition: classes of x0.
     """
-    objective = TVM(model, detach_landing=False)
+    objective = TVM(model, detach_landing=False)  # eq. 9 has no stopped gradient, and the model is its own target
     t = at(s[-1], x0)
     rows = []
     for time, noise in zip(s, x1, strict=True):
@@ -175,6 +175,7 @@ def flow_matching_minimum(
     rows = []
     for time, noise in zip(s, x1, strict=True):
         now = at(time, x0)
+        # v is random given x_s: no function of x_s comes closer to it than its mean u
         error = conditional_velocity(x0, noise) - oracle.velocity(interpolate(x0, noise, now), now, condition)
         rows.append(error.flatten(1).square().sum(1))
     return torch.stack(rows)

@@ -56,7 +56,7 @@ def _residuals(ax: Axes, bound: Bound) -> None:
 def _rates(ax: Axes, bound: Bound) -> None:
     s = bound.paths.s.numpy()
     for label, values, colour in (
-        ("L: largest seen", bound.lipschitz, PINK),
+        ("L: largest found", bound.lipschitz, PINK),
         ("two-sided, mean over points", two_sided_rate(bound.paths).mean(1), ORANGE),
         ("one-sided m, mean over points", one_sided_rate(bound.paths).mean(1), GREEN),
     ):

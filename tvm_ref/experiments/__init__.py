@@ -1,1 +1,11 @@
-"""Experiments: many trainings, one question each. Commands, imported by nobody outside this folder."""
+"""Experiments: many trainings, one question each. Commands, imported by nobody outside this folder.
+
+    compare                 which objective is best in equal training time? (methods.py: what is compared)
+    family                  noise, cost, bias and signal of every objective (family_measures.py, family_plots.py)
+    bound_over_training     does lowering the loss lower W2?
+    lipschitz_of_networks   how do RMSNorm and spectral initialisation change int L?
+    seeds                   how good is the default over seeds?
+    speed                   how long does a step take?
+
+sweep.py trains many models side by side for compare and seeds.
+"""

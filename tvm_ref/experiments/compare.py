@@ -46,7 +46,7 @@ LADDER = [float(f"{digit}e{exponent}") for exponent in range(-9, 3) for digit in
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared, and for how long.
+    """The methods to compare, and for how long.
 
     Raises:
         ValueError: a bad value, named by its option.
@@ -56,7 +56,7 @@ class Plan:
         tuple(METHODS), "of " + ", ".join(map(repr, METHODS)) + ", or names of --objective (default: all)",
         choices=tuple(METHODS), nargs="+", metavar="METHOD", type=method_named,
     )  # fmt: skip
-    ablation: bool = option(False, f"in their place, from MeanFlow to TVM: {', '.join(ABLATION)}")
+    ablation: bool = option(False, f"instead of methods, from MeanFlow to TVM: {', '.join(ABLATION)}")
     steps: int = option(1200, "training time of each run, in steps of TVM")
     seeds: int = option(3, "seeds per method")
     rates: tuple[float, ...] = option((0.003, 0.01, 0.03), "learning rates to sweep first", nargs="+")
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def changes(self) -> dict[str, dict[str, Any]]:
-        """What each method that is compared changes."""
+        """Options that each method changes."""
         return ABLATION if self.ablation else {name: METHODS[name] for name in self.methods}
 
     def configs(self, base: ToyConfig) -> dict[str, ToyConfig]:
@@ -89,10 +89,10 @@ def step_seconds(configs: dict[str, ToyConfig]) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
     turns = [turn for _ in range(ROUNDS) for turn in trainings.items()]
     for name, training in progress(turns, unit="turn", desc="measuring step times"):
-        begun = time.process_time()
+        started = time.process_time()
         for _ in range(REPEATS):
             training.train_step()
-        seconds[name].append((time.process_time() - begun) / REPEATS)
+        seconds[name].append((time.process_time() - started) / REPEATS)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first round warms up
 
 

@@ -7,7 +7,7 @@
     noise     ||dL/dF||^2 of every objective at the exact flow map, over that of flow matching
     cost      products of a training step, in plain forwards
     bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
-    jumps     which jumps four laws of times draw, beside the errors of the jumps of the default run
+    jumps     which jumps four distributions of times draw, and the errors of the jumps of the default run
     scale     at that run's network, by t - s: the batch at which a gradient's noise equals its signal
 Writes results.json and, with `picture`, family.png; with `jumps`, times.png: the same by (t, s). All into a folder of
 its own; parts that are measured with other options go into another folder.
@@ -100,7 +100,7 @@ def noise_table(noise: dict[str, dict[str, float]]) -> str:
 
 
 def jump_table(jumps: dict[str, Any]) -> str:
-    """Format shares of draws and errors by t - s."""
+    """Format fractions of draws and errors by t - s."""
     bins = len(jumps["error"])
     lines = [f"{'t - s':<10} {'RMSE':>8} " + " ".join(f"{name:>18}" for name in jumps["shares"])]
     for i, error in enumerate(jumps["error"]):

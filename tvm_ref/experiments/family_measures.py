@@ -174,14 +174,14 @@ def jump_errors(
 
 
 def length_shares(times: TimeSampler, bins: int = 10, n: int = 1_000_000) -> list[float]:
-    """Return the shares of jumps by t - s, in equal bins, among those with s < t."""
+    """Return the fractions of jumps by t - s, in equal bins, among those with s < t."""
     t, s, _ = times.draw(n, generator(EVALUATION, 2))
     gap = (t - s)[t > s]
     return (torch.histc(gap, bins, 0, 1) / len(gap)).tolist()
 
 
 def time_density(times: TimeSampler, bins: int = 10, n: int = 1_000_000) -> list[list[float | None]]:
-    """Return the density of the jumps that a law draws, s < t, by (t, s) [bins, bins]: 1 if all (t, s) were alike.
+    """Return the density of drawn jumps, s < t, by (t, s) [bins, bins]: 1 if all (t, s) were equally likely.
 
     None where s > t in the whole cell. A cell on the diagonal is half a cell: its density is over that half.
     """

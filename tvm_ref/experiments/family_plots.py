@@ -92,13 +92,13 @@ def plot_family() -> Figure:
 
 @matplotlib.rc_context(plots.STYLE)
 def plot_times(jumps: dict[str, Any]) -> Figure:
-    """Draw, in the triangle of (t, s), how densely each law draws jumps, and how large the errors of jumps are."""
+    """Draw the density of jumps of each distribution of times, and the errors of jumps, in the triangle of (t, s)."""
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1.55, 1)))
     axes = left.subplots(2, 2, sharex=True, sharey=True)
     for ax, (name, values) in zip(axes.flat, jumps["density_by_times"].items(), strict=True):
         density = _plot_cells(ax, name, values, LogNorm(1e-2, 10))
-    left.suptitle("how densely each law draws jumps")
+    left.suptitle("how densely each distribution of times draws jumps")
     left.colorbar(density, ax=axes, label="1: as if all (t, s) were alike", shrink=0.8)
     last = right.subplots()
     error = _plot_cells(last, "error of TVM's network", jumps["error_by_times"], LogNorm())

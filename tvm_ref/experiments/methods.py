@@ -1,4 +1,4 @@
-"""What compare.py compares: each method and ablation by name, and what is swept beside the learning rate."""
+"""The methods and ablations that compare.py compares, by name, and what is swept in addition to the learning rate."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +11,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "TVM, JVP detached": {"settings": {"detach_jvp": True}},
     **{kind.method.title: {"objective": key} for key, kind in OBJECTIVES.items() if key != "tvm"},
 }
-# what is swept beside the rate; the first is the method's default
+# what is swept in addition to the rate; the first is the method's default
 SETTINGS = {kind.method.title: kind.method.sweeps for kind in OBJECTIVES.values()}
 # From MeanFlow to TVM, one change at a time. With target_ema 0 the target is the model itself, stopped.
 _QUARTER = {"time_sampler": "sorted", "equal_share": 0.75}  # MeanFlow's law of times

@@ -1,4 +1,4 @@
-"""Measure how good the default is over seeds: one-step figures, their median and worst, and how many runs diverged.
+"""Measure how good the default is over seeds: one-step metrics, their median and worst, and how many runs diverged.
 
 python -m tvm_ref.experiments.seeds                          all distributions, 5 seeds
 python -m tvm_ref.experiments.seeds --dist moons --seeds 20
@@ -24,12 +24,12 @@ COLUMNS = ("paired_rmse", "paired_median", "w2_same_noise", "low_density")
 
 
 def one_step(training: Training, reference: Reference) -> dict[str, float]:
-    """Measure the figures of metrics.json for one function evaluation."""
+    """Measure what metrics.json holds for one function evaluation."""
     return evaluate(training.evaluated, reference, 1)
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Format median and worst over seeds of the figures of each distribution."""
+    """Format median and worst over seeds of the metrics of each distribution."""
     lines = [
         f"{'median (worst)':<16} {'paired RMSE':^15} {'median':^15} {'W2 same noise':^15} {'low density':^17} diverged"
     ]
@@ -56,8 +56,8 @@ def parser() -> OneLineParser:
     add_options(p, ToyConfig, ["steps", "batch_size", "width", "depth", "lr", "time_sampler", "noise_share"])
     p.add_argument("--seeds", type=int, default=5, help="seeds per distribution")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    p.add_argument("--points", type=int, default=POINTS, help="samples that figures are measured on")
-    p.add_argument("--out", type=Path, help="also write every run's figures to this JSON file")
+    p.add_argument("--points", type=int, default=POINTS, help="samples that errors are measured on")
+    p.add_argument("--out", type=Path, help="also write every run's metrics to this JSON file")
     return p
 
 

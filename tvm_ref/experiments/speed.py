@@ -37,10 +37,10 @@ def step_times(trainings: dict[str, Training], rounds: int, repeats: int) -> dic
                 ("step", training.train_step),
                 ("gradients", partial(gradients, training, batches[name])),
             ):
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 for _ in range(repeats):
                     call()
-                times[name][kind].append(1e3 * (time.perf_counter() - begun) / repeats)
+                times[name][kind].append(1e3 * (time.perf_counter() - started) / repeats)
     # the first round warms up
     return {name: {kind: statistics.median(v[1:]) for kind, v in kinds.items()} for name, kinds in times.items()}
 
@@ -63,7 +63,7 @@ def parser() -> OneLineParser:
     add_options(p, ToyConfig, ["batch_size", "width", "depth"])
     p.add_argument("--rounds", type=int, default=10, help="rounds of timing")
     p.add_argument("--repeats", type=int, default=20, help="steps per method and round")
-    p.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    p.add_argument("--out", type=Path, help="also write the times to this JSON file")
     return p
 
 

@@ -52,11 +52,11 @@ class ToyConfig:
         choices=("own", *TIME_SAMPLERS),
     )  # fmt: skip
     noise_share: float = option(
-        0.0, "share of samples whose jump starts at t = 1, where one-step sampling does (not in the paper)"
+        0.0, "fraction of samples whose jump starts at t = 1, where one-step sampling does (not in the paper)"
     )
     equal_share: float | None = option(
         None,
-        "share of samples with t = s, table 4d of the paper (default: the objective's own; 0 in TVM)",
+        "fraction of samples with t = s, table 4d of the paper (default: the objective's own; 0 in TVM)",
     )
     target_ema: float = option(0.99, "decay of the target's weights (paper, table 4b)")
     ema: float = option(0.998, "decay of the weights that are evaluated")
@@ -80,7 +80,7 @@ class ToyConfig:
         if self.guided and not kind.has_guidance:
             raise UserError(f"--objective {self.objective} has no guidance here: it goes with --w 1")
         try:
-            self.sampler()  # refuses shares that exceed 1 together
+            self.sampler()  # refuses fractions that exceed 1 together
             self.make_objective(FlowMap(torch.nn.Module()), null_label=None)  # refuses bad settings
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -96,7 +96,7 @@ class ToyConfig:
 
     @property
     def guided(self) -> bool:
-        """Whether classifier-free guidance is learned: w other than 1."""
+        """True if classifier-free guidance is learned: w other than 1."""
         return self.w != 1
 
     def make_distribution(self) -> GaussianMixture:

@@ -1,4 +1,4 @@
-"""The toy's network F(x, t, s, condition): an MLP that learns what the flow of Gaussian data leaves to learn."""
+"""The toy's network F(x, t, s, condition): an MLP that predicts the correction to the exact flow of Gaussian data."""
 
 import itertools
 import math
@@ -80,7 +80,7 @@ class ToyNetwork(nn.Module):
         """
         if (condition is None) != (self.classes is None):
             raise ValueError("a condition goes with a network that has classes, and only with it")
-        if has_tangent(s) and not has_tangent(x) and not has_tangent(t):  # a JVP in s alone, as TVM's
+        if has_tangent(s) and not has_tangent(x) and not has_tangent(t):  # a JVP in s only, as TVM's
             s, ds = forward_ad.unpack_dual(s)
             parts = self._with_tangents(*self._parts(x, t, s, condition), x, t, s, ds, condition)
         else:

@@ -1,1 +1,1 @@
-"""The data of the toy: Gaussian mixtures, whose flow is exact, and your own points. Imported by all above it."""
+"""The toy's data: Gaussian mixtures, whose flow is exact, and your own points. Imports no other part of the toy."""

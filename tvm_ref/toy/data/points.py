@@ -90,7 +90,7 @@ class OwnPoints(GaussianMixture):
         chosen = bandwidth is None
         if bandwidth is None:
             near = torch.ones(len(kept), dtype=torch.bool)
-            near[far_points(kept)] = False  # one such point alone would ask for the widest
+            near[far_points(kept)] = False  # a single such point would ask for the widest
             bandwidth = likely_bandwidth(standardise(kept, 0.0)[near])
         if not MIN_BANDWIDTH <= bandwidth < 1:
             raise UserError(
@@ -150,7 +150,7 @@ def _rounded(value: float, deviation: float) -> str:
 def far_points(points: Tensor) -> Tensor:
     """Find the points [N, D] over 10 interquartile ranges from the median on some axis: their indices, farthest first.
 
-    An axis of which half the values are equal has no such range, and is not judged.
+    An axis of which half the values are equal has no such range and is skipped.
     """
     low, median, high = np.quantile(points.numpy(), (0.25, 0.5, 0.75), axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,1 +1,1 @@
-"""Metrics and pictures of a trained toy. Imported by its run and by all above it, never by its training."""
+"""The report of a run: metrics, pictures, an animation. Imported by the toy's command, bound and experiments."""

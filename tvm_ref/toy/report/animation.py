@@ -1,4 +1,4 @@
-"""Animate a run: noise falling through the exact flow in many steps, beside one jump of the model to the same time.
+"""Animate a run: noise falling through the exact flow in many steps, next to one jump of the model to the same time.
 
     python -m tvm_ref.toy.report.animation runs/toy/moons                      writes runs/toy/moons/animation.gif
     python -m tvm_ref.toy.report.animation runs/toy/moons --out moons.gif

@@ -20,7 +20,7 @@ METRICS = ("paired_rmse", "paired_median", "w2_same_noise", "w2_data", "w2_floor
 
 @dataclass(frozen=True)
 class Reference:
-    """What every model on a distribution is held against: the same noise, carried by the exact flow.
+    """Reference for every model on a distribution: the same noise, carried by the exact flow.
 
     Attributes:
         noise: x1 [N, D].
@@ -41,7 +41,7 @@ class Reference:
 
     @property
     def guided(self) -> bool:
-        """Whether the exact samples are those of the guided flow, w other than 1, and so are the data."""
+        """True if the exact samples are those of the guided flow, w other than 1, and so are the data."""
         return self.condition is not None and bool((self.condition.beta != 1).any())
 
 

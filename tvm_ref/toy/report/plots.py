@@ -26,7 +26,7 @@ from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.data.points import OwnPoints, units_of
 from tvm_ref.toy.report.metrics import EULER_STEPS, Reference
 
-# Okabe and Ito's palette, told apart with every common colour blindness
+# Okabe and Ito's palette, distinguishable with every common colour blindness
 BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#D55E00"
 CLASSES = (BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED, "#000000")
 LINES = (BLUE, SKY, RED, PINK, GREEN, GREY, ORANGE, "#000000")
@@ -80,7 +80,7 @@ def name_steps(jump: Jump, steps: int) -> str:
 
 
 def name_data(reference: Reference) -> str:
-    """Name the points that a model's are drawn beside: with guidance they are the exact guided flow's, not data."""
+    """Name the points that are drawn next to a model's: with guidance they are the exact guided flow's, not data."""
     if reference.condition is not None and reference.guided:
         return f"samples of the exact flow, w = {1 / float(reference.condition.beta[0]):g}"
     return "your points, blurred" if isinstance(reference.distribution, OwnPoints) else "data"
