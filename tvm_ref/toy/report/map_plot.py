@@ -24,7 +24,7 @@ from tvm_ref.toy.report.plots import (
 )
 
 RADII, RAYS = (0.5, 1.0, 1.5, 2.0, 2.5), 24
-RAY_POINTS, RING_POINTS = 400, 800  # of each line
+RAY_POINTS, RING_POINTS = 200, 400  # of each line
 
 
 @matplotlib.rc_context(STYLE)
