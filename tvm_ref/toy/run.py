@@ -16,7 +16,6 @@ report/report.py writes the last three; other commands put results of theirs int
 import dataclasses
 import io
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -100,10 +99,9 @@ class Run:
 
     def save(self, sums: Tensor) -> None:
         """Write checkpoint.pt; `sums` are the losses since the last line of the log."""
-        partial = self.path(f"{CHECKPOINT}.partial")
-        units = dataclasses.asdict(units_of(self.distribution))
-        torch.save(self.training.state_dict() | {"sums": sums, "units": units}, partial)
-        os.replace(partial, self.path(CHECKPOINT))
+        file, units = io.BytesIO(), dataclasses.asdict(units_of(self.distribution))
+        torch.save(self.training.state_dict() | {"sums": sums, "units": units}, file)
+        write_atomically(self.path(CHECKPOINT), file.getvalue())
 
     def load(self) -> Tensor:
         """Read checkpoint.pt, drop what the log has beyond it, and return the losses since the log's last line.
