@@ -20,13 +20,16 @@ layers that s does not reach (patches, embeddings of t and of beta) those of tan
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from imagenet.config import Config, build_model
 from imagenet.model.dit import FREQUENCIES, DiTConfig
-from tvm_ref import Condition, Times
+from tvm_ref import OBJECTIVES, Condition, Times
+from tvm_ref.objectives import ResidualObjective
+from tvm_ref.seeding import uniform_numbers
 
 # FLOP per second of dense bfloat16 matrix products (a multiplication and an addition are 2), by the makers' data sheets
 # and by what the device's name begins with
@@ -117,8 +120,19 @@ def counted_step_flops(config: Config) -> int:
     """Count the floating-point operations that the training step of a configuration runs, per sample.
 
     Nothing is computed (it runs on the device "meta"), and attention is plain: a fused kernel hides its products. A
-    curriculum is at its end, where alpha-Flow is MeanFlow.
+    curriculum is at its end, where alpha-Flow is MeanFlow. Where a method's times decide whether a sample is a jump or
+    flow matching, both are counted, and weighed by how often the times are equal.
     """
+    objective = OBJECTIVES[config.objective]
+    if not issubclass(objective, ResidualObjective):
+        return _count_step(config)
+    t, s, _ = config.sampler().from_uniform(uniform_numbers(4096, 4, 0).T)
+    equal = float((t == s).double().mean())
+    jump, velocity = _count_step(config), _count_step(replace(config, objective="fm", settings={}))
+    return round((1 - equal) * jump + equal * velocity)
+
+
+def _count_step(config: Config) -> int:
     b, side = 2, config.input_size
     with torch.device("meta"):
         model, target = (build_model(config, attention="plain") for _ in range(2))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.objectives import OBJECTIVES, Objective, ResidualObjective
-from tvm_ref.seeding import EVALUATION, generator
+from tvm_ref.seeding import EVALUATION, generator, uniform_numbers
 from tvm_ref.shapes import Sample, Time, over
 from tvm_ref.time_samplers import Times, TimeSampler
 from tvm_ref.toy.data.mixture import GaussianMixture
@@ -100,16 +100,22 @@ def step_flops(objective: Objective, target: FlowMap, x0: Tensor, x1: Tensor, ti
 
 
 def cost(width: int = 64, depth: int = 4) -> dict[str, float]:
-    """Return the products of a training step of every objective in plain forwards of the same batch, toy network."""
-    x0, x1, times = torch.randn(64, 2), torch.randn(64, 2), TimeSampler().draw(64)
+    """Return the matmuls of a training step of every objective in plain forwards of the same batch, toy network.
+
+    Times are each method's own, of evenly spread numbers, so that its fraction with t = s is met.
+    """
+    x0, x1, u = torch.randn(64, 2), torch.randn(64, 2), uniform_numbers(64, 4, EVALUATION)
     model = FlowMap(ToyNetwork(2, 0, width, depth))
     target = copy.deepcopy(model).requires_grad_(False)
     with torch.no_grad():
-        forward = count_products(lambda: model.velocity(x0, times.t))
+        forward = count_products(lambda: model.velocity(x0, u[:, 0].float()))
     members = [("flow matching", "fm", {}), *MEMBERS]
     members.insert(2, ("TVM, JVP detached", "tvm", {"detach_jvp": True}))
     flops = {
-        name: step_flops(OBJECTIVES[key](model, **settings), target, x0, x1, times) for name, key, settings in members
+        name: step_flops(
+            OBJECTIVES[key](model, **settings), target, x0, x1, OBJECTIVES[key].default_times.from_uniform(u.T)
+        )
+        for name, key, settings in members
     }
     return {name: value / forward for name, value in flops.items()}
 

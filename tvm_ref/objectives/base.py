@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from tvm_ref.checks import NotALoss, check_objective, checked_loss, require, require_one_of
+from tvm_ref.checks import NotALoss, check_objective, checked_loss, has_values, require, require_one_of
 from tvm_ref.flow_map import Flow, FlowMap
 from tvm_ref.guidance import Condition, guided_velocity, without_label
 from tvm_ref.interpolant import conditional_velocity, interpolate
@@ -250,9 +250,32 @@ class ResidualObjective(Objective):
 
     def square(self, jumps: Jumps) -> PerSample:
         """Return the squared residual [B]: of the method's equation where t != s, of flow matching where t = s."""
+        equal = jumps.t == jumps.s
+        if not has_values(equal):
+            # torch.compile wants shapes that no times decide, so there each sample is a jump. F(x, t, t) is the
+            # velocity: at t = s the left side is regressed on v in place of the right one
+            left, right = self.sides(jumps)
+            return mean_square(left - torch.where(over(equal, right), jumps.v, right))
+        # a jump costs two or three times as much as flow matching, so each sample gets only what it needs
+        squares, order = [], []
+        for rows, square in ((~equal, self.square_of_jumps), (equal, self.square_of_velocity)):
+            index = rows.nonzero()[:, 0]
+            if len(index) or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+                # all processes must call the network alike, as FSDP gathers its weights in every call: one that has no
+                # such sample takes any, whose square is dropped
+                spare = index if len(index) else index.new_zeros(1)
+                squares.append(square(jumps.at(spare))[: len(index)])
+                order.append(index)
+        return torch.cat(squares)[torch.cat(order).argsort()]
+
+    def square_of_jumps(self, jumps: Jumps) -> PerSample:
+        """Return the square [B] of the difference of both sides."""
         left, right = self.sides(jumps)
-        # F(x, t, t) is the velocity, so at t = s the left side is regressed on v in place of the right one
-        return mean_square(left - torch.where(over(jumps.t == jumps.s, right), jumps.v, right))
+        return mean_square(left - right)
+
+    def square_of_velocity(self, jumps: Jumps) -> PerSample:
+        """Return the square [B] of flow matching (eq. 1, with guidance eq. 14)."""
+        return mean_square(self.flow_map.velocity(jumps.x, jumps.t, jumps.condition) - jumps.v)
 
     def weigh(self, square: PerSample, t: Time, s: Time) -> PerSample:
         """Return the loss [B] of squared residuals [B]."""

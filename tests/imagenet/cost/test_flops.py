@@ -12,6 +12,7 @@ from imagenet.cost.flops import count_flops, counted_step_flops, forward_flops, 
 from imagenet.distributed import World
 from imagenet.training.step import Training
 from tvm_ref import EMA, TVM, Condition, Linear, TimeSampler
+from tvm_ref.seeding import uniform_numbers
 
 CONFIG = Config(data="latents", input_size=8, in_channels=4, classes=10, hidden_size=64, depth=2, heads=2, w=2.0)
 SIZES = {
@@ -64,17 +65,33 @@ def test_a_forward_is_counted_as_it_runs(size):
 
 @pytest.mark.slow
 def test_steps_of_other_objectives_cost_what_their_forwards_and_backwards_do():
-    """In forwards: a backward is two, a tangent doubles both; alpha-Flow ends as MeanFlow, PSD adds two forwards."""
+    """In forwards: a backward is two, a tangent doubles both; alpha-Flow ends as MeanFlow, PSD adds two forwards.
+
+    Three quarters of the samples of LSD, MeanFlow and PSD are flow matching, and one of alpha-Flow.
+    """
     forward = forward_flops(CONFIG.network())
     cost = {
         key: counted_step_flops(replace(CONFIG, objective=key, w=1.0)) / forward
         for key in ("tvm", "fm", "lsd", "meanflow", "alphaflow", "psd")
     }
     assert cost["fm"] == pytest.approx(3, abs=0.15)
-    assert cost["meanflow"] == pytest.approx(cost["fm"] + 1, abs=0.1)
-    assert cost["alphaflow"] == cost["meanflow"]
-    assert cost["psd"] == pytest.approx(cost["fm"] + 2, abs=0.1)
-    assert cost["tvm"] == pytest.approx(cost["lsd"] + cost["fm"], abs=0.1)
+    assert cost["meanflow"] == pytest.approx(cost["fm"] + 1 / 4, abs=0.05)
+    assert cost["alphaflow"] == pytest.approx(cost["fm"] + 3 / 4, abs=0.05)
+    assert cost["psd"] == pytest.approx(cost["fm"] + 2 / 4, abs=0.05)
+    assert cost["lsd"] == pytest.approx(3 / 4 * cost["fm"] + (cost["tvm"] - cost["fm"]) / 4, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["lsd", "meanflow"])
+def test_a_step_of_jumps_and_flow_matching_is_counted_as_it_runs(key):
+    config = replace(CONFIG, objective=key, w=1.0)
+    model = build_model(config)
+    objective, target = config.make_objective(model), EMA(model, 0.99)
+    x = torch.randn(64, config.in_channels, config.input_size, config.input_size)
+    condition = Condition(torch.zeros(64, dtype=torch.long), torch.ones(64))
+    times = config.sampler().from_uniform(uniform_numbers(64, 4, 1).T)  # 16 jumps
+    run = count_flops(lambda: objective(x, x, times, condition, target.module).total.mean().backward())
+    assert counted_step_flops(config) == pytest.approx(run / 64, rel=1e-3)
 
 
 def test_known_sizes():
