@@ -150,10 +150,13 @@ class _Inside(threading.local):
 _inside = _Inside()
 
 
-def checks_first(check: Callable[..., None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a decorator: call `check` with a function's arguments by name first, unless a checked call is under way.
+def checks(
+    before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a decorator that calls `before(**arguments)`, then the function, then `after(result, **arguments)`.
 
-    Errors that come from inside the user's network keep their type and traceback, and get a note of what to do.
+    `before` is left out while another checked call is under way. Errors that come from inside the user's network keep
+    their type and traceback, and get a note of what to do.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -161,37 +164,44 @@ def checks_first(check: Callable[..., None]) -> Callable[[Callable[P, R]], Calla
 
         @functools.wraps(function)
         def checked_function(*arguments: P.args, **options: P.kwargs) -> R:
-            if torch.compiler.is_compiling():  # shapes alone, while the graph is traced
-                check(**dict(zip(names, arguments, strict=False)), **options)
-                return function(*arguments, **options)
-            if _inside.checked:
-                return function(*arguments, **options)
-            check(**dict(zip(names, arguments, strict=False)), **options)
-            _inside.checked = True
-            try:
-                return function(*arguments, **options)
-            except RuntimeError as error:  # also NotImplementedError
-                for hint in (hint for words, hint in HINTS.items() if words in str(error)):
-                    error.add_note(hint)
-                raise
-            finally:
-                _inside.checked = False
+            given: dict[str, Any] = dict(zip(names, arguments, strict=False)) | options
+            compiling = torch.compiler.is_compiling()  # then shapes are checked everywhere, while the graph is traced
+            if before is not None and (compiling or not _inside.checked):
+                before(**given)
+            if before is None or compiling or _inside.checked:
+                result = function(*arguments, **options)
+            else:
+                result = _call(function, *arguments, **options)
+            if after is not None:
+                after(result, **given)
+            return result
 
         return checked_function
 
     return decorate
 
 
-@checks_first
-def checked_flow(self: Any, x: Tensor, t: Tensor, s: Tensor | None = None, **others: Any) -> None:
+def _call(function: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
+    """Call a function whose callees are trusted."""
+    _inside.checked = True
+    try:
+        return function(*arguments, **options)
+    except RuntimeError as error:  # also NotImplementedError
+        for hint in (hint for words, hint in HINTS.items() if words in str(error)):
+            error.add_note(hint)
+        raise
+    finally:
+        _inside.checked = False
+
+
+def _check_exact(self: Any, x: Tensor, t: Tensor, s: Tensor | None = None, **others: Any) -> None:
     """Check a call of an exact flow, (x, t[, s]): shapes, and times in [0, 1], in either order."""
     for time in (t,) if s is None else (t, s):
         check_batch(x, time)
         check_times(time, time)
 
 
-@checks_first
-def checked(self: Any, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Any = None, **others: Any) -> None:
+def _check(self: Any, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Any = None, **others: Any) -> None:
     """Check a call of a FlowMap, (x, t[, s], condition): shapes, 0 <= s <= t <= 1, a condition where there must be."""
     s = t if s is None else s
     check_condition(condition, self)
@@ -199,23 +209,15 @@ def checked(self: Any, x: Tensor, t: Tensor, s: Tensor | None = None, condition:
     check_times(t, s)
 
 
-@checks_first
-def checked_data(x0: Tensor, x1: Tensor, t: Tensor) -> None:
-    """Check data, noise and times."""
-    check_data(x0, x1, t)
-
-
-@checks_first
-def checked_labels(condition: Any, null_label: int, rate: float = 0.1, **others: Any) -> None:
+def _check_labels(condition: Any, null_label: int, rate: float = 0.1, **others: Any) -> None:
     """Check labels that are to be dropped."""
     if not hasattr(condition, "beta"):
         raise TypeError(f"drop_labels takes Condition(label, beta), got {type(condition).__name__}")
     require(0 <= rate <= 1, f"the label dropout rate must lie in [0, 1], got {rate}")
 
 
-@checks_first
-def checked_loss(self: Any, x0: Tensor, x1: Tensor, times: Any, condition: Any = None, **others: Any) -> None:
-    """Check what an objective is called with, once: data, noise, times, condition, and that it has a null label."""
+def _check_loss(self: Any, x0: Tensor, x1: Tensor, times: Any, condition: Any = None, **others: Any) -> None:
+    """Check what an objective is called with: data, noise, times, condition, and that it has a null label."""
     if not hasattr(times, "s_prime"):
         kind = type(times).__name__
         raise TypeError(f"times must be Times(t, s, s_prime), as TimeSampler().draw(len(x0)) returns; got {kind}")
@@ -230,54 +232,39 @@ def checked_loss(self: Any, x0: Tensor, x1: Tensor, times: Any, condition: Any =
         require(bool((condition.beta == 1).all()), "guidance (beta other than 1) needs the objective's null_label")
 
 
-# What is looked at afterwards: the output of the network, and of its JVP
-
-
-def checked_output(function: Callable[P, R]) -> Callable[P, R]:
-    """Raise ValueError unless F(x, ...) has the shape of x."""
-
-    @functools.wraps(function)
-    def checked_function(*arguments: P.args, **options: P.kwargs) -> R:
-        F: Any = function(*arguments, **options)
-        x: Any = arguments[1] if len(arguments) > 1 else options["x"]
-        if F.shape != x.shape:
-            raise ValueError(f"the network must return the shape of x, {list(x.shape)}; it returned {list(F.shape)}")
-        result: R = F
-        return result
-
-    return checked_function
+def _check_output(F: Tensor, x: Tensor, **others: Any) -> None:
+    """Raise ValueError unless the network's output F(x, ...) has the shape of x."""
+    if F.shape != x.shape:
+        raise ValueError(f"the network must return the shape of x, {list(x.shape)}; it returned {list(F.shape)}")
 
 
 _steps_blind: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # of each flow map, how often dF/ds was zero
 
 
-def warns_if_blind(function: Callable[P, R]) -> Callable[P, R]:
+def _warn_if_blind(result: tuple[Tensor, Tensor], self: nn.Module, t: Tensor, s: Tensor, **others: Any) -> None:
     """Warn once of a network that after PATIENCE steps of training does not depend on s, from f and d/ds f."""
-    names = tuple(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def warning_function(*arguments: P.args, **options: P.kwargs) -> R:
-        result: Any = function(*arguments, **options)
-        if not torch.compiler.is_compiling():
-            given: dict[str, Any] = dict(zip(names, arguments, strict=False)) | options
-            _warn_if_blind(given["self"], given["t"], given["s"], *result)
-        values: R = result
-        return values
-
-    return warning_function
-
-
-def _warn_if_blind(flow_map: Any, t: Tensor, s: Tensor, f: Tensor, df_ds: Tensor) -> None:
-    steps = _steps_blind.get(flow_map, 0)
-    if steps >= PATIENCE or not f.requires_grad or not values_are_cheap(f) or not bool(f.any()):
-        return  # an output of zeros says nothing: many networks start so
-    if not torch.equal(over(s - t, f) * df_ds, f):  # d/ds f = F + (s - t) dF/ds is more than F
-        _steps_blind[flow_map] = PATIENCE  # it was seen to depend on s
+    f, df_ds = result
+    if torch.compiler.is_compiling() or not f.requires_grad or not values_are_cheap(f):
         return
-    _steps_blind[flow_map] = steps + 1
+    steps = _steps_blind.get(self, 0)
+    if steps >= PATIENCE or not bool(f.any()):  # an output of zeros says nothing: many networks start so
+        return
+    if not torch.equal(over(s - t, f) * df_ds, f):  # d/ds f = F + (s - t) dF/ds is more than F
+        _steps_blind[self] = PATIENCE  # it was seen to depend on s
+        return
+    _steps_blind[self] = steps + 1
     if steps + 1 == PATIENCE:
         blind = "the network's output does not depend on s: it can learn no jumps unless it embeds s or t - s"
-        warnings.warn(blind, stacklevel=4)
+        warnings.warn(blind, stacklevel=3)
+
+
+checked_flow = checks(_check_exact)
+checked = checks(_check)
+checked_data = checks(check_data)
+checked_labels = checks(_check_labels)
+checked_loss = checks(_check_loss)
+checked_output = checks(after=_check_output)
+warns_if_blind = checks(after=_warn_if_blind)
 
 
 class NotALoss:

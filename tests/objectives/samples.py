@@ -1,5 +1,8 @@
 """A model, a target, a batch, and gradients sample by sample, for the tests of objectives."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,3 +33,15 @@ def gradient(loss: Tensor, model: FlowMap) -> Tensor:
 def per_sample(terms: Tensor, model: FlowMap) -> Tensor:
     """The gradient of every sample's loss [B, 3]."""
     return torch.stack([gradient(a, model) for a in terms])
+
+
+def assert_plain_gradient(loss: Callable[[], Tensor], model: FlowMap) -> None:
+    """The gradient of a loss that stops none is that of its value, by central differences."""
+    for p, actual in zip(model.parameters(), gradient(loss(), model), strict=True):
+        values = []
+        for h in (1e-5, -1e-5):
+            with torch.no_grad():
+                p += h
+                values.append(float(loss()))
+                p -= h
+        assert (values[0] - values[1]) / 2e-5 == pytest.approx(float(actual), rel=1e-6, abs=1e-9)

@@ -175,9 +175,6 @@ def test_soflow_has_the_gradient_of_alpha_flow(alpha):
     torch.testing.assert_close(per_sample(soflow.jump, model), per_sample(by_hand, model))
 
 
-# Semigroup -------------------------------------------------------------------------------------------------------
-
-
 def test_psd_is_the_distance_between_one_jump_and_two():
     model, target, x0, x1, times = setup()
     t, s, h = times.t, times.s, times.s_prime
@@ -202,9 +199,6 @@ def test_shortcut_is_psd_down_to_its_shortest_jumps_where_velocities_take_over()
     second = target.velocity(x - (t - r)[:, None] * first, r)
     by_hand = mean_square(model.network(x, t, s) - (first + second) / 2)
     torch.testing.assert_close(shortcut[shortest], by_hand[shortest])
-
-
-# The registry ----------------------------------------------------------------------------------------------------
 
 
 def test_the_laws_of_times_give_every_method_what_it_needs():

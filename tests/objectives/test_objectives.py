@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.networks import PointData, Waves, some_times
+from tests.objectives.samples import assert_plain_gradient, gradient
 from tvm_ref.ema import EMA
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition, guided_velocity
@@ -33,9 +34,6 @@ def other_weights(flow_map: FlowMap) -> FlowMap:
         for p in target.parameters():
             p += 0.1
     return target
-
-
-# The whole objective -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -81,25 +79,30 @@ def test_tvm_with_condition_equals_equation_15_written_out():
     )
 
 
+@pytest.mark.parametrize("kind", [TVM, FlowMatching])
+def test_no_gradient_flows_through_the_target_of_guidance(kind):
+    """Also where the model is its own target: eq. 14 has the gradient that it has with a frozen copy."""
+    model = FlowMap(Waves(), scaled=True)
+    x0, x1, times = draw()
+    condition = Condition(torch.arange(B) % 3, torch.linspace(0.3, 1, B, dtype=torch.float64))
+    own, frozen = (
+        kind(model, null_label=3)(x0, x1, times, condition, target).flow_matching
+        for target in (None, EMA(model, 0).module)
+    )
+    torch.testing.assert_close(
+        *(torch.autograd.grad(terms.mean(), list(model.parameters())) for terms in (own, frozen)), rtol=1e-12, atol=0
+    )
+
+
 def test_without_target_and_detaching_the_gradient_is_that_of_equation_9():
     """Eq. 9 stops no gradient, so finite differences of its value are its gradient; eq. 12 stops some."""
     x0, x1, times = draw()
     model = FlowMap(Waves())
     objective = TVM(model, detach_landing=False)
-    value = objective(x0, x1, times).total.mean()
-    gradients = torch.autograd.grad(value, list(model.parameters()))
-    for p, gradient in zip(model.parameters(), gradients, strict=True):
-        values = []
-        for h in (1e-5, -1e-5):
-            with torch.no_grad():
-                p += h
-                values.append(float(objective(x0, x1, times).total.mean()))
-                p -= h
-        assert (values[0] - values[1]) / 2e-5 == pytest.approx(float(gradient), rel=1e-6)
-    stopped = torch.autograd.grad(
-        TVM(model)(x0, x1, times, target=EMA(model, 0).module).total.mean(), list(model.parameters())
-    )
-    assert not torch.allclose(torch.stack(gradients), torch.stack(stopped), rtol=1e-2)
+    assert_plain_gradient(lambda: objective(x0, x1, times).total.mean(), model)
+    whole = gradient(objective(x0, x1, times).total.mean(), model)
+    stopped = gradient(TVM(model)(x0, x1, times, target=EMA(model, 0).module).total.mean(), model)
+    assert not torch.allclose(whole, stopped, rtol=1e-2)
 
 
 def test_detached_jvp_changes_gradients_and_not_values():
@@ -148,9 +151,6 @@ def test_compiles_whole_and_equals_the_eager_objective(name):
     torch.testing.assert_close(*results)
 
 
-# Limits and neighbours -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tvm_is_flow_matching_at_equal_times(shape):
     """Appendix A.5, eq. 59 and 60: value and gradient, also where nothing is masked."""
@@ -160,6 +160,8 @@ def test_tvm_is_flow_matching_at_equal_times(shape):
     tvm, fm = TVM(model)(x0, x1, times), FlowMatching(model)(x0, x1, times)
     assert torch.equal(tvm.jump, torch.zeros(B, dtype=torch.float64))
     assert torch.equal(tvm.total, fm.total)
+    # the indicator 1{t != s} of eq. 12: the velocities of a target with other weights differ at t = s as well
+    assert not bool(TVM(model)(x0, x1, times, target=other_weights(model)).jump.any())
     torch.testing.assert_close(
         torch.autograd.grad(tvm.total.mean(), list(model.parameters())),
         torch.autograd.grad(fm.total.mean(), list(model.parameters())),
@@ -213,9 +215,6 @@ def test_pid_is_tvm_from_noise_alone():
     torch.testing.assert_close(pid.jump, mean_square(df_ds - target.velocity(x1 + f, times.s)))
     tvm = TVM(model)(x0, x1, times._replace(t=torch.ones_like(times.t)), target=target)
     assert torch.equal(pid.total, tvm.total)
-
-
-# The oracle ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["moons", "checkerboard", "two_spirals"])
@@ -282,9 +281,6 @@ def test_guided_target_is_unbiased_for_the_guided_velocity():
     for phi in (torch.ones_like(x), x, (2 * x).cos(), over(label.double(), x) * x):
         product = (residual * phi).sum(1)
         assert abs(float(product.mean())) < 4.5 * float(product.std()) / math.sqrt(n)
-
-
-# Errors --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["jump", "flow_matching"])

@@ -113,9 +113,6 @@ def test_shortcut_is_exact_down_to_its_shortest_jumps_and_of_first_order_there()
     assert math.log2(biases[0] / biases[-1]) / 3 == pytest.approx(1, abs=0.1)
 
 
-# What is not stationary ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["alphaflow", "soflow"])
 def test_finite_steps_have_a_bias_of_first_order(kind):
     data, model, target = solution()

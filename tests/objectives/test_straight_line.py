@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests.objectives.samples import B, gradient, per_sample, setup
+from tests.objectives.samples import B, assert_plain_gradient, per_sample, setup
 from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import interpolate
 from tvm_ref.objectives import (
@@ -106,33 +106,11 @@ def test_the_adaptive_weights_of_alpha_flow_and_soflow(power):
     torch.testing.assert_close(per_sample(terms.jump, model), per_sample(theirs, model))
 
 
-def test_nothing_stopped_in_psd_is_the_plain_gradient_of_its_value():
-    model, _, x0, x1, times = setup()
-    objective = PSD(model, stops="none")
-    actual = gradient(objective(x0, x1, times).total.mean(), model)
-    for p, expected in zip(model.parameters(), actual, strict=True):
-        values = []
-        for h in (1e-5, -1e-5):
-            with torch.no_grad():
-                p += h
-                values.append(float(objective(x0, x1, times).total.mean()))
-                p -= h
-        assert (values[0] - values[1]) / 2e-5 == pytest.approx(float(expected), rel=1e-6, abs=1e-9)
-
-
-@pytest.mark.parametrize("kind", [LSD, ESD])
-def test_nothing_stopped_in_lsd_and_esd_is_the_plain_gradient_of_their_value(kind):
+@pytest.mark.parametrize("kind", [PSD, LSD, ESD])
+def test_nothing_stopped_is_the_plain_gradient_of_the_value(kind):
     model, _, x0, x1, times = setup()
     objective = kind(model, stops="none")
-    actual = gradient(objective(x0, x1, times).total.mean(), model)
-    for p, expected in zip(model.parameters(), actual, strict=True):
-        values = []
-        for h in (1e-5, -1e-5):
-            with torch.no_grad():
-                p += h
-                values.append(float(objective(x0, x1, times).total.mean()))
-                p -= h
-        assert (values[0] - values[1]) / 2e-5 == pytest.approx(float(expected), rel=1e-6, abs=1e-9)
+    assert_plain_gradient(lambda: objective(x0, x1, times).total.mean(), model)
 
 
 def test_average_velocity_and_its_derivatives_against_central_differences():
@@ -146,9 +124,6 @@ def test_average_velocity_and_its_derivatives_against_central_differences():
         ahead, behind = (model.F(x + e * dx, t + e * dt, s) for e in (h, -h))
         torch.testing.assert_close(value, F)
         torch.testing.assert_close(derivative, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-7)
-
-
-# Guidance, weights, curricula ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [MeanFlow, ImprovedMeanFlow, AlphaFlow, SoFlow])

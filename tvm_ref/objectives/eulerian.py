@@ -7,7 +7,7 @@ The members differ in what stands for u(x, t), in what is stopped, and in their 
 
 import torch
 
-from tvm_ref.flow_map import Flow
+from tvm_ref.flow_map import Flow, FlowMap
 from tvm_ref.objectives.base import Jumps, Method, ResidualObjective, SelfDistillation, mean_square
 from tvm_ref.objectives.weights import AdaptiveWeight
 from tvm_ref.shapes import Sample, over
@@ -54,6 +54,14 @@ class ESD(SelfDistillation):
         return F - over(s - t, F) * DF, u
 
 
+def mean_flow_sides(flow_map: FlowMap, jumps: Jumps) -> tuple[Sample, Sample]:
+    """Return both sides of eq. 18, F(x_t, t, s) and sg(v + (s - t) [v . grad_x F + dF/dt]), both [B, ...]."""
+    x, v, t, s, _, condition, _ = jumps
+    F, DF = flow_map.F_and_total_derivative(x, t, s, v, condition)
+    # sg: gradients flow through F only, so no derivative of a derivative is needed
+    return F, v + over(s - t, F) * DF.detach()
+
+
 class MeanFlow(ResidualObjective):
     """MeanFlow (Geng and others, 2505.13447; eq. 18): ||F(x_t, t, s) - sg(v + (s - t) [v . grad_x F + dF/dt])||^2.
 
@@ -82,10 +90,7 @@ class MeanFlow(ResidualObjective):
 
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
         """Return F, and v + (s - t) D F along v, stopped."""
-        x, v, t, s, _, condition, _ = jumps
-        F, DF = self.flow_map.F_and_total_derivative(x, t, s, v, condition)
-        # sg: gradients flow through F alone, so no derivative of a derivative is needed
-        return F, v + over(s - t, F) * DF.detach()
+        return mean_flow_sides(self.flow_map, jumps)
 
 
 class ImprovedMeanFlow(MeanFlow):

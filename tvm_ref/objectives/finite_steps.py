@@ -12,27 +12,42 @@ import torch
 from torch import Tensor
 
 from tvm_ref.checks import require
-from tvm_ref.flow_map import Flow, FlowMap
+from tvm_ref.flow_map import Flow
 from tvm_ref.objectives.base import Jumps, Method, ResidualObjective
+from tvm_ref.objectives.eulerian import mean_flow_sides
 from tvm_ref.shapes import PerSample, Sample, Time, over
 from tvm_ref.time_samplers import TimeSampler
 
 
-def finite_step(flow_map: FlowMap, jumps: Jumps, alpha: Tensor) -> tuple[Sample, Sample]:
-    """Return F(x_t, t, s), and sg[alpha v + (1 - alpha) F(x_r, r, s)] [B, ...] for steps of alpha [] times t - s.
+class FiniteStep(ResidualObjective):
+    """The frame of both: alpha [], which a curriculum moves, and the sides of the residual."""
 
-    Their difference is (X(x_t, t, s) - sg X(x_r, r, s)) / (s - t).
-    """
-    x, v, t, s, _, condition, _ = jumps
-    r = (t - alpha * (t - s)).clamp(s, t)  # rounding must not put it outside [s, t]
-    # the start moves along the straight path that v belongs to, on which x_r is a sample's x at time r
-    x_r = x - over(t - r, x) * v
-    with torch.no_grad():
-        F_r = flow_map.F(x_r, r, s, condition)
-    return flow_map.F(x, t, s, condition), alpha * v + (1 - alpha) * F_r
+    has_curriculum = True
+    alpha_now: Tensor
+
+    def __init__(self, flow_map: Flow, null_label: int | None, power: float, eps: float):
+        super().__init__(flow_map, null_label=null_label)
+        self.power, self.eps = power, eps
+        # a tensor, so that torch.compile takes every alpha above 0 for the same program
+        self.register_buffer("alpha_now", torch.ones(()), persistent=False)
+
+    def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
+        """Return F(x_t, t, s), and sg[alpha v + (1 - alpha) F(x_r, r, s)]."""
+        x, v, t, s, _, condition, _ = jumps
+        alpha = self.alpha_now.to(t.dtype)
+        r = (t - alpha * (t - s)).clamp(s, t)  # rounding must not put it outside [s, t]
+        # the start moves along the straight path that v belongs to, on which x_r is the sample's x at time r
+        x_r = x - over(t - r, x) * v
+        with torch.no_grad():
+            F_r = self.flow_map.F(x_r, r, s, condition)
+        return self.flow_map.F(x, t, s, condition), alpha * v + (1 - alpha) * F_r
+
+    def alphas(self, t: Time, s: Time) -> PerSample:
+        """Return alpha of each sample [B]; flow matching, at t = s, is alpha = 1."""
+        return torch.where(t == s, 1.0, self.alpha_now.to(t.dtype))
 
 
-class AlphaFlow(ResidualObjective):
+class AlphaFlow(FiniteStep):
     """Alpha-Flow (Zhang and others, 2510.20771, definition 1).
 
         alpha^-1 ||F(x_t, t, s) - sg[alpha v + (1 - alpha) F(x_r, r, s)]||^2
@@ -66,9 +81,7 @@ class AlphaFlow(ResidualObjective):
             ("alpha-Flow, alpha 0.05", {"alpha": 0.05, "power": 0}),
         ),
     )
-    has_curriculum = True
     default_times = TimeSampler("sorted", share_equal=0.25)  # their table 2b; three quarters in MeanFlow
-    alpha_now: Tensor
 
     def __init__(
         self,
@@ -83,13 +96,10 @@ class AlphaFlow(ResidualObjective):
         power: float = 1.0,
         eps: float = 1e-3,
     ):
-        super().__init__(flow_map, null_label=null_label)
+        super().__init__(flow_map, null_label, power, eps)
         require(alpha is None or 0 <= alpha <= 1, f"alpha must lie in [0, 1], got {alpha}")
         require(0 <= start < end <= 1, f"the curriculum must have 0 <= start < end <= 1, got {start} and {end}")
         self.constant, self.start, self.end, self.temperature, self.clamp = alpha, start, end, temperature, clamp
-        self.power, self.eps = power, eps
-        # a tensor, so that torch.compile takes every alpha above 0 for the same program
-        self.register_buffer("alpha_now", torch.ones(()), persistent=False)
         self.set_progress(0.0)
 
     def alpha(self, progress: float) -> float:
@@ -108,22 +118,15 @@ class AlphaFlow(ResidualObjective):
 
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
         """Return F, and its target by a finite step; at alpha = 0 by MeanFlow's derivative (their algorithm 1)."""
-        if not self.continuous:
-            return finite_step(self.flow_map, jumps, self.alpha_now.to(jumps.t.dtype))
-        x, v, t, s, _, condition, _ = jumps
-        F, DF = self.flow_map.F_and_total_derivative(x, t, s, v, condition)
-        return F, v + over(s - t, F) * DF.detach()
+        return mean_flow_sides(self.flow_map, jumps) if self.continuous else super().sides(jumps)
 
     def weigh(self, square: PerSample, t: Time, s: Time) -> PerSample:
         """Return alpha^-1 times the square, or their adaptive weight of it [B]."""
-        alpha = torch.ones_like(t) if self.continuous else self._alphas(t, s)
+        alpha = torch.ones_like(t) if self.continuous else self.alphas(t, s)
         return alpha ** (2 * self.power - 1) * square / (square.detach() + self.eps) ** self.power
 
-    def _alphas(self, t: Time, s: Time) -> PerSample:
-        return torch.where(t == s, 1.0, self.alpha_now.to(t.dtype))
 
-
-class SoFlow(ResidualObjective):
+class SoFlow(FiniteStep):
     """SoFlow (Luo, Yuan, Liu, 2512.15657): ||X(x_t, t, s) - sg X(x_t + (l - t) v, l, s)||^2 with l = t - alpha (t - s).
 
     Over (t - l)(t - s), as its authors train it, this is alpha-Flow's loss alpha^-1 ||.||^2. alpha falls from `first`
@@ -150,9 +153,7 @@ class SoFlow(ResidualObjective):
         sweeps=({}, {"settings": {"power": 0.0}}),
         measured_as=(("SoFlow, alpha 0.002", {"first": 0.002, "last": 0.002, "power": 0}),),
     )
-    has_curriculum = True
     default_times = TimeSampler("sorted", first=(0.2, 0.8), second=(-1.0, 0.8), share_equal=0.75)
-    alpha_now: Tensor
 
     def __init__(
         self,
@@ -164,24 +165,16 @@ class SoFlow(ResidualObjective):
         power: float = 1.0,
         eps: float = 1e-2,
     ):
-        super().__init__(flow_map, null_label=null_label)
+        super().__init__(flow_map, null_label, power, eps)
         require(0 < last <= first <= 1, f"alpha must fall within (0, 1], got from {first} to {last}")
-        self.first, self.last, self.power, self.eps = first, last, power, eps
-        self.register_buffer("alpha_now", torch.ones(()), persistent=False)
+        self.first, self.last = first, last
         self.set_progress(0.0)
 
     def set_progress(self, progress: float) -> None:
         """Move alpha from `first` to `last`."""
         self.alpha_now.fill_(self.first * (self.last / self.first) ** progress)
 
-    def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
-        """Return F, and its target by a finite step."""
-        return finite_step(self.flow_map, jumps, self.alpha_now.to(jumps.t.dtype))
-
     def weigh(self, square: PerSample, t: Time, s: Time) -> PerSample:
         """Return alpha^-1 square / sg(||Q||^2 + eps)^power [B], ||Q||^2 = square / alpha^2."""
-        alpha = self._alphas(t, s)
+        alpha = self.alphas(t, s)
         return square / alpha / ((square / alpha**2).detach() + self.eps) ** self.power
-
-    def _alphas(self, t: Time, s: Time) -> PerSample:
-        return torch.where(t == s, 1.0, self.alpha_now.to(t.dtype))
