@@ -2,23 +2,24 @@
 
 The route from here to a kernel and back:
 
-    attention                   api.py        check the inputs
-    FORWARD                     operators.py  PyTorch's dispatcher, once per transform that is under way:
-      _vmap                                     folds a mapped axis into the batch
-      _forward_derivatives                      makes tangents arguments; _Attention saves for a backward
-      forward                                 the kernels, or fallback.py where they cannot run
-        launch.forward_calls    launch.py     allocate the results, choose tiles
-        forward_kernel          forward.py
-    _Attention.backward         operators.py  when gradients come: which of the six are wanted
-      BACKWARD, backward                      as above
+    attention                     api.py        check the inputs
+    FORWARD                       operators.py  PyTorch's dispatcher, once per active transform:
+      _vmap                                       folds a mapped axis into the batch
+      _forward_derivatives                        makes tangents arguments; _Attention saves for a backward
+      forward                                   the kernels, or fallback.py where they cannot run
+        launch.forward_calls      launch.py     allocate the results, choose tiles
+        forward_kernel            forward.py
+    _Attention.backward           operators.py  when gradients come: which of the six are wanted
+      BACKWARD, backward                        as above
         query_kernel, key_kernel  backward.py
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from jvp_attention.operators import FORWARD
-from jvp_attention.shapes import Keys, Lengths, Mask, Queries, check, default_scale
+from jvp_attention.shapes import Given, Keys, Lengths, Mask, Queries, check
 
 
 def attention(
@@ -53,9 +54,8 @@ def attention(
         TypeError, ValueError: dtypes, devices or shapes that do not fit together.
         NotImplementedError: from the backward pass, if gradients of gradients are asked for.
     """
-    check(q, k, v, (), scale, lengths, mask)
-    q, k, v = _autocast(q, k, v)
-    return FORWARD(q, k, v, None, None, None, lengths, mask, default_scale(q, scale), causal, False)[0]
+    given = check_and_cast(Given(q, k, v, None, None, None, lengths, mask, scale, causal))  # type: ignore[arg-type]
+    return FORWARD(*given, False)[0]
 
 
 def dual_attention(
@@ -76,16 +76,20 @@ def dual_attention(
     What attention computes under torch.func.jvp, without it; a tangent that is None is zero. Arguments and errors are
     those of attention; a tangent has its input's shape and dtype.
     """
-    check(q, k, v, (dq, dk, dv), scale, lengths, mask)
-    q, k, v = _autocast(q, k, v)
-    dq, dk, dv = (dx if dx is None else dx.to(q.dtype) for dx in (dq, dk, dv))
-    o, do, *_ = FORWARD(q, k, v, dq, dk, dv, lengths, mask, default_scale(q, scale), causal, False)
-    return o, torch.zeros_like(o) if dq is None and dk is None and dv is None else do
+    given = check_and_cast(Given(q, k, v, dq, dk, dv, lengths, mask, scale, causal))  # type: ignore[arg-type]
+    o, do, *_ = FORWARD(*given, False)
+    return o, do if given.has_tangent else torch.zeros_like(o)
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the inputs in the dtype that autocast wants products in; as they are where it is off."""
-    if not torch.is_autocast_enabled(q.device.type):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+def check_and_cast(given: Given) -> Given:
+    """Check the arguments, fill in the default scale, and cast tensors as autocast wants the inputs of matmuls."""
+    check(given)
+    scale = given.q.shape[-1] ** -0.5 if given.scale is None else given.scale
+    device = given.q.device.type
+    if not torch.is_autocast_enabled(device):
+        return given._replace(scale=scale)
+    dtype = torch.get_autocast_dtype(device)
+    tensors: dict[str, Any] = {
+        name: x.to(dtype) for name, x in zip(Given._fields, given[:6], strict=False) if x is not None
+    }
+    return given._replace(scale=scale, **tensors)

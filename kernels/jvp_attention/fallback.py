@@ -1,179 +1,259 @@
-"""Plain PyTorch in place of the kernels: the same four operations, in chunks of queries.
+"""Plain PyTorch in place of the kernels, on any device and in any dtype.
 
-Only a chunk's rows of the N x M matrices are held at a time, so memory grows with N and M, not with their product.
-Nothing is written in place, and a backward computes what it needs from the inputs rather than from what the forward
-left, so PyTorch can differentiate these functions: that is how derivatives are found that the kernels do not know.
-Half precision is computed in float32. The formulas are those of the README.
+Without tangents PyTorch's own fused attention answers. With tangents the kernels' formulas are written out, in chunks
+of queries: only a chunk's rows of the N x M matrices are held at a time, so memory grows with N and M, not with their
+product. Half precision is computed in float32. A tangent or gradient that is absent is zeros expanded from one row.
+
+What is written out changes nothing in place and computes what it needs from the inputs, not from what a forward left,
+so that PyTorch can differentiate it: that is how derivatives are found that the kernels do not know.
 """
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from jvp_attention.reference import hidden_keys, one_per_query_head, softmax_of_seen, to_length
+from jvp_attention.layout import Results, nothing, number_type, rows_in_order, zero_rows
+from jvp_attention.reference import hidden_keys, one_per_query_head, to_length
+from jvp_attention.shapes import Given
 
-LARGEST_CHUNK = 2**22  # elements of a chunk's matrices over all batch elements and heads, unless one row has more
+CHUNK = 2**18  # elements of each of a chunk's matrices, over all batch elements and heads, so that they fit a cache
+FEWEST_ROWS = 32  # of a chunk: matmuls of fewer are slow
 LOG2_E = math.log2(math.e)
 
 
-class Problem(NamedTuple):
-    """Inputs and tangents of attention, in float32 at least, as many heads of keys as of queries."""
+def forward(given: Given, keep: bool) -> Results:
+    """Compute attention, and its derivative if there is a tangent."""
+    given = trim(given)
+    return written_out(given, keep) if given.has_tangent else _pytorchs_attention(given)
+
+
+def backward(given: Given, results: Results, go: Tensor | None, gdo: Tensor | None, wanted: list[bool]) -> list[Tensor]:
+    """Compute the wanted ones among the gradients of q, k, v, dq, dk, dv from those of o and do."""
+    if gdo is None and go is not None:  # the tangents have no part in o
+        found = _pytorchs_gradients(trim(given), results, go)
+    else:
+        found = _gradients(trim(given), go, gdo, wanted)
+    return _like_inputs(found, given, wanted)
+
+
+def trim(given: Given) -> Given:
+    """Leave out the keys beyond the greatest length, where to read that does not wait for a GPU."""
+    if given.lengths is None or given.lengths.device.type != "cpu" or not given.lengths.numel():
+        return given
+    visible = slice(0, min(max(int(given.lengths.max()), 1), given.k.shape[2]))
+    return given._replace(
+        k=given.k[:, :, visible],
+        v=given.v[:, :, visible],
+        dk=None if given.dk is None else given.dk[:, :, visible],
+        dv=None if given.dv is None else given.dv[:, :, visible],
+        mask=None if given.mask is None else given.mask[..., visible],
+    )
+
+
+# Ordinary attention: PyTorch's own. On a CPU that is the operator below scaled_dot_product_attention, which alone
+# returns the lse that its backward takes.
+
+
+class _Plain(NamedTuple):
+    """Arguments of scaled_dot_product_attention, and which queries see no key (their results are made zero)."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    dq: Tensor | None
-    dk: Tensor | None
-    dv: Tensor | None
+    bias: Tensor | None  # 0 or -inf; 0 for queries that see no key, lest NaN results
+    blind: Tensor | None
+    scale: float  # positive, as the sign of another is multiplied into q
+    factor: float  # of q
+
+
+def _plain(given: Given) -> _Plain:
+    factor, scale = (1.0, given.scale) if given.scale > 0 else (given.scale, 1.0)
+    q = rows_in_order(given.q if given.scale > 0 else given.scale * given.q)
+    k, v = (rows_in_order(one_per_query_head(to_length(x, given.lengths), q)) for x in (given.k, given.v))
+    rows = torch.arange(q.shape[2], device=q.device)
+    hidden = hidden_keys(rows, k.shape[2], False, given.lengths, given.mask)
+    if hidden is None:
+        return _Plain(q, k, v, None, None, scale, factor)
+    causal = given.causal and given.mask is not None  # with lengths alone a query that sees any key sees the first
+    causally = hidden_keys(rows, k.shape[2], causal, given.lengths, given.mask)
+    blind = (hidden if causally is None else causally).all(-1, keepdim=True)
+    hidden = hidden & ~blind
+    bias = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, float("-inf"))
+    return _Plain(q, k, v, bias, blind, scale, factor)
+
+
+def _pytorchs_attention(given: Given) -> Results:
+    x = _plain(given)
+    if x.q.device.type == "cpu" and x.q.numel():
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            x.q, x.k, x.v, is_causal=given.causal, attn_mask=x.bias, scale=x.scale
+        )
+    else:
+        o, lse = _by_name(x, given.causal, x.q, x.k, x.v), x.q.new_zeros(x.q.shape[:3], dtype=number_type(x.q))
+    return Results.plain(o if x.blind is None else o.masked_fill(x.blind, 0), (lse * LOG2_E).contiguous())
+
+
+def _pytorchs_gradients(given: Given, results: Results, go: Tensor) -> list[Tensor | None]:
+    x = _plain(given)
+    go = go if x.blind is None else go.masked_fill(x.blind, 0)
+    if x.q.device.type == "cpu" and x.q.numel():
+        gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(rows_in_order(go), x.q, x.k, x.v, results.o, results.lse / LOG2_E),
+            *(0.0, given.causal),
+            attn_mask=x.bias,
+            scale=x.scale,
+        )
+    else:
+        with torch.enable_grad():
+            variables = [y.detach().requires_grad_() for y in (x.q, x.k, x.v)]
+            gq, gk, gv = torch.autograd.grad(_by_name(x, given.causal, *variables), variables, go)
+    return [x.factor * gq, gk, gv, None, None, None]
+
+
+def _by_name(x: _Plain, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Call scaled_dot_product_attention, which takes no mask where it is told to be causal."""
+    bias = x.bias
+    if causal and bias is not None:
+        later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        bias, causal = bias.masked_fill(later, float("-inf")), False
+    return scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=x.scale)
+
+
+# Written out
+
+
+class _Problem(NamedTuple):
+    """Inputs and tangents, zeros if absent, in float32 at least and with as many heads of keys as of queries."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
     lengths: Tensor | None
     mask: Tensor | None
     scale: float
     causal: bool
 
-    def chunks(self) -> Iterator[slice]:
-        """Cut the queries into chunks."""
+    def chunks(self) -> Iterator[tuple[slice, slice]]:
+        """Cut the queries into chunks, each with the keys that are visible to any of them."""
         (b, h, n, _), m = self.q.shape, self.k.shape[2]
-        size = max(1, LARGEST_CHUNK // max(1, b * h * m))
-        return (slice(at, min(at + size, n)) for at in range(0, n, size))
-
-    def weights(self, rows: slice) -> "Weights":
-        """Compute lse, P and, if q or k has a tangent, mu and U = T - mu of some queries."""
-        q, dq = self.q[:, :, rows], some(self.dq, rows)
-        indices = torch.arange(rows.start, rows.stop, device=q.device)
-        hidden = hidden_keys(indices, self.k.shape[2], self.causal, self.lengths, self.mask)
-        s = self.scale * (q @ self.k.mT)
-        p = softmax_of_seen(s, hidden)
-        lse = s if hidden is None else s.masked_fill(hidden, float("-inf"))
-        t = total(None if dq is None else dq @ self.k.mT, None if self.dk is None else q @ self.dk.mT)
-        if t is None:
-            return Weights(lse.logsumexp(-1), p)
-        t = self.scale * t
-        mu = (p * t).sum(-1, keepdim=True)
-        return Weights(lse.logsumexp(-1), p, mu.squeeze(-1), t - mu)
+        size = max(FEWEST_ROWS, CHUNK // max(1, b * h * m))
+        for start in range(0, n, size):
+            stop = min(start + size, n)
+            yield slice(start, stop), slice(0, min(stop, m) if self.causal else m)
 
 
-class Weights(NamedTuple):
-    """What the softmax makes of one chunk of queries."""
-
-    lse: Tensor  # [B, H, n]
-    p: Tensor  # P [B, H, n, M]
-    mu: Tensor | None = None  # row sums of P * T [B, H, n]
-    u: Tensor | None = None  # U = T - mu, where T is the tangent of the logits
-
-
-def some(x: Tensor | None, rows: slice) -> Tensor | None:
-    """Take some rows of a tensor that may be absent."""
-    return None if x is None else x[:, :, rows]
-
-
-def total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Add two tensors of which either may be absent, and then is zero."""
-    return b if a is None else a if b is None else a + b
-
-
-def product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Multiply two matrices of which either may be absent, and then is zero."""
-    return None if a is None or b is None else a @ b
-
-
-def times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Multiply two tensors element by element of which either may be absent, and then is zero."""
-    return None if a is None or b is None else a * b
-
-
-def transposed(a: Tensor | None) -> Tensor | None:
-    """Transpose a matrix that may be absent."""
-    return None if a is None else a.mT
-
-
-def scaled(scale: float, a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Add two tensors of which either may be absent, times a number."""
-    found = total(a, b)
-    return None if found is None else scale * found
-
-
-def problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-) -> Problem:
-    """Gather the inputs, in the dtype that is computed in and with the keys' heads repeated."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-
-    def of_keys(x: Tensor) -> Tensor:
-        return one_per_query_head(to_length(x, lengths), q).to(dtype)
-
-    dq = None if dq is None else dq.to(dtype)
-    dk, dv = (None if x is None else of_keys(x) for x in (dk, dv))
-    return Problem(q.to(dtype), of_keys(k), of_keys(v), dq, dk, dv, lengths, mask, scale, causal)
-
-
-def forward(given: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute o and do [B, H, N, D], lse to base 2 and mu [B, H, N]."""
+def written_out(given: Given, keep: bool) -> Results:
+    """Compute attention and its derivative, formula by formula."""
+    x = _problem(given)
     parts = []
-    for rows in given.chunks():
-        w = given.weights(rows)
-        o = w.p @ given.v
-        do = total(product(times(w.p, w.u), given.v), product(w.p, given.dv))
-        mu = torch.zeros_like(w.lse) if w.mu is None else w.mu
-        parts.append((o, torch.zeros_like(o) if do is None else do, (w.lse * LOG2_E).float(), mu.float()))
-    o, do, lse, mu = (torch.cat(x, 2) for x in zip(*parts, strict=True))
-    return o, do, lse, mu
+    for rows, keys in x.chunks():
+        p, u, lse, mu = _weights(x, rows, keys)
+        v, dv = x.v[:, :, keys], x.dv[:, :, keys]
+        parts.append((p @ v, (p * u) @ v + p @ dv, lse * LOG2_E, mu))  # o; do = (P * (T - mu)) v + P dv
+    o, do, lse, mu = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+    dtype = given.q.dtype
+    if not given.has_tangent:
+        return Results.plain(o.to(dtype), lse)
+    rounded = keep and dtype.itemsize < 4
+    o_residual, do_residual = ((y - y.to(dtype)).to(dtype) if rounded else nothing(given.q) for y in (o, do))
+    mu = mu if given.logits_have_tangent else nothing(lse)
+    return Results(o.to(dtype), do.to(dtype), o_residual, do_residual, lse, mu)
 
 
-def gradients(given: Problem, go: Tensor | None, gdo: Tensor | None, wanted: list[bool]) -> list[Tensor | None]:
-    """Compute the wanted ones among the gradients of q, k, v, dq, dk, dv from those of o and do."""
-    go, gdo = (None if g is None else g.to(given.q.dtype) for g in (go, gdo))
-    of_queries: list[list[Tensor]] = []
+def gradients_written_out(given: Given, *others: Any) -> list[Tensor]:
+    """Compute what `backward` does, formula by formula, from its arguments."""
+    *_, go, gdo, wanted = others
+    return _like_inputs(_gradients(given, go, gdo, wanted), given, wanted)
+
+
+def _gradients(given: Given, go: Tensor | None, gdo: Tensor | None, wanted: list[bool]) -> list[Tensor | None]:
+    x = _problem(given)
+    upstream = [zero_rows(x.q) if g is None else g.to(x.q.dtype) for g in (go, gdo)]
+    of_queries: list[list[Tensor | None]] = []
     of_keys: list[Tensor | None] = [None] * 4
-    for rows in given.chunks():
-        found = _gradients_of_chunk(given, rows, some(go, rows), some(gdo, rows), wanted)
-        of_queries.append([x for x in (found[0], found[3]) if x is not None])
-        of_keys = [total(a, b) for a, b in zip(of_keys, (found[1], found[2], found[4], found[5]), strict=True)]
-    joined = iter([torch.cat(x, 2) for x in zip(*of_queries, strict=True)])
+    for rows, keys in x.chunks():
+        a, b = (g[:, :, rows] for g in upstream)
+        gq, gk, gv, gdq, gdk, gdv = _gradients_of_chunk(x, rows, keys, a, b, wanted)
+        of_queries.append([gq, gdq])  # rows of this chunk only, while to the keys all chunks add
+        of_keys = [_add(total, part, x.k) for total, part in zip(of_keys, (gk, gv, gdk, gdv), strict=True)]
+    gq, gdq = (None if parts[0] is None else torch.cat(parts, 2) for parts in zip(*of_queries, strict=True))
     gk, gv, gdk, gdv = of_keys
-    return [next(joined) if wanted[0] else None, gk, gv, next(joined) if wanted[3] else None, gdk, gdv]
+    return [gq, gk, gv, gdq, gdk, gdv]
+
+
+def _add(total: Tensor | None, part: Tensor | None, k: Tensor) -> Tensor | None:
+    """Add a chunk's gradient of the first keys to the total; both are None where they are not wanted."""
+    if part is None:
+        return None
+    part = pad(part, (0, 0, 0, k.shape[2] - part.shape[2]))
+    return part if total is None else total + part
 
 
 def _gradients_of_chunk(
-    given: Problem, rows: slice, go: Tensor | None, gdo: Tensor | None, wanted: list[bool]
+    x: _Problem, rows: slice, keys: slice, go: Tensor, gdo: Tensor, wanted: list[bool]
 ) -> list[Tensor | None]:
-    """Compute what some queries' rows of go and gdo add to the wanted gradients of q, k, v, dq, dk, dv."""
-    q, dq = given.q[:, :, rows], some(given.dq, rows)
-    w = given.weights(rows)
-    a = total(product(go, given.v.mT), product(gdo, transposed(given.dv)))  # A
-    gs = None if a is None else w.p * (a - (w.p * a).sum(-1, keepdim=True))
-    gt = None
-    if gdo is not None:
-        c = gdo @ given.v.mT  # C
-        gt = w.p * (c - (w.p * c).sum(-1, keepdim=True))
-        if w.u is not None:
-            gs = total(gs, gt * w.u - w.p * (w.p * w.u * c).sum(-1, keepdim=True))
-    sides = (
-        lambda: scaled(given.scale, product(gs, given.k), product(gt, given.dk)),
-        lambda: scaled(given.scale, product(transposed(gs), q), product(transposed(gt), dq)),
-        lambda: total(product(w.p.mT, go), product(transposed(times(w.p, w.u)), gdo)),
-        lambda: scaled(given.scale, product(gt, given.k), None),
-        lambda: scaled(given.scale, product(transposed(gt), q), None),
-        lambda: product(w.p.mT, gdo),
+    """Compute what some queries' rows of go and gdo add to the gradients of q, k, v, dq, dk, dv."""
+    q, dq, k, dk, v, dv = x.q[:, :, rows], x.dq[:, :, rows], *(y[:, :, keys] for y in (x.k, x.dk, x.v, x.dv))
+    p, u, *_ = _weights(x, rows, keys)
+    a = go @ v.mT + gdo @ dv.mT  # A, the gradient of P at a fixed T
+    c = gdo @ v.mT  # C, the gradient of P * U
+    gt = p * (c - (p * c).sum(-1, keepdim=True))  # of T
+    gs = gt * u + p * (a - (p * (a + u * c)).sum(-1, keepdim=True))  # of S
+    formulas = (
+        lambda: x.scale * (gs @ k + gt @ dk),
+        lambda: x.scale * (gs.mT @ q + gt.mT @ dq),
+        lambda: p.mT @ go + (p * u).mT @ gdo,
+        lambda: x.scale * (gt @ k),
+        lambda: x.scale * (gt.mT @ q),
+        lambda: p.mT @ gdo,
     )
-    return [side() if want else None for side, want in zip(sides, wanted, strict=True)]
+    return [formula() if want else None for formula, want in zip(formulas, wanted, strict=True)]
 
 
-def like_input(gradient: Tensor | None, x: Tensor) -> Tensor:
-    """Return a gradient in the dtype and with the heads of the input x; zeros if it is absent."""
-    if gradient is None:
-        return torch.zeros_like(x)
-    if gradient.shape[1] != x.shape[1]:
+def _weights(x: _Problem, rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute P and U = T - mu [B, H, n, m], lse and mu [B, H, n] of some queries."""
+    q, dq = x.scale * x.q[:, :, rows], x.scale * x.dq[:, :, rows]
+    k, dk = x.k[:, :, keys], x.dk[:, :, keys]
+    s = q @ k.mT
+    indices = torch.arange(rows.start, rows.stop, device=q.device)
+    mask = None if x.mask is None else x.mask[..., keys]
+    hidden = hidden_keys(indices, k.shape[2], x.causal, x.lengths, mask)
+    if hidden is not None:
+        blind = hidden.all(-1, keepdim=True)
+        s = s.masked_fill(hidden & ~blind, float("-inf"))
+    p = s.softmax(-1)
+    lse = s.amax(-1) - p.amax(-1).log()
+    if hidden is not None:
+        p = p.masked_fill(blind, 0)
+    t = dq @ k.mT + q @ dk.mT
+    mu = (p * t).sum(-1, keepdim=True)
+    return p, t - mu, lse, mu.squeeze(-1)
+
+
+def _problem(given: Given) -> _Problem:
+    dtype, lengths = number_type(given.q), given.lengths
+    q, k, v = given.q.to(dtype), given.k, given.v
+    dq, dk, dv = (zero_rows(x) if dx is None else dx for x, dx in ((q, given.dq), (k, given.dk), (v, given.dv)))
+    k, v, dk, dv = (one_per_query_head(to_length(x, lengths), q).to(dtype) for x in (k, v, dk, dv))
+    return _Problem(q, k, v, dq.to(dtype), dk, dv, lengths, given.mask, given.scale, given.causal)
+
+
+def _like_inputs(gradients: list[Tensor | None], given: Given, wanted: list[bool]) -> list[Tensor]:
+    """Return gradients in the shape and dtype of their inputs; `nothing` for those that are not wanted."""
+    return [
+        _like_input(g, x) if want and g is not None else torch.zeros_like(x) if want else nothing(x)
+        for g, x, want in zip(gradients, (given.q, given.k, given.v) * 2, wanted, strict=True)
+    ]
+
+
+def _like_input(gradient: Tensor, x: Tensor) -> Tensor:
+    if gradient.shape[1] != x.shape[1]:  # heads that share keys add to their gradient
         gradient = gradient.unflatten(1, (x.shape[1], -1)).sum(2)
-    return gradient.to(x.dtype)
+    return pad(gradient, (0, 0, 0, x.shape[2] - gradient.shape[2])).to(x.dtype)

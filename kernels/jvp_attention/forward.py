@@ -1,11 +1,14 @@
 """The forward kernel: attention, and with tangents its Jacobian-vector product in the same pass.
 
-S = scale q k^T; P = softmax(S); T = scale (dq k^T + q dk^T); mu = row sum of P * T
-o = P v; do = (P * T) v + P dv - mu o
+In numbers of the paper's equations (arXiv 2511.19797, appendix C; the scale is its alpha, a dot there is a d here):
+
+    S = scale q k^T; P = softmax(S); o = P v                       (75)
+    T = scale (dq k^T + q dk^T); mu = row sum of P * T             (79)
+    do = (P * (T - mu)) v + P dv = (P * T) v + P dv - mu o         the derivative of (75), with N = T - mu of (78)
 
 The softmax is taken online: P carries a factor that depends on the largest logit so far, and everything summed over
-keys is rescaled when that grows. Products of matrices per tile: 2, with all tangents 6; without dq or dk one less,
-without both 3, without dv 5.
+keys is rescaled when that grows. Matmuls per tile: 2, with all tangents 6; without dq or dk one less, without both 3,
+without dv 5.
 """
 
 import triton
@@ -14,16 +17,16 @@ import triton.language as tl
 from jvp_attention.rows import (
     LOG2_E,
     keep_up_to,
-    keys_seen,
     load_mask,
     load_rows,
     partial_sums,
-    place,
     row_max,
     row_sum,
-    seen_tiles,
     store_numbers,
     store_rows,
+    tile_of_program,
+    visible_keys,
+    visible_tiles,
 )
 
 
@@ -38,8 +41,8 @@ def forward_kernel(
     dv,
     o,
     do,
-    o_low,
-    do_low,
+    o_residual,
+    do_residual,
     lse,
     mu,
     lengths,
@@ -53,27 +56,27 @@ def forward_kernel(
     D: tl.constexpr,
     UNIT: tl.constexpr,  # of strides
     CAUSAL: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr,  # all keys of every tile are seen: M is a multiple of KEYS, no lengths, no mask
-    PRECISION: tl.constexpr,  # of float32 products; in 16 bits there is one way
+    WHOLE_KEYS: tl.constexpr,  # all keys of every tile are visible: M is a multiple of KEYS, no lengths, no mask
+    PRECISION: tl.constexpr,  # of float32 matmuls; in 16 bits there is one way
     QUERIES: tl.constexpr,  # per tile
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,  # D, or the next size that a tile may have
 ):
     """Attend from one tile of queries to all keys. Grid: tiles of queries x heads x batch.
 
-    Tangents that are None are zero; do is None without any, mu without dq and dk. o_low and do_low, if not None, take
-    what o and do lose in rounding; lse is the logarithm to base 2 of the sum of exp(S). lengths, if not None, hide keys
-    from lengths[b] on, a mask those of its pairs that are zero; tiles are those of it that must be looked at.
+    Tangents that are None are zero; do is None without any, mu without dq and dk. o_residual and do_residual, if not
+    None, take what o and do lose in rounding; lse is the logarithm to base 2 of the sum of exp(S). lengths, if not
+    None, hide keys from lengths[b] on, a mask those of its pairs that are zero; tiles lists those that it leaves.
     """
     DUAL: tl.constexpr = do is not None
     HAS_T: tl.constexpr = mu is not None
-    start, b, h, head = place(N, heads, QUERIES, CAUSAL)
+    start, b, h, head = tile_of_program(N, heads, QUERIES, CAUSAL)
     h_k = h // GROUP
     dtype = q[0].dtype.element_ty
     ROUNDED: tl.constexpr = dtype.primitive_bitwidth == 16
     rows = start + tl.arange(0, QUERIES)
     size = tl.abs(scale)
-    factor = tl.maximum(size * LOG2_E, 1e-30)  # not 0, for 0 times the infinity of a hidden key is NaN
+    factor = tl.maximum(size * LOG2_E, 1e-30)  # not 0, because 0 times the infinity of a hidden key is NaN
     q_tile = load_rows(q, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
     largest = tl.full([QUERIES], float("-inf"), tl.float32)  # of q k^T
     total = tl.full([QUERIES, 8], 0.0, tl.float32)
@@ -81,52 +84,52 @@ def forward_kernel(
     if DUAL:
         sum_do = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)  # (P * T) v + P dv
     if HAS_T:
-        sum_pt = tl.full([QUERIES, 8], 0.0, tl.float32)  # for mu
+        sum_pt = tl.full([QUERIES, 8], 0.0, tl.float32)  # mu (79), for the backward
         if ROUNDED:
-            sum_rounded = tl.full([QUERIES, 8], 0.0, tl.float32)  # for do
+            sum_rounded = tl.full([QUERIES, 8], 0.0, tl.float32)  # mu again, of P * T as rounded, for do
             ones = tl.full([KEYS, 8], 1.0, dtype)
         else:
-            origin = tl.full([QUERIES], 0.0, tl.float32)  # of T: sums hold T - origin
+            origin = tl.full([QUERIES], 0.0, tl.float32)  # sums hold T - origin
     if dq is not None:
         dq_tile = load_rows(dq, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
-    seen = keys_seen(lengths, b, M)
-    count = ((tl.minimum(seen, start + QUERIES) if CAUSAL else seen) + KEYS - 1) // KEYS
+    visible = visible_keys(lengths, b, M)
+    count = ((tl.minimum(visible, start + QUERIES) if CAUSAL else visible) + KEYS - 1) // KEYS
     if mask is not None:
-        listed = seen_tiles(tiles, b, h, start, QUERIES)
+        listed = visible_tiles(tiles, b, h, start, QUERIES)
         count = tl.load(listed)
-    # T is formed before the exponential: afterwards, matrix units that read registers (before sm_90) spill five KB
+    # T before the exponential: in the other order the compiler spills 5 KB of registers on cards before sm_90
     for i in range(0, count):
         at = i * KEYS
         if mask is not None:
             at = tl.load(listed + 1 + i) * KEYS
-        k_tile = load_rows(k, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # S / scale
+        k_tile = load_rows(k, b, h_k, at, visible, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # S / scale (75)
         keys = at + tl.arange(0, KEYS)
         if CAUSAL:
             s = keep_up_to(s, keys[None, :], rows[:, None], at + KEYS > start + 1)
         if not WHOLE_KEYS:
-            s = keep_up_to(s, keys[None, :], seen - 1, at + KEYS > seen)
+            s = keep_up_to(s, keys[None, :], visible - 1, at + KEYS > visible)
         if mask is not None:
             s = tl.where(load_mask(mask, b, h, start, N, at, M, QUERIES, KEYS), s, float("-inf"))
         if HAS_T:
-            t = tl.full([QUERIES, KEYS], 0.0, tl.float32)  # T / scale
+            t = tl.full([QUERIES, KEYS], 0.0, tl.float32)  # T / scale (79)
             if dq is not None:
                 t = tl.dot(dq_tile, tl.trans(k_tile), t, input_precision=PRECISION)
             if dk is not None:
-                dk_tile = load_rows(dk, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+                dk_tile = load_rows(dk, b, h_k, at, visible, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
                 t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
         before = largest
         largest = tl.maximum(before, row_max(s))
         shift = largest * factor
         if mask is not None:
-            shift = tl.where(largest == float("-inf"), 0.0, shift)  # nothing seen so far
+            shift = tl.where(largest == float("-inf"), 0.0, shift)  # nothing visible so far
         p = tl.exp2(s * factor - shift[:, None])  # P, but for its sum over keys and a factor per row
         shrink = tl.exp2(before * factor - shift)  # what a larger maximum makes of sums so far
         if HAS_T:
             t *= size
             if not ROUNDED:
-                # do depends on T - mu alone, so the mu of the keys so far is taken off T, lest large terms cancel. In
-                # 16 bits this is left out: a sixth more arithmetic, and what rounding P * T takes is larger anyway
+                # do depends only on T - mu, so the mu of the keys so far is subtracted from T before the sums, where
+                # large terms would cancel. Not in 16 bits: a sixth more arithmetic, and rounding P * T takes more
                 weight = row_sum(total) * shrink + row_sum(p)
                 step = row_sum(p * (t - origin[:, None])) / tl.maximum(weight, 0.5)  # the largest logit adds 1
                 sum_pt -= step[:, None] * total
@@ -134,42 +137,46 @@ def forward_kernel(
                 origin += step
                 t -= origin[:, None]
         total = total * shrink[:, None] + partial_sums(p)
-        v_tile = load_rows(v, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+        v_tile = load_rows(v, b, h_k, at, visible, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
         if DUAL:
             sum_do = sum_do * shrink[:, None]
-        if HAS_T:
+        if HAS_T:  # (P * T) v
             exact = p * t
             pt = exact.to(dtype)
             sum_pt = sum_pt * shrink[:, None] + partial_sums(exact)  # so that T - mu cancels in the backward
             if ROUNDED:
-                # as rounded, so that (P * T) v - mu o cancels in do; on the matrix units, which take pt as it is
+                # as rounded, so that (P * T) v - mu o cancels in do; a matmul, because that takes pt as it is
                 sum_rounded = tl.dot(pt, ones, sum_rounded * shrink[:, None])
             sum_do = tl.dot(pt, v_tile, sum_do, input_precision=PRECISION)
-        if dv is not None:
-            dv_tile = load_rows(dv, b, h_k, at, seen, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
+        if dv is not None:  # P dv
+            dv_tile = load_rows(dv, b, h_k, at, visible, D, UNIT, KEYS, CHANNELS, WHOLE_KEYS)
             sum_do = tl.dot(p.to(dtype), dv_tile, sum_do, input_precision=PRECISION)
         sum_pv = tl.dot(p.to(dtype), v_tile, sum_pv * shrink[:, None], input_precision=PRECISION)
+    # all keys are summed: divide by the softmax's denominator, and subtract mu o
     shift = largest * factor
     total = row_sum(total)
     if HAS_T:
         sum_pt = row_sum(sum_pt)
     if lengths is not None or mask is not None:
         shift = tl.where(total == 0, 0.0, shift)
-        total = tl.where(total == 0, 1.0, total)  # no key seen: all sums are zero, and so are the results
+        total = tl.where(total == 0, 1.0, total)  # no key visible: all sums are zero, and so are the results
     value = sum_pv / total[:, None]
     store_rows(o, value, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
     store_numbers(lse, shift + tl.log2(total), head, start, N, QUERIES)
-    if o_low is not None:
-        store_rows(o_low, value - value.to(dtype).to(tl.float32), b, h, start, N, D, UNIT, QUERIES, CHANNELS)
+    if o_residual is not None:
+        rounded = value.to(dtype).to(tl.float32)
+        store_rows(o_residual, value - rounded, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
     if DUAL:
-        tangent = sum_do / total[:, None]  # do = (P * T) v + P dv - mu o
+        tangent = sum_do / total[:, None]  # (P * T) v + P dv
         if HAS_T:
             mean = row_max(sum_rounded) if ROUNDED else sum_pt
-            tangent -= (mean / total)[:, None] * value
+            tangent -= (mean / total)[:, None] * value  # - mu o
             mu_rows = sum_pt / total
             if not ROUNDED:
                 mu_rows += origin
             store_numbers(mu, mu_rows, head, start, N, QUERIES)
         store_rows(do, tangent, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
-        if do_low is not None:
-            store_rows(do_low, tangent - tangent.to(dtype).to(tl.float32), b, h, start, N, D, UNIT, QUERIES, CHANNELS)
+        if do_residual is not None:
+            store_rows(
+                do_residual, tangent - tangent.to(dtype).to(tl.float32), b, h, start, N, D, UNIT, QUERIES, CHANNELS
+            )

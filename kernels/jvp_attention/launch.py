@@ -14,8 +14,9 @@ import triton
 from torch import Tensor
 
 from jvp_attention import backward, forward
-from jvp_attention.layout import empty_low, empty_numbers, empty_rows, rows_in_order
-from jvp_attention.rows import seen_tiles_kernel
+from jvp_attention.layout import Results, empty_numbers, empty_residual, empty_rows, nothing, rows_in_order
+from jvp_attention.rows import visible_tiles_kernel
+from jvp_attention.shapes import Given
 from jvp_attention.tile_sizes import (
     LARGE_KIB,
     LARGEST_TILE,
@@ -29,23 +30,10 @@ from jvp_attention.tile_sizes import (
 
 Rows = tuple[Tensor, int, int, int]  # a tensor [B, H, rows, D], its strides but for the last
 Mask = tuple[Tensor, int, int, int, int]  # a mask [B or 1, H or 1, rows, columns], its strides
-Tensors = tuple[Tensor, Tensor, Tensor]  # of queries, keys and values
-Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]  # None is zero
-Work = tuple[list["Call"], list[Any]]  # launches, and the tensors that they fill; a result not wanted is None
+Work = tuple[list["Call"], Any]  # launches, and the tensors that they fill
 OPTIONAL = ("lengths", "mask", "dq", "dk", "dv", "go", "gdo", "gq", "gdq", "gk", "gv", "gdk", "gdv")  # cost something
 _tuned: dict[tuple[Any, ...], Tiles] = {}
 _too_large: set[tuple[Any, Tiles]] = set()
-
-
-class Saved(NamedTuple):
-    """What a forward left for the backward; None for what it did not."""
-
-    o: Tensor  # [B, H, N, D]
-    lse: Tensor  # [B, H, N], base 2
-    do: Tensor | None = None
-    o_low: Tensor | None = None  # o before rounding, less o; empty for float32
-    do_low: Tensor | None = None
-    mu: Tensor | None = None  # [B, H, N]
 
 
 class Call(NamedTuple):
@@ -79,11 +67,11 @@ class Call(NamedTuple):
         programs = triton.cdiv(self.arguments["N" if self.tiled == "QUERIES" else "M"], sizes[self.tiled]) * self.heads
         arguments = in_units(self.arguments)
         if arguments.get("mask") is not None:
-            arguments |= {"tiles": self.seen_tiles(tiles)}
+            arguments |= {"tiles": self.visible_tiles(tiles)}
         self.kernel[(programs,)](**arguments, **sizes, **tiles.options())
 
-    def seen_tiles(self, tiles: Tiles) -> Rows | None:
-        """List which tiles of the other side every tile sees, from the mask by a kernel."""
+    def visible_tiles(self, tiles: Tiles) -> Rows | None:
+        """List the tiles of the other side that are visible to every tile, from the mask by a kernel."""
         mask, *strides = self.arguments["mask"]
         batch, heads = (n if stride else 1 for n, stride in zip(mask.shape, strides[:2], strict=False))
         lengths, sizes = [self.arguments["N"], self.arguments["M"]], [tiles.queries, tiles.keys]
@@ -91,7 +79,7 @@ class Call(NamedTuple):
             lengths, sizes = lengths[::-1], sizes[::-1]
         rows, columns = (triton.cdiv(n, size) for n, size in zip(lengths, sizes, strict=True))
         listed = _rows(torch.empty(batch, heads, rows, 1 + columns, dtype=torch.int32, device=mask.device))
-        seen_tiles_kernel[(batch * heads * rows,)]((mask, *strides), listed, heads, *lengths, *sizes, num_warps=4)
+        visible_tiles_kernel[(batch * heads * rows,)]((mask, *strides), listed, heads, *lengths, *sizes, num_warps=4)
         return listed
 
 
@@ -110,7 +98,7 @@ def in_units(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments | scaled | {"UNIT": unit}
 
 
-def run(work: Work) -> list[Any]:
+def run(work: Work) -> Any:
     """Launch the kernels and return the results: with default tiles, or the fastest while tuning is switched on."""
     calls, results = work
     with torch.cuda.device_of(calls[0].like if calls else None):
@@ -210,101 +198,77 @@ def _mask(mask: Tensor | None) -> Mask | None:
     return mask.view(torch.uint8), b, h, rows, columns
 
 
-def _attention_arguments(
-    primals: Tensors, tangents: Tangents | None, scale: float, causal: bool, lengths: Tensor | None, mask: Tensor | None
-) -> dict[str, Any]:
+def _attention_arguments(given: Given) -> dict[str, Any]:
     """Gather the arguments that all kernels over tiles of queries and keys share; D and CHANNELS also the row sums."""
-    if scale < 0:  # the kernels take |scale| for logits, and the queries negated with it
-        primals, tangents = _negated(primals), tangents and _negated(tangents)
-    q, k, _ = primals
+    if given.scale < 0:  # the kernels take |scale| for logits, and the queries negated with it
+        given = given._replace(q=-given.q, dq=None if given.dq is None else -given.dq)
+    q, k = given.q, given.k
     tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return {
-        **{name: _rows(x) for name, x in zip(("q", "k", "v"), primals, strict=True)},
-        **{name: _rows(x) for name, x in zip(("dq", "dk", "dv"), tangents or [None] * 3, strict=True)},
-        "lengths": None if lengths is None else lengths.contiguous(),
-        "mask": _mask(mask),
+        **{name: _rows(getattr(given, name)) for name in ("q", "k", "v", "dq", "dk", "dv")},
+        "lengths": None if given.lengths is None else given.lengths.contiguous(),
+        "mask": _mask(given.mask),
         "tiles": None,
-        "scale": scale,
+        "scale": given.scale,
         "heads": q.shape[1],
         "N": q.shape[2],
         "M": k.shape[2],
         "GROUP": q.shape[1] // k.shape[1],
         "D": q.shape[3],
-        "CAUSAL": causal,
+        "CAUSAL": given.causal,
         "PRECISION": "tf32" if tf32 else "tf32x3",
         "CHANNELS": channels_of_tile(q.shape[3]),
     }
 
 
-def _negated(of_qkv: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-    """Return the three with the first, that of queries, negated."""
-    return (None if of_qkv[0] is None else -of_qkv[0], *of_qkv[1:])
-
-
-def forward_calls(
-    primals: Tensors,
-    tangents: Tangents | None,
-    scale: float,
-    causal: bool,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    keep: bool = True,
-) -> Work:
-    """Attention of q, k, v: [o, lse]; with a tangent [o, do, o_low, do_low, lse, mu], low being what rounding took.
-
-    What is not needed is an empty tensor: o_low and do_low unless they shall be kept for gradients through do, and mu
-    if only v has a tangent.
-    """
-    q = primals[0]
-    dual, moved = _kinds(tangents)
-    o, lse = empty_rows(q), empty_numbers(q)
-    nothing = q.new_empty(0, dtype=torch.float32)
-    do, mu = (empty_rows(q) if dual else None), (empty_numbers(q) if moved else nothing)
-    o_low, do_low = (empty_low(q) if dual and keep else q.new_empty(0) for _ in range(2))
+def forward_calls(given: Given, keep: bool = True) -> Work:
+    """Prepare attention of q, k, v, and its tangent: `Results`, with the residuals if `keep` asks for them."""
+    q, dual, has_t = given.q, given.has_tangent, given.logits_have_tangent
+    r = Results(
+        o=empty_rows(q),
+        do=empty_rows(q) if dual else nothing(q),
+        o_residual=empty_residual(q) if dual and keep else nothing(q),
+        do_residual=empty_residual(q) if dual and keep else nothing(q),
+        lse=empty_numbers(q),
+        mu=empty_numbers(q) if has_t else nothing(q, torch.float32),
+    )
     arguments = {
-        **_attention_arguments(primals, tangents, scale, causal, lengths, mask),
-        **{"o": _rows(o), "do": _rows(do), "o_low": _rows(o_low), "do_low": _rows(do_low)},
-        **{"lse": lse, "mu": mu if moved else None},
+        **_attention_arguments(given),
+        **{name: _rows(getattr(r, name)) for name in ("o", "do", "o_residual", "do_residual")},
+        **{"lse": r.lse, "mu": r.mu if has_t else None},
     }
-    call = Call("forward_dual" if dual else "forward", forward.forward_kernel, arguments, "QUERIES")
-    return [call], ([o, do, o_low, do_low, lse, mu] if dual else [o, lse])
-
-
-def _kinds(tangents: Tangents | None) -> tuple[bool, bool]:
-    """Return whether there is a tangent at all, and whether logits have one (v's alone does not move them)."""
-    dq, dk, dv = tangents or (None, None, None)
-    moved = dq is not None or dk is not None
-    return moved or dv is not None, moved
+    return [Call("forward_dual" if dual else "forward", forward.forward_kernel, arguments, "QUERIES")], r
 
 
 def backward_calls(
-    primals: Tensors,
-    tangents: Tangents | None,
-    saved: Saved,
+    given: Given,
+    results: Results,
     go: Tensor | None,
     gdo: Tensor | None,
-    scale: float,
-    causal: bool,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
     wanted: Sequence[bool] = (True,) * 6,
 ) -> Work:
-    """Gradients of q, k, v: [gq, gk, gv]; with tangents and gdo [gq, gk, gv, gdq, gdk, gdv].
+    """Prepare the gradients of q, k, v, dq, dk, dv.
 
     Those not wanted, and those of tangents that are None, are None. go may be None, which is zero, if gdo is given.
     """
-    dual, moved = _kinds(tangents)
-    given = (True, True, True, *(dual and x is not None for x in tangents or (None,) * 3))
-    results = [empty_rows(x) if a and b else None for x, a, b in zip(primals * 2, given, wanted, strict=True)]
-    gq, gk, gv, gdq, gdk, gdv = results
-    q = primals[0]
+    dual, has_t = given.has_tangent, given.logits_have_tangent
+    there = (True, True, True, *(dx is not None for dx in (given.dq, given.dk, given.dv)))
+    gradients = [
+        empty_rows(x) if a and b else None
+        for x, a, b in zip((given.q, given.k, given.v) * 2, there, wanted, strict=True)
+    ]
+    gq, gk, gv, gdq, gdk, gdv = gradients
+    q = given.q
     sums = any(x is not None for x in (gq, gdq, gk, gdk))
     common = {
-        **_attention_arguments(primals, tangents, scale, causal, lengths, mask),
-        **{"go": _rows(go), "gdo": _rows(gdo), "lse": saved.lse, "mu": saved.mu if moved else None},
-        **{"r": empty_numbers(q) if sums else None, "c": empty_numbers(q) if sums and moved else None},
+        **_attention_arguments(given),
+        # contiguous, which vmap's are not
+        **{"lse": results.lse.contiguous(), "mu": results.mu.contiguous() if has_t else None},
+        **{"go": _rows(go), "gdo": _rows(gdo)},
+        **{"r": empty_numbers(q) if sums else None, "c": empty_numbers(q) if sums and has_t else None},
     }
-    outputs = {name: _rows(getattr(saved, name)) for name in ("o", "do", "o_low", "do_low")}
+    outputs = {name: _rows(getattr(results, name)) for name in ("o", "do", "o_residual", "do_residual")}
+    outputs = outputs if dual else outputs | {"do": None, "do_residual": None}
     kind = "_dual" if dual else ""
     calls = []
     if gq is not None or gdq is not None:
@@ -324,7 +288,7 @@ def backward_calls(
     for name, part in parts.items():
         if any(x is not None for x in part.values()):
             calls.append(Call(name, backward.key_kernel, common | part | {"mask": _transposed(common["mask"])}, "KEYS"))
-    return calls, results if dual else results[:3]
+    return calls, gradients
 
 
 def _transposed(mask: Mask | None) -> Mask | None:

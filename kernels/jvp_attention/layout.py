@@ -1,7 +1,25 @@
-"""Memory of results: outputs and gradients lie as [B, N, H, D], so that joining the heads needs no copy."""
+"""Results and their memory: outputs and gradients lie as [B, N, H, D], so that joining the heads needs no copy."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Results(NamedTuple):
+    """Results of the forward, and what its backward takes; without tangents all but o and lse are `nothing`."""
+
+    o: Tensor  # [B, H, N, D]
+    do: Tensor  # [B, H, N, D]
+    o_residual: Tensor  # o before rounding to 16 bits, less o; nothing in float32 or where no gradient is wanted
+    do_residual: Tensor
+    lse: Tensor  # [B, H, N], base 2
+    mu: Tensor  # [B, H, N]; nothing unless q or k has a tangent
+
+    @classmethod
+    def plain(cls, o: Tensor, lse: Tensor) -> "Results":
+        """Make the results of ordinary attention."""
+        return cls(o, nothing(o), nothing(o), nothing(o), lse, nothing(lse))
 
 
 def empty_rows(like: Tensor) -> Tensor:
@@ -12,23 +30,28 @@ def empty_rows(like: Tensor) -> Tensor:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Return x [B, H, rows, D] in the memory order of `empty_rows`."""
-    return empty_rows(x).copy_(x)
+    """Return x [B, H, rows, D] in the memory order of `empty_rows`; a placeholder as it is."""
+    return empty_rows(x).copy_(x) if x.ndim == 4 else x
 
 
-def empty_low(like: Tensor) -> Tensor:
-    """Make room for what 16-bit rows lose in rounding; nothing for float32."""
+def empty_residual(like: Tensor) -> Tensor:
+    """Allocate what rounding takes from 16-bit rows; nothing for float32."""
     return empty_rows(like) if like.dtype.itemsize < 4 else nothing(like)
 
 
-def nothing(like: Tensor) -> Tensor:
-    """Make the placeholder of a result that is not wanted: a tensor without elements, the only one with one axis."""
-    return like.new_empty(0)
-
-
 def empty_numbers(like: Tensor) -> Tensor:
-    """Make an empty float32 per row of `like` [B, H, rows, D]: [B, H, rows]."""
-    return torch.empty(like.shape[:3], dtype=torch.float32, device=like.device)
+    """Make an empty number per row of `like` [B, H, rows, D], float32 at least: [B, H, rows]."""
+    return torch.empty(like.shape[:3], dtype=number_type(like), device=like.device)
+
+
+def nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Make the placeholder of a result that is not wanted: a tensor without elements, the only one with one axis."""
+    return like.new_empty(0, dtype=dtype)
+
+
+def number_type(like: Tensor) -> torch.dtype:
+    """Return the dtype that sums and statistics of rows have: float32, or float64 for float64."""
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def rows_in_order(x: Tensor) -> Tensor:

@@ -3,9 +3,18 @@
 The forward is one node with two outputs, value and tangent, so its derivative sees the gradients of both together.
 Without tangents it is ordinary attention.
 
-What a transform wants of an operator it asks through PyTorch's dispatcher, which comes by once for each transform that
-is under way. Reverse mode is answered by the backward operator, vmap by folding into the batch. Forward mode belongs to
-a derivative around the one whose tangents attention has taken off its inputs; plain PyTorch answers it.
+Under grad, jvp or vmap PyTorch's dispatcher calls an operator once per active transform, and each rule below answers
+one of them: forward mode makes tangents arguments of the operator, reverse mode records a node whose backward is the
+backward operator, vmap folds the mapped axis into the batch. A JVP around another derivative is left to plain PyTorch.
+
+Why not PyTorch's public ways. An autograd.Function with a `jvp` computes the value first and the tangent apart, so the
+pair is never one pass, its jvp cannot be differentiated by the backward that sees both, and torch.compile drops it
+without a word (pytorch 192985). torch.library.register_autograd has no rule for forward mode: the tangent of an
+operator would be lost. So one kernel for the dispatcher's key Autograd answers both modes, and it needs four private
+names: _AutoDispatchBelowAutograd and _after_autograd_keyset to call the next transform (as register_autograd does
+inside), _SingleLevelFunction with its switch because autograd.Function.apply would start all transforms again (as
+torch.func does inside), and _set_fwd_grad_enabled because a Function's forward has forward mode switched off for the
+transforms further out, too. The tests run every transform on every version of PyTorch that is supported.
 """
 
 import contextlib
@@ -13,8 +22,8 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,145 +32,43 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from jvp_attention import fallback
-from jvp_attention.layout import as_rows, empty_low, empty_numbers, empty_rows, nothing
+from jvp_attention.layout import Results, as_rows, empty_numbers, empty_residual, empty_rows, nothing
+from jvp_attention.shapes import Given
 
 log = logging.getLogger("jvp_attention")
-unpack_dual, make_dual = torch._VF._unpack_dual, torch._VF._make_dual
 LIBRARY = torch.library.Library("jvp_attention", "FRAGMENT")
 
-Six: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Six: TypeAlias = tuple[Tensor, ...]  # Results, or the gradients of q, k, v, dq, dk, dv
+GIVEN = (
+    "Tensor q, Tensor k, Tensor v, Tensor? dq, Tensor? dk, Tensor? dv, "
+    "Tensor? lengths, Tensor? mask, float scale, bool causal"
+)
+RESULTS = "Tensor o, Tensor do, Tensor o_residual, Tensor do_residual, Tensor lse, Tensor mu"
+FORWARD_ARGUMENTS = f"{GIVEN}, bool keep"  # keep: also the residuals, for a backward
+BACKWARD_ARGUMENTS = f"{GIVEN}, {RESULTS}, Tensor? go, Tensor? gdo, bool[] wanted"
 
 
-class Results(NamedTuple):
-    """What the forward operator returns; without tangents all but o and lse are `nothing`."""
-
-    o: Tensor  # [B, H, N, D]
-    do: Tensor  # [B, H, N, D]
-    o_low: Tensor  # what rounding to 16 bits took from o, for the backward; nothing in float32
-    do_low: Tensor
-    lse: Tensor  # [B, H, N], base 2
-    mu: Tensor  # [B, H, N]
-
-
-class Given(NamedTuple):
-    """The arguments that both operators begin with."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dq: Tensor | None  # None is a tangent of zero
-    dk: Tensor | None
-    dv: Tensor | None
-    lengths: Tensor | None
-    mask: Tensor | None
-    scale: float
-    causal: bool
-
-    @property
-    def tangents(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
-        """The tangents of q, k, v; None if all are absent."""
-        dx = self.dq, self.dk, self.dv
-        return None if all(x is None for x in dx) else dx
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    keep: bool,
-) -> Six:
-    """Compute attention and its derivative along the tangents: `Results`, o_low and do_low if `keep` asks for them."""
-    given = Given(q, k, v, dq, dk, dv, lengths, mask, scale, causal)
+def forward(*arguments: Any) -> Six:
+    """Compute attention and its derivative along the tangents: `Results`."""
+    given, (keep,) = Given.split(arguments)
     if stands_in(given):
-        o, do, o_low, do_low, lse, mu = plain_forward(*given, keep)
-        o, do, o_low, do_low = (as_rows(x) if x.ndim == 4 else x for x in (o, do, o_low, do_low))
-        return o, do, o_low, do_low, lse, mu
+        return tuple(as_rows(x) for x in fallback.forward(given, keep))
     from jvp_attention import launch
 
-    work = launch.forward_calls((q, k, v), given.tangents, scale, causal, lengths, mask, keep=keep)
-    if given.tangents is None:
-        o, lse = launch.run(work)
-        return o, nothing(q), nothing(q), nothing(q), lse, _no_numbers(q)
-    o, do, o_low, do_low, lse, mu = launch.run(work)
-    return o, do, o_low, do_low, lse, mu
+    return tuple(launch.run(launch.forward_calls(given, keep)))
 
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    o: Tensor,
-    do: Tensor,
-    o_low: Tensor,
-    do_low: Tensor,
-    lse: Tensor,
-    mu: Tensor,
-    go: Tensor | None,
-    gdo: Tensor | None,
-    wanted: list[bool],
-) -> Six:
+def backward(*arguments: Any) -> Six:
     """Compute gradients of q, k, v, dq, dk, dv from those of o and do; `nothing` for those that are not wanted."""
-    given = Given(q, k, v, dq, dk, dv, lengths, mask, scale, causal)
+    given, (*results, go, gdo, wanted) = Given.split(arguments)
     if stands_in(given):
-        found = plain_backward(*given, o, do, o_low, do_low, lse, mu, go, gdo, wanted)
-        gq, gk, gv, gdq, gdk, gdv = (as_rows(x) if x.ndim == 4 else x for x in found)
-        return gq, gk, gv, gdq, gdk, gdv
+        return tuple(as_rows(x) for x in fallback.backward(given, Results(*results), go, gdo, wanted))
     from jvp_attention import launch
 
-    # without a gradient of do the tangents have no part: ordinary attention's backward
-    tangents = None if gdo is None else given.tangents
-    lse, mu = lse.contiguous(), mu.contiguous()  # as kernels take them; vmap expands
-    saved = launch.Saved(o, lse, None if tangents is None else do, o_low, do_low, None if tangents is None else mu)
-    work = launch.backward_calls((q, k, v), tangents, saved, go, gdo, scale, causal, lengths, mask, wanted)
-    results = (*launch.run(work), None, None, None)[:6]
-    gq, gk, gv, gdq, gdk, gdv = (nothing(q) if x is None else x for x in results)
-    return gq, gk, gv, gdq, gdk, gdv
-
-
-# Plain PyTorch ---------------------------------------------------------------------------------------------------
-
-
-def plain_forward(*arguments: Any) -> Six:
-    """Compute what `forward` does in plain PyTorch, so that PyTorch can differentiate it again."""
-    *given, keep = arguments
-    q, dtype = given[0], given[0].dtype
-    o, do, lse, mu = fallback.forward(fallback.problem(*given))
-    if Given(*given).tangents is None:
-        return o.to(dtype), nothing(q), nothing(q), nothing(q), lse, _no_numbers(q)
-    low = [(x - x.to(dtype)).to(dtype) if keep and dtype.itemsize < 4 else nothing(q) for x in (o, do)]
-    moved = given[3] is not None or given[4] is not None  # do the logits have a tangent?
-    return o.to(dtype), do.to(dtype), low[0], low[1], lse, mu if moved else _no_numbers(q)
-
-
-def _no_numbers(q: Tensor) -> Tensor:
-    """Make the placeholder of mu where the logits have no tangent."""
-    return q.new_empty(0, dtype=torch.float32)
-
-
-def plain_backward(*arguments: Any) -> Six:
-    """Compute what `backward` does in plain PyTorch, from the inputs alone."""
-    given, (go, gdo, wanted) = Given(*arguments[:10]), arguments[-3:]
-    found = fallback.gradients(fallback.problem(*given), go, gdo, wanted)
-    inputs = (given.q, given.k, given.v) * 2
-    gq, gk, gv, gdq, gdk, gdv = (
-        fallback.like_input(g, x) if want else nothing(given.q)
-        for g, x, want in zip(found, inputs, wanted, strict=True)
-    )
-    return gq, gk, gv, gdq, gdk, gdv
+    if gdo is None:  # the tangents have no part in o: ordinary attention's backward
+        given = given.without_tangents()
+    found = launch.run(launch.backward_calls(given, Results(*results), go, gdo, wanted))
+    return tuple(nothing(given.q) if x is None else x for x in found)
 
 
 def stands_in(given: Given) -> bool:
@@ -187,7 +94,7 @@ def why_not(given: Given) -> str:
         return "the batch is empty"
     from jvp_attention import launch
 
-    return launch.why_not(q, given.tangents is not None)
+    return launch.why_not(q, given.has_tangent)
 
 
 @functools.cache
@@ -200,25 +107,24 @@ def _log_once(reason: str, level: int) -> None:
     log.log(level, "plain PyTorch attention stands in: %s", reason)
 
 
-# Shapes of results, for torch.compile ----------------------------------------------------------------------------
+# Shapes of results, for torch.compile
 
 
 def _forward_shapes(*arguments: Any) -> Six:
-    *given, keep = arguments
-    q, dual = given[0], any(x is not None for x in given[3:6])
-    lows = (empty_low(q), empty_low(q)) if dual and keep else (nothing(q), nothing(q))
-    moved = given[3] is not None or given[4] is not None
-    do, mu = empty_rows(q) if dual else nothing(q), empty_numbers(q) if moved else _no_numbers(q)
-    return empty_rows(q), do, *lows, empty_numbers(q), mu
+    given, (keep,) = Given.split(arguments)
+    q, dual = given.q, given.has_tangent
+    residuals = (empty_residual(q), empty_residual(q)) if dual and keep else (nothing(q), nothing(q))
+    lse = empty_numbers(q)
+    mu = empty_numbers(q) if given.logits_have_tangent else nothing(lse)
+    return empty_rows(q), empty_rows(q) if dual else nothing(q), *residuals, lse, mu
 
 
 def _backward_shapes(*arguments: Any) -> Six:
-    inputs, wanted = arguments[:3] * 2, arguments[-1]
-    gq, gk, gv, gdq, gdk, gdv = (empty_rows(x) if want else nothing(x) for x, want in zip(inputs, wanted, strict=True))
-    return gq, gk, gv, gdq, gdk, gdv
+    (q, k, v, *_), (*_, wanted) = Given.split(arguments)
+    return tuple(empty_rows(x) if want else nothing(x) for x, want in zip((q, k, v) * 2, wanted, strict=True))
 
 
-# Reverse mode ----------------------------------------------------------------------------------------------------
+# Reverse mode
 
 
 @contextlib.contextmanager
@@ -233,11 +139,12 @@ class _Attention(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, below: Callable[..., Six], *arguments: Any) -> Six:
-        """Call the operator of the next level down, residues included."""
+        """Call the operator of the next level down, with residuals kept."""
+        given, _ = Given.split(arguments)
         with _all_levels():
-            results = Results(*below(*arguments[:-1], True))
-        ctx.save_for_backward(*arguments[:8], *results)
-        ctx.scale, ctx.causal = arguments[8:10]
+            results = Results(*below(*given, True))
+        *tensors, ctx.scale, ctx.causal = given
+        ctx.save_for_backward(*tensors, *results)
         ctx.set_materialize_grads(False)
         constant = [] if any(ctx.needs_input_grad[1:4]) else [results.o]
         ctx.mark_non_differentiable(*constant, *results[2:])
@@ -251,8 +158,9 @@ class _Attention(_SingleLevelFunction):
             wanted[3:] = [False] * 3
         found: tuple[Tensor | None, ...] = (None,) * 6
         if any(wanted) and not (go is None and gdo is None):
-            saved = ctx.saved_tensors
-            found = BACKWARD(*saved[:8], ctx.scale, ctx.causal, *saved[8:], go, gdo, wanted)
+            q, k, v, dq, dk, dv, lengths, mask, *results = ctx.saved_tensors
+            given = Given(q, k, v, dq, dk, dv, lengths, mask, ctx.scale, ctx.causal)
+            found = BACKWARD(*given, *results, go, gdo, wanted)
             found = tuple(x if want else None for x, want in zip(found, wanted, strict=True))
         return None, *found, *(None,) * 5
 
@@ -275,7 +183,7 @@ class _Gradients(_SingleLevelFunction):
         )
 
 
-# Forward mode ----------------------------------------------------------------------------------------------------
+# Forward mode
 
 
 def _unpack(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Tensor | None]]:
@@ -284,7 +192,7 @@ def _unpack(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Tensor | None]]
     tangents: list[Tensor | None] = [None] * len(arguments)
     for i, x in enumerate(arguments):
         if isinstance(x, Tensor) and x.is_floating_point():
-            values[i], tangents[i] = unpack_dual(x, level=0)
+            values[i], tangents[i] = forward_ad.unpack_dual(x, level=0)
     return values, tangents
 
 
@@ -312,24 +220,27 @@ def _forward_derivatives(keys: Any, *arguments: Any) -> Six:
     values, tangents = _unpack(arguments)
     if not any(dx is not None for dx in tangents):
         return _record(_Attention, below, arguments)
-    if Given(*arguments[:10]).tangents is not None:
-        return _second(plain_forward, arguments)
-    o, do, o_low, do_low, lse, mu = _record(_Attention, below, (*values[:3], *tangents[:3], *values[6:]))
-    return make_dual(o, do, level=0), do, o_low, do_low, lse, mu
+    given, (keep,) = Given.split(tuple(values))
+    if given.has_tangent:
+        return _second(fallback.written_out, arguments)
+    dq, dk, dv, *_ = tangents
+    results = Results(*_record(_Attention, below, (*given._replace(dq=dq, dk=dk, dv=dv), keep)))
+    return results._replace(o=forward_ad.make_dual(results.o, results.do, level=0))
 
 
 def _backward_derivatives(keys: Any, *arguments: Any) -> Six:
     """Answer forward and reverse mode for the backward operator: both are second derivatives."""
     if any(dx is not None for dx in _unpack(arguments)[1]):
-        return _second(plain_backward, arguments)
+        return _second(fallback.gradients_written_out, arguments)
     return _record(_Gradients, _below(BACKWARD, keys), arguments)
 
 
-def _second(plain: Callable[..., Six], arguments: tuple[Any, ...]) -> Six:
+def _second(written_out: Callable[..., Sequence[Tensor]], arguments: tuple[Any, ...]) -> Six:
     """Let PyTorch differentiate plain PyTorch, which in torch.compile it cannot always do."""
     _log_once("the kernels know no forward mode around another derivative", logging.WARNING)
+    given, others = Given.split(arguments)
     try:
-        return plain(*arguments)
+        return tuple(written_out(given, *others))
     except RuntimeError as error:
         if "INTERNAL ASSERT FAILED" not in str(error):
             raise
@@ -338,7 +249,7 @@ def _second(plain: Callable[..., Six], arguments: tuple[Any, ...]) -> Six:
         ) from error
 
 
-# vmap ------------------------------------------------------------------------------------------------------------
+# vmap
 
 
 def _vmap(operator: Any) -> Callable[..., tuple[Six, tuple[int | None, ...]]]:
@@ -359,10 +270,10 @@ def _vmap(operator: Any) -> Callable[..., tuple[Six, tuple[int | None, ...]]]:
     return rule
 
 
-def _register(name: str, function: Callable[..., Six], shapes: Any, derivatives: Callable[..., Six]) -> Any:
-    """Define an operator by its kernels, its results' shapes and its derivatives."""
+def _register(name: str, arguments: str, function: Callable[..., Six], shapes: Any, derivatives: Any) -> Any:
+    """Define an operator by its arguments, its kernels, its results' shapes and its derivatives."""
     qualified = f"{LIBRARY.ns}::{name}"
-    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    LIBRARY.define(f"{name}({arguments}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
     operator = getattr(getattr(torch.ops, LIBRARY.ns), name).default
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     LIBRARY.impl(name, derivatives, "Autograd", with_keyset=True)
@@ -371,5 +282,5 @@ def _register(name: str, function: Callable[..., Six], shapes: Any, derivatives:
     return operator
 
 
-FORWARD = _register("forward", forward, _forward_shapes, _forward_derivatives)
-BACKWARD = _register("backward", backward, _backward_shapes, _backward_derivatives)
+FORWARD = _register("forward", FORWARD_ARGUMENTS, forward, _forward_shapes, _forward_derivatives)
+BACKWARD = _register("backward", BACKWARD_ARGUMENTS, backward, _backward_shapes, _backward_derivatives)

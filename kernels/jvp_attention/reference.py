@@ -83,8 +83,8 @@ def hidden_keys(rows: Tensor, keys: int, causal: bool, lengths: Tensor | None, m
     return functools.reduce(torch.logical_or, hidden) if hidden else None
 
 
-def softmax_of_seen(logits: Tensor, hidden: Tensor | None) -> Tensor:
-    """Return the softmax over the keys that are not hidden; zeros for a query that sees none."""
+def softmax_of_visible(logits: Tensor, hidden: Tensor | None) -> Tensor:
+    """Return the softmax over the keys that are visible; zeros for a query that sees none."""
     if hidden is None:
         return logits.softmax(-1)
     blind = hidden.all(-1, keepdim=True)
@@ -94,6 +94,6 @@ def softmax_of_seen(logits: Tensor, hidden: Tensor | None) -> Tensor:
 def _probabilities(
     q: Tensor, k: Tensor, scale: float, causal: bool, lengths: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    """Compute softmax(scale q k^T) [B, H, N, M] over the keys that are seen."""
+    """Compute softmax(scale q k^T) [B, H, N, M] over the visible keys."""
     rows = torch.arange(q.shape[2], device=q.device)
-    return softmax_of_seen((q @ k.mT) * scale, hidden_keys(rows, k.shape[2], causal, lengths, mask))
+    return softmax_of_visible((q @ k.mT) * scale, hidden_keys(rows, k.shape[2], causal, lengths, mask))

@@ -1,4 +1,4 @@
-"""What the kernels share: where a program works, how it reads and writes rows of a head, and row reductions.
+"""Functions that the kernels share: the tile of a program, reading and writing rows of a head, and row reductions.
 
 A tensor [B, H, rows, D] reaches a kernel as the tuple (pointer, stride of B, stride of H, stride of rows), strides in
 units of UNIT channels so that the compiler knows how they are aligned; channels lie side by side. Where a tile begins
@@ -21,7 +21,7 @@ def row_sum(x):
 
 @triton.jit
 def partial_sums(x):
-    """Eight sums per row of x [rows, columns], each over every eighth column: what one thread holds of a product."""
+    """Eight sums per row of x [rows, columns], each over every eighth column: what one thread holds of a matmul."""
     return tl.reduce(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1, tl.standard._sum_combine)
 
 
@@ -32,7 +32,7 @@ def row_max(x):
 
 
 @triton.jit
-def place(length, heads, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr):
+def tile_of_program(length, heads, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr):
     """Return the first row of this program's tile, its batch element and head, and the index of the two together.
 
     LAST_FIRST: programs that start first take the last tiles, which have the most to do if queries see keys up to
@@ -49,12 +49,12 @@ def place(length, heads, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def keys_seen(lengths, b, M):
-    """Return how many keys the queries of batch element b see: lengths[b], held to [0, M]; all M without lengths."""
-    seen = M
+def visible_keys(lengths, b, M):
+    """Return how many keys are visible in batch element b: lengths[b], held to [0, M]; all M without lengths."""
+    visible = M
     if lengths is not None:
-        seen = tl.minimum(tl.maximum(tl.load(lengths + b), 0), M).to(tl.int32)
-    return seen
+        visible = tl.minimum(tl.maximum(tl.load(lengths + b), 0), M).to(tl.int32)
+    return visible
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def store_numbers(x, value, head, start, length, SIZE: tl.constexpr):
 
 @triton.jit
 def load_mask(mask, b, h, start, length, at, others, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Load which of a tile [ROWS, COLUMNS] is seen, by mask (pointer, strides of B, H, rows, columns); none outside."""
+    """Load which pairs of a tile [ROWS, COLUMNS] are visible, by mask (pointer, four strides); outside of it none."""
     rows, columns = start + tl.arange(0, ROWS), at + tl.arange(0, COLUMNS)
     inside = (rows < length)[:, None] & (columns < others)[None, :]
     offsets = rows.to(tl.int64)[:, None] * mask[3] + columns.to(tl.int64)[None, :] * mask[4]
@@ -140,30 +140,30 @@ def load_mask(mask, b, h, start, length, at, others, ROWS: tl.constexpr, COLUMNS
 
 @triton.jit
 def keep_up_to(s, keys, last, needed):
-    """Logits s, -inf where a key's index exceeds the last that is seen; untouched, and fast, unless that is needed."""
+    """Logits s, -inf where a key's index exceeds the last visible one; untouched, and fast, unless that is needed."""
     if needed:
         s = tl.where(keys <= last, s, float("-inf"))
     return s
 
 
 @triton.jit
-def seen_tiles(tiles, b, h, start, SIZE: tl.constexpr):
-    """Find the row of `tiles` for this tile: the number of tiles of the other side that it sees, and which."""
+def visible_tiles(tiles, b, h, start, SIZE: tl.constexpr):
+    """Find the row of `tiles` for this tile: how many tiles of the other side are visible to it, and which."""
     return tiles[0] + b * tiles[1] + h * tiles[2] + (start // SIZE).to(tl.int64) * tiles[3]
 
 
 @triton.jit
-def seen_tiles_kernel(mask, tiles, heads, N, M, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """List for one tile of rows of a mask [.., N, M] the tiles of columns in which any pair is seen, in order.
+def visible_tiles_kernel(mask, tiles, heads, N, M, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """List for one tile of rows of a mask [.., N, M] the tiles of columns in which any pair is visible, in order.
 
     tiles is int32 [.., tiles of rows, 1 + tiles of columns]. Grid: tiles of rows x heads x batch of the mask.
     """
-    start, b, h, _ = place(N, heads, ROWS, False)
-    row = seen_tiles(tiles, b, h, start, ROWS)
+    start, b, h, _ = tile_of_program(N, heads, ROWS, False)
+    row = visible_tiles(tiles, b, h, start, ROWS)
     count = 0
     for at in range(0, M, COLUMNS):
-        seen = load_mask(mask, b, h, start, N, at, M, ROWS, COLUMNS).to(tl.int32)
-        if tl.reduce(row_max(seen), 0, tl.standard._elementwise_max) > 0:
+        visible = load_mask(mask, b, h, start, N, at, M, ROWS, COLUMNS).to(tl.int32)
+        if tl.reduce(row_max(visible), 0, tl.standard._elementwise_max) > 0:
             count += 1
             tl.store(row + count, at // COLUMNS)
     tl.store(row, count)

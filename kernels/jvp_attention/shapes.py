@@ -1,6 +1,6 @@
-"""Shapes of queries and keys, and the one check of them at the package's boundary."""
+"""The arguments of attention, their shapes, and the one check of them at the package's boundary."""
 
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,9 +9,44 @@ from torch import Tensor
 Queries: TypeAlias = Float[Tensor, "b h n d"]  # batch, heads, queries, channels of a head
 Keys: TypeAlias = Float[Tensor, "b g m d"]  # keys and values share their length; g divides h
 Lengths: TypeAlias = Int[Tensor, " b"]  # how many keys each batch element has
-Mask: TypeAlias = Bool[Tensor, "#b #h n m"]  # which keys a query sees
+Mask: TypeAlias = Bool[Tensor, "#b #h n m"]  # which keys are visible to a query
 
 LARGEST_HEAD = 256  # channels of a head
+
+
+class Given(NamedTuple):
+    """The arguments that every implementation of attention starts with; a tangent that is None is zero."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    lengths: Tensor | None
+    mask: Tensor | None
+    scale: float  # None, for 1/sqrt(D), before the check
+    causal: bool
+
+    @classmethod
+    def split(cls, arguments: tuple[Any, ...]) -> tuple["Given", tuple[Any, ...]]:
+        """Gather the arguments of an operator: these, and what follows them."""
+        count = len(cls._fields)
+        return cls(*arguments[:count]), arguments[count:]
+
+    @property
+    def has_tangent(self) -> bool:
+        """Return whether an input has a tangent, so that there is a JVP to compute."""
+        return self.dv is not None or self.logits_have_tangent
+
+    @property
+    def logits_have_tangent(self) -> bool:
+        """Return whether q or k has a tangent; with v's only, T, mu and U are zero."""
+        return self.dq is not None or self.dk is not None
+
+    def without_tangents(self) -> "Given":
+        """Return the same problem as ordinary attention."""
+        return self._replace(dq=None, dk=None, dv=None)
 
 
 def default_scale(q: Tensor, scale: float | None) -> float:
@@ -19,15 +54,7 @@ def default_scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tangents: tuple[Tensor | None, ...] = (),
-    scale: float | None = None,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> None:
+def check(given: Given) -> None:
     """Raise unless q is [B, H, N, D] and k and v are [B, G, M, D], G dividing H, of one dtype and device.
 
     Raises:
@@ -36,6 +63,7 @@ def check(
         ValueError: shapes that do not fit, no queries, keys or channels, or more than LARGEST_HEAD channels per head.
     """
     # in one expression each, because attention's time on the host is counted
+    q, k, v, *tangents = given[:6]
     (batch, heads, _, channels), (_, groups, _, _) = _four_axes(q, k, v)
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != channels or (heads % groups if groups else heads):
         raise ValueError(_misfit(q, k, v))
@@ -43,7 +71,7 @@ def check(
         raise ValueError(f"attention takes no empty axis but the batch's, got q {list(q.shape)} and k {list(k.shape)}")
     if channels > LARGEST_HEAD:
         raise ValueError(f"heads have at most {LARGEST_HEAD} channels, got {channels}")
-    for x, dx in zip((q, k, v), tangents, strict=False):
+    for x, dx in zip((q, k, v), tangents, strict=True):
         if dx is not None and dx.shape != x.shape:
             raise ValueError(f"a tangent must have its input's shape {list(x.shape)}, got {list(dx.shape)}")
     others = [k, v, *(dx for dx in tangents if dx is not None)]
@@ -53,15 +81,15 @@ def check(
         )
     if any(x.device != q.device for x in others):
         raise ValueError(f"attention takes inputs on one device, got {', '.join(str(x.device) for x in (q, *others))}")
-    if isinstance(scale, Tensor):
+    if isinstance(given.scale, Tensor):
         raise TypeError(
             "scale must be a number; a scale that is a tensor, and may have derivatives, is multiplied into q: "
             "attention(scale * q, k, v, scale=1.0)"
         )
-    if lengths is not None:
-        _check_lengths(q, lengths)
-    if mask is not None:
-        _check_mask(q, k, mask)
+    if given.lengths is not None:
+        _check_lengths(q, given.lengths)
+    if given.mask is not None:
+        _check_mask(q, k, given.mask)
 
 
 def _four_axes(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, torch.Size]:
@@ -94,7 +122,7 @@ def _check_mask(q: Tensor, k: Tensor, mask: Tensor) -> None:
     """Raise unless mask is boolean, [B or 1, H or 1, N, M], on q's device."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a boolean tensor, true where a query sees a key, got {found}")
+        raise TypeError(f"mask must be a boolean tensor, true where a key is visible to a query, got {found}")
     b, h, n, _ = q.shape
     m = k.shape[2]
     if mask.ndim != 4 or mask.shape[0] not in (1, b) or mask.shape[1] not in (1, h) or mask.shape[2:] != (n, m):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from clocks import count, machine_code
-from jvp_attention.shapes import LARGEST_HEAD
+from jvp_attention.shapes import LARGEST_HEAD, Given
 from jvp_attention.tile_sizes import Tiles
 
 SM = 90
@@ -45,17 +45,12 @@ def calls(d: int, dtype: torch.dtype, *, causal: bool = False, lengths: bool = F
     def rows() -> Tensor:
         return torch.empty(1, LENGTH, 16, d, dtype=dtype, device="meta").transpose(1, 2)
 
-    primals, tangents = (rows(), rows(), rows()), (rows(), rows(), rows())
-    options = (1.0, causal, torch.empty(1, dtype=torch.int32, device="meta") if lengths else None)
+    of_keys = torch.empty(1, dtype=torch.int32, device="meta") if lengths else None
+    dual = Given(rows(), rows(), rows(), rows(), rows(), rows(), of_keys, None, 1.0, causal)
     found = []
-    for given in (None, tangents):
-        first, (o, *rest) = launch.forward_calls(primals, given, *options)
-        saved = launch.Saved(o, rest[-1] if given is None else rest[3])
-        if given is not None:
-            do, o_low, do_low, lse, mu = rest
-            saved = launch.Saved(o, lse, do, o_low, do_low, mu)
-        gdo = None if given is None else rows()
-        found += first + launch.backward_calls(primals, given, saved, rows(), gdo, *options)[0]
+    for given, gdo in ((dual.without_tangents(), None), (dual, rows())):
+        first, results = launch.forward_calls(given)
+        found += first + launch.backward_calls(given, results, rows(), gdo)[0]
     return found
 
 

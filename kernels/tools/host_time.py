@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from jvp_attention import attention, dual_attention, operators
+from jvp_attention.shapes import Given
 
 SHAPE = (2, 4, 16, 64)
 
@@ -46,7 +47,7 @@ def host_times(repeats: int = 300) -> dict[str, float]:
     variables = [x.clone().requires_grad_() for x in plain]
 
     def bare(q: Any, k: Any, v: Any) -> Any:
-        return operators.FORWARD(q, k, v, None, None, None, None, None, 0.125, False, False)[0]
+        return operators.FORWARD(*Given(q, k, v, None, None, None, None, None, 0.125, False), False)[0]
 
     def jvp(function: Callable[..., Any], x: list[Any]) -> Any:
         return torch.func.jvp(function, tuple(x[:3]), tuple(x[3:]))

@@ -82,7 +82,7 @@ def guarded(device: str, monkeypatch: pytest.MonkeyPatch) -> "Iterator[GuardedOu
     guards = GuardedOutputs()
     monkeypatch.setattr(launch, "empty_rows", guards.rows)
     monkeypatch.setattr(launch, "empty_numbers", guards.numbers)
-    monkeypatch.setattr(launch, "empty_low", lambda x: guards.rows(x) if x.dtype.itemsize < 4 else torch.empty(0))
+    monkeypatch.setattr(launch, "empty_residual", lambda x: guards.rows(x) if x.dtype.itemsize < 4 else torch.empty(0))
     yield guards
     guards.check()
 

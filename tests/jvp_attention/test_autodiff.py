@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import jvp_attention
 from jvp_attention import reference
+from jvp_attention.shapes import Given
 from tests.attention_cases import TOLERANCE, Case
 
 FORWARD = ["forward"]
@@ -85,9 +86,9 @@ def test_without_a_gradient_no_residues_are_written(device, monkeypatch):
 
     kept, original = [], launch.forward_calls
 
-    def forward_calls(*given, keep):
+    def forward_calls(given, keep):
         kept.append(keep)
-        return original(*given, keep=keep)
+        return original(given, keep)
 
     monkeypatch.setattr(launch, "forward_calls", forward_calls)
     x = Case((1, 1, 5, 6, 16), torch.float16, device=device).tensors[:6]
@@ -113,7 +114,7 @@ def test_inputs_are_not_copied_where_channels_lie_side_by_side(device):
 
     qkv = torch.randn(2, 9, 3, 4, 16, device=device)  # as a linear layer makes them: [B, N, 3, H, D]
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    calls, _ = launch.forward_calls((q, k, v), (q, k, v), 1.0, False)
+    calls, _ = launch.forward_calls(Given(q, k, v, q, k, v, None, None, 1.0, False))
     assert [calls[0].arguments[name][0].data_ptr() for name in "qkv"] == [x.data_ptr() for x in (q, k, v)]
 
 

@@ -125,7 +125,7 @@ def test_the_rounding_residue_is_what_makes_row_sums_exact(device, monkeypatch):
 
     def forget(self, tiles):
         if self.kernel is backward.query_kernel:  # which makes the row sums
-            self = self._replace(arguments=self.arguments | {"o_low": None, "do_low": None})
+            self = self._replace(arguments=self.arguments | {"o_residual": None, "do_residual": None})
         original(self, tiles)
 
     monkeypatch.setattr(launch.Call, "launch", forget)

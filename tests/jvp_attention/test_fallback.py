@@ -36,8 +36,8 @@ def gradients(attention, x):
 @pytest.mark.slow
 def test_memory_grows_with_the_length_not_its_square(call, monkeypatch):
     """Four times as many queries and keys take four times the memory; the reference's sixteen times."""
-    monkeypatch.setattr(fallback, "LARGEST_CHUNK", 2**12)
-    short, long = ([torch.randn(1, 1, n, 8) for _ in range(8)] for n in (256, 1024))
+    monkeypatch.setattr(fallback, "CHUNK", 2**12)
+    short, long = ([torch.randn(1, 1, n, 8) for _ in range(8)] for n in (1024, 4096))
     ours, theirs = (
         [peak_memory(lambda a=a, x=x: call(a, x)) for x in (short, long)]
         for a in (jvp_attention.attention, reference.attention)
@@ -54,7 +54,8 @@ def test_memory_grows_with_the_length_not_its_square(call, monkeypatch):
 @pytest.mark.parametrize("gradients", [(True, True), (True, False), (False, True)])
 def test_any_chunk_gives_the_same(chunk, which, gradients, monkeypatch):
     """Of one query, of a few, of all; with any of the tangents and of the gradients."""
-    monkeypatch.setattr(fallback, "LARGEST_CHUNK", chunk)
+    monkeypatch.setattr(fallback, "CHUNK", chunk)
+    monkeypatch.setattr(fallback, "FEWEST_ROWS", 1)
     case = Case((2, 3, 6, 7, 4), torch.float64, True, 0.6, which, gradients, lengths=[5, 0])
     assert max(case.errors(case.results(jvp_attention.attention), cancelling=True)) < 1e-12
 

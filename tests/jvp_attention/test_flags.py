@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from jvp_attention.shapes import Given
 from tests.attention_cases import Case
 
 NAMES = ("gq", "gk", "gv", "gdq", "gdk", "gdv")
@@ -44,15 +45,18 @@ def found(tensors, tangents, gradients, scale, *, wanted=ALL, mask=None, causal=
     """The same of the kernels."""
     from jvp_attention import launch
 
-    q, k, v, dq, dk, dv, go, gdo = tensors
-    dx = tuple(x if there else None for x, there in zip((dq, dk, dv), tangents, strict=True))
+    *_, go, gdo = tensors
     go, gdo = (x if there else None for x, there in zip((go, gdo), gradients, strict=True))
-    o, do, o_low, do_low, lse, mu = launch.run(
-        launch.forward_calls((q, k, v), dx, scale, causal, lengths, mask, keep=keep)
-    )
-    saved = launch.Saved(o, lse, do, o_low, do_low, mu)
-    backward = launch.backward_calls((q, k, v), dx, saved, go, gdo, scale, causal, lengths, mask, wanted)
-    return [o, do, *launch.run(backward)]
+    given = a_problem(tensors, tangents, scale, lengths, mask, causal)
+    results = launch.run(launch.forward_calls(given, keep))
+    return [results.o, results.do, *launch.run(launch.backward_calls(given, results, go, gdo, wanted))]
+
+
+def a_problem(tensors, tangents=(True,) * 3, scale=1.0, lengths=None, mask=None, causal=False) -> Given:
+    """The problem without those tangents that are not there."""
+    q, k, v, *dx = tensors[:6]
+    dx = (x if there else None for x, there in zip(dx, tangents, strict=True))
+    return Given(q, k, v, *dx, lengths, mask, scale, causal)
 
 
 def near(found: list[Tensor | None], exact: list[Tensor | None], wanted=ALL) -> None:
@@ -97,15 +101,12 @@ def test_no_residues_without_gradients(device):
     """Where no gradient is wanted nothing is kept of what rounding took."""
     from jvp_attention import launch
 
-    *inputs, _, _ = Case((1, 1, 4, 5, 16), torch.float16, device=device).tensors
-    work = [
-        launch.forward_calls(tuple(inputs[:3]), tuple(inputs[3:]), 0.25, False, keep=keep) for keep in (True, False)
-    ]
-    (o, do, *low, lse, mu), (o_2, do_2, *no_low, lse_2, mu_2) = (launch.run(w) for w in work)
-    assert all(x.numel() == o.numel() for x in low)
-    assert all(x.numel() == 0 for x in no_low)
-    for a, b in ((o, o_2), (do, do_2), (lse, lse_2), (mu, mu_2)):
-        assert torch.equal(a, b)
+    given = a_problem(Case((1, 1, 4, 5, 16), torch.float16, device=device).tensors, scale=0.25)
+    results, fewer = (launch.run(launch.forward_calls(given, keep)) for keep in (True, False))
+    assert results.o_residual.numel() == results.do_residual.numel() == results.o.numel()
+    assert fewer.o_residual.numel() == fewer.do_residual.numel() == 0
+    for name in ("o", "do", "lse", "mu"):
+        assert torch.equal(getattr(results, name), getattr(fewer, name))
 
 
 def dots(monkeypatch, work) -> dict[str, int]:
@@ -151,9 +152,8 @@ def test_products_of_the_forward(device, small_tiles, monkeypatch, tangents, pro
     small_tiles(16, 16)
     from jvp_attention import launch
 
-    q, k, v, *dx = Case((1, 1, 16, 16, 16)).tensors[:6]
-    dx = tuple(x if there else None for x, there in zip(dx, tangents, strict=True))
-    assert dots(monkeypatch, launch.forward_calls((q, k, v), dx, 1.0, False)) == {"forward_dual": products}
+    given = a_problem(Case((1, 1, 16, 16, 16)).tensors, tangents)
+    assert dots(monkeypatch, launch.forward_calls(given)) == {"forward_dual": products}
 
 
 @pytest.mark.parametrize(("tangents", "gradients", "wanted", "products"), BACKWARD_PRODUCTS)
@@ -163,12 +163,10 @@ def test_products_of_the_backward(device, small_tiles, monkeypatch, tangents, gr
     small_tiles(16, 16)
     from jvp_attention import launch
 
-    q, k, v, *dx, go, gdo = Case((1, 1, 16, 16, 16)).tensors
-    dx = tuple(x if there else None for x, there in zip(dx, tangents, strict=True))
-    o, do, o_low, do_low, lse, mu = launch.run(launch.forward_calls((q, k, v), dx, 1.0, False))
-    saved = launch.Saved(o, lse, do, o_low, do_low, mu)
-    given = (go if gradients[0] else None, gdo)
-    work = launch.backward_calls((q, k, v), dx, saved, *given, 1.0, False, wanted=[bool(w) for w in wanted])
+    *tensors, go, gdo = Case((1, 1, 16, 16, 16)).tensors
+    given = a_problem(tensors, tangents)
+    results = launch.run(launch.forward_calls(given))
+    work = launch.backward_calls(given, results, go if gradients[0] else None, gdo, [bool(w) for w in wanted])
     assert sum(dots(monkeypatch, work).values()) == products
 
 
@@ -218,13 +216,11 @@ def test_tiles_that_see_nothing_are_passed_over(device, small_tiles, monkeypatch
     small_tiles(16, 16)
     from jvp_attention import launch
 
-    q, k, v, *dx, go, gdo = Case((1, 1, 48, 48, 16)).tensors
-    mask = a_mask("blocks", 1, 1, 48, 48)
-    forward = launch.forward_calls((q, k, v), tuple(dx), 1.0, False, mask=mask)
+    *tensors, go, gdo = Case((1, 1, 48, 48, 16)).tensors
+    given = a_problem(tensors, mask=a_mask("blocks", 1, 1, 48, 48))
+    forward = launch.forward_calls(given)
     assert dots(monkeypatch, forward) == {"forward_dual": 3 * 6}
-    o, do, o_low, do_low, lse, mu = forward[1]
-    saved = launch.Saved(o, lse, do, o_low, do_low, mu)
-    work = launch.backward_calls((q, k, v), tuple(dx), saved, go, gdo, 1.0, False, mask=mask)
+    work = launch.backward_calls(given, forward[1], go, gdo)
     assert dots(monkeypatch, work) == {"query_dual": 3 * 9, "key_dual": 3 * 12}
 
 

@@ -17,6 +17,7 @@ import torch
 import compile_report
 from compile_report import SHARED_KIB
 from jvp_attention import tile_sizes
+from jvp_attention.shapes import Given
 from jvp_attention.tile_sizes import Tiles, candidates
 
 PLAIN = {"forward", "query", "key"}
@@ -143,6 +144,7 @@ def test_what_does_not_fit_after_all_is_replaced(device, monkeypatch):
     from jvp_attention import launch
 
     q = torch.randn(1, 1, 20, 16, device=device)
+    given = Given(q, q, q, None, None, None, None, None, 0.25, False)
     tried, original = [], launch.Call.launch
 
     def too_large(self, tiles):
@@ -155,10 +157,10 @@ def test_what_does_not_fit_after_all_is_replaced(device, monkeypatch):
     monkeypatch.setattr(launch.Call, "launch", too_large)
     monkeypatch.setattr(launch, "_too_large", set())
     for _ in range(2):
-        o, _ = launch.run(launch.forward_calls((q, q, q), None, 0.25, False))
+        o, *_ = launch.run(launch.forward_calls(given))
     assert [tiles.queries for tiles in tried] == [32, 16, 16]
     torch.testing.assert_close(o, torch.nn.functional.scaled_dot_product_attention(q, q, q), rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(launch, "candidates", lambda *_: [Tiles(32, 16, 4, 1)])
     monkeypatch.setattr(launch, "_too_large", set())
     with pytest.raises(OutOfResources):
-        launch.run(launch.forward_calls((q, q, q), None, 0.25, False))
+        launch.run(launch.forward_calls(given))
