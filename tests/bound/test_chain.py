@@ -210,6 +210,21 @@ class Affine(nn.Module):
         return self.c * x + self.d + 0 * over(s, x)
 
 
+def test_the_loss_is_eq_9_written_by_hand():
+    """With F = c x + d the jump is straight, d/ds f = F; squared norms are sums over dimensions."""
+    c, d, t = 0.8, torch.tensor([0.2, 0.6], dtype=torch.float64), 0.7
+    x0, x1 = draws(make_distribution("moons"), 5)
+    s = time_grid(t, 0.5, 4)
+    noise = bound_paths.repaired(x1, len(s))
+    x_t, x_s = ((1 - r) * x0 + r * noise for r in (t, s[:, None, None]))  # [S, N, D]
+    F = c * x_t + d
+    landing = x_t + (s[:, None, None] - t) * F
+    jump, flow_matching = F - (c * landing + d), c * x_s + d - (noise - x0)
+    expected = jump.square().sum(2) + flow_matching.square().sum(2)
+    model = FlowMap(Affine(c, tuple(d.tolist())))
+    torch.testing.assert_close(bound_paths.tvm_loss(model, x0, noise, s), expected)
+
+
 @pytest.mark.parametrize(("c", "t"), [(0.8, 0.6), (-0.8, 1.0)], ids=["contracting", "expanding"])
 @pytest.mark.slow
 def test_gaussian_data_and_a_linear_network_have_closed_forms(c, t):
