@@ -476,7 +476,7 @@ SLOW = (
 )
 COMMANDS = {
     "tvm_ref.toy": ["--lr", "-1"],
-    "tvm_ref.toy.report.animation": ["nowhere"],
+    "tutorials.playground.animation": ["nowhere"],
     "tvm_ref.bound": ["nowhere"],
     "tvm_ref.experiments.compare": ["--steps", "0"],
     "tvm_ref.experiments.seeds": ["--points", "1"],

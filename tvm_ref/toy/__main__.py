@@ -8,7 +8,7 @@
     python -m tvm_ref.toy --dist moons --resume           go on after Ctrl-C, bit for bit
 
 Of a finished run:
-    python -m tvm_ref.toy.report.animation                a moving picture
+    python tutorials/playground/animation.py                a moving picture
     python -m tvm_ref.bound                               the Wasserstein bound
     python tutorials/playground/page.py                   a page to play with
 Of many:

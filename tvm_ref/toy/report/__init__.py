@@ -1,1 +1,1 @@
-"""The report of a run: metrics, pictures, an animation. Imported by the toy's command, bound and experiments."""
+"""The report of a run: metrics and pictures. Imported by the toy's command, bound and experiments."""

@@ -3,7 +3,8 @@ import torch
 from PIL import Image
 
 from tests.tutorials.playground.test_page import make_run
-from tvm_ref.toy.report import animation, plots
+from tutorials.playground import animation
+from tvm_ref.toy.report import plots
 from tvm_ref.toy.run import load_run
 
 

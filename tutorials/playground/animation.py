@@ -1,7 +1,7 @@
 """Animate a run: noise falling through the exact flow in many steps, next to one jump of the model to the same time.
 
-    python -m tvm_ref.toy.report.animation runs/toy/moons                      writes runs/toy/moons/animation.gif
-    python -m tvm_ref.toy.report.animation runs/toy/moons --out moons.gif
+    python tutorials/playground/animation.py runs/toy/moons                      writes runs/toy/moons/animation.gif
+    python tutorials/playground/animation.py runs/toy/moons --out moons.gif
 
 On the left every frame goes one step on from the frame before. On the right every frame is one single evaluation of the
 network, from the noise to the time s that the frame shows, and s sweeps from 1 to 0.
@@ -113,7 +113,7 @@ def animate(run: Path, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = OneLineParser("python -m tvm_ref.toy.report.animation", __doc__)
+    parser = OneLineParser("python tutorials/playground/animation.py", __doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--out", type=Path, help="file to write, replaced if it is there (default: RUN/animation.gif)")
     options = parser.parse_args(argv)
