@@ -111,7 +111,18 @@ def test_torchrun_finds_the_command_away_from_the_checkout(python, tmp_path):
 
 @pytest.mark.slow
 def test_a_step_and_a_sample_need_the_core_alone(python, tmp_path):
-    others = {"scipy", "ot", "matplotlib", "pytorch_optimizer", "psutil", "tqdm", "sklearn", "PIL", "torchvision"}
+    others = {
+        "triton",
+        "scipy",
+        "ot",
+        "matplotlib",
+        "pytorch_optimizer",
+        "psutil",
+        "tqdm",
+        "sklearn",
+        "PIL",
+        "torchvision",
+    }
     done = run(python, tmp_path, "-c", A_STEP % others)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "torch.Size([4, 2]) tensor(True)\n"
