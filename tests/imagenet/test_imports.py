@@ -11,6 +11,7 @@ import pytest
 from tests.imagenet.commands import status
 
 ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "imagenet" / "README.md", *(ROOT / "tutorials" / "site").glob("imagenet_*.md")]
 COMMANDS = ("train", "sample", "evaluate", "encode", "convert", "benchmark", "digit_seeds")
 OPTIONAL = ("torchvision", "timm", "diffusers", "torch_fidelity", "sklearn", "jvp_attention", "triton")
 SLOW = (
@@ -89,9 +90,9 @@ def test_a_library_that_is_not_there_ends_with_one_line(tmp_path, monkeypatch, c
 
 
 def commands_to_copy() -> list[str]:
-    """Of the README and of each script's first lines, without what is said about them."""
+    """Of the README, its pages and each script, without what is said about them."""
     texts = [
-        (ROOT / "imagenet" / "README.md").read_text(),
+        *(path.read_text() for path in PAGES),
         *(importlib.import_module(f"imagenet.{c}").__doc__ for c in COMMANDS),
     ]
     found = re.findall(r"imagenet/(\w+\.py(?: [^\n#`']+)?)", "\n".join(texts).replace("\\\n", ""))
@@ -104,3 +105,13 @@ def test_commands_to_copy_parse(command):
     module = importlib.import_module(f"imagenet.{name.removesuffix('.py')}")
     if "--help" not in options and hasattr(module, "parser"):
         module.parser().parse_args(options)
+
+
+def test_the_readme_is_short():
+    assert len(PAGES[0].read_text().split()) <= 900
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+def test_links_of_the_pages_exist(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
