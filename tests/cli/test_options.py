@@ -224,7 +224,7 @@ ToyNetwork.forward = forward
 command.run(lambda: command.main(["--steps", "3", "--out", "run"]))
 """
     (tmp_path / "edited.py").write_text(code)
-    done = subprocess.run([sys.executable, "edited.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "edited.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert f'File "{tmp_path}/edited.py", line 6, in forward' in done.stderr
     assert "--resume" in done.stderr.splitlines()[-1]
@@ -285,7 +285,7 @@ run(main)
         for expected in ("training\n", "noted\n"):
             assert process.stdout.readline() == expected
             process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err == "program: stopped; go on\n"
     assert out == ""

@@ -128,7 +128,7 @@ def test_a_signal_to_the_whole_group_spares_the_processes_that_read_ahead(tmp_pa
         time.sleep(0.05)
     time.sleep(1)
     os.killpg(process.pid, stop)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=300)
     assert process.returncode == 130, error[-2000:]
     assert "and saved" in out
     assert "Traceback" not in error
