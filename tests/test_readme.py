@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from tvm_ref.objectives import OBJECTIVES, PID
 from tvm_ref.toy import __main__ as toy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-ROOM = (ROOT / "tvm_ref" / "README.md").read_text()
+ROOM, TOY, FAMILY = ((ROOT / "tvm_ref" / room / "README.md").read_text() for room in ("", "toy", "objectives"))
 PAGES = [p for p in ROOT.rglob("README.md") if not {".venv", "runs", "build"} & {*p.relative_to(ROOT).parts}]
+PAGES += sorted((ROOT / "tutorials" / "site").glob("*.md"))
 
 
 def equation_table() -> list[tuple[str, str]]:
@@ -56,8 +58,9 @@ def test_every_function_of_the_equation_table_exists_and_cites_its_place(place, 
 
 
 def test_every_toy_command_of_the_readme_parses():
-    commands = re.findall(r"python -m tvm_ref\.toy ([^#\n`]*)", README + ROOM)
-    assert len(commands) >= 6
+    pages = "".join(page.read_text() for page in PAGES)
+    commands = re.findall(r"python -m tvm_ref\.toy ([^#\n`]*)", pages)
+    assert len(commands) >= 12
     for options in commands:
         if "--help" not in options:
             toy.parser().parse_args(options.split())
@@ -120,15 +123,29 @@ def test_own_points_are_sampled_in_their_units(tmp_path, monkeypatch):
     np.savetxt("points.csv", np.random.default_rng(0).normal([1e4, 0], 1, (50, 2)), delimiter=";")
     assert toy.main(["--data", "points.csv", "--steps", "3", "--width", "16", "--points", "20"]) == 0
     scope: dict[str, object] = {}
-    exec(ROOM.split("**Your own points**")[1].split("```python")[1].split("```")[0], scope)
+    exec(TOY.split("## Your own points")[1].split("```python")[1].split("```")[0], scope)
     assert scope["points"].shape == (1000, 2)
     assert abs(float(scope["points"][:, 0].median()) - 1e4) < 2
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.parent.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_and_pictures_exist(page):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [ROOM, TOY, FAMILY], ids=["tvm_ref", "toy", "objectives"])
+def test_a_room_s_page_is_short(page):
+    assert len(page.split()) <= 900
+
+
+def test_the_table_of_the_family_names_every_objective_and_its_settings():
+    rows = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in FAMILY.splitlines() if row.startswith("| `")]
+    settings = {row[0]: row[2].split(", ") for row in rows}
+    for key, kind in OBJECTIVES.items():
+        known = [name for name in inspect.signature(kind).parameters if name not in ("flow_map", "null_label")]
+        assert settings.pop(key) in (known or [""], ["as tvm"] * (kind is PID)), key
+    assert list(settings) == ["--objective"]  # the head
 
 
 def test_the_first_page_is_short():
