@@ -31,8 +31,9 @@ class jvp_ready(TorchFunctionMode):
 
     - `F.scaled_dot_product_attention` is answered by `attention`, inside nn.MultiheadAttention and
       nn.TransformerEncoderLayer too; with an additive mask or dropout by attention written out.
-    - `layer_norm`, `instance_norm`, `batch_norm` without running statistics and `linalg.solve`, whose gradient through
-      a JVP PyTorch gets wrong, and `glu` and `hardsigmoid`, which it refuses, are written out.
+    - `layer_norm`, `instance_norm`, `batch_norm` without running statistics, `linalg.solve`, `tensorsolve`, `det` and
+      `slogdet`, whose gradient through a JVP PyTorch gets wrong, and `glu` and `hardsigmoid`, which it refuses, are
+      written out.
     - Linear layers, convolutions and matrix products leave out the product with a tangent that is not there.
     - `torch.utils.checkpoint` recomputes the block's JVP.
 
@@ -103,6 +104,9 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
     F.instance_norm: rules.instance_norm,
     F.batch_norm: rules.batch_norm,
     torch.linalg.solve: rules.solve,
+    torch.linalg.tensorsolve: rules.tensorsolve,
+    **dict.fromkeys((torch.linalg.det, torch.det, torch.Tensor.det), rules.det),
+    **dict.fromkeys((torch.linalg.slogdet, torch.slogdet, torch.Tensor.slogdet), rules.slogdet),
     F.glu: rules.glu,
     F.hardsigmoid: rules.hardsigmoid,
     **{function: _with(rules.affine, function) for function in AFFINE},

@@ -2,9 +2,9 @@
 
 Each takes the arguments of the function that it stands in for. PyTorch's own rules fail in two ways:
 
-- `layer_norm`, `instance_norm`, `batch_norm` and `linalg.solve` have a tangent that reads results of the forward which
-  reverse mode takes for constants: value and tangent are right, the gradient through the tangent is wrong without a
-  word. Written out in functions whose rules are right, they are right at every order.
+- `layer_norm`, `instance_norm`, `batch_norm`, `linalg.solve`, `tensorsolve`, `det` and `slogdet` have a tangent that
+  reads results of the forward which reverse mode takes for constants: value and tangent are right, the gradient through
+  the tangent is wrong without a word. Written out in functions whose rules are right, they are right at every order.
 - A product of which only one factor has a tangent, such as a layer's input and its weights, is computed with the
   other's zero tangent, too: 3 products forward and 8 with the backward where 2 and 6 do.
 """
@@ -167,6 +167,32 @@ def solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:
     if B.ndim == 1 or (A.ndim - 1 == B.ndim and B.shape == A.shape[:-1]):  # what PyTorch takes for vectors
         return torch.linalg.lu_solve(LU, pivots, B[..., None], left=left)[..., 0]
     return torch.linalg.lu_solve(LU, pivots, B, left=left)
+
+
+def tensorsolve(A: Tensor, B: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Solve for X [A.shape[B.ndim:]] in tensordot(A, X, X.ndim) = B, as a matrix equation."""
+    if dims:
+        A = A.movedim(dims, tuple(range(-len(dims), 0)))
+    return solve(A.reshape(B.numel(), -1), B.flatten()).reshape(A.shape[B.ndim :])
+
+
+def det(A: Tensor) -> Tensor:
+    """Compute the determinant as the product of the LU decomposition's diagonal, and the sign of its swaps."""
+    diagonal, sign = _diagonal(A)
+    return sign * diagonal.prod(-1)
+
+
+def slogdet(A: Tensor) -> Any:
+    """Compute sign and logarithm of the determinant."""
+    diagonal, sign = _diagonal(A)
+    Result: Any = torch.return_types.linalg_slogdet  # type: ignore[attr-defined]
+    return Result((sign * diagonal.sgn().prod(-1), diagonal.abs().log().sum(-1)))
+
+
+def _diagonal(A: Tensor) -> tuple[Tensor, Tensor]:
+    LU, pivots = torch.linalg.lu_factor(A)
+    swaps = (pivots != torch.arange(1, A.shape[-1] + 1, device=A.device)).sum(-1)
+    return LU.diagonal(dim1=-2, dim2=-1), (1 - 2 * (swaps % 2)).to(A.dtype)
 
 
 def glu(input: Tensor, dim: int = -1) -> Tensor:

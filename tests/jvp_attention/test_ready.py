@@ -31,6 +31,16 @@ FUNCTIONS = {  # function, shapes of its inputs
     "solve-vector": (lambda A, B: torch.linalg.solve(A + 8 * torch.eye(4), B), [(4, 4), (4,)]),
     "solve-batch-of-vectors": (lambda A, B: torch.linalg.solve(A + 8 * torch.eye(4), B), [(2, 4, 4), (2, 4)]),
     "solve-right": (lambda A, B: torch.linalg.solve(A + 8 * torch.eye(4), B, left=False), [(4, 4), (2, 4)]),
+    "tensorsolve": (
+        lambda A, B: torch.linalg.tensorsolve((A + 8 * torch.eye(4)).view(2, 2, 1, 4), B),
+        [(4, 4), (2, 2)],
+    ),
+    "tensorsolve-dims": (
+        lambda A, B: torch.linalg.tensorsolve((A + 8 * torch.eye(4)).view(4, 2, 2).movedim(0, 1), B, dims=(0, 2)),
+        [(4, 4), (4,)],
+    ),
+    "det": (torch.linalg.det, [(2, 3, 3)]),
+    "slogdet": (lambda A: torch.slogdet(A).logabsdet + A.slogdet().sign, [(2, 3, 3)]),
     "glu": (F.glu, [(3, 8)]),
     "hardsigmoid": (F.hardsigmoid, [(3, 8)]),
     "linear": (F.linear, [(3, 2, 4), (5, 4), (5,)]),
@@ -63,7 +73,9 @@ def test_a_function_is_right_whichever_inputs_have_tangents(name):
         assert_right(function, inputs, (1,), mode=jvp_ready)
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "instance_norm", "batch_norm", "solve"])
+@pytest.mark.parametrize(
+    "name", ["layer_norm", "instance_norm", "batch_norm", "solve", "tensorsolve", "det", "slogdet"]
+)
 def test_differences_see_what_pytorch_gets_wrong(name):
     """When PyTorch's own rule is right, the mode need not answer any more."""
     function, shapes = FUNCTIONS[name]
