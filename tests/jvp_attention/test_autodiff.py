@@ -24,9 +24,6 @@ def case(device) -> Case:
     return Case((2, 2, 9, 12, 16), device=device)
 
 
-# How much is run and kept ----------------------------------------------------------------------------------------
-
-
 def test_a_plain_call_launches_plain_kernels_only(launches, case):
     q, k, v = (x.clone().requires_grad_() for x in case.tensors[:3])
     jvp_attention.attention(q, k, v).sum().backward()
@@ -51,7 +48,6 @@ def test_a_plain_call_keeps_no_more_than_ordinary_attention(case):
         ((False, False), DUAL_FORWARD),
     ],
 )
-@pytest.mark.slow
 def test_a_jvp_is_one_launch_and_its_gradient_one_set(launches, device, which, gradients, expected):
     case = Case((1, 2, 9, 12, 16), tangents=which, gradients=gradients, device=device)
     case.check(jvp_attention.attention)
@@ -142,9 +138,6 @@ def test_lengths_compile_without_a_break(launches, device, stopped, causal):
     torch.testing.assert_close(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
     assert all(x.isfinite().all() for x in results[0][0])
-
-
-# In company -----------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -323,9 +316,6 @@ def test_autocast_casts_the_inputs(launches, case):
     assert launches == DUAL_FORWARD * 2
     (o.sum() + do.sum()).backward()
     assert q.grad.dtype == torch.float32
-
-
-# Refused --------------------------------------------------------------------------------------------------------
 
 
 def second(call):

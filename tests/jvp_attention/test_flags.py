@@ -14,12 +14,12 @@ NAMES = ("gq", "gk", "gv", "gdq", "gdk", "gdv")
 ALL = (True,) * 6
 
 
-def reference(q, k, v, dq, dk, dv, scale, seen):
-    """Value and tangent in plain PyTorch; seen [B, H, N, M] of bool; heads of k and v are repeated. Absent are zero."""
+def reference(q, k, v, dq, dk, dv, scale, visible):
+    """Value and tangent in plain PyTorch, for visible [B, H, N, M] of bool. What is absent is zero."""
     group = q.shape[1] // k.shape[1]
     k, v, dk, dv = (x if x is None else x.repeat_interleave(group, 1) for x in (k, v, dk, dv))
-    s = (q @ k.mT * scale).masked_fill(~seen, -1e30)
-    p = s.softmax(-1) * seen
+    s = (q @ k.mT * scale).masked_fill(~visible, -1e30)
+    p = s.softmax(-1) * visible
     t = torch.zeros_like(s)
     if dq is not None:
         t = t + dq @ k.mT * scale
@@ -29,12 +29,12 @@ def reference(q, k, v, dq, dk, dv, scale, seen):
     return p @ v, do if dv is None else do + p @ dv
 
 
-def exact(tensors, tangents, gradients, scale, seen) -> list[Tensor | None]:
+def exact(tensors, tangents, gradients, scale, visible) -> list[Tensor | None]:
     """[o, do, gq, ..., gdv] in float64; None for the gradient of a tangent that is absent."""
     *inputs, go, gdo = (x.double().cpu() for x in tensors)
     inputs = [x.requires_grad_() for x in inputs]
     given = inputs[:3] + [x if there else None for x, there in zip(inputs[3:], tangents, strict=True)]
-    o, do = reference(*given, scale, seen)
+    o, do = reference(*given, scale, visible)
     loss = sum((x * g).sum() for x, g, there in zip((o, do), (go, gdo), gradients, strict=True) if there)
     variables = [x for x in given if x is not None]
     found = dict(zip(map(id, variables), torch.autograd.grad(loss, variables, allow_unused=True), strict=True))
@@ -69,18 +69,18 @@ def near(found: list[Tensor | None], exact: list[Tensor | None], wanted=ALL) -> 
         assert float((a.double().cpu() - b).norm()) <= 1e-5 * max(float(b.norm()), 0.1 * size * b.numel() ** 0.5)
 
 
+SLOW = pytest.mark.slow
 TANGENTS = [x for x in itertools.product([True, False], repeat=3) if any(x)]
 
 
 @pytest.mark.parametrize("tangents", TANGENTS)
-@pytest.mark.parametrize(("gradients", "split"), [((True, True), False), ((False, True), True)])
-@pytest.mark.slow
+@pytest.mark.parametrize(("gradients", "split"), [((True, True), False), pytest.param((False, True), True, marks=SLOW)])
 def test_tangents_that_are_absent(guarded, device, small_tiles, tangents, gradients, split):
     small_tiles(16, 32, split=split)
     case = Case((1, 1, 20, 37, 16), device=device)
-    seen = torch.ones(1, 1, 20, 37, dtype=torch.bool)
+    visible = torch.ones(1, 1, 20, 37, dtype=torch.bool)
     results = found(case.tensors, tangents, gradients, -0.3)
-    near(results, exact(case.tensors, tangents, gradients, -0.3, seen))
+    near(results, exact(case.tensors, tangents, gradients, -0.3, visible))
 
 
 WANTED = [ALL] + [tuple(i == j for j in range(6)) for i in range(6)]
@@ -88,13 +88,12 @@ WANTED += [(True, False, False) * 2, (False, True, True) * 2, (True, True, True,
 
 
 @pytest.mark.parametrize("wanted", WANTED, ids=lambda w: " ".join(n for n, x in zip(NAMES, w, strict=True) if x))
-@pytest.mark.slow
 def test_gradients_that_are_not_wanted(guarded, device, small_tiles, wanted):
     small_tiles(16, 16, split=wanted[1])
     case = Case((1, 1, 20, 18, 16), device=device)
-    seen = torch.ones(1, 1, 20, 18, dtype=torch.bool)
+    visible = torch.ones(1, 1, 20, 18, dtype=torch.bool)
     results = found(case.tensors, (True,) * 3, (True, True), 0.25, wanted=wanted)
-    near(results, exact(case.tensors, (True,) * 3, (True, True), 0.25, seen), wanted)
+    near(results, exact(case.tensors, (True,) * 3, (True, True), 0.25, visible), wanted)
 
 
 def test_no_residues_without_gradients(device):
@@ -170,6 +169,9 @@ def test_products_of_the_backward(device, small_tiles, monkeypatch, tangents, gr
     assert sum(dots(monkeypatch, work).values()) == products
 
 
+SHARED = [(True, False), (False, True)]  # by batch elements, by heads
+
+
 def a_mask(kind: str, b: int, h: int, n: int, m: int) -> Tensor:
     """[b, h, n, m] of bool: drawn; with whole tiles hidden; with rows and columns that see nothing."""
     mask = torch.rand(b, h, n, m, generator=torch.Generator().manual_seed(3)) < 0.5
@@ -183,9 +185,15 @@ def a_mask(kind: str, b: int, h: int, n: int, m: int) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("kind", ["drawn", "blocks", "rows"])
-@pytest.mark.parametrize(("shared", "split"), [((True, False), False), ((False, True), True)], ids=str)
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "shared", "split"),
+    [
+        ("rows", (False, True), True),
+        pytest.param("rows", (True, False), False, marks=SLOW),
+        *(pytest.param(kind, shared, shared[1], marks=SLOW) for kind in ("drawn", "blocks") for shared in SHARED),
+    ],
+    ids=str,
+)
 def test_masks(guarded, device, small_tiles, kind, shared, split):
     """[B or 1, H or 1, N, M]: pairs that are hidden have no part; a query that sees nothing gives zero."""
     small_tiles(16, 16, split=split)
@@ -203,10 +211,10 @@ def test_masks_with_lengths_and_causal_and_any_strides(guarded, device, small_ti
     case = Case((b, h, n, m, 16), device=device)
     mask = a_mask("drawn", 1, 1, m, n).mT.expand(b, h, n, m)
     lengths = torch.tensor([7, 35])
-    seen = mask & torch.ones(n, m, dtype=torch.bool).tril() & (torch.arange(m) < lengths[:, None])[:, None, None]
+    visible = mask & torch.ones(n, m, dtype=torch.bool).tril() & (torch.arange(m) < lengths[:, None])[:, None, None]
     options = {"mask": mask.to(device), "causal": True, "lengths": lengths.to(device)}
     results = found(case.tensors, (True,) * 3, (True, True), 0.25, **options)
-    near(results, exact(case.tensors, (True,) * 3, (True, True), 0.25, seen))
+    near(results, exact(case.tensors, (True,) * 3, (True, True), 0.25, visible))
 
 
 def test_tiles_that_see_nothing_are_passed_over(device, small_tiles, monkeypatch):
@@ -224,21 +232,21 @@ def test_tiles_that_see_nothing_are_passed_over(device, small_tiles, monkeypatch
     assert dots(monkeypatch, work) == {"query_dual": 3 * 9, "key_dual": 3 * 12}
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("group", [2, 3])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("group", "causal"), [(2, True), *(pytest.param(*x, marks=SLOW) for x in ((2, False), (3, True), (3, False)))]
+)
 def test_groups_of_heads_share_keys(guarded, device, small_tiles, group, causal):
     """Heads h of q meet head h // group of k and v, whose gradients are sums over the group."""
     small_tiles(16, 16, split=causal)
-    b = 4 - group
+    b = group - 1
     queries = Case((b, 2 * group, 20, 24, 16), device=device).tensors
     keys = Case((b, 2, 20, 24, 16), device=device, seed=1).tensors
     tensors = [keys[i] if i in (1, 2, 4, 5) else queries[i] for i in range(8)]
-    seen = torch.ones(20, 24, dtype=torch.bool)
-    seen = (seen.tril() if causal else seen).expand(b, 2 * group, 20, 24)
+    visible = torch.ones(20, 24, dtype=torch.bool)
+    visible = (visible.tril() if causal else visible).expand(b, 2 * group, 20, 24)
     lengths = torch.tensor([24] * b, device=device)
     results = found(tensors, (True,) * 3, (True, True), 0.25, causal=causal, lengths=lengths)
-    near(results, exact(tensors, (True,) * 3, (True, True), 0.25, seen))
+    near(results, exact(tensors, (True,) * 3, (True, True), 0.25, visible))
 
 
 @pytest.mark.slow
@@ -246,7 +254,7 @@ def test_negative_and_zero_scales_with_hidden_keys(device, small_tiles):
     """Zero times the infinity of a hidden key would be NaN."""
     small_tiles(16, 16)
     case = Case((1, 1, 20, 20, 16), device=device)
-    seen = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
+    visible = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     for scale in (0.0, -1.0, math.pi):
         results = found(case.tensors, (True,) * 3, (True, True), scale, causal=True)
-        near(results, exact(case.tensors, (True,) * 3, (True, True), scale, seen))
+        near(results, exact(case.tensors, (True,) * 3, (True, True), scale, visible))

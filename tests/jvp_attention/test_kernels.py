@@ -27,6 +27,17 @@ KINDS += [
 ]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "causal", "split", "lengths"),
+    [(torch.float32, False, False, None), (torch.float32, True, True, [5, 36]), (torch.float16, False, True, None)],
+    ids=str,
+)
+def test_every_kernel_in_the_small(guarded, device, small_tiles, dtype, causal, split, lengths):
+    """Outputs and all six gradients, several tiles each way, with lengths and without."""
+    small_tiles(16, 32, split=split)
+    Case((2, 1, 20, 36, 24), dtype, causal, lengths=lengths, device=device).check(jvp_attention.attention)
+
+
 @pytest.mark.parametrize(("dtype", "causal"), KINDS, ids=str)
 @pytest.mark.parametrize(
     ("n", "m", "d"), [(1, 1, 16), (33, 100, 60), (63, 31, 64), (100, 33, 72), (65, 64, 80), (70, 40, 96), (64, 96, 128)]
