@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from tvm_ref.bound.chain import LABELS, TERMS, Bound, assemble, in_float64, lipschitz, solver_error
+from tvm_ref.bound.chain import LABELS, TERMS, Bound, assemble, lipschitz, rms
 from tvm_ref.bound.measuring import Measuring, require_covered, to_json
-from tvm_ref.bound.paths import follow, loss_and_minimum
+from tvm_ref.bound.paths import follow, in_float64, loss_and_minimum, solver_error
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, given, run
@@ -104,7 +104,7 @@ def measure_with_progress(finished: Finished, measuring: Measuring) -> Bound:
         for seed in range(PAIRINGS):
             losses.append(loss_and_minimum(flow, distribution, draws, s, seed))
             bar.update()
-    return assemble(paths, L, losses, solver_error(distribution, paths, scale, draws.condition))
+    return assemble(paths, L, losses, rms(solver_error(distribution, paths, scale, draws.condition)))
 
 
 def against_data(bound: Bound, distribution: GaussianMixture) -> tuple[float, float, float]:

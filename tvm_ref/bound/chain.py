@@ -32,13 +32,12 @@ any grid, not only in the limit.
 L is the largest Jacobian norm over visited points: an estimate from below of the field's Lipschitz constant.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tvm_ref.bound.lipschitz import largest_on_segments
 from tvm_ref.bound.paths import (
@@ -48,14 +47,15 @@ from tvm_ref.bound.paths import (
     displacement_error,
     flow_matching_residual,
     follow,
+    in_float64,
     integral,
     loss_and_minimum,
     norms,
     running_integral,
+    solver_error,
     terminal_velocity_residual,
 )
 from tvm_ref.distances import wasserstein2
-from tvm_ref.exact_flow import exact_path
 from tvm_ref.flow_map import Flow
 from tvm_ref.guidance import Condition
 
@@ -288,11 +288,6 @@ def measured_terms(paths: Paths, lipschitz: Tensor) -> tuple[dict[str, float], d
     return values, errors, medians
 
 
-def in_float64(model: Flow) -> Flow:
-    """Copy a network in float64, so that differences between paths are not those of rounding; leave other flows."""
-    return copy.deepcopy(model).double().requires_grad_(False) if isinstance(model, nn.Module) else model
-
-
 def measure(model: Flow, oracle: Flow, draws: Draws, s: Tensor, scale: float, pairings: int = 1) -> Bound:
     """Measure the whole chain for a jump of the model from time t = s[-1] to 0.
 
@@ -311,20 +306,17 @@ def measure(model: Flow, oracle: Flow, draws: Draws, s: Tensor, scale: float, pa
     paths = follow(model, oracle, draws.at(s[-1]), s, scale, draws.condition)
     L = lipschitz(model, paths, draws.condition)
     losses = [loss_and_minimum(model, oracle, draws, s, seed) for seed in range(pairings)]
-    return assemble(paths, L, losses, solver_error(oracle, paths, scale, draws.condition))
+    return assemble(paths, L, losses, rms(solver_error(oracle, paths, scale, draws.condition)))
 
 
-def solver_error(oracle: Flow, paths: Paths, scale: float, condition: Condition | None) -> float:
-    """Return the RMS change of Y_0 when the exact flow is solved in half as many steps."""
-    coarse = exact_path(oracle, paths.y[-1], paths.s[::2], scale, condition)[0]
-    return rms((coarse - paths.y[0]).flatten(1).norm(dim=1))
+def assemble(paths: Paths, L: Tensor, losses: Sequence[tuple[Tensor, Tensor]], error: float) -> Bound:
+    """Put the chain together from paths, L(s) [S], and (loss, minimum) [S, N] of each pairing of data with noise.
 
-
-def assemble(paths: Paths, L: Tensor, losses: Sequence[tuple[Tensor, Tensor]], solver_error: float) -> Bound:
-    """Put the chain together from paths, L(s) [S], and (loss, minimum) [S, N] of each pairing of data with noise."""
+    `error` is the RMS of solver_error.
+    """
     s, t = paths.s, float(paths.s[-1])
     values, errors, medians = measured_terms(paths, L)
-    errors["displacement"] = errors["w2"] = solver_error  # a shift of Y_0 moves both by no more
+    errors["displacement"] = errors["w2"] = error  # a shift of Y_0 moves both by no more
     loss, minimum = (torch.stack(column).mean(0) for column in zip(*losses, strict=True))
     excess, weight = loss - minimum, log_lambda(L, s)  # the same draws, so that most of their noise cancels
     values["global_from_loss"] = weighted_root(weight, excess.mean(1), s)

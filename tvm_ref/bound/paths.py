@@ -1,17 +1,18 @@
 """The parts of the Wasserstein bound: the model's path and the exact one, their residuals, the loss, integrals."""
 
+import copy
 import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tvm_ref.exact_flow import exact_path
 from tvm_ref.flow_map import Flow
 from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import conditional_velocity, interpolate
 from tvm_ref.objectives import TVM
-from tvm_ref.shapes import Sample, Time
+from tvm_ref.shapes import PerSample, Sample, Time
 from tvm_ref.time_samplers import Times
 
 STEPS = 128  # intervals of the time grid
@@ -118,6 +119,11 @@ def follow(
     return Paths(s, *(torch.stack(column).detach() for column in zip(*rows, strict=True)))
 
 
+def in_float64(model: Flow) -> Flow:
+    """Copy a network in float64, so that differences between paths are not those of rounding; leave other flows."""
+    return copy.deepcopy(model).double().requires_grad_(False) if isinstance(model, nn.Module) else model
+
+
 def norms(a: Tensor) -> Tensor:
     """Take the norm ||a|| of every sample at every time: [S, N, ...] to [S, N]."""
     return a.flatten(2).norm(dim=2)
@@ -136,6 +142,12 @@ def terminal_velocity_residual(paths: Paths) -> Tensor:
 def flow_matching_residual(paths: Paths) -> Tensor:
     """Return b(s) = ||u_theta(Y_s, s) - u(Y_s, s)|| [S, N] (the second term of eq. 9, less its minimum)."""
     return norms(paths.u_y - paths.exact)
+
+
+def solver_error(oracle: Flow, paths: Paths, scale: float, condition: Condition | None) -> PerSample:
+    """Return how far Y_0 moves [N] when the exact flow is solved in half as many steps."""
+    coarse = exact_path(oracle, paths.y[-1], paths.s[::2], scale, condition)[0]
+    return (coarse - paths.y[0]).flatten(1).norm(dim=1)
 
 
 def repaired(x1: Sample, times: int, seed: int = 0) -> Tensor:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,14 @@ def gaussian_average_velocity_ds(t: Time, s: Time) -> Time:
     std_t, std_s = std(t), std(s)
     scale = 2 / (std_t * (std_s + std_t))  # c = scale (s + t - 1)
     return scale * (1 - (s + t - 1) * (2 * s - 1) / (std_s * (std_s + std_t)))
+
+
+class Parts(NamedTuple):
+    """The parts that F is put together from: -m + c(t, s) (x - (1 - t) m) [B, D], 2 - s - t [B, 1], and the MLP's input h."""
+
+    gaussian: Tensor
+    fade: Tensor
+    h: Tensor
 
 
 class ToyNetwork(nn.Module):
@@ -82,17 +91,15 @@ class ToyNetwork(nn.Module):
             raise ValueError("a condition goes with a network that has classes, and only with it")
         if has_tangent(s) and not has_tangent(x) and not has_tangent(t):  # a JVP in s only, as TVM's
             s, ds = forward_ad.unpack_dual(s)
-            parts = self._with_tangents(*self._parts(x, t, s, condition), x, t, s, ds, condition)
+            gaussian, fade, h = self._with_tangents(self._parts(x, t, s, condition), x, t, s, ds, condition)
         else:
-            parts = self._parts(x, t, s, condition)
-        gaussian, fade, h = parts
+            gaussian, fade, h = self._parts(x, t, s, condition)
         for layer in self.hidden:
-            h = nn.functional.gelu(layer(h))
+            h = nn.functional.gelu(layer(h))  # smooth, as the loss holds a derivative of the network
         return gaussian + fade * self.output(h)  # F = [-m + c (x - (1 - t) m)] + (2 - s - t) MLP(h)
 
-    def _parts(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return -m + c(t, s) (x - (1 - t) m) [B, D], 2 - s - t [B, 1], and the MLP's input h."""
-        z = x / over(std(t), x)
+    def _parts(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Parts:
+        z = x / over(std(t), x)  # of variance 1 at every time, so that one set of frequencies suits all
         angle_z, angle_t, angle_g = (
             z @ self.projection, over(t, x) * self.frequencies, over(t - s, x) * self.frequencies
         )  # fmt: skip
@@ -103,7 +110,7 @@ class ToyNetwork(nn.Module):
         gaussian = over(gaussian_average_velocity(t, s), x) * self._centred(x, t, condition)
         if condition is not None and self.means is not None:
             gaussian = gaussian - self.means(condition.label)
-        return gaussian, over(2 - s - t, x), h
+        return Parts(gaussian, over(2 - s - t, x), h)
 
     def _centred(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
         """Return x - (1 - t) m [B, D]."""
@@ -112,21 +119,18 @@ class ToyNetwork(nn.Module):
         return x - over(1 - t, x) * self.means(condition.label)
 
     def _with_tangents(
-        self, gaussian: Tensor, fade: Tensor, h: Tensor, x: Tensor, t: Tensor, s: Tensor, ds: Tensor,
-        condition: Condition | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self, parts: Parts, x: Tensor, t: Tensor, s: Tensor, ds: Tensor, condition: Condition | None
+    ) -> Parts:
         """Give what _parts returned the tangents that PyTorch would find, from the few functions of s that there are.
 
         They change nothing but the time that a step of TVM takes (tvm_ref.layers says why).
         """
+        h = parts.h
         sin_g, cos_g = h[:, -2 * FREQUENCIES :].chunk(2, dim=-1)
         rate = -over(ds, x) * self.frequencies  # d angle_g, angle_g = (t - s) frequencies
         constant = h.new_zeros(len(h), h.shape[1] - 2 * FREQUENCIES)
         dh = torch.cat([constant, rate * cos_g, -rate * sin_g], dim=-1)
         d_gaussian = over(gaussian_average_velocity_ds(t, s) * ds, x) * self._centred(x, t, condition)
         d_fade = -over(ds, x)
-        return (
-            forward_ad.make_dual(gaussian, d_gaussian),
-            forward_ad.make_dual(fade, d_fade),
-            forward_ad.make_dual(h, dh),
-        )
+        tangents = (d_gaussian, d_fade, dh)
+        return Parts(*(forward_ad.make_dual(a, tangent) for a, tangent in zip(parts, tangents, strict=True)))
