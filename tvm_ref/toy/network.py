@@ -40,7 +40,7 @@ def gaussian_average_velocity_ds(t: Time, s: Time) -> Time:
 
 
 class Parts(NamedTuple):
-    """The parts that F is put together from: -m + c(t, s) (x - (1 - t) m) [B, D], 2 - s - t [B, 1], and the MLP's input h."""
+    """Parts of F: -m + c(t, s) (x - (1 - t) m) [B, D], 2 - s - t [B, 1], and the MLP's input h."""
 
     gaussian: Tensor
     fade: Tensor
