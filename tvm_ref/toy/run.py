@@ -171,8 +171,9 @@ class Run:
     def write_weights(self) -> None:
         """Write the evaluation weights, and the units of the data, as weights.safetensors."""
         weights = {name: a.cpu().contiguous() for name, a in self.training.ema.module.network.state_dict().items()}
-        metadata = {"format": str(FORMAT)} | units_of(self.distribution).metadata()
-        write_atomically(self.path(WEIGHTS), save(weights, metadata))
+        known = {"format": FORMAT, "units": dataclasses.asdict(units_of(self.distribution))}
+        # one entry, as safetensors writes several in an order of chance, and equal runs give equal files
+        write_atomically(self.path(WEIGHTS), save(weights, {"toy": json.dumps(known)}))
 
 
 def read_config(folder: Path) -> ToyConfig:
@@ -244,12 +245,12 @@ def load_model(folder: Path | str) -> tuple[ToyConfig, FlowMap, Units]:
     model = FlowMap(network, scaled=config.guided)
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
-            metadata = file.metadata() or {}
             model.network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            units, version = Units.from_metadata(metadata), int(metadata.get("format", 0))
+            known = json.loads((file.metadata() or {}).get("toy", "{}"))
+            units = Units(**{name: tuple(values) for name, values in known.get("units", {}).items()})
     except (SafetensorError, RuntimeError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{folder / WEIGHTS} is damaged: {first_line(error)}") from None
-    require_known_format(folder / WEIGHTS, version)
+    require_known_format(folder / WEIGHTS, known.get("format", 0))
     return config, model.requires_grad_(False), units
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tvm_ref.toy.data.points import MAX_CENTRES, OwnPoints, Units, far_points, likely_bandwidth, load_points
+from tvm_ref.toy.data.distributions import make_distribution
+from tvm_ref.toy.data.points import MAX_CENTRES, OwnPoints, far_points, likely_bandwidth, load_points, units_of
 
 
 @pytest.fixture
@@ -42,13 +43,11 @@ def test_units_lead_back_to_the_points(points, bandwidth):
     deviation = points.std(0, correction=0)
     assert (((samples.mean(0) - points.mean(0)) / deviation).abs() < 0.05).all()
     torch.testing.assert_close(samples.std(0), deviation / math.sqrt(1 - bandwidth**2), rtol=0.03, atol=0)
-    again = Units.from_metadata(oracle.units.metadata())
-    assert again == oracle.units  # to the last bit
 
 
-def test_units_that_are_not_stored_are_the_standardised_ones():
+def test_units_of_other_distributions_are_the_standardised_ones():
     x = torch.randn(5, 2, dtype=torch.float64)
-    assert torch.equal(Units.from_metadata({}).restore(x), x)
+    assert torch.equal(units_of(make_distribution("moons")).restore(x), x)
 
 
 def test_outliers_are_found_farthest_first_and_told(points):

@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from tutorials.playground import page as command
 from tvm_ref.flow_map import FlowMap
@@ -15,7 +14,6 @@ from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.sampling import EulerStep, sample_path
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.data.distributions import make_distribution
-from tvm_ref.toy.data.points import units_of
 from tvm_ref.toy.run import Run, add_snapshot, load_snapshots, snapshot_steps
 
 OWN_POINTS = "x,y\n" + "".join(f"{np.cos(a):.4f},{np.sin(2 * a):.4f}\n" for a in np.linspace(0, 6, 40))
@@ -31,7 +29,7 @@ def make_run(folder, **options):
         add_snapshot(folder, step, network.state_dict())
         for p in network.parameters():
             torch.nn.init.normal_(p, std=0.1 + 0.9 / p.shape[-1] ** 0.5)
-    save_file(network.state_dict(), folder / "weights.safetensors", units_of(run.distribution).metadata())
+    run.write_weights()
     return folder
 
 

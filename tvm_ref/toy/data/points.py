@@ -1,9 +1,7 @@
 """Your own points as a distribution: a Gaussian around each, standardised, and the units that they came in."""
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +43,6 @@ class Units:
     def standardise(self, points: Sample) -> Sample:
         """Turn points in the data's own units [N, D] into standardised ones [N, D] (float64)."""
         return (points.double() - self._tensor(self.mean)) / self._tensor(self.scale)
-
-    def metadata(self) -> dict[str, str]:
-        """Write it as the metadata of a safetensors file, to the last bit."""
-        return {"units": json.dumps(asdict(self))}
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> "Units":
-        """Read what `metadata` wrote; without it, data are their own standardised units.
-
-        Raises:
-            ValueError: metadata that are damaged.
-        """
-        return cls(**{name: tuple(values) for name, values in json.loads(metadata.get("units", "{}")).items()})
 
     def _tensor(self, numbers: tuple[float, ...]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64)
