@@ -15,6 +15,7 @@ from tvm_ref.toy import __main__ as toy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "tutorials" / "site" / "own_network.md").read_text()
 ROOM, TOY, FAMILY = ((ROOT / "tvm_ref" / room / "README.md").read_text() for room in ("", "toy", "objectives"))
 PAGES = [p for p in ROOT.rglob("README.md") if not {".venv", "runs", "build"} & {*p.relative_to(ROOT).parts}]
 PAGES += sorted((ROOT / "tutorials" / "site").glob("*.md"))
@@ -89,20 +90,20 @@ class Network(torch.nn.Module):
         return self.layer(x * (1 + t - s)[:, None, None, None])
 
 
-def snippet(opening: str) -> str:
-    """The first block of Python after some words of the README."""
-    return README.split(opening)[1].split("```python")[1].split("```")[0]
+def snippet(opening: str, page: str = README) -> str:
+    """The first block of Python after some words of a page."""
+    return page.split(opening)[1].split("```python")[1].split("```")[0]
 
 
 @pytest.mark.parametrize("classes", [False, True])
 def test_the_training_loop_runs(classes):
-    """The README's own loops, as printed, on two batches of random images and a network of one layer."""
+    """The loops of the README and of the guide, as printed, on two batches of random images and a network of one layer."""
     network = Network()
     before = network.layer.weight.detach().clone()
     x0 = torch.randn(2, 4, 3, 8, 8)
     batches = zip(x0, torch.arange(8).view(2, 4), strict=True) if classes else x0
     scope = {"network": network, "batches": batches}
-    exec(snippet("With classes 0 to C - 1" if classes else "## In your own training loop"), scope)
+    exec(snippet("## Classes and guidance", GUIDE) if classes else snippet("## In your own training loop"), scope)
     assert scope["images"].shape == (64, 3, 32, 32)
     assert not torch.equal(network.layer.weight, before)
 
@@ -134,7 +135,7 @@ def test_links_and_pictures_exist(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", [ROOM, TOY, FAMILY], ids=["tvm_ref", "toy", "objectives"])
+@pytest.mark.parametrize("page", [README, ROOM, TOY, FAMILY], ids=["first", "tvm_ref", "toy", "objectives"])
 def test_a_room_s_page_is_short(page):
     assert len(page.split()) <= 900
 
