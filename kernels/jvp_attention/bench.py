@@ -8,8 +8,8 @@ Sizes are those of the paper's table 5 (B 1, H 1 and 24, N 128 to 32768, D 128) 
 18 heads of 64 channels and 16 of 72). Implementations: ours, plain PyTorch attention under torch.func.jvp,
 jvp_flash_attention if it is installed, and the official kernels. Each is first compared with float64 on the same
 inputs; a pass whose value, tangent or gradients are wrong is not timed. Times are medians; memory is the peak above the
-inputs; rates count for everyone the products that ours takes up to 64 channels (6 forward, 21 backward; a backward in
-one pass could do with 15), as a share of the rate of a large matrix product measured in the same run.
+inputs; rates count for everyone the matmuls that ours takes up to 64 channels (6 forward, 21 backward; a backward in
+one pass could do with 15), as a share of the rate of a large matmul measured in the same run.
 """
 
 import argparse
@@ -33,7 +33,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Tensors = tuple[Tensor, ...]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}  # relative error, Frobenius norm
-PRODUCTS = {"forward": 6, "backward": 21, "both": 27}
+MATMULS = {"forward": 6, "backward": 21, "both": 27}
 RESULTS = {"forward": ("o", "do"), "backward": ("gq", "gk", "gv", "gdq", "gdk", "gdv")}
 LONGEST_CHECK = 8192  # rows that are compared with float64, whose N x N matrices must fit
 
@@ -48,7 +48,7 @@ class Size(NamedTuple):
 
     def flops(self, passes: str) -> float:
         """Operations of "forward", "backward" or "both" passes."""
-        return PRODUCTS[passes] * 2.0 * self.batch * self.heads * self.length**2 * self.channels
+        return MATMULS[passes] * 2.0 * self.batch * self.heads * self.length**2 * self.channels
 
     def inputs(self, device: str, dtype: torch.dtype) -> list[Tensor]:
         """Random q, k, v, dq, dk, dv, and gradients of o and do."""
@@ -143,7 +143,7 @@ def measure(function: Attention, size: Size, dtype: torch.dtype, *, backward: bo
 
 
 def matmul_rate(dtype: torch.dtype, n: int = 8192) -> float:
-    """TFLOP/s of a large matrix product."""
+    """TFLOP/s of a large matmul."""
     from triton.testing import do_bench
 
     a, b = torch.randn(2, n, n, dtype=dtype, device="cuda")
@@ -165,7 +165,7 @@ def row(name: str, size: Size, function: Attention, dtype: torch.dtype) -> dict[
 
 
 def table(rows: list[dict[str, Any]], rate: float) -> str:
-    """Format the report as text; shares of the rate of a matrix product in TFLOP/s."""
+    """Format the report as text; shares of the rate of a matmul in TFLOP/s."""
     lines = [
         f"{'B':>3} {'H':>3} {'N':>6} {'D':>4}  {'':<20} {'forward':>10} {'share':>6} {'backward':>10} {'share':>6} "
         f"{'both':>10} {'peak':>10}"
@@ -186,7 +186,7 @@ def speedups(rows: list[dict[str, Any]]) -> str:
     timed = {(r["name"], *(r[k] for k in Size._fields)): r for r in rows}
     lines = []
     for name in dict.fromkeys(r["name"] for r in rows if r["name"] != "ours"):
-        for passes in PRODUCTS:
+        for passes in MATMULS:
             pairs = [(timed["ours", *k[1:]], r) for k, r in timed.items() if k[0] == name]
             ratios = [theirs[passes] / ours[passes] for ours, theirs in pairs if passes in ours and passes in theirs]
             if ratios:

@@ -96,7 +96,7 @@ SMALL: Table = {
 
 
 def _float32(sizes: dict[int, int], of_duals: dict[int, int]) -> Table:
-    """Tiles for float32, twice the memory and three products for one: 16 streamed past as many as fit the channels.
+    """Tiles for float32, twice the memory and three matmuls for one: 16 streamed past as many as fit the channels.
 
     Derivatives of more than 64 channels need more registers than there are. At its usual effort ptxas then gives up,
     uses 32 and spills 6 to 15 KB; with less it uses 255 and spills 0.2 to 1.3 KB, at half the clocks.
@@ -118,7 +118,7 @@ for _table in (LARGE_FLOAT32, SMALL_FLOAT32):  # here more keys fit: two thirds 
     _table["forward_dual"][128] = [Tiles(16, 32, 4, 1, 1)]
 
 LARGE_KIB, SMALL_KIB = 227, 99  # of shared memory per block that the tables fit
-SMALLEST_CHANNELS = 16  # of a matrix product in a kernel
+SMALLEST_CHANNELS = 16  # of a matmul in a kernel
 LARGEST_TILE = 128  # rows
 SHORT = 1024  # rows: up to here the room for a second block on a multiprocessor counts for more than large tiles
 

@@ -74,7 +74,7 @@ def machine_code(cubin: bytes) -> str:
 
 
 def inner_loop(code: str) -> list[tuple[str, str]]:
-    """Find the instructions, as (name, operands), of the innermost loop with the most matrix products."""
+    """Find the instructions, as (name, operands), of the innermost loop with the most matmuls."""
     instructions: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []

@@ -6,7 +6,7 @@
     python kernels/tools/compile_report.py --clocks              # and a static roofline, see clocks.py
     python kernels/tools/compile_report.py --arch 80 89 120      # other cards than an H100 (90)
 
-Prints, per kernel: products of matrices per pair of tiles, registers per thread (255 is the most), bytes of stack per
+Prints, per kernel: matmuls per pair of tiles, registers per thread (255 is the most), bytes of stack per
 thread (registers that were spilled lie there), shared memory (the most is 227 KiB on sm_90 and sm_100, 163 on sm_80, 99
 on sm_86, sm_89 and sm_120) and instructions for Hopper's matrix units (none for float32, which runs without). With
 --clocks also clocks of a multiprocessor per 128 queries and 128 keys. Takes seconds per kernel.
@@ -117,7 +117,7 @@ def report(call: Any, tiles: Tiles, sm: int = SM, *, clocks: bool = False) -> di
         "kernel": call.name,
         "D": call.arguments["D"],
         **tiles._asdict(),
-        "products": len(re.findall(r"\btt\.dot\b.*(?<!x8xf32>) loc", compiled.asm["ttir"])),
+        "matmuls": len(re.findall(r"\btt\.dot\b.*(?<!x8xf32>) loc", compiled.asm["ttir"])),
         "registers": registers,
         "stack": stack,
         "shared_kib": compiled.metadata.shared / 1024,
@@ -134,7 +134,7 @@ def line(r: dict[str, Any]) -> str:
     tiles = f"{r['queries']} x {r['keys']}, {r['warps']} warps, {r['stages']} stages"
     counted = "".join(f" {r[name]:>8.0f}" for name in COUNTED) + f" {r['limit']}" if "limit" in r else ""
     return (
-        f"{r['arch']:<4} {r['kernel']:<13} {r['D']:>4} {tiles:<28} {r['products']:>8} {r['registers']:>9} "
+        f"{r['arch']:<4} {r['kernel']:<13} {r['D']:>4} {tiles:<28} {r['matmuls']:>8} {r['registers']:>9} "
         f"{r['stack']:>6} {r['shared_kib']:>6.1f} {r['wgmma']:>6}{counted}"
     )
 
@@ -143,7 +143,7 @@ def header(clocks: bool) -> str:
     """Format the names of the columns."""
     counted = "".join(f" {name:>8}" for name in COUNTED) + " limit" if clocks else ""
     return (
-        f"{'arch':<4} {'kernel':<13} {'D':>4} {'queries x keys':<28} {'products':>8} {'registers':>9} "
+        f"{'arch':<4} {'kernel':<13} {'D':>4} {'queries x keys':<28} {'matmuls':>8} {'registers':>9} "
         f"{'stack':>6} {'KiB':>6} {'wgmma':>6}{counted}"
     )
 

@@ -36,7 +36,7 @@ def test_the_inner_of_two_loops_counts():
 
 
 def test_the_clocks_of_a_turn():
-    """Two groups of four warps. 64 x 64 x 16 takes 32 clocks of 2048 products, and reads 2 x 2 KiB: 32 of 128 bytes.
+    """Two groups of four warps. 64 x 64 x 16 takes 32 clocks of 2048 matmuls, and reads 2 x 2 KiB: 32 of 128 bytes.
 
     64 x 128 x 16 with its left factor in registers takes 64, and reads 4 KiB in 32.
     """
@@ -66,8 +66,8 @@ def test_narrow_products_wait_for_their_operands():
     assert found.limit == "operands"
 
 
-def test_products_of_single_warps():
-    """16 x 8 x 16 are 2048 products per warp: an A100 makes 1024 in a clock."""
+def test_matmuls_of_single_warps():
+    """16 x 8 x 16 are 2048 matmuls per warp: an A100 makes 1024 in a clock."""
     code = LOOP.replace("HGMMA.64x64x16.F32.BF16", "HMMA.16816.F32.BF16").replace("HGMMA.64x128x16", "IADD3")
     assert clocks.count(code, warps=4, sm=80).matrix == 4 * 2
 

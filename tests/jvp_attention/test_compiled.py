@@ -13,8 +13,8 @@ import compile_report
 
 pytestmark = pytest.mark.slow  # some kernels compile for half a minute
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
-PRODUCTS = {"forward": 2, "forward_dual": 6, "query": 3, "query_dual": 9, "key": 4, "key_dual": 12}
-PRODUCTS |= {"key_dual_k": 9, "key_dual_v": 6}  # as the README counts them
+MATMULS = {"forward": 2, "forward_dual": 6, "query": 3, "query_dual": 9, "key": 4, "key_dual": 12}
+MATMULS |= {"key_dual_k": 9, "key_dual_v": 6}  # as the README counts them
 SPILLED_AT_64 = {"forward_dual": 216, "query_dual": 24}  # bytes per thread, of 1020: for large tiles; others nothing
 LARGEST_SHARED = 227  # KiB per block, sm_90
 
@@ -38,27 +38,27 @@ def reports(tmp_path_factory) -> list[dict]:
 @pytest.mark.slow
 def test_lengths_take_no_more_products_and_spill_next_to_nothing(tmp_path):
     reports = compiled(tmp_path / "report.json", "--lengths", "--causal", "--dims", "64")
-    assert {r["kernel"]: r["products"] for r in reports} == {r["kernel"]: PRODUCTS[r["kernel"]] for r in reports}
-    assert all(r["wgmma"] >= r["products"] and r["shared_kib"] <= LARGEST_SHARED for r in reports)
+    assert {r["kernel"]: r["matmuls"] for r in reports} == {r["kernel"]: MATMULS[r["kernel"]] for r in reports}
+    assert all(r["wgmma"] >= r["matmuls"] and r["shared_kib"] <= LARGEST_SHARED for r in reports)
     assert not any(r["stack"] > SPILLED_AT_64.get(r["kernel"], 0) for r in reports)
 
 
 @pytest.mark.slow
 def test_every_kernel_is_there(reports):
     names = [{r["kernel"] for r in reports if r["D"] == d} for d in (64, 128)]
-    assert names[0] == PRODUCTS.keys() - {"key_dual_k", "key_dual_v"}
-    assert names[1] == PRODUCTS.keys() - {"key_dual"}
+    assert names[0] == MATMULS.keys() - {"key_dual_k", "key_dual_v"}
+    assert names[1] == MATMULS.keys() - {"key_dual"}
 
 
-def test_products_per_pair_of_tiles_are_as_documented(reports):
+def test_matmuls_per_pair_of_tiles_are_as_documented(reports):
     """Forward 2 and 6; backward 7, and 21 in two kernels or 24 in three."""
-    assert {r["kernel"]: r["products"] for r in reports} == PRODUCTS
-    assert PRODUCTS["query_dual"] + PRODUCTS["key_dual"] == 21
-    assert PRODUCTS["query_dual"] + PRODUCTS["key_dual_k"] + PRODUCTS["key_dual_v"] == 24
+    assert {r["kernel"]: r["matmuls"] for r in reports} == MATMULS
+    assert MATMULS["query_dual"] + MATMULS["key_dual"] == 21
+    assert MATMULS["query_dual"] + MATMULS["key_dual_k"] + MATMULS["key_dual_v"] == 24
 
 
 def test_hoppers_matrix_units_are_used(reports):
-    assert all(r["wgmma"] >= r["products"] for r in reports)
+    assert all(r["wgmma"] >= r["matmuls"] for r in reports)
 
 
 @pytest.mark.skipif(TRITON < (3, 9), reason="tiles are chosen for what triton 3.9 makes of them")

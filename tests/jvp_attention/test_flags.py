@@ -109,7 +109,7 @@ def test_no_residues_without_gradients(device):
 
 
 def dots(monkeypatch, work) -> dict[str, int]:
-    """Products of matrices per launch, counted while the interpreter runs one tile with another."""
+    """Matmuls per launch, counted while the interpreter runs one tile with another."""
     from triton.runtime import interpreter
 
     from jvp_attention import launch
@@ -132,8 +132,8 @@ def dots(monkeypatch, work) -> dict[str, int]:
     return per_call
 
 
-FORWARD_PRODUCTS = {(1, 1, 1): 6, (1, 0, 0): 4, (0, 1, 0): 4, (0, 0, 1): 3, (1, 1, 0): 5, (0, 1, 1): 5, (1, 0, 1): 5}
-BACKWARD_PRODUCTS = [  # tangents, outputs' gradients, gradients wanted, products
+FORWARD_MATMULS = {(1, 1, 1): 6, (1, 0, 0): 4, (0, 1, 0): 4, (0, 0, 1): 3, (1, 1, 0): 5, (0, 1, 1): 5, (1, 0, 1): 5}
+BACKWARD_MATMULS = [  # tangents, outputs' gradients, gradients wanted, matmuls
     ((1, 1, 1), (1, 1), (1, 1, 1, 1, 1, 1), 21),
     ((1, 1, 1), (0, 1), (1, 1, 1, 1, 1, 1), 18),
     ((1, 1, 1), (1, 1), (1, 0, 0, 1, 0, 0), 9),  # frozen keys and values
@@ -144,19 +144,19 @@ BACKWARD_PRODUCTS = [  # tangents, outputs' gradients, gradients wanted, product
 ]
 
 
-@pytest.mark.parametrize(("tangents", "products"), FORWARD_PRODUCTS.items())
-def test_products_of_the_forward(device, small_tiles, monkeypatch, tangents, products):
+@pytest.mark.parametrize(("tangents", "matmuls"), FORWARD_MATMULS.items())
+def test_matmuls_of_the_forward(device, small_tiles, monkeypatch, tangents, matmuls):
     if device != "cpu":
         pytest.skip("counted in the interpreter")
     small_tiles(16, 16)
     from jvp_attention import launch
 
     given = a_problem(Case((1, 1, 16, 16, 16)).tensors, tangents)
-    assert dots(monkeypatch, launch.forward_calls(given)) == {"forward_dual": products}
+    assert dots(monkeypatch, launch.forward_calls(given)) == {"forward_dual": matmuls}
 
 
-@pytest.mark.parametrize(("tangents", "gradients", "wanted", "products"), BACKWARD_PRODUCTS)
-def test_products_of_the_backward(device, small_tiles, monkeypatch, tangents, gradients, wanted, products):
+@pytest.mark.parametrize(("tangents", "gradients", "wanted", "matmuls"), BACKWARD_MATMULS)
+def test_matmuls_of_the_backward(device, small_tiles, monkeypatch, tangents, gradients, wanted, matmuls):
     if device != "cpu":
         pytest.skip("counted in the interpreter")
     small_tiles(16, 16)
@@ -166,7 +166,7 @@ def test_products_of_the_backward(device, small_tiles, monkeypatch, tangents, gr
     given = a_problem(tensors, tangents)
     results = launch.run(launch.forward_calls(given))
     work = launch.backward_calls(given, results, go if gradients[0] else None, gdo, [bool(w) for w in wanted])
-    assert sum(dots(monkeypatch, work).values()) == products
+    assert sum(dots(monkeypatch, work).values()) == matmuls
 
 
 SHARED = [(True, False), (False, True)]  # by batch elements, by heads
