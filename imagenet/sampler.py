@@ -139,7 +139,8 @@ def load_generator(
     """
     device = torch.device(device)
     flow_map, config = load_weights(source, attention=None if device.type == "cuda" else "plain")
-    labels = None if classes is None else [class_number(name, config) for name in classes]
+    known = read_provenance(source) or Provenance(config.data)
+    labels = None if classes is None else [class_number(name, config, known.classes) for name in classes]
     if w is not None and not 0 < w < float("inf"):
         raise UserError(f"--w must be positive and finite, got {w}")
     if seed < 0:
@@ -147,7 +148,6 @@ def load_generator(
     generator = Generator(flow_map.to(device), config, device, labels, w, seed)
     if config.data not in ("latents", "synthetic"):
         return generator
-    known = read_provenance(source) or Provenance(config.data)
     normalisation = normalisation_of(config, known, latents)
     name = vae or known.autoencoder or VAE
     here = Provenance(config.data, autoencoder=name if isinstance(name, str) else None, normalisation=normalisation)

@@ -29,7 +29,7 @@ from imagenet.data.image_sets import Data, fit_to_latents, load_data, provenance
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import load_vae
 from imagenet.distributed import World
-from imagenet.metrics.fid import Judge, make_judge
+from imagenet.metrics.fid import Metric, make_metric
 from imagenet.model.parallelize import check_version
 from imagenet.training.log import check_wandb
 from imagenet.training.run import Run, saved_nothing, stored_config
@@ -153,7 +153,7 @@ def load_decoder(provenance: Provenance, world: World) -> nn.Module | None:
 
 
 def begin(
-    preset: str, changes: dict[str, Any], options: Options, world: World, judge: Judge | None = None
+    preset: str, changes: dict[str, Any], options: Options, world: World, metric: Metric | None = None
 ) -> tuple[Run, Data]:
     """Make a run, or restore the one that is resumed, and load its data; see make_plan.
 
@@ -166,12 +166,12 @@ def begin(
     data = made[1] if made is not None else load_data(plan.config, options.data_path)
     if options.wandb is not None:
         check_wandb()
-    if options.evaluate_every and judge is None:
+    if options.evaluate_every and metric is None:
         reference = None if options.reference is None else Path(options.reference)
-        judge = make_judge(plan.config, reference, None, MEASURED - MEASURED % world.size, world)
+        metric = make_metric(plan.config, reference, None, MEASURED - MEASURED % world.size, world)
     vae = load_decoder(plan.provenance, world)
     training = Training(plan.config, world)
-    run = Run(out, training, options.keep, plan.provenance, vae=vae, judge=judge, wandb=options.wandb)
+    run = Run(out, training, options.keep, plan.provenance, vae=vae, metric=metric, wandb=options.wandb)
     run.start()
     world.on_first(run.create)
     if not plan.resumed and options.resume and world.first:
@@ -195,8 +195,12 @@ def train(run: Run, data: Data, options: Options) -> bool:
         disable=not world.first,
     )  # fmt: skip
     run.log.open()
-    with contextlib.closing(run.log), Interruption() as interruption, SaveRequests() as requests, run.saver, bar:
-        for batch in run.log.timed(loader(batches, first, options.workers, pin=world.device.type == "cuda")):
+    ahead = loader(batches, first, options.workers, pin=world.device.type == "cuda")
+    with (
+        contextlib.closing(run.log), contextlib.closing(ahead), Interruption() as interruption,
+        SaveRequests() as requests, run.saver, bar,
+    ):  # fmt: skip
+        for batch in run.log.timed(ahead):
             stop = interruption.requested or run.saver.failed
             metrics = training.train_step(batch, stop=stop, save=requests.take())
             step = training.step
@@ -230,8 +234,8 @@ def hint_at_memory() -> Iterator[None]:
         raise
 
 
-def main(argv: list[str] | None = None, judge: Judge | None = None) -> int:
-    """Run the command; `judge` replaces what measures the run. Returns the exit status: 0 done, 130 stopped."""
+def main(argv: list[str] | None = None, metric: Metric | None = None) -> int:
+    """Run the command; `metric` replaces what measures the run. Returns the exit status: 0 done, 130 stopped."""
     started = time.perf_counter()
     command = parser()
     arguments = command.parse_args(argv)
@@ -241,7 +245,7 @@ def main(argv: list[str] | None = None, judge: Judge | None = None) -> int:
             world = stack.enter_context(distributed.process_group(options.device))
             if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(THREADS)
-            run, data = begin(arguments.preset, given(arguments, Config), options, world, judge)
+            run, data = begin(arguments.preset, given(arguments, Config), options, world, metric)
         with command.errors(GO_ON), hint_at_memory():
             finished = train(run, data, options)
             scores = run.write_report(time.perf_counter() - started).get("nfe", {}) if finished else {}

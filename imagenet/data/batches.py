@@ -8,7 +8,7 @@ independent numbers are, but without their clumps and gaps, which halves the var
 
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,8 +132,10 @@ class Batches:
         return self._order[1]
 
 
-def loader(batches: Batches, start: int, workers: int, *, pin: bool = False) -> Iterator[Batch]:
+def loader(batches: Batches, start: int, workers: int, *, pin: bool = False) -> Generator[Batch, None, None]:
     """Iterate over the batches of steps start, start + 1, ..., read ahead by `workers` processes (0: by none).
+
+    Close it when it is not used to its end: Python waits for workers when it exits, and they ignore its SIGTERM.
 
     Raises:
         UserError: data that cannot be used.
@@ -142,12 +144,15 @@ def loader(batches: Batches, start: int, workers: int, *, pin: bool = False) -> 
         yield from (batches[step] for step in range(start, len(batches)))
         return
     steps: Any = torch.utils.data.Subset(batches, range(start, len(batches)))  # type: ignore[arg-type]
+    fault = None
     try:
         yield from torch.utils.data.DataLoader(
             steps, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_signals
         )
     except UserError as error:  # of a worker: PyTorch puts the traceback into its message
-        raise UserError(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
+        fault = str(error).strip().splitlines()[-1].partition(": ")[2]
+    if fault is not None:  # not in the except clause, whose error would keep the workers alive
+        raise UserError(fault)
 
 
 def _ignore_signals(_: int) -> None:

@@ -131,7 +131,7 @@ def provenance_of(config: Config, data: Data, folder: str | Path | None = None) 
     known = Provenance(config.data, None if folder is None else str(Path(folder).absolute()))
     if not isinstance(data, Latents):
         return known
-    return replace(known, autoencoder=data.autoencoder, normalisation=data.normalisation)
+    return replace(known, autoencoder=data.autoencoder, normalisation=data.normalisation, classes=tuple(data.classes))
 
 
 def _load_cifar10(folder: str | Path) -> tuple[Tensor, Tensor]:

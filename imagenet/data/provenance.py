@@ -20,6 +20,7 @@ class Provenance:
         path: folder that they were read from.
         autoencoder: name of the autoencoder of latents: a folder, or on the Hugging Face hub.
         normalisation: of latents.
+        classes: names of the classes, by number, where the data name them.
 
     Raises:
         UserError: a bad value, as a file may have it.
@@ -29,9 +30,11 @@ class Provenance:
     path: str | None = None
     autoencoder: str | None = None
     normalisation: Normalisation | None = None
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not all(a is None or isinstance(a, str) for a in (self.data, self.path, self.autoencoder)):
+        texts = (self.data, self.path, self.autoencoder, *(self.classes or ()))
+        if not all(a is None or isinstance(a, str) for a in texts):
             raise UserError("a bad value")
 
     def to_json(self) -> str:
@@ -50,6 +53,8 @@ class Provenance:
             if values.get("normalisation") is not None:
                 mean, std = (tuple(values["normalisation"][key]) for key in ("mean", "std"))
                 values["normalisation"] = Normalisation(mean, std)
+            if values.get("classes") is not None:
+                values["classes"] = tuple(values["classes"])
             return Provenance(**values)
         except (AttributeError, TypeError, ValueError, KeyError, RecursionError):
             raise UserError(f"no description of data: {text!r:.80}") from None

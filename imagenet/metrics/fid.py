@@ -19,7 +19,7 @@ from tvm_ref.cli.progress import progress
 NEIGHBOURS = 3  # of precision and recall, as in ADM
 
 Candidates = dict[str, tuple[Iterable[Tensor], int]]  # images to measure, by name: batches uint8 [B, 3, H, W], number
-Judge = Callable[[Generator, int, World], dict[str, float]]  # figures of a model at a number of steps, by name
+Metric = Callable[[Generator, int, World], dict[str, float]]  # numbers by name, of a model at a number of steps
 
 
 def extract(images: Iterable[Tensor], count: int, extractor: Extractor, what: str, reference: Reference) -> Features:
@@ -90,7 +90,7 @@ def measure(candidates: Candidates, reference: Reference, extractor: Extractor, 
     return {"reference": about, "figures": measured}
 
 
-def judge_digits(generator: Generator, steps: int, world: World) -> dict[str, float]:
+def digit_scores(generator: Generator, steps: int, world: World) -> dict[str, float]:
     """Measure a model of digits by their own metrics (digits.py)."""
     from imagenet.metrics.digits import measure_model
 
@@ -132,7 +132,7 @@ class Fid:
         return from_sums(world.sum(total).numpy(), world.sum(squares).numpy(), self.count)
 
 
-def make_judge(config: Config, reference: Path | None, inception: Path | None, count: int, world: World) -> Judge:
+def make_metric(config: Config, reference: Path | None, inception: Path | None, count: int, world: World) -> Metric:
     """Prepare to measure a run, so that all that could be missing is noticed before training.
 
     Args:
@@ -148,7 +148,7 @@ def make_judge(config: Config, reference: Path | None, inception: Path | None, c
     if reference is None:
         if config.data != "digits":
             raise UserError("evaluate_every needs a reference: mu and sigma of real images (.npz, .pkl)")
-        return judge_digits
+        return digit_scores
     if count % world.size:  # else sharded weights would be asked for by some processes alone
         raise UserError(f"evaluate_count {count} is no multiple of {world.size} processes")
     return Fid(read_reference(reference), Inception(inception, world.device), count)

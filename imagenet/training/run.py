@@ -26,7 +26,7 @@ from torch import nn
 from imagenet.config import OF_DATA, RESUMABLE, Config
 from imagenet.data.image_files import save_png
 from imagenet.data.provenance import Provenance
-from imagenet.metrics.fid import Judge
+from imagenet.metrics.fid import Metric
 from imagenet.model.parallelize import full_state
 from imagenet.sampler import Generator
 from imagenet.training.checkpoint import Saver, load_newest
@@ -83,7 +83,7 @@ class Run:
         keep: number of checkpoints that stay.
         provenance: what it is trained on.
         vae: the autoencoder of latents, on the device; None shows latents as they are.
-        judge: measures the evaluation weights while training.
+        metric: measures the evaluation weights while training.
         wandb: project of Weights & Biases to log to as well.
     """
 
@@ -95,12 +95,12 @@ class Run:
         provenance: Provenance,
         *,
         vae: nn.Module | None = None,
-        judge: Judge | None = None,
+        metric: Metric | None = None,
         wandb: str | None = None,
     ):
         self.folder, self.training, self.provenance = folder, training, provenance
         self.world = training.world
-        self.vae, self.judge = vae, judge
+        self.vae, self.metric = vae, metric
         self.log = Log(folder, training, wandb)
         self.saver = Saver(folder, keep, self.world)
 
@@ -168,8 +168,8 @@ class Run:
 
     def evaluate(self) -> None:
         """Measure one-step samples of the evaluation weights."""
-        assert self.judge is not None
-        figures = self.judge(self.generator(), 1, self.world)
+        assert self.metric is not None
+        figures = self.metric(self.generator(), 1, self.world)
         if self.world.first:
             with (self.folder / EVALUATIONS).open("a") as file:
                 file.write(json.dumps({"step": self.training.step, "nfe": {"1": figures}}) + "\n")

@@ -135,7 +135,7 @@ def test_a_model_is_measured_as_the_images_that_sample_draws(model, real, tmp_pa
         assert measured[f"{steps} NFE"]["fid"] == pytest.approx(expected)
 
 
-def test_digits_are_judged_by_their_own_judges(model, capsys):
+def test_digits_have_their_own_metrics(model, capsys):
     """Noise has the figures of noise."""
     pytest.importorskip("sklearn")
     assert main([str(model), "--device", "cpu"]) == 0

@@ -44,6 +44,16 @@ def test_a_class_that_is_not_there_is_refused_with_advice(name, config, message)
         class_number(name, config)
 
 
+def test_classes_of_a_folder_have_the_names_of_its_folders():
+    """A model of shoes once drew "golden retriever", and one of ten classes refused their names."""
+    shoes = replace(DIGITS, data="latents", classes=3)
+    assert [class_number(name, shoes, ("Bag", "Boot", "Coat")) for name in ("coat", "Bag", "1")] == [2, 0, 1]
+    many = [f"shoe {i}" for i in range(1000)]
+    with pytest.raises(ValueError, match="no class is named 'golden retriever'"):
+        class_number("golden retriever", IMAGENET, many)
+    assert class_number("golden retriever", IMAGENET, [f"n{i:08d}" for i in range(1000)]) == 207
+
+
 def test_without_torchvision_names_are_refused_and_numbers_serve(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="need torchvision"):

@@ -1,3 +1,4 @@
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -134,8 +135,9 @@ def test_numbers_that_are_not_finite_are_named(folder, workers):
     posteriors[3, 1, 0, 0, 0] = np.nan
     np.save(folder / "00002.latents.npy", posteriors)
     batches = Batches(CONFIG, load_data(CONFIG, folder))
-    with pytest.raises(UserError, match=r"^\S*00002.latents.npy: latent 3 holds numbers that are not finite"):
-        list(loader(batches, 0, workers))
+    said = r"^\S*00002.latents.npy: latent 3 holds numbers that are not finite"
+    with contextlib.closing(loader(batches, 0, workers)) as ahead, pytest.raises(UserError, match=said):
+        list(ahead)
 
 
 @pytest.mark.parametrize("classes", [2, 1000])

@@ -14,7 +14,7 @@ from imagenet.sampler import load_generator
 from imagenet.weights import read_provenance
 from tests.imagenet.commands import ON_LATENTS, command, status
 
-KNOWN = Provenance("latents", "/somewhere", "a/name", Normalisation((0.0, 1.5), (1.0, 2.0)))
+KNOWN = Provenance("latents", "/somewhere", "a/name", Normalisation((0.0, 1.5), (1.0, 2.0)), ("a", "b"))
 
 
 @pytest.mark.parametrize("known", [KNOWN, Provenance("digits"), Provenance("latents", "/somewhere")])
@@ -55,7 +55,7 @@ def test_an_autoencoder_is_known_by_the_last_part_of_its_name(mine, other, same)
 
 def test_a_run_and_its_weights_name_path_autoencoder_and_normalisation(latents, latent_run, vae):
     about = read_provenance(latent_run)
-    assert about == Provenance("latents", str(latents), str(vae), Latents(latents).normalisation)
+    assert about == Provenance("latents", str(latents), str(vae), Latents(latents).normalisation, ("cat", "dog"))
     assert read_provenance(latent_run / "weights.safetensors") == about
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from imagenet import train
 from imagenet.config import Config, build_model
 from imagenet.distributed import World
-from imagenet.metrics.fid import Fid, make_judge
+from imagenet.metrics.fid import Fid, make_metric
 from imagenet.metrics.frechet import frechet_distance, gaussian_statistics
 from imagenet.metrics.inception import Features
 from imagenet.metrics.references import Reference, read_reference
@@ -56,7 +56,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"images.npz holds no mu and sigma"):
         Fid(read_reference(tmp_path / "images.npz"), rows, 10)
     with pytest.raises(ValueError, match="10 is no multiple of 3 processes"):
-        make_judge(Config(), tmp_path / "small.npz", None, 10, World(0, 3))
+        make_metric(Config(), tmp_path / "small.npz", None, 10, World(0, 3))
     config = Config(hidden_size=16, depth=1)
     with pytest.raises(ValueError, match=r"small.npz holds statistics of 2 numbers, where pool features have 24"):
         Fid(read_reference(tmp_path / "small.npz"), rows, 10)(Generator(build_model(config), config), 1, World())
@@ -67,7 +67,7 @@ def test_training_on_latents_shows_pictures_and_measures_them(latents, tmp_path)
     reference = Reference("real", gaussian_statistics(torch.rand(60, 48)))
     fid = Fid(reference, rows, 20)
     options = [*ON_LATENTS, "--data-path", str(latents), "--steps", "2", "--save-every", "2", "--evaluate-every", "1"]
-    assert train.main([*options, "--out", str(tmp_path / "run")], judge=fid) == 0
+    assert train.main([*options, "--out", str(tmp_path / "run")], metric=fid) == 0
     generator = load_generator(tmp_path / "run")
     assert generator.vae is not None
     for name in ("samples/00000002.png", "samples-1.png"):
