@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import checkpoint as pytorch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -25,7 +26,7 @@ OPTIONS = {"preserve_rng_state"} | {  # of checkpoint itself; other keywords are
 
 
 def recomputed(
-    checkpoint: Callable[..., Any], mode: Callable[[], Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+    checkpoint: Callable[..., Any], mode: type, function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Call PyTorch's `checkpoint`; where an argument has a tangent, around the JVP of the function under the mode.
 
@@ -36,6 +37,8 @@ def recomputed(
     leaves, tree = tree_flatten((args, kwargs))
     moving = [i for i, x in enumerate(leaves) if has_tangent(x)]
     if not moving:
+        if any(isinstance(entered, mode) for entered in _get_current_function_mode_stack()):
+            function = _under(mode, function)
         return checkpoint(function, *args, **kwargs, **options)
 
     def of_moving(*values: Tensor) -> tuple[Tensor, ...]:
@@ -43,8 +46,7 @@ def recomputed(
         for i, x in zip(moving, values, strict=True):
             given[i] = x
         args, kwargs = tree_unflatten(given, tree)
-        with mode():  # also in the backward, which may come after the mode was left
-            found, shape["tree"] = tree_flatten(function(*args, **kwargs))
+        found, shape["tree"] = tree_flatten(_under(mode, function)(*args, **kwargs))
         shape["rest"] = [None if isinstance(x, Tensor) else x for x in found]
         return tuple(x for x in found if isinstance(x, Tensor))
 
@@ -60,8 +62,18 @@ def recomputed(
     return tree_unflatten([next(duals) if x is None else x for x in shape["rest"]], shape["tree"])
 
 
+def _under(mode: type, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a function in the mode in the backward, too, which may come after the mode was left."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with mode():
+            return function(*args, **kwargs)
+
+    return call
+
+
 @functools.cache
-def install(mode: Callable[[], Any]) -> None:
+def install(mode: type) -> None:
     """Let torch.utils.checkpoint.checkpoint come by here, under every name that it was imported by.
 
     PyTorch keeps, as an attribute of the function, the form of it that eager mode calls; this sets the attribute. It is

@@ -1,5 +1,6 @@
 """The kernels inside PyTorch's derivatives: what is launched, what is kept, what is right and what is refused."""
 
+import contextlib
 from functools import partial
 
 import pytest
@@ -140,25 +141,31 @@ def test_lengths_compile_without_a_break(launches, device, stopped, causal):
     assert all(x.isfinite().all() for x in results[0][0])
 
 
-class Block(nn.Module):
-    """Pre-norm self-attention and a small MLP, with the attention that it is given."""
+def written_out_norm(x: torch.Tensor) -> torch.Tensor:
+    """A layer norm for the reference: the gradient of PyTorch's own through a JVP is wrong."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
 
-    def __init__(self, attention, width: int = 32, heads: int = 2):
+
+class Block(nn.Module):
+    """Pre-norm self-attention and a small MLP, with the attention and the norm that it is given."""
+
+    def __init__(self, attention, norm=None, width: int = 32, heads: int = 2):
         super().__init__()
         self.attention, self.heads = attention, heads
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norms = nn.ModuleList([nn.LayerNorm(width, elementwise_affine=False) for _ in range(2)])
+        self.norm = norm or nn.LayerNorm(width, elementwise_affine=False)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         x = x + self.project(self.attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norms[1](x))
+        return x + self.mlp(self.norm(x))
 
 
-def transformer(attention, device: str, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+def transformer(attention, device: str, dtype: torch.dtype = torch.float32, norm=None) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(Block(attention), Block(attention)).to(device, dtype)
+    return nn.Sequential(Block(attention, norm), Block(attention, norm)).to(device, dtype)
 
 
 def data(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,8 +174,9 @@ def data(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor,
     return x.to(device, dtype), dx.to(device, dtype)
 
 
-def loss(net: nn.Module, x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
-    y, dy = torch.func.jvp(net, (x,), (dx,))
+def loss(net: nn.Module, x: torch.Tensor, dx: torch.Tensor, mode=jvp_attention.jvp_ready) -> torch.Tensor:
+    with mode():
+        y, dy = torch.func.jvp(net, (x,), (dx,))
     return (y.sin() * dy).sum()
 
 
@@ -183,9 +191,18 @@ def assert_near(found: list[torch.Tensor], exact: list[torch.Tensor], tolerance:
 
 @pytest.fixture
 def exact() -> list[torch.Tensor]:
-    """The parameters' gradients of two blocks, by the reference in float64."""
+    """The parameters' gradients of two blocks, by the reference in float64, of functions that PyTorch gets right."""
+    net = transformer(reference.attention, "cpu", torch.float64, written_out_norm)
+    return gradients(net, loss(net, *data("cpu", torch.float64), contextlib.nullcontext))
+
+
+def test_the_reference_sees_pytorchs_layer_norm(exact):
+    """It once had that norm on its own side, too."""
     net = transformer(reference.attention, "cpu", torch.float64)
-    return gradients(net, loss(net, *data("cpu", torch.float64)))
+    assert_near(gradients(net, loss(net, *data("cpu", torch.float64))), exact, 1e-9)
+    plain = gradients(net, loss(net, *data("cpu", torch.float64), contextlib.nullcontext))
+    with pytest.raises(AssertionError):
+        assert_near(plain, exact, 0.01)
 
 
 @pytest.mark.slow
@@ -196,19 +213,7 @@ def test_two_blocks_under_a_jvp_have_the_references_gradients(launches, device, 
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "aot_eager",
-        pytest.param(
-            "inductor",
-            marks=pytest.mark.skipif(
-                torch.__version__ < (2, 15),
-                reason="inductor wrote into the zero tangents of nn.Linear's weights, with any attention",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.slow
 def test_the_whole_loss_compiles_without_a_break(launches, device, exact, backend):
     """And the compiled code launches no more than eager mode does."""
@@ -234,7 +239,8 @@ def test_checkpointing_runs_the_forward_twice_and_changes_nothing(launches, devi
             x = checkpointed(block, x)
         return x
 
-    y, dy = torch.func.jvp(forward, *((a,) for a in data(device)))
+    with jvp_attention.jvp_ready():
+        y, dy = torch.func.jvp(forward, *((a,) for a in data(device)))
     assert_near(gradients(net, (y.sin() * dy).sum()), exact)
     assert sorted(launches) == sorted(DUAL_FORWARD * 4 + DUAL_BACKWARD * 2)
 

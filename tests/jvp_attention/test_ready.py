@@ -271,6 +271,21 @@ def test_checkpoint_inside_the_jvp_is_right(network, reentrant):
     assert_right(net, [randn(2, 4, 6)], parameters=list(network.parameters()), mode=jvp_ready)
 
 
+def test_a_checkpoint_of_a_jvp_recomputes_in_the_mode(network):
+    """The README's pattern, whose checkpoint meets no tangent."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        value, tangent = torch.autograd.forward_ad.unpack_dual(x.sin())
+        y, dy = checkpoint(partial(torch.func.jvp, network), (value,), (tangent,), use_reentrant=False)
+        return torch.autograd.forward_ad.make_dual(y, dy)
+
+    x, dx = randn(2, 4, 6), randn(2, 4, 6)
+    exact = gradients(Checkpointed(network), x, dx)
+    with jvp_ready():
+        y, dy = torch.func.jvp(function, (x,), (dx,))
+    torch.testing.assert_close(list(torch.autograd.grad((y.sin() * dy).sum(), list(network.parameters()))), exact)
+
+
 def test_checkpoint_recomputes(network):
     calls = []
     network.register_forward_pre_hook(lambda *_: calls.append(1))
