@@ -23,6 +23,7 @@ def rk4_step(velocity: Velocity, x: Sample, z: Time, step: Time, scale: float) -
     def slope(x: Tensor, z: Tensor) -> Tensor:  # dx/dz = velocity(x, scale sinh z) scale cosh z
         return over(scale * z.cosh(), x) * velocity(x, (scale * z.sinh()).clamp(0, 1))
 
+    # four slopes, an error of step^5; fewer evaluations of the mixture for the same error than Euler or Heun
     h = over(step, x)
     k1 = slope(x, z)
     k2 = slope(x + h / 2 * k1, z + step / 2)
@@ -34,7 +35,7 @@ def rk4_step(velocity: Velocity, x: Sample, z: Time, step: Time, scale: float) -
 def follow(velocity: Velocity, x: Sample, t: Time, s: Time, scale: float, steps: int) -> Sample:
     """Solve for psi(x, t, s) [B, ...] (eq. 2), each sample from its own t to its own s [B], in either direction."""
     z, z_end = ((time.to(x.dtype) / scale).asinh() for time in (t, s))
-    step = (z_end - z) / steps
+    step = (z_end - z) / steps  # of each sample its own, so one batch may hold jumps of all lengths
     for i in range(steps):
         x = rk4_step(velocity, x, z + i * step, step, scale)
     return x

@@ -63,7 +63,7 @@ class FlowMap(nn.Module):
     @checked
     def jump(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
         """Carry x [B, ...] from times t [B] to times s [B]: X = x + f(x, t, s) [B, ...]."""
-        return x + self.displacement(x, t, s, condition)
+        return x + self.displacement(x, t, s, condition)  # one evaluation, however far s is from t
 
     @checked
     def displacement(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:

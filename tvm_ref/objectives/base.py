@@ -53,7 +53,7 @@ class LossTerms(NotALoss):
     @property
     def total(self) -> PerSample:
         """[B] what training minimises the mean of."""
-        return self.jump + self.flow_matching
+        return self.jump + self.flow_matching  # both of weight one, as in eq. 12
 
     def check_finite(self) -> None:
         """Raise FloatingPointError, naming the term, if a term is NaN or infinite."""
@@ -70,7 +70,7 @@ TERMS = tuple(f.name for f in fields(LossTerms))
 
 def mean_square(a: Sample) -> PerSample:
     """Return ||a||^2 / (number of elements) of each sample: [B, ...] to [B]."""
-    return a.flatten(1).square().mean(1)
+    return a.flatten(1).square().mean(1)  # a mean, so that losses of points and of images are of one size
 
 
 def guided_target(
@@ -82,8 +82,7 @@ def guided_target(
     """
     if condition is None or null_label is None:
         return v
-    # u* stands for the unconditional velocity, which has no samples of its own here; without sg it would be trained by
-    # the guided loss as well
+    # u* stands for the unconditional velocity, of which this sample has no v; sg, as else the guided loss would move it
     with torch.no_grad():
         unconditional = target.velocity(x, t, without_label(condition, null_label))
     return guided_velocity(v, unconditional, condition.beta)
@@ -129,7 +128,7 @@ class Objective(nn.Module):
     @property
     def learned_weight(self) -> nn.Module:
         """The learned weight of the loss, to save beside the model; a module without tensors where there is none."""
-        weight = getattr(self, "weight", None)
+        weight = getattr(self, "weight", None)  # a function for methods whose weight is not learned
         return weight if isinstance(weight, nn.Module) else nn.Module()
 
     @classmethod
@@ -149,6 +148,7 @@ class Objective(nn.Module):
         times = times or cls.default_times
         equal_share = cls.default_times.share_equal if equal_share is None else equal_share
         times = replace(times, share_equal=equal_share, share_noise=noise_share)
+        # LSD, ESD and PSD compare the model with itself: without v on the diagonal any flow map would do
         meets_data = times.draws_equal_times or not cls.needs_equal_times
         require(meets_data, f"{cls.__name__} meets the data only where t = s: equal_share must be above 0")
         return times
@@ -156,7 +156,7 @@ class Objective(nn.Module):
     @classmethod
     def stepper(cls, flow_map: FlowMap) -> Jump:
         """Return how a model of this objective takes a step: a jump, or, where it learned none, Euler's."""
-        return flow_map if cls.learns_jumps else EulerStep(flow_map)
+        return flow_map if cls.learns_jumps else EulerStep(flow_map)  # F(x, t, s) for s < t was never trained
 
     def set_progress(self, progress: float) -> None:
         """Take note, before a step, of how much of training is done, from 0 to 1; only a curriculum changes by it."""
@@ -238,6 +238,7 @@ class ResidualObjective(Objective):
         """Return the loss terms [B], see Objective."""
         target = self.flow_map if target is None else target
         t, s, s_prime = times
+        # one point x_t per sample serves its jump or its flow matching; TVM takes two points, for both
         x = interpolate(x0, x1, t)
         v = guided_target(conditional_velocity(x0, x1), x, t, condition, self.null_label, target)
         square = self.square(Jumps(x, v, t, s, s_prime, condition, cast(FlowMap, target)))
@@ -246,6 +247,7 @@ class ResidualObjective(Objective):
         loss = self.weigh(square, t, s)
         if self.one_term:
             return LossTerms(loss, torch.zeros_like(loss))
+        # each sample is of one term; the other is zero, so that their means add up to the loss
         return LossTerms(torch.where(t != s, loss, 0.0), torch.where(t != s, 0.0, loss))
 
     def square(self, jumps: Jumps) -> PerSample:
@@ -306,5 +308,6 @@ class SelfDistillation(ResidualObjective):
         self, flow_map: Flow, *, null_label: int | None = None, stops: str = "convex", learned_weight: bool = False
     ):
         require_one_of("stops", stops, self.STOPS)
+        # the paper learns the weight in its image runs; experiments/compare.py tries both
         super().__init__(flow_map, null_label=null_label, weight=LearnedWeight() if learned_weight else None)
         self.stops = stops

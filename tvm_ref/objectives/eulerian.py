@@ -37,6 +37,7 @@ class ESD(SelfDistillation):
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
         """Return F - (s - t) D F along the flow, and u where the jump starts."""
         x, _, t, s, _, condition, target = jumps
+        # u at the start of the jump: for the model it is a target, whose gradient would teach the diagonal by the jump
         if self.stops == "none":
             u = self.flow_map.velocity(x, t, condition)
         else:
@@ -46,17 +47,20 @@ class ESD(SelfDistillation):
         along = torch.zeros_like(u) if self.stops == "full" else u
         F, DF = self.flow_map.F_and_total_derivative(x, t, s, along, condition)
         if self.stops == "full":
+            # no gradients through grad_x F, by which training diverges, as the authors report
             with torch.no_grad():
                 advection = target.F_and_total_derivative(x, t, s, u, condition, dt=0.0)[1]
             DF = DF + advection
         if self.stops == "all":
             DF = DF.detach()
+        # F is regressed on the velocity at the start plus what the average changes as the start moves
         return F - over(s - t, F) * DF, u
 
 
 def mean_flow_sides(flow_map: FlowMap, jumps: Jumps) -> tuple[Sample, Sample]:
     """Return both sides of eq. 18, F(x_t, t, s) and sg(v + (s - t) [v . grad_x F + dF/dt]), both [B, ...]."""
     x, v, t, s, _, condition, _ = jumps
+    # v is random given x_t, and so is D F along it: right on average, noisy sample by sample
     F, DF = flow_map.F_and_total_derivative(x, t, s, v, condition)
     # sg: gradients flow through F only, so no derivative of a derivative is needed
     return F, v + over(s - t, F) * DF.detach()
@@ -113,6 +117,7 @@ class ImprovedMeanFlow(MeanFlow):
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
         """Return V = F - (s - t) D F along u, where D F is stopped, and v."""
         x, v, t, s, _, condition, _ = jumps
+        # one more forward buys a direction without noise; v stays only as what V is regressed on
         with torch.no_grad():
             u = self.flow_map.velocity(x, t, condition)
         F, DF = self.flow_map.F_and_total_derivative(x, t, s, u, condition)
@@ -144,7 +149,7 @@ class ContinuousConsistency(ResidualObjective):
     )
     has_guidance = False
     one_step_only = True
-    default_times = TimeSampler("trunc", first=(-0.3, 1.4))
+    default_times = TimeSampler("trunc", first=(-0.3, 1.4))  # log(sigma / deviation): -1 - log(1/2) = -0.3
     one_term = True
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None, constant: float | None = 0.1):
@@ -154,10 +159,11 @@ class ContinuousConsistency(ResidualObjective):
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
         """Return F, and F - g / (||g|| + c), stopped; s is set to 0 where it is not t."""
         x, v, t, s, _, condition, _ = jumps
-        s = torch.where(t == s, s, 0.0)
+        s = torch.where(t == s, s, 0.0)  # a consistency model knows one end, the data
         F, DF = self.flow_map.F_and_total_derivative(x, t, s, v, condition)
         g = (F - v - over(s - t, F) * DF).detach()
         if self.constant is not None:
             # tangents differ in length by orders of magnitude; only their direction is kept, but for the shortest
             g = g / over(mean_square(g).sqrt() + self.constant, g)
+        # a square whose gradient in F is 2 g / (||g|| + c), whatever the size of F - its target
         return F, F.detach() - g

@@ -38,8 +38,10 @@ class FiniteStep(ResidualObjective):
         r = (t - alpha * (t - s)).clamp(s, t)  # rounding must not put it outside [s, t]
         # the start moves along the straight path that v belongs to, on which x_r is the sample's x at time r
         x_r = x - over(t - r, x) * v
+        # the rest of the jump, from r on, is what the model says today; sg, as only the whole jump is to be corrected
         with torch.no_grad():
             F_r = self.flow_map.F(x_r, r, s, condition)
+        # averages over [s, r] and [r, t], each by its fraction of t - s
         return self.flow_map.F(x, t, s, condition), alpha * v + (1 - alpha) * F_r
 
     def alphas(self, t: Time, s: Time) -> PerSample:
@@ -106,14 +108,16 @@ class AlphaFlow(FiniteStep):
         """Return alpha after a fraction of training (their algorithm 2)."""
         if self.constant is not None:
             return self.constant
+        # a sigmoid, from trajectory flow matching (easy, biased) to MeanFlow (unbiased, noisy)
         centred = (progress - (self.start + self.end) / 2) / (self.end - self.start)
         alpha = 1 - 1 / (1 + math.exp(-self.temperature * centred))
+        # clamped at both ends: a step that short would drown in rounding, and near 1 F_r counts nothing
         return 1.0 if alpha > 1 - self.clamp else 0.0 if alpha < self.clamp else alpha
 
     def set_progress(self, progress: float) -> None:
         """Move alpha along its curriculum."""
         alpha = self.alpha(progress)
-        self.continuous = alpha == 0
+        self.continuous = alpha == 0  # a Python bool: another program, which torch.compile must know of
         self.alpha_now.fill_(alpha)
 
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
@@ -122,6 +126,7 @@ class AlphaFlow(FiniteStep):
 
     def weigh(self, square: PerSample, t: Time, s: Time) -> PerSample:
         """Return alpha^-1 times the square, or their adaptive weight of it [B]."""
+        # the residual shrinks as alpha, so alpha^-1 keeps its gradient's size; at alpha = 0 it is MeanFlow's, undivided
         alpha = torch.ones_like(t) if self.continuous else self.alphas(t, s)
         return alpha ** (2 * self.power - 1) * square / (square.detach() + self.eps) ** self.power
 
@@ -172,9 +177,11 @@ class SoFlow(FiniteStep):
 
     def set_progress(self, progress: float) -> None:
         """Move alpha from `first` to `last`."""
+        # its bias is of the order of alpha; equal factors per step spend as long on each order of magnitude
         self.alpha_now.fill_(self.first * (self.last / self.first) ** progress)
 
     def weigh(self, square: PerSample, t: Time, s: Time) -> PerSample:
         """Return alpha^-1 square / sg(||Q||^2 + eps)^power [B], ||Q||^2 = square / alpha^2."""
         alpha = self.alphas(t, s)
+        # Q is the residual over the step: of one size for all alpha, so that eps means the same throughout
         return square / alpha / ((square / alpha**2).detach() + self.eps) ** self.power

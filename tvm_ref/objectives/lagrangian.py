@@ -36,6 +36,7 @@ class LSD(SelfDistillation):
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
         """Return d/ds X(x_t, t, s), and u where the jump lands."""
         x, _, t, s, _, condition, target = jumps
+        # the end s moves, the start (x_t, t) stands still: no derivative in x, which is what ESD diverges through
         f, df_ds = self.flow_map.displacement_and_terminal_velocity(x, t, s, condition)
         u: Tensor
         if self.stops == "none":
@@ -44,6 +45,7 @@ class LSD(SelfDistillation):
             # the jump is judged by the flow as it is known today, and does not move the landing point to please u
             with torch.no_grad():
                 u = target.velocity(x + f, s, condition)
+        # neither side contains the random v, so at the solution the loss is zero sample by sample
         return df_ds, u
 
 
@@ -67,4 +69,5 @@ class PID(TVM):
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
     ) -> LossTerms:
         """Return the loss terms [B], see Objective; times.t is not used."""
+        # one-step sampling starts at t = 1 and nowhere else
         return super().forward(x0, x1, times._replace(t=torch.ones_like(times.t)), condition, target)

@@ -54,7 +54,9 @@ class PSD(SelfDistillation):
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
         """Return F(x_t, t, s), and the average velocity over two jumps by way of r."""
         x, _, t, s, s_prime, condition, target = jumps
+        # shorter jumps are learned sooner, so they teach the longer one
         teacher = self.flow_map if self.stops == "none" else target
+        # the midpoint needs log2(1 / shortest) levels; a uniform split lets every jump teach every longer one
         h = s_prime if self.split == "uniform" else torch.full_like(t, 0.5)
         r = (s + h * (t - s)).clamp(s, t)  # rounding must not put it outside [s, t]
         with contextlib.nullcontext() if self.stops == "none" else torch.no_grad():
@@ -96,4 +98,5 @@ class Shortcut(PSD):
 
     def shorter_jump(self, teacher: FlowMap, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Tensor:
         """Return F(x, t, s) [B, ...], or F(x, t, t) if t - s <= 1/M."""
+        # 1/M is the finest step; below it a jump is as good as a straight line along the velocity
         return teacher.F(x, t, torch.where(t - s <= 1 / self.steps, t, s), condition)
