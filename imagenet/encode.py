@@ -242,7 +242,7 @@ def finish(out: Path, names: list[str], plan: dict[str, Any], settings: Settings
 def encode_folder(
     source: Path, out: Path, settings: Settings, *, world: World | None = None, vae: nn.Module | None = None
 ) -> dict[str, Any] | None:
-    """Encode a folder of images into a folder of latents, or continue to. All processes take part.
+    """Encode a folder of images into a folder of latents, or continue. All processes take part.
 
     Args:
         source: folder with one folder of images per class.

@@ -7,7 +7,7 @@
 
 The ending of --out decides: .png is one grid, .npz all images as ADM's evaluation takes them, anything else a folder
 with a PNG per image. A grid has a class per column: those of --classes, or at most ten, evenly spaced. Otherwise sample
-i has the class number i modulo the number of classes (or of --classes). Its noise is decided by --seed and i alone, so
+i has the class number i modulo the number of classes (or of --classes). Its noise is decided by --seed and i only, so
 it is the same image for any batch size and any number of processes. What was stopped continues with the same command.
 
 A network works for the guidance weights that it was trained with, which its file says; --w overrides that, with a
@@ -36,7 +36,7 @@ from tvm_ref.cli.progress import progress
 
 COUNT = 64  # images, where nothing else is said
 CHUNK = 256  # images put together at a time
-PLAN = "sampling.json"  # what a folder will hold: sampling goes on only if it is the same
+PLAN = "sampling.json"  # how a folder's images are drawn: sampling continues only if it is the same
 ABOUT = "samples.json"  # says of a folder that it holds samples, all of them
 OTHERS = EXTENSIONS - {".png"} | {".npy", ".pt", ".pdf", ".zip", ".tar", ".safetensors", ".mp4"}  # no names of folders
 
@@ -54,7 +54,7 @@ def parser() -> OneLineParser:
 
 
 def folder_of(out: Path) -> Path:
-    """Return the folder that images are drawn into: --out, or one beside it until its file is put together.
+    """Return the folder that images are drawn into: --out, or one next to it until its file is put together.
 
     Raises:
         UserError: --out ends as files do that are not written here.

@@ -1,8 +1,8 @@
 """The batch of every step as a pure function of (seed, step), whatever the number of processes.
 
 Each epoch visits the samples in a new order, decided by (seed, epoch). Noise, times and dropped labels are drawn in
-blocks of BLOCK samples decided by (seed, step, block), so that any process can draw any block alone. Noise and times
-of small images are quasi-random: points of one sequence for SPAN steps, decided by (seed, span), distributed as
+blocks of BLOCK samples decided by (seed, step, block), so that any process can draw any block. Noise and times of
+small images are quasi-random: points of one sequence for SPAN steps, decided by (seed, span), distributed as
 independent numbers are, but without their clumps and gaps, which halves the variance of the gradient.
 """
 

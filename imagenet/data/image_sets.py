@@ -1,7 +1,7 @@
 """Data sets of images and of latents, and `load_data`, which finds that of a configuration.
 
-A data set gives many samples at once: data.batch(indices, draw). `draw` counts the epochs: what is drawn anew at each
-visit (flips, latents of a posterior) is decided by (seed, draw, index).
+A data set gives many samples at once: data.batch(indices, draw). `draw` counts the epochs: what is random at each visit
+(flips, latents of a posterior) is decided by (seed, draw, index).
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class Images:
     Args:
         x: [N, C, H, W], uint8 (0 to 255) or float in [-1, 1].
         labels: [N].
-        flip: mirror half of them, drawn anew at each visit.
+        flip: mirror half of them, others at each visit.
         seed: of the flips.
     """
 
@@ -102,7 +102,7 @@ def load_data(config: Config, folder: str | Path | None = None) -> Data:
     if config.data == "digits":
         data: Images | Latents = Images(*load_digits().train)
     elif folder is None:
-        raise UserError(f"{config.data} need --data-path, the folder that they lie in")
+        raise UserError(f"{config.data} need data_path, the folder that they lie in")
     elif config.data == "cifar10":
         data = Images(*_load_cifar10(folder), flip=True, seed=config.seed)
     else:
@@ -111,7 +111,7 @@ def load_data(config: Config, folder: str | Path | None = None) -> Data:
         raise UserError(f"the data are of shape {list(data.shape)}, the configuration asks for {list(shape)}")
     found = len(data.classes) if isinstance(data, Latents) else int(data.labels.max()) + 1
     if found > config.classes or (isinstance(data, Latents) and found < config.classes):
-        raise UserError(f"the data have {found} classes, the configuration {config.classes}: --classes {found}")
+        raise UserError(f"the data have {found} classes, the configuration {config.classes}")
     return data
 
 

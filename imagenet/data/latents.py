@@ -6,7 +6,7 @@ A folder of latents, as encode.py writes it:
     00000.latents.npy       float16 [n, 2, C, H, W]: mean and standard deviation of each image's posterior
     00000.labels.npy        int64 [n]
 
-The shards are memory-mapped. An image's latent is drawn from its posterior anew whenever training visits it.
+The shards are memory-mapped. Each time that training visits an image, it draws a new latent from the posterior.
 """
 
 import bisect
@@ -131,7 +131,7 @@ def shard_files(name: str) -> tuple[str, str]:
 
 
 class Index(NamedTuple):
-    """What latents.json says.
+    """The content of latents.json.
 
     Attributes:
         image_size: side of the images in pixels.
