@@ -96,6 +96,19 @@ def test_it_is_stored_as_it_should_be(path):
 
 
 @each
+def test_it_imports_what_exists(path):
+    """Its solutions, too: nobody executes nine notebooks for each name that moves."""
+    for cell in with_solutions(read(path)).cells:
+        source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("%"))
+        for node in ast.walk(ast.parse(source if cell.cell_type == "code" else "")):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    if not hasattr(module, alias.name):
+                        importlib.import_module(f"{node.module}.{alias.name}")
+
+
+@each
 def test_it_asks_answers_and_sends_on(path):
     notebook = read(path)
     first, last = notebook.cells[0], notebook.cells[-1]
