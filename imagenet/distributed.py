@@ -44,6 +44,11 @@ class World:
         distributed.all_gather(rows, row, group=self.group)
         return torch.stack(rows)
 
+    def any(self, *flags: bool) -> list[bool]:
+        """Tell of each flag whether it is set in any process."""
+        found: list[bool] = (self.all_gather([float(flag) for flag in flags]) > 0).any(0).tolist()
+        return found
+
     def sum(self, a: Tensor) -> Tensor:
         """Sum a tensor on the CPU over all processes, in place."""
         if self.size > 1:

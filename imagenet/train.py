@@ -201,9 +201,10 @@ def train(run: Run, data: Data, options: Options) -> bool:
         SaveRequests() as requests, run.saver, bar,
     ):  # fmt: skip
         for batch in run.log.timed(ahead):
-            stop = interruption.requested or run.saver.failed
-            metrics = training.train_step(batch, stop=stop, save=requests.take())
+            metrics = training.train_step(batch)
             step = training.step
+            # what one process is asked to do, all do after the same step
+            stop, save = world.any(interruption.requested or run.saver.failed, requests.take())
             run.log.note(metrics)
             bar.update()
             if step % options.log_every == 0:
@@ -212,11 +213,11 @@ def train(run: Run, data: Data, options: Options) -> bool:
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in shown}, refresh=False)
             if options.evaluate_every and step % options.evaluate_every == 0:
                 run.evaluate()
-            if step % options.save_every == 0 or metrics.asked_to_save:
+            if step % options.save_every == 0 or save:
                 run.save()
                 run.draw_grid(f"samples/{step:08d}.png")
                 saved = step
-            if metrics.asked_to_stop:
+            if stop:
                 stopped = True
                 break
         if saved != training.step:

@@ -85,6 +85,7 @@ class Batches:
         return self.config.steps
 
     def __getitem__(self, step: int) -> Batch:
+        # whole blocks are drawn, so that numbers do not depend on how many processes share the batch
         first, last = self.start // BLOCK, -(-self.stop // BLOCK)
         blocks = concatenate([self._block(step, block) for block in range(first, last)])
         return blocks.slice(self.start - first * BLOCK, self.stop - first * BLOCK)
@@ -96,11 +97,13 @@ class Batches:
         x0, label = self._samples(step * config.batch_size + start, step * config.batch_size + stop)
         generator, n = generator_of(STEP, config.seed, step, block), len(x0)
         if x0[0].numel() <= SMALL:
+            # columns 0 to 3 give the times t, s, s'; the others, through the inverse of N(0, 1), the noise x1
             u = self._uniform_numbers(step)[start:stop]
             x1, times = torch.special.ndtri(u[:, 4:]).float().view_as(x0), config.sampler().from_uniform(u[:, :4].T)
         else:
             x1 = torch.randn(x0.shape, generator=generator)
             times = config.sampler().draw(n, generator)
+        # beta = 1/w is uniform between 1/w_max and 1/w (appendix F.1); a dropped label has beta = 1 (sec. 3)
         condition = Condition(label, draw_beta(n, config.w, config.w_max or config.w, generator=generator))
         return Batch(x0, x1, times, drop_labels(condition, config.classes, LABEL_DROPOUT, generator=generator))
 
@@ -116,7 +119,7 @@ class Batches:
     def _samples(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return samples number start to stop - 1 of the run, counted over its epochs."""
         parts = []
-        while start < stop:
+        while start < stop:  # a batch may end an epoch and start the next one
             epoch, place = divmod(start, len(self.data))
             end = min(stop, (epoch + 1) * len(self.data))
             parts.append(self.data.batch(self._permutation(epoch)[place : place + end - start].tolist(), epoch))

@@ -1,11 +1,11 @@
-"""The semi-Lipschitz DiT (paper, sec. 4, appendices B and F.1): a diffusion transformer whose every layer is tamed.
+"""The semi-Lipschitz DiT (paper, sec. 4, appendices B and F.1): a diffusion transformer of Lipschitz-controlled layers.
 
 A DiT (Peebles and Xie 2023) is conditioned on t, on t - s, on beta = 1/w and on a label. Terminal Velocity Matching
 needs a network that is Lipschitz in its inputs, so
 
 - RMSNorm without parameters takes LayerNorm's place (appendix B.1), and normalises queries and keys too;
 - each modulation vector passes through an RMSNorm (eq. 16);
-- every linear layer starts with a largest singular value of 1, but for modulation and output, which start at zero, and,
+- every linear layer starts with a largest singular value of 1, except modulation and output, which start at zero, and,
   in some presets, the embeddings of times and beta (see initialise.py).
 
 Names in the state dict are those of the released weights.
@@ -29,7 +29,7 @@ from tvm_ref.flow_map import jvp
 from tvm_ref.shapes import Sample, Time
 
 EPS = 1e-6  # inside the square root of every norm
-FREQUENCIES = 128  # that a scalar is embedded with, as cosines and sines
+FREQUENCIES = 128  # of the embedding of a scalar, each as a cosine and a sine
 
 Tokens = Float[Tensor, "b n d"]
 PerHead = Float[Tensor, "b h n d"]
@@ -40,7 +40,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values [B,
 class DiTConfig:
     """The sizes of a DiT, and how its weights start.
 
-    The last four fields are the paper's choices; others are there for its ablation (fig. 4) and for nothing else.
+    Defaults of the last four fields are the paper's choices; other values serve its ablation (fig. 4) and table 6.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -120,7 +120,7 @@ def embed_scalar(a: Time) -> Float[Tensor, "b 256"]:
 
 
 def embed_positions(side: int, width: int) -> Float[Tensor, "1 n d"]:
-    """Embed the places of a side x side grid in row order [1, side^2, width]: half for the column, half for the row."""
+    """Embed the positions of a side x side grid, row by row [1, side^2, width]: half for the column, half the row."""
     frequencies = 1e4 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side).double()[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [side, width / 2]
@@ -258,7 +258,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tokens, c: Float[Tensor, "b d"]) -> Float[Tensor, "b n p"]:
         """Map tokens x [B, N, D] to patches [B, N, p p C] under the condition c [B, D]."""
-        shift, scale = self.adaLN_modulation(c)
+        shift, scale = self.adaLN_modulation(c)  # normalised, too (eq. 16)
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
@@ -294,26 +294,27 @@ class DiT(nn.Module):
         beta = torch.ones_like(t) if condition is None else condition.beta
         # only t - s carries the tangent of the JVP in s; the other embeddings are constants to it
         c = self.s_embedder(t - s) + (self.t_embedder(t) + self.guidance_embedder(beta) + self.y_embedder(label))
-        tokens = self.x_embedder(x) + self.pos_embed
+        tokens = self.x_embedder(x) + self.pos_embed  # [B, N, D]
         for block in self.blocks:
             tokens = recomputed(block, tokens, c) if self.checkpointing else block(tokens, c)
         return self._image(self.final_layer(tokens, c)).to(x.dtype)
 
     def _image(self, patches: Tokens) -> Float[Tensor, "b c h w"]:
-        """Put patches [B, N, p p C] back in their places."""
+        """Assemble patches [B, N, p p C] to images."""
         p, side = self.config.patch_size, self.config.input_size // self.config.patch_size
         grid = patches.unflatten(-1, (p, p, -1)).unflatten(1, (side, side))  # [B, row, column, p, p, C]
         return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def recomputed(block: nn.Module, x: Tokens, c: Float[Tensor, "b d"]) -> Tokens:
-    """Compute block(x, c), and what its backward needs again there (activation checkpointing).
+    """Compute block(x, c), and in the backward once more what it needs (activation checkpointing).
 
-    torch.utils.checkpoint knows nothing of tangents, so inside a JVP what is checkpointed is the block's own JVP.
+    torch.utils.checkpoint does not know tangents. Inside a JVP the block's own JVP is checkpointed in its place.
     """
     (x, dx), (c, dc) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(c)
-    if dx is None and dc is None:
+    if dx is None and dc is None:  # an ordinary forward
         return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
     tangents = tuple(torch.zeros_like(a) if da is None else da for a, da in ((x, dx), (c, dc)))
+    # value and tangent leave as two ordinary outputs, whose gradients checkpoint knows
     y, dy = checkpoint(jvp, block, (x, c), tangents, use_reentrant=False, preserve_rng_state=False)
     return forward_ad.make_dual(y, dy)

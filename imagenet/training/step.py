@@ -2,8 +2,7 @@
 
 import contextlib
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +15,16 @@ from tvm_ref import EMA, FlowMap
 from tvm_ref.objectives import TERMS
 
 
-@dataclass(frozen=True)
-class StepMetrics:
+class StepMetrics(NamedTuple):
     """The metrics of one step, over all processes.
 
     Attributes:
-        losses: mean of each of TERMS over all processes.
+        losses: mean of each of TERMS.
         gradient_norm: before clipping.
-        asked_to_stop: any process was asked to stop.
-        asked_to_save: any process was asked to save.
     """
 
     losses: tuple[float, float]
     gradient_norm: float
-    asked_to_stop: bool
-    asked_to_save: bool
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -75,13 +69,8 @@ class Training:
         self.optimizer = make_optimizer(config, self._parameters)
         self.step = 0
 
-    def train_step(self, batch: Batch, *, stop: bool = False, save: bool = False) -> StepMetrics:
+    def train_step(self, batch: Batch) -> StepMetrics:
         """Take one step of algorithm 1 on this process's part of a batch.
-
-        Args:
-            batch: this process's part.
-            stop: this process was asked to stop.
-            save: this process was asked to save.
 
         Raises:
             FloatingPointError: in every process, if a loss or gradient of any is NaN or infinite; the weights are those
@@ -95,16 +84,17 @@ class Training:
         for i in range(config.accumulate):  # micro-batches, whose gradients add up to that of the batch
             # data x0, noise x1, times t, s, s' and the condition (class, beta), drawn by Batches
             x0, x1, times, condition = batch.slice(i * n, (i + 1) * n).to(device)
+            # gradients are averaged over processes once, in the last backward
             last = i == config.accumulate - 1
             with contextlib.nullcontext() if last else parallelize.no_sync(self.objective):
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                     # both terms of eq. 15 per sample; the target theta* gives u*, without a gradient (eq. 12)
                     terms = self.objective(x0, x1, times, condition, self.target.module)
-                # the expectation over samples and times; the last backward averages gradients over processes
+                # the expectation over samples and times is the mean of the batch
                 (terms.total.mean() / config.accumulate).backward()
             losses += torch.stack([getattr(terms, name).detach().mean() for name in TERMS]) / config.accumulate
         norm = self._clip()
-        metrics = self._gather_metrics(losses, norm, stop, save)  # NaN anywhere raises here, before the weights move
+        metrics = self._gather_metrics(losses, norm)  # NaN anywhere raises here, before the weights move
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         self.optimizer.step()  # theta
@@ -118,20 +108,20 @@ class Training:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip or float("inf"), foreach=True)
         return parallelize.full_tensor(norm)
 
-    def _gather_metrics(self, losses: Tensor, norm: Tensor, stop: bool, save: bool) -> StepMetrics:
-        """Average losses and the gradient's norm over all processes; learn whether any was asked to stop or save.
+    def _gather_metrics(self, losses: Tensor, norm: Tensor) -> StepMetrics:
+        """Average losses and the gradient's norm over all processes.
 
         Raises:
             FloatingPointError: in every process, if any holds a number that is not finite.
         """
-        rows = self.world.all_gather([*losses.tolist(), float(norm), float(stop), float(save)])
-        for name, column in zip((*(f"{name} loss" for name in TERMS), "gradient"), rows.T, strict=False):
+        rows = self.world.all_gather([*losses.tolist(), float(norm)])
+        for name, column in zip((*(f"{name} loss" for name in TERMS), "gradient"), rows.T, strict=True):
             bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
             if bad:
                 ranks = f"rank{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}"
                 raise FloatingPointError(f"step {self.step}: the {name} is NaN or infinite on {ranks}")
-        jump, flow_matching, gradient_norm, stops, saves = rows.mean(0).tolist()
-        return StepMetrics((jump, flow_matching), gradient_norm, stops > 0, saves > 0)
+        jump, flow_matching, gradient_norm = rows.mean(0).tolist()
+        return StepMetrics((jump, flow_matching), gradient_norm)
 
     def load_initial(self, weights: dict[str, Tensor]) -> None:
         """Start from weights, the state dict of a FlowMap: the model and both averages."""

@@ -21,7 +21,7 @@ from tests.imagenet.test_distributed import ROOT, torchrun
 
 @pytest.mark.slow
 def test_a_line_of_the_log_is_a_mean_though_the_interval_changed(tmp_path, whole, monkeypatch):
-    """Resuming at step 53 with another interval once divided the sum of the wrong number of losses."""
+    """Resuming at step 52 with another interval once divided the sum of the wrong number of losses."""
     folder = tmp_path / "run"
     monkeypatch.setattr(Training, "train_step", stopping_at(Training.train_step, 52))
     assert command(folder, "--steps", 120) == 130
@@ -38,8 +38,8 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(tmp_path, who
     folder = tmp_path / "run"
     assert command(folder, "--steps", 120) == 130
     monkeypatch.undo()
-    assert "stopped at step 53, and saved" in capsys.readouterr().out
-    assert [p.name for p in checkpoints(folder)] == ["00000053"]
+    assert "stopped at step 52, and saved" in capsys.readouterr().out
+    assert [p.name for p in checkpoints(folder)] == ["00000052"]
     assert not (folder / "weights.safetensors").exists()
     model, _ = load_weights(folder)  # of a run under way: those of the checkpoint
     assert any(p.any() for p in model.network.final_layer.parameters())
@@ -67,7 +67,7 @@ def test_sigusr1_saves_and_training_goes_on(tmp_path, whole, monkeypatch):
     folder = tmp_path / "run"
     before = signal.getsignal(signal.SIGUSR1)
     assert command(folder, "--steps", 120) == 0
-    assert [p.name for p in checkpoints(folder)] == ["00000053", "00000120"]
+    assert [p.name for p in checkpoints(folder)] == ["00000052", "00000120"]
     assert same(*(state(a / "checkpoints" / "00000120") for a in (folder, whole[0])))
     assert signal.getsignal(signal.SIGUSR1) == before
 
@@ -201,7 +201,7 @@ def test_a_full_disk_ends_with_a_clear_error_and_the_last_good_checkpoint(tmp_pa
     assert process.exitcode == 1
     error = (tmp_path / "stderr.txt").read_text()
     assert "the checkpoint of step 60 could not be written: File too large" in error
-    assert "00000051 is complete" in error
+    assert "00000050 is complete" in error
     assert "the same command with --resume goes on" in error
     assert {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()} == before
     assert train.main([*arguments, "--resume"]) == 0
@@ -219,7 +219,7 @@ def test_torchrun_on_two_processes_equals_one_and_one_goes_on_where_two_stopped(
     folder = tmp_path / "run"
     options = [*TINY, "--steps", "120", "--save-every", "1000", "--out", str(folder)]
     done = torchrun("-m", "tests.imagenet.interrupted", "SIGTERM", 60, *options, cwd=ROOT)
-    assert "stopped at step 61, and saved" in done.stdout, done.stderr[-3000:]
+    assert "stopped at step 60, and saved" in done.stdout, done.stderr[-3000:]
     assert done.stdout.count("stopped at step") == 1  # one process speaks
     assert train.main([*options, "--resume"]) == 0
     for a, b in zip(losses(folder), losses(whole[0]), strict=True):

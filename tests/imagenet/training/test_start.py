@@ -120,7 +120,7 @@ def test_a_line_tells_the_speed_since_the_last_one_and_the_share_waited_for_data
     for _ in log.timed(data()):
         clock[0] += pace[training.step][1]
         training.step += 1
-        metrics = StepMetrics((1.0, 2.0), 0.5, False, False)
+        metrics = StepMetrics((1.0, 2.0), 0.5)
         log.note(metrics)
         if training.step % 2 == 0:
             log.write(metrics)

@@ -218,12 +218,6 @@ def test_optimizers_do_not_decay_weights():
         assert torch.equal(p, torch.ones(4, 4)), name
 
 
-def test_metrics_say_who_was_asked_to_stop():
-    training = make()
-    assert not training.train_step(batches()[0]).asked_to_stop
-    assert training.train_step(batches()[1], stop=True).asked_to_stop
-
-
 def test_a_curriculum_moves_with_training_and_goes_on_where_it_was():
     """alpha-Flow's alpha once stayed at 1, flow matching along chords, as nobody told the objective of the steps."""
     config = replace(SMALL, objective="alphaflow", time_sampler="own", w=1.0, steps=3)
