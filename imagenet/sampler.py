@@ -142,9 +142,9 @@ def load_generator(
     known = read_provenance(source) or Provenance(config.data)
     labels = None if classes is None else [class_number(name, config, known.classes) for name in classes]
     if w is not None and not 0 < w < float("inf"):
-        raise UserError(f"--w must be positive and finite, got {w}")
+        raise UserError(f"w must be positive and finite, got {w}")
     if seed < 0:
-        raise UserError(f"--seed must be at least 0, got {seed}")
+        raise UserError(f"seed must be at least 0, got {seed}")
     generator = Generator(flow_map.to(device), config, device, labels, w, seed)
     if config.data not in ("latents", "synthetic"):
         return generator
@@ -176,5 +176,5 @@ def normalisation_of(config: Config, known: Provenance, latents: Path | None = N
         return known.normalisation
     size = LATENT_SIDE * config.input_size
     if size not in NORMALISATION:
-        raise UserError(f"the normalisation of latents of {size} x {size} images is not known: say --latents FOLDER")
+        raise UserError(f"the normalisation of latents of {size} x {size} images is not known: say latents=FOLDER")
     return NORMALISATION[size]

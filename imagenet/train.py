@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,17 +32,16 @@ from imagenet.data.vae import load_vae
 from imagenet.distributed import World
 from imagenet.metrics.fid import Metric, make_metric
 from imagenet.model.parallelize import check_version
-from imagenet.training.log import check_wandb
-from imagenet.training.run import Run, saved_nothing, stored_config
+from imagenet.training.run import Run
 from imagenet.training.step import Training
-from imagenet.weights import CONFIG, read_provenance
+from imagenet.weights import CONFIG, WEIGHTS, checkpoints, read_config, read_provenance
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import require_free
-from tvm_ref.cli.options import OneLineParser, add_options, given, option, require_at_least
+from tvm_ref.cli.options import OneLineParser, add_options, flag, given, option, require_at_least
 from tvm_ref.cli.options import run as run_command
 from tvm_ref.cli.progress import progress
 from tvm_ref.cli.stopping import INTERRUPTED, Interruption, SaveRequests
-from tvm_ref.objectives import TERMS
+from tvm_ref.objectives import OBJECTIVES, TERMS
 
 GO_ON = "the same command with --resume goes on"
 THREADS = 1  # on a CPU, unless OMP_NUM_THREADS is set: more help digits little and hurt much on busy cores
@@ -83,6 +83,38 @@ def parser() -> OneLineParser:
     names = [f.name for f in dataclasses.fields(Config) if f.name not in OF_DATA]
     add_options(p.add_argument_group("the configuration (defaults are those of digits)"), Config, names)
     return p
+
+
+def stored_config(folder: Path, changes: dict[str, Any]) -> Config:
+    """Read the configuration of the run in a folder, with what of `changes` may change when it is resumed.
+
+    Raises:
+        UserError: no run there, or an option that would make it another run.
+    """
+    stored = read_config(folder)
+    if "steps" in changes:
+        _check_steps(folder, stored, changes["steps"])
+    for name, value in changes.items():
+        if name not in (*RESUMABLE, "steps") and getattr(stored, name) != value:
+            option = name if name in OF_DATA else flag(name)
+            raise UserError(f"--resume keeps a run's options: {folder} has {option} {getattr(stored, name)}")
+    return dataclasses.replace(stored, **changes)
+
+
+def _check_steps(folder: Path, stored: Config, steps: int) -> None:
+    """Raise UserError unless a run may go on to `steps`: to its own, or to more where nothing was shaped by them."""
+    shaped = [f"--schedule {stored.schedule}"] * (stored.schedule != "constant")
+    shaped += [f"--objective {stored.objective}"] * OBJECTIVES[stored.objective].has_curriculum
+    if steps != stored.steps and shaped:
+        reason = f"its {shaped[0]} was shaped by them"
+        raise UserError(f"--resume keeps a run's options: {folder} has --steps {stored.steps}, as {reason}")
+    if steps < stored.steps:
+        raise UserError(f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
+
+
+def saved_nothing(folder: Path) -> bool:
+    """Tell whether a run's folder holds nothing to continue, as after a failure in its first step."""
+    return not checkpoints(folder) and not (folder / WEIGHTS).exists()
 
 
 class Plan(NamedTuple):
@@ -164,8 +196,8 @@ def begin(
     made = world.on_first(lambda: make_plan(preset, changes, out, options, world.size))
     plan: Plan = world.broadcast(made and made[0])
     data = made[1] if made is not None else load_data(plan.config, options.data_path)
-    if options.wandb is not None:
-        check_wandb()
+    if options.wandb is not None and find_spec("wandb") is None:
+        raise UserError("--wandb needs its package: pip install wandb")
     if options.evaluate_every and metric is None:
         reference = None if options.reference is None else Path(options.reference)
         metric = make_metric(plan.config, reference, None, MEASURED - MEASURED % world.size, world)

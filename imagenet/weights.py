@@ -82,7 +82,7 @@ def weights_file(source: Path) -> Path:
     read_config(source)
     found = [path / WEIGHTS for path in checkpoints(source) if (path / WEIGHTS).is_file()]
     if not found:
-        raise UserError(f"{source} holds no weights yet; continue it with --resume")
+        raise UserError(f"{source} holds no weights yet: it has not reached its first checkpoint")
     return found[-1]
 
 

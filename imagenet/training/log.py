@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from imagenet.cost.flops import utilisation
 from imagenet.data.batches import Batch
 from imagenet.training.step import StepMetrics, Training, learning_rate
-from tvm_ref.cli.errors import UserError
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.objectives import TERMS
 
@@ -128,12 +126,6 @@ class Log:
         """Restore what state_dict gave."""
         self.seconds = self.before = state["seconds"]
         self._sums, self._summed = state["sums"], state["summed"]
-
-
-def check_wandb() -> None:
-    """Raise ValueError where Weights & Biases is not installed."""
-    if find_spec("wandb") is None:
-        raise UserError("--wandb needs its package: pip install wandb")
 
 
 def join_wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:

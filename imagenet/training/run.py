@@ -23,7 +23,6 @@ from typing import Any
 
 from torch import nn
 
-from imagenet.config import OF_DATA, RESUMABLE, Config
 from imagenet.data.image_files import save_png
 from imagenet.data.provenance import Provenance
 from imagenet.metrics.fid import Metric
@@ -32,46 +31,12 @@ from imagenet.sampler import Generator
 from imagenet.training.checkpoint import Saver, load_newest
 from imagenet.training.log import Log, keep_lines
 from imagenet.training.step import Training
-from imagenet.weights import CONFIG, DATA, WEIGHTS, checkpoints, load_initial, read_config, save_weights
+from imagenet.weights import CONFIG, DATA, WEIGHTS, load_initial, read_config, save_weights
 from tvm_ref import OBJECTIVES
-from tvm_ref.cli.errors import UserError
 from tvm_ref.cli.files import write_atomically
-from tvm_ref.cli.options import flag
 
 EVALUATIONS = "evaluations.jsonl"
 NFES = (1, 4)  # numbers of steps that are drawn and scored at the end
-
-
-def stored_config(folder: Path, given: dict[str, Any]) -> Config:
-    """Read the configuration of the run in a folder, with what of `given` may change when it is resumed.
-
-    Raises:
-        UserError: no run there, or a given option that would make it another run.
-    """
-    stored = read_config(folder)
-    if "steps" in given:
-        _check_steps(folder, stored, given["steps"])
-    for name, value in given.items():
-        if name not in (*RESUMABLE, "steps") and getattr(stored, name) != value:
-            option = name if name in OF_DATA else flag(name)
-            raise UserError(f"--resume keeps a run's options: {folder} has {option} {getattr(stored, name)}")
-    return replace(stored, **given)
-
-
-def _check_steps(folder: Path, stored: Config, steps: int) -> None:
-    """Raise UserError unless a run may go on to `steps`: to its own, or to more where nothing was shaped by them."""
-    shaped = [f"--schedule {stored.schedule}"] * (stored.schedule != "constant")
-    shaped += [f"--objective {stored.objective}"] * OBJECTIVES[stored.objective].has_curriculum
-    if steps != stored.steps and shaped:
-        reason = f"its {shaped[0]} was shaped by them"
-        raise UserError(f"--resume keeps a run's options: {folder} has --steps {stored.steps}, as {reason}")
-    if steps < stored.steps:
-        raise UserError(f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
-
-
-def saved_nothing(folder: Path) -> bool:
-    """Tell whether a run's folder holds nothing to continue, as after a failure in its first step."""
-    return not checkpoints(folder) and not (folder / WEIGHTS).exists()
 
 
 class Run:

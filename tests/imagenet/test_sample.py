@@ -165,7 +165,7 @@ def test_latents_of_other_sizes_need_their_normalisation(tmp_path, capsys):
 
     model = weights(tmp_path / "a.safetensors", replace(CONFIG, data="latents", in_channels=4))
     assert draw(model, tmp_path / "a.npz", vae=tiny_vae()) == 2
-    assert "say --latents FOLDER" in capsys.readouterr().err
+    assert "say latents=FOLDER" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten_unasked(model, tmp_path, capsys):

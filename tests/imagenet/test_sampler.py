@@ -77,7 +77,7 @@ def test_untrained_guidance_is_named(w_max, w, warns):
 
 def test_arguments_that_do_not_fit_the_model_are_refused(run):
     for bad in ({"classes": [10]}, {"w": 0.0}, {"seed": -1}):
-        with pytest.raises(ValueError, match=f"--{next(iter(bad))} must"):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must"):
             load_generator(run, **bad)
 
 

@@ -7,7 +7,6 @@ import torch
 
 from imagenet import train
 from imagenet.config import OF_DATA, PRESETS, Config
-from imagenet.training import log
 from imagenet.training.checkpoint import read_checkpoint
 from imagenet.training.step import Training
 from imagenet.weights import checkpoints, load_weights, read_config
@@ -215,7 +214,7 @@ def test_the_neighbours_train_too(tmp_path, objective):
 
 
 def test_weights_and_biases_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(log, "find_spec", lambda name: None)
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
     assert status(command, tmp_path / "run", "--steps", 2, "--wandb", "digits") == 2
     assert "--wandb needs its package: pip install wandb" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from imagenet import train
 from imagenet.config import Config, build_model
 from imagenet.data.batches import Batches
 from imagenet.data.image_sets import load_data
 from imagenet.distributed import World
-from imagenet.training.run import stored_config
 from imagenet.training.step import Training, learning_rate, make_optimizer
 from tests.imagenet import straight_line
 from tests.imagenet.workers import SMALL, randomise
@@ -236,6 +236,6 @@ def test_a_curriculum_is_shaped_by_the_steps_as_a_cosine_is(tmp_path, objective)
     """Going on for more steps would have been another curriculum from its first step on."""
     stored = replace(SMALL, objective=objective, time_sampler="own", w=1.0, steps=4, schedule="constant")
     (tmp_path / "config.json").write_text(stored.to_json())
-    assert stored_config(tmp_path, {"steps": 4}) == stored
+    assert train.stored_config(tmp_path, {"steps": 4}) == stored
     with pytest.raises(ValueError, match=f"--steps 4, as its --objective {objective} was shaped by them"):
-        stored_config(tmp_path, {"steps": 5})
+        train.stored_config(tmp_path, {"steps": 5})
