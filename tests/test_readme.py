@@ -97,7 +97,7 @@ def snippet(opening: str, page: str = README) -> str:
 
 @pytest.mark.parametrize("classes", [False, True])
 def test_the_training_loop_runs(classes):
-    """The loops of the README and of the guide, as printed, on two batches of random images and a network of one layer."""
+    """The loops of the README and of the guide, as printed, on two batches of images and a network of one layer."""
     network = Network()
     before = network.layer.weight.detach().clone()
     x0 = torch.randn(2, 4, 3, 8, 8)

@@ -58,7 +58,7 @@ def values_are_cheap(a: Tensor) -> bool:
 
 
 def check_batch(x: Tensor, *per_sample: Tensor) -> None:
-    """Raise ValueError unless x is [B, ...] and every other tensor is [B], TypeError where there is no tensor."""
+    """Raise ValueError unless x is [B, ...] and every other tensor is [B], TypeError for what is not a tensor."""
     require(x.ndim >= 2, f"x must be of shape [B, ...] with at least two axes, got {list(x.shape)}")
     for a in per_sample:
         if not isinstance(a, Tensor):
@@ -76,7 +76,7 @@ def check_times(t: Tensor, s: Tensor) -> None:
 
 
 def check_condition(condition: Any, flow_map: Any) -> None:
-    """Raise TypeError for what is no Condition, ValueError where a scaled flow map has none; warn if beta may be w."""
+    """Raise TypeError for another type, ValueError for None if the flow map is scaled; warn if beta may be w."""
     if condition is None:
         scaled = getattr(flow_map, "scaled", False)
         require(not scaled, "a scaled flow map, f = (s - t) w F, needs a condition: Condition(label, beta=1/w)")
@@ -102,7 +102,7 @@ def is_average(a: Any) -> bool:
     return not isinstance(a, nn.Module) and hasattr(a, "decay") and hasattr(a, "module")
 
 
-def check_network(network: Any) -> None:
+def require_network(network: Any) -> None:
     """Raise TypeError unless a network is what a FlowMap is made around, called as network(x, t, s, condition)."""
     if hasattr(network, "displacement") or is_average(network):
         raise TypeError(f"a FlowMap is made around a network itself, got {type(network).__name__}")

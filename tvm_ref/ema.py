@@ -32,14 +32,14 @@ class EMA(Generic[M]):
         self.updates = 0
 
     def __getattr__(self, name: str) -> Any:
-        """Refuse what a model has and its average has not, with where to find it."""
+        """Raise AttributeError for what only the model has, with where to find it."""
         raise AttributeError(f"an EMA has no {name!r}; the averaged model is its .module: pass ema.module")
 
     @torch.no_grad()
     def update(self, module: M) -> None:
         """Move the average towards the weights of `module`; buffers are copied."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages: list[Tensor] = list(self.module.parameters())  # asked for anew, as FSDP replaces parameters
+        averages: list[Tensor] = list(self.module.parameters())  # listed at each update, as FSDP replaces parameters
         torch._foreach_lerp_(averages, list(module.parameters()), 1 - decay)
         for average, value in zip(self.module.buffers(), module.buffers(), strict=True):
             average.copy_(value)

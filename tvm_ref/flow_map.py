@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from jvp_attention import jvp_ready
-from tvm_ref.checks import check_network, checked, checked_output, warns_if_blind
+from tvm_ref.checks import checked, checked_output, require_network, warns_if_blind
 from tvm_ref.guidance import Condition
 from tvm_ref.shapes import Sample, Time, over
 
@@ -35,7 +35,7 @@ class FlowMap(nn.Module):
         scaled: scaled parameterisation (sec. 4): f = (s - t) w F with w = 1/beta, which suits the linear growth of
             the guided velocity in w.
 
-    Every method raises TypeError for a condition that is no Condition and times that are no tensors, ValueError for
+    Every method raises TypeError for a condition that is not a Condition and times that are not tensors, ValueError for
     shapes that do not fit, for a missing condition where `scaled` and, on the CPU outside torch.compile, for times that
     break 0 <= s <= t <= 1. There it also warns of beta above 1 and, in training, of a network whose output does not
     depend on s.
@@ -46,7 +46,7 @@ class FlowMap(nn.Module):
 
     def __init__(self, network: nn.Module, *, scaled: bool = False):
         super().__init__()
-        check_network(network)
+        require_network(network)
         self.network = network
         self.scaled = scaled
 
@@ -97,7 +97,7 @@ class FlowMap(nn.Module):
     ) -> tuple[Sample, Sample]:
         """Return F(x, t, s) and v . grad_x F + dF/dt, its derivative along a path of velocity v [B, ...] (eq. 18).
 
-        One JVP. `dt` is the rate of t: 0 leaves v . grad_x F alone.
+        One JVP. `dt` is the rate of t: 0 leaves only v . grad_x F.
         """
         # the jump's start (x, t) moves along the path, its end s stands still
         return jvp(lambda x, t: self.F(x, t, s, condition), (x, t), (v, torch.full_like(t, dt)))
@@ -105,7 +105,7 @@ class FlowMap(nn.Module):
 
 @runtime_checkable
 class Flow(Protocol):
-    """What TVM asks of its flow map and of its target: a FlowMap or the exact flow of a toy distribution."""
+    """The calls of TVM on its flow map and on its target: a FlowMap or the exact flow of a toy distribution."""
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """Return u(x, t) [B, ...], as FlowMap does."""

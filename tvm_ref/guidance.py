@@ -10,7 +10,7 @@ from tvm_ref.shapes import Labels, PerSample, Sample, over
 
 
 class Condition(NamedTuple):
-    """What the network is conditioned on beside the times.
+    """The inputs of the network besides x and the times.
 
     Attributes:
         label: [B] classes 0 to C - 1; C is the null label, "no class".

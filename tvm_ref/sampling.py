@@ -39,7 +39,7 @@ def sample_path(
     Raises:
         ValueError: fewer than one step, or a grid that does not fall within [0, 1].
         TypeError: an EMA, whose .module is meant; a network that is not wrapped in a FlowMap: it gives average
-            velocities F, not states. A number of steps that is no whole number.
+            velocities F, not states. A number of steps that is not a whole number.
     """
     check_sampling(jump, times)
     # the paper's slice of its grid drops the last time, 0, and with it the last step; ours ends at the data

@@ -1,4 +1,4 @@
-"""Where random numbers come from: one generator per purpose, decided by integers alone."""
+"""Sources of random numbers: one generator per purpose, seeded by integers."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""How training draws its times: the four samplers of the paper's sec. 7.3, each exact, and those of its relatives."""
+"""Distributions of the times of training: the four of the paper's sec. 7.3, each exact, and those of its relatives."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Times(NamedTuple):
     Attributes:
         t: where jumps start.
         s: where jumps end.
-        s_prime: where flow matching is done: TVM's second term, and the samples of a share t = s. Equal to s unless the
+        s_prime: where flow matching is done: TVM's second term, and samples with t = s. Equal to s unless the
             sampler draws it on its own.
     """
 
@@ -31,7 +31,7 @@ class Times(NamedTuple):
 def logit_normal(u: Tensor, normal: Normal, upper: Tensor | None = None) -> Tensor:
     """Map uniform u [n] to times [n]: sigmoid(z), z ~ N(mean, std^2), truncated to (0, upper] if `upper` [n] is given.
 
-    By inverting the distribution function, up to that of the bound: exact, and smooth in u.
+    Inverse-CDF sampling: to truncate, u is scaled by the CDF at `upper`. So it is exact, and smooth in u.
     """
     mean, std = normal
     u = u.clamp_min(torch.finfo(u.dtype).tiny)
@@ -119,8 +119,8 @@ class TimeSampler:
     kind: str = "gap*"  # the paper's final choice (fig. 9)
     first: Normal | None = None  # (mean, std) of t (trunc, clamp) or of t - s (gap, gap*); None: the paper's
     second: Normal | None = None  # (mean, std) of s; None: the paper's
-    share_equal: float = 0.0  # share of samples with t = s = s', where all but PID are flow matching (table 4d)
-    share_noise: float = 0.0  # share of samples with t set to 1, where one-step generation starts (not in the paper)
+    share_equal: float = 0.0  # fraction of samples with t = s = s': flow matching but in PID (table 4d)
+    share_noise: float = 0.0  # fraction of samples with t set to 1, where one-step generation starts (not in the paper)
 
     def __post_init__(self) -> None:
         require_one_of("kind", self.kind, TIME_SAMPLERS)
@@ -134,7 +134,7 @@ class TimeSampler:
 
     @property
     def draws_equal_times(self) -> bool:
-        """Whether samples with t = s are drawn: a share of them, or where clamp cuts s at t."""
+        """True if samples with t = s are drawn: a fraction of them, or where clamp cuts s at t."""
         return self.share_equal > 0 or self.kind == "clamp"
 
     def draw(self, n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Times:

@@ -21,7 +21,7 @@ from tvm_ref.time_samplers import Times, TimeSampler
 
 
 class Method(NamedTuple):
-    """What the project says of an objective and how it measures it: every table and choice is a view of these.
+    """The record of an objective, its names and how it is measured: every table and choice is a view of these.
 
     Attributes:
         key: its name on a command line.
@@ -89,7 +89,7 @@ def guided_target(
 
 
 class Objective(nn.Module):
-    """What all objectives share: the flow map that they train, and guidance.
+    """Base of all objectives: the flow map that they train, and guidance.
 
     An objective may have weights of its own (see LearnedWeight), so optimise objective.parameters().
 
@@ -100,7 +100,7 @@ class Objective(nn.Module):
     Attributes:
         method: its record.
         learns_jumps: whether f(x, t, s) is trained for s < t; without, a model takes Euler steps (see stepper).
-        one_step_only: whether that holds for s = 0 alone, so that a model is for one step.
+        one_step_only: whether only jumps to s = 0 are trained, so that a model is for one step.
         has_guidance: whether guidance (classifier-free, inside the target) is implemented for the method.
         has_curriculum: whether set_progress changes it, so that it is shaped by the number of training steps.
         default_times: the distribution of times that the method's paper trains with.
@@ -127,7 +127,7 @@ class Objective(nn.Module):
 
     @property
     def learned_weight(self) -> nn.Module:
-        """The learned weight of the loss, to save beside the model; a module without tensors where there is none."""
+        """The learned weight of the loss, to save with the model; a module without tensors where there is none."""
         weight = getattr(self, "weight", None)  # a function for methods whose weight is not learned
         return weight if isinstance(weight, nn.Module) else nn.Module()
 
@@ -178,7 +178,7 @@ class Objective(nn.Module):
 
 
 class Jumps(NamedTuple):
-    """What the residual of a method is made of, for a batch of jumps.
+    """A batch of jumps: the arguments of a method's residual.
 
     Attributes:
         x: [B, ...] x_t, where jumps start.
@@ -218,7 +218,7 @@ class ResidualObjective(Objective):
     """
 
     flow_map: FlowMap
-    one_term: ClassVar[bool] = False  # whether flow matching is no case of its own, so that all of the loss is `jump`
+    one_term: ClassVar[bool] = False  # all of the loss is `jump`: flow matching is not a case of its own
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None, weight: Weight | None = None):
         super().__init__(flow_map, null_label=null_label)
@@ -255,7 +255,7 @@ class ResidualObjective(Objective):
         equal = jumps.t == jumps.s
         if not has_values(equal):
             # torch.compile wants shapes that no times decide, so there each sample is a jump. F(x, t, t) is the
-            # velocity: at t = s the left side is regressed on v in place of the right one
+            # velocity: at t = s the left side is regressed on v instead of the right one
             left, right = self.sides(jumps)
             return mean_square(left - torch.where(over(equal, right), jumps.v, right))
         # a jump costs two or three times as much as flow matching, so each sample gets only what it needs

@@ -21,7 +21,7 @@ class ESD(SelfDistillation):
         "full": u* and (grad_x F) u* are the target's, stopped; gradients flow through F and dF/dt.
         "convex": u* is the target's, stopped; gradients flow through F and D F.
         "none": u* is the model's own, and nothing is stopped.
-        "all": u* is the target's; gradients flow through F alone. Not of the paper: it is what MeanFlow, which has the
+        "all": u* is the target's; gradients flow only through F. Not in the paper: it is what MeanFlow, which has the
             random v for u*, does in expectation.
     """
 
@@ -69,8 +69,8 @@ def mean_flow_sides(flow_map: FlowMap, jumps: Jumps) -> tuple[Sample, Sample]:
 class MeanFlow(ResidualObjective):
     """MeanFlow (Geng and others, 2505.13447; eq. 18): ||F(x_t, t, s) - sg(v + (s - t) [v . grad_x F + dF/dt])||^2.
 
-    The random v stands for u. It is flow matching at t = s, so its times need a share of t = s (the paper's is three
-    quarters). The paper's adaptive weight moves the minimiser (see AdaptiveWeight); power=0 is without.
+    The random v stands for u. It is flow matching at t = s, so its times need a fraction with t = s (the paper's is
+    three quarters). The paper's adaptive weight moves the minimiser (see AdaptiveWeight); power=0 is without.
 
     Args:
         flow_map: the model.
@@ -130,9 +130,10 @@ class ContinuousConsistency(ResidualObjective):
         ||F - sg F + sg g / (||g|| + c)||^2,    g = F(x_t, t, 0) - v + t [v . grad_x F + dF/dt]
 
     g is minus the tangent of the consistency function X(x, t, 0) along the path. Only jumps to s = 0 are trained, so a
-    model is for one step; where the times have a share t = s, that share is flow matching, the anchor of FACM
-    (2507.03738). The paper's TrigFlow path, warm-up of the tangent and learned weight are left out; its law of noise
-    levels (CIFAR-10: log sigma ~ N(-1, 1.4^2) for data of deviation 1/2) is kept, as logit(t) = log(sigma / deviation).
+    model is for one step; samples with t = s, where the times have some, are flow matching, the anchor of FACM
+    (2507.03738). The paper's TrigFlow path, warm-up of the tangent and learned weight are left out; its distribution of
+    noise levels (CIFAR-10: log sigma ~ N(-1, 1.4^2) for data of deviation 1/2) is kept, as logit(t) =
+    log(sigma / deviation).
 
     Args:
         flow_map: the model.
@@ -143,7 +144,7 @@ class ContinuousConsistency(ResidualObjective):
     method = Method(
         "sct",
         "sCT",
-        "A continuous-time consistency model jumps to s = 0 alone: others were never trained.",
+        "A continuous-time consistency model jumps only to s = 0: others were never trained.",
         sweeps=({}, {"settings": {"constant": None}}),
         measured_as=(("sCT", {"constant": None}), ("sCT, tangent normalised", {})),
     )

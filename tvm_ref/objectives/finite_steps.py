@@ -62,7 +62,7 @@ class AlphaFlow(FiniteStep):
         flow_map: the model.
         null_label: see Objective.
         alpha: a constant, for no curriculum.
-        start: share of training where the curriculum starts.
+        start: fraction of training where the curriculum starts.
         end: and where it ends.
         temperature: of the sigmoid, their gamma.
         clamp: their eta.

@@ -20,7 +20,7 @@ class FlowMatching(Objective):
     method = Method(
         "fm",
         "flow matching",
-        "Flow matching learns u alone. Its one step is Euler's, a straight line; d/ds f is u where it starts.",
+        "Flow matching learns only u. Its one step is Euler's, a straight line; d/ds f is u where it starts.",
     )
     learns_jumps = False
 

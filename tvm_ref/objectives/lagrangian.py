@@ -42,7 +42,7 @@ class LSD(SelfDistillation):
         if self.stops == "none":
             u = self.flow_map.velocity(x + f, s, condition)
         else:
-            # the jump is judged by the flow as it is known today, and does not move the landing point to please u
+            # sg: the gradient is to change the velocity at the end, not to move the end to where u happens to fit
             with torch.no_grad():
                 u = target.velocity(x + f, s, condition)
         # neither side contains the random v, so at the solution the loss is zero sample by sample
@@ -50,7 +50,7 @@ class LSD(SelfDistillation):
 
 
 class PID(TVM):
-    """Physics Informed Distillation (eq. 19) of `target`, beside flow matching of the model: TVM with every t = 1.
+    """Physics Informed Distillation (eq. 19) of `target`, with flow matching of the model: TVM with every t = 1.
 
     Given a trained target this is distillation (Tee and others, 2411.08378), also the predictor of FreeFlow
     (2511.19428); given the model's EMA, the joint training of sec. 7.3.

@@ -75,7 +75,7 @@ class Shortcut(PSD):
 
     Jumps of 1/M and shorter count as velocities: for them F(x, t, t) stands, the only place where the exact flow map
     is not a minimum (its error is of the order of 1/M). The paper draws three quarters of a batch on the diagonal. Its
-    guidance, by one fixed weight at the shortest jumps alone, is left out.
+    guidance, by one fixed weight only at the shortest jumps, is left out.
 
     Args:
         flow_map: the model.
