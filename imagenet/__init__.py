@@ -9,7 +9,7 @@ __all__ = ["Generator", "load_generator"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: `import imagenet` alone loads nothing."""
+    """Import a name when it is first used: `import imagenet` itself loads nothing."""
     if name in __all__:
         import importlib
 

@@ -202,8 +202,8 @@ def begin(
         reference = None if options.reference is None else Path(options.reference)
         metric = make_metric(plan.config, reference, None, MEASURED - MEASURED % world.size, world)
     vae = load_decoder(plan.provenance, world)
-    training = Training(plan.config, world)
-    run = Run(out, training, options.keep, plan.provenance, vae=vae, metric=metric, wandb=options.wandb)
+    run = Run(out, Training(plan.config, world), plan.provenance, options.keep, options.wandb)
+    run.vae, run.metric = vae, metric
     run.start()
     world.on_first(run.create)
     if not plan.resumed and options.resume and world.first:

@@ -1,1 +1,1 @@
-"""The arithmetic of a step: floating-point operations, and bytes of its state. The log and commands import it."""
+"""The arithmetic of a step: floating-point operations, and bytes of its state. Only commands import it."""

@@ -1,11 +1,11 @@
 """The arithmetic of a TVM step: how much there must be, and how much there is.
 
-Only matrix products count; all else (norms, GELU, softmax, optimizer) is a few per cent of them and no product.
+Only matrix products count; everything else (norms, GELU, softmax, optimizer) is a few per cent of them.
 
 A layer y = x W^T costs one product in a forward, and two in its backward: one for x, one for W. In the pass with a
-tangent, y' = x' W^T is a second product, and its backward two more. Attention has two products of two moving factors,
-S = Q K^T and O = P V, and S' = Q' K^T + Q K'^T: two products for the tangent, four more in its backward. So, in
-products per forward product,
+tangent, y' = x' W^T is a second product, and its backward two more. Both factors of attention's two products have
+tangents, S = Q K^T and O = P V, so that S' = Q' K^T + Q K'^T: two products for the tangent, four more in its backward.
+In products per forward product,
 
                                           a layer            attention
     forward, value and tangent             1 + 1               1 + 2
@@ -30,13 +30,6 @@ from imagenet.model.dit import FREQUENCIES, DiTConfig
 from tvm_ref import OBJECTIVES, Condition, Times
 from tvm_ref.objectives import ResidualObjective
 from tvm_ref.seeding import uniform_numbers
-
-# FLOP per second of dense bfloat16 matrix products (a multiplication and an addition are 2), by the makers' data sheets
-# and by what the device's name begins with
-PEAKS = {
-    "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12,
-}  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -89,22 +82,6 @@ def least_step_flops(config: DiTConfig, *, detach_jvp: bool = False, guided: boo
         dual = 1 + moves + gradients * (1 if detach_jvp else 1 + moves)
         total += macs * (dual + 1 + gradients + 1 + guided)
     return 2 * total
-
-
-def utilisation(config: Config, images_per_second: float, device: str, devices: int) -> float | None:
-    """Return the share of the devices' peak that the arithmetic of TVM steps needs (MFU); None if it is not known.
-
-    Args:
-        config: what is trained; known for TVM in bfloat16.
-        images_per_second: of all devices together.
-        device: name of the device, as torch.cuda.get_device_name has it.
-        devices: number of them.
-    """
-    peak = next((flops for name, flops in PEAKS.items() if device.startswith(name)), None)
-    if peak is None or config.objective != "tvm" or config.precision != "bfloat16":
-        return None
-    needed = least_step_flops(config.network(), detach_jvp=config.detach_jvp, guided=config.guided)
-    return images_per_second * needed / (devices * peak)
 
 
 def count_flops(step: Callable[[], object]) -> int:

@@ -1,1 +1,4 @@
-"""The network: a semi-Lipschitz DiT and how its weights start. All of imagenet imports it; it imports nothing of it."""
+"""The network: a semi-Lipschitz DiT, how its weights start, and DDP or FSDP around it.
+
+It imports only distributed.py and the method; everything else in imagenet/ may import it. Read dit.py first.
+"""

@@ -12,20 +12,19 @@ from typing import Any
 
 import torch
 
-from imagenet.cost.flops import utilisation
 from imagenet.data.batches import Batch
 from imagenet.training.step import StepMetrics, Training, learning_rate
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.objectives import TERMS
 
-WANDB = "wandb-id.txt"  # which run of Weights & Biases goes on when this one does
+WANDB = "wandb-id.txt"  # names the run of Weights & Biases that is continued with this one
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the bytes that a GPU has held at most, or that this process holds now."""
+    """Return the peak of the bytes allocated on a GPU, or the bytes that this process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import psutil  # which --help need not wait for
+    import psutil  # slow to import, and --help does not need it
 
     return int(psutil.Process().memory_info().rss)
 
@@ -85,22 +84,16 @@ class Log:
         self.seconds = self.before + time.perf_counter() - self._started
 
     def write(self, metrics: StepMetrics) -> dict[str, float]:
-        """Write a line of what was since the last one: mean losses, speed, share of the time waited for data.
-
-        Returns the line.
-        """
+        """Write a line about the steps since the last one, and return it: mean losses, speed, time waited for data."""
         config, step, device = self.training.config, self.training.step, self.training.world.device
         steps, seconds = step - self._last_line[0], self.seconds - self._last_line[1]
         speed = steps * config.batch_size / seconds
-        cuda, world_size = device.type == "cuda", self.training.world.size
-        mfu = utilisation(config, speed, torch.cuda.get_device_name(device), world_size) if cuda else None
         line = {
             "step": step,
             **{name: a / self._summed for name, a in zip(TERMS, self._sums, strict=True)},
             "gradient_norm": metrics.gradient_norm,
             "lr": learning_rate(config, step - 1),
             "images_per_second": round(speed, 1),
-            **({} if mfu is None else {"mfu": round(mfu, 4)}),
             "data_wait": round(self._waited / seconds, 3),
             "gib": round(peak_memory(device) / 2**30, 3),
             "seconds": round(self.seconds, 3),
@@ -129,7 +122,7 @@ class Log:
 
 
 def join_wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
-    """Begin a run of Weights & Biases, or go on with that of the folder; WANDB_MODE=offline writes it there alone."""
+    """Start a run of Weights & Biases, or continue that of the folder; WANDB_MODE=offline writes only there."""
     import wandb
 
     path = folder / WANDB
@@ -141,7 +134,7 @@ def join_wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
 
 
 def keep_lines(path: Path, step: int) -> None:
-    """Remove lines beyond a step from a log, which a run that goes on writes again; damaged ones are told."""
+    """Remove lines beyond a step from a log, which a resumed run writes again; damaged ones are reported."""
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     steps = [_step_of(line) for line in lines]
     if lines:

@@ -45,27 +45,23 @@ class Run:
     Args:
         folder: where everything goes.
         training: the training.
-        keep: number of checkpoints that stay.
         provenance: what it is trained on.
-        vae: the autoencoder of latents, on the device; None shows latents as they are.
-        metric: measures the evaluation weights while training.
+        keep: number of checkpoints that stay.
         wandb: project of Weights & Biases to log to as well.
+
+    Attributes:
+        vae: the autoencoder of latents, on the device; None shows latents as they are.
+        metric: measures the evaluation weights while training, if it is to be measured.
     """
 
+    vae: nn.Module | None = None
+    metric: Metric | None = None
+
     def __init__(
-        self,
-        folder: Path,
-        training: Training,
-        keep: int,
-        provenance: Provenance,
-        *,
-        vae: nn.Module | None = None,
-        metric: Metric | None = None,
-        wandb: str | None = None,
+        self, folder: Path, training: Training, provenance: Provenance, keep: int = 3, wandb: str | None = None
     ):
         self.folder, self.training, self.provenance = folder, training, provenance
         self.world = training.world
-        self.vae, self.metric = vae, metric
         self.log = Log(folder, training, wandb)
         self.saver = Saver(folder, keep, self.world)
 

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from imagenet.config import PRESETS, Config, build_model
 from imagenet.cost import table
-from imagenet.cost.flops import count_flops, counted_step_flops, forward_flops, least_step_flops, utilisation
+from imagenet.cost.flops import count_flops, counted_step_flops, forward_flops, least_step_flops
 from imagenet.distributed import World
 from imagenet.training.step import Training
 from tvm_ref import EMA, TVM, Condition, Linear, TimeSampler
@@ -139,13 +139,3 @@ def test_the_state_has_the_bytes_of_a_training_s(optimizer):
     held = [p for network in networks for p in network.parameters()]
     held += [a for a in tree_leaves(training.optimizer.state_dict()["state"]) if isinstance(a, torch.Tensor)]
     assert table.state_bytes(config) == pytest.approx(sum(a.nbytes for a in held), rel=0.01)
-
-
-def test_utilisation_is_the_needed_arithmetic_over_that_of_the_data_sheet():
-    """XL/2 needs 2635 GFLOP per image and TVM step (README), an H100 does 989 TFLOP per second."""
-    config = PRESETS["imagenet256-w2"]
-    share = utilisation(config, 1000.0, "NVIDIA H100 80GB HBM3", 8)
-    assert share == pytest.approx(1000 * 2635e9 / (8 * 989e12), rel=1e-3)
-    for changed in (replace(config, objective="fm"), replace(config, precision="float32")):
-        assert utilisation(changed, 1000.0, "NVIDIA H100 80GB HBM3", 8) is None
-    assert utilisation(config, 1000.0, "NVIDIA Abacus", 8) is None
