@@ -1,4 +1,4 @@
-"""Everything that decides a run: one frozen dataclass with a reason beside each field, and the table of presets."""
+"""The configuration of a run, one frozen dataclass with a reason beside each field, and the presets."""
 
 import argparse
 import dataclasses
@@ -18,17 +18,17 @@ from tvm_ref.objectives import Objective
 FORMAT = 1  # of stored configurations: to be raised when a field changes its meaning, or goes
 LABEL_DROPOUT = 0.1  # fraction of labels replaced by "no class" (sec. 3)
 OF_DATA = ("data", "input_size", "in_channels", "classes")  # decided by the preset and the latents, not by options
-# sizes far beyond what fits any machine, so that a bad file is noticed before its network is built
+# sizes beyond what fits any machine, so that a bad file is refused before its network is built
 LARGEST = {
     "input_size": 2**12, "in_channels": 2**12, "patch_size": 2**12, "classes": 2**24,
     "hidden_size": 2**16, "depth": 2**8, "heads": 2**12,
 }  # fmt: skip
-SWITCH = {"action": argparse.BooleanOptionalAction}  # of what is off by default, but may be on in a stored run
+SWITCH = {"action": argparse.BooleanOptionalAction}  # off by default, but a stored run may have it on
 
 
 @dataclass(frozen=True)
 class Config:
-    """What decides a run; stored as JSON in its folder and with its weights. The defaults are the preset `digits`.
+    """All that decides a run; stored as JSON in its folder and with its weights. The defaults are the preset `digits`.
 
     A field that is added must have a default that leaves earlier runs what they were: they are read with it.
 
@@ -132,12 +132,12 @@ class Config:
 
     @property
     def guided(self) -> bool:
-        """Whether guidance is learned, for which the target is called a second time, without a class."""
+        """True if guidance is learned; the target is then called a second time, without a class."""
         return self.w != 1 or self.w_max is not None
 
     @property
     def detach_jvp(self) -> bool:
-        """Whether TVM's gradient through the JVP is stopped: --settings detach_jvp=true."""
+        """True if TVM's gradient through the JVP is stopped (--settings detach_jvp=true)."""
         return bool(self.settings.get("detach_jvp"))
 
     def network(self) -> DiTConfig:
@@ -157,8 +157,8 @@ class Config:
 
     def sampler(self) -> TimeSampler:
         """Return the sampler of times."""
-        law = None if self.time_sampler == "own" else TimeSampler(self.time_sampler)
-        return OBJECTIVES[self.objective].make_times(law, self.equal_share)
+        times = None if self.time_sampler == "own" else TimeSampler(self.time_sampler)
+        return OBJECTIVES[self.objective].make_times(times, self.equal_share)
 
     def to_json(self) -> str:
         """Write one JSON object, a key per field, and the version of the format."""

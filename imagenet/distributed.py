@@ -15,24 +15,24 @@ from tvm_ref.cli.options import require_device
 
 CPU = torch.device("cpu")
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl"}  # numbers on the CPU travel by gloo, gradients by NCCL
-TIMEOUT = timedelta(minutes=10)  # how long gradients wait for those of another process, by NCCL
-PATIENCE = timedelta(hours=2)  # how long all else waits, as while one process downloads or writes a checkpoint
+TIMEOUT = timedelta(minutes=10)  # of gradients that wait for those of another process, by NCCL
+PATIENCE = timedelta(hours=2)  # of everything else, as while one process downloads or writes a checkpoint
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, seen from one of them; alone on the CPU by default."""
+    """The processes that work together, as one of them sees them; by default one process on the CPU."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
     group: Any = None  # of gloo, with PATIENCE; None is the default group
-    saving: Any = None  # another one, for states that are written while training goes on
+    saving: Any = None  # another one, for states that are written while training continues
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, the process that writes and prints."""
+        """True in rank 0, the process that writes and prints."""
         return self.rank == 0
 
     def all_gather(self, values: list[float]) -> Tensor:
@@ -77,12 +77,12 @@ class World:
         Rank 0 raises it with its traceback. The others raise the same UserError or OSError, or a RuntimeError that
         quotes any other.
         """
-        told = error if error is None or isinstance(error, UserError | OSError) else f"on rank 0: {error!r}"
-        told = self.broadcast(told)
+        shared = error if error is None or isinstance(error, UserError | OSError) else f"on rank 0: {error!r}"
+        shared = self.broadcast(shared)
         if error is not None:
             raise error
-        if told is not None:
-            raise told if isinstance(told, Exception) else RuntimeError(told)
+        if shared is not None:
+            raise shared if isinstance(shared, Exception) else RuntimeError(shared)
 
     def on_first(self, task: Callable[[], T]) -> T | None:
         """Run a task on rank 0 only while the others wait; returns its result there, and None elsewhere.
@@ -122,5 +122,5 @@ def process_group(device: str | None = None) -> Iterator[World]:
             group, saving = (distributed.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
         yield World(rank, size, here, group, saving)
     finally:
-        if distributed.is_initialized():  # also by FSDP, alone
+        if distributed.is_initialized():  # FSDP initialises it also in a single process
             distributed.destroy_process_group()

@@ -33,7 +33,7 @@ WIDEST = 20  # classes that get a column each
 class Generator:
     """A model as a function from the numbers of samples to images.
 
-    Sample i has the class number i modulo the number of classes, and noise decided by (seed, i) alone.
+    Sample i has the class number i modulo the number of classes, and noise decided only by (seed, i).
 
     Attributes:
         flow_map: the model, on the device.
@@ -129,7 +129,7 @@ def load_generator(
         source: the folder or file.
         device: where to run.
         classes: see Generator; by number, or by name (class_names.py) as "golden retriever"; of digits "0" to "9".
-        w: see Generator; untrained_guidance says whether the model knows it.
+        w: see Generator; untrained_guidance warns if the model does not know it.
         seed: see Generator.
         vae: the autoencoder of latents, by folder or name, or itself; None is the one that the weights name.
         latents: folder of the latents trained on, for their normalisation; None is the one that the weights state.

@@ -1,13 +1,13 @@
 """Train a DiT to generate in one step by Terminal Velocity Matching.
 
     torchrun imagenet/train.py                                       digits, on a laptop, in minutes
-    torchrun imagenet/train.py --resume                              go on with it, bit for bit
+    torchrun imagenet/train.py --resume                              continue it, bit for bit
     torchrun imagenet/train.py --init runs/imagenet/fm --out runs/imagenet/fm-then-tvm     from given weights
     torchrun imagenet/train.py cifar10 --data-path DATA
     torchrun --nproc-per-node 8 imagenet/train.py imagenet256-w2 --data-path LATENTS --accumulate 16      8 x 80 GB
     torchrun --nproc-per-node 8 imagenet/train.py synthetic --accumulate 16      throughput, without data
 
-With one process, `python` serves as well as `torchrun`, which ends with a traceback of its own on Ctrl-C.
+With one process, `python` does the same as `torchrun`, which ends with a traceback of its own on Ctrl-C.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from tvm_ref.cli.progress import progress
 from tvm_ref.cli.stopping import INTERRUPTED, Interruption, SaveRequests
 from tvm_ref.objectives import OBJECTIVES, TERMS
 
-GO_ON = "the same command with --resume goes on"
+GO_ON = "the same command with --resume continues"
 THREADS = 1  # on a CPU, unless OMP_NUM_THREADS is set: more help digits little and hurt much on busy cores
 MEASURED = 10_000  # images for each FID while training; published FIDs use 50,000, as evaluate.py does
 
@@ -102,7 +102,7 @@ def stored_config(folder: Path, changes: dict[str, Any]) -> Config:
 
 
 def _check_steps(folder: Path, stored: Config, steps: int) -> None:
-    """Raise UserError unless a run may go on to `steps`: to its own, or to more where nothing was shaped by them."""
+    """Raise UserError unless a run may be resumed with `steps`: its own, or more where nothing was shaped by them."""
     shaped = [f"--schedule {stored.schedule}"] * (stored.schedule != "constant")
     shaped += [f"--objective {stored.objective}"] * OBJECTIVES[stored.objective].has_curriculum
     if steps != stored.steps and shaped:
@@ -118,7 +118,7 @@ def saved_nothing(folder: Path) -> bool:
 
 
 class Plan(NamedTuple):
-    """What a run will be.
+    """The plan of a run.
 
     Attributes:
         config: its configuration.
@@ -212,7 +212,7 @@ def begin(
 
 
 def train(run: Run, data: Data, options: Options) -> bool:
-    """Train to the end, or until any process is asked to stop; returns whether it came to the end. Saves either way.
+    """Train to the end, or until any process is asked to stop; True if it came to the end. Saves either way.
 
     Raises:
         FloatingPointError: a loss that is NaN or infinite, with step, term and rank. The last checkpoint stays.
@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None, metric: Metric | None = None) -> int:
     elif world.first:
         for nfe, row in scores.items():
             print(f"{nfe} NFE: " + ", ".join(f"{name} {value:.3f}" for name, value in row.items()))
-        print(f"{run.log.seconds:.0f} s of training; weights, samples and figures: {run.folder}")
+        print(f"{run.log.seconds:.0f} s of training; weights, samples and scores: {run.folder}")
     return 0 if finished else INTERRUPTED
 
 

@@ -1,4 +1,4 @@
-"""Print what each preset costs, by arithmetic alone: nothing is run.
+"""Print what each preset costs, by arithmetic only: nothing is run.
 
     python -m imagenet.cost.table
     python -m imagenet.cost.table --objectives        a step of every objective, in plain forwards; three minutes

@@ -34,7 +34,7 @@ def wrap(objective: Objective, averages: list[EMA[FlowMap]], world: World, kind:
     if kind == "fsdp":
         from torch.distributed.fsdp import fully_shard
 
-        if not distributed.is_initialized():  # alone; FSDP wants a group all the same
+        if not distributed.is_initialized():  # one process; FSDP needs a group all the same
             backend = BACKENDS.get(world.device.type, "gloo")
             distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
         for block in (m for module in (objective, *(a.module for a in averages)) for m in module.modules()):
@@ -51,7 +51,7 @@ def wrap(objective: Objective, averages: list[EMA[FlowMap]], world: World, kind:
 
 
 def no_sync(wrapped: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Let a backward add to this process's gradients alone: for all micro-batches but the last."""
+    """Let a backward add only to this process's gradients: for all micro-batches but the last."""
     if isinstance(wrapped, DistributedDataParallel):
         return wrapped.no_sync()
     return _without_reduction(wrapped) if hasattr(wrapped, "set_requires_gradient_sync") else contextlib.nullcontext()

@@ -30,7 +30,7 @@ SUMMARY = "checkpoint.json"
 class Saver:
     """Saves the states of a run, one at a time. As a context it waits, at its end, for what is being written.
 
-    On a GPU training goes on as soon as the state is copied to host memory. On a CPU nothing is copied, and training
+    On a GPU training continues as soon as the state is copied to host memory. On a CPU nothing is copied, and training
     waits: a copy of the state of DiT-XL/2 takes 13.6 GB.
 
     Args:

@@ -93,7 +93,7 @@ class Run:
             self.training.load_initial(load_initial(config) if weights is None else weights)
 
     def save(self) -> None:
-        """Save a checkpoint; on a GPU it is written while training goes on.
+        """Save a checkpoint; on a GPU it is written while training continues.
 
         Raises:
             OSError: in every process, if this one or the one before could not be written; older ones are untouched.
@@ -130,11 +130,11 @@ class Run:
     def evaluate(self) -> None:
         """Measure one-step samples of the evaluation weights."""
         assert self.metric is not None
-        figures = self.metric(self.generator(), 1, self.world)
+        scores = self.metric(self.generator(), 1, self.world)
         if self.world.first:
             with (self.folder / EVALUATIONS).open("a") as file:
-                file.write(json.dumps({"step": self.training.step, "nfe": {"1": figures}}) + "\n")
-            self.log.show({f"{name}, 1 NFE": value for name, value in figures.items()})
+                file.write(json.dumps({"step": self.training.step, "nfe": {"1": scores}}) + "\n")
+            self.log.show({f"{name}, 1 NFE": value for name, value in scores.items()})
 
     def write_report(self, total_seconds: float) -> dict[str, Any]:
         """Write weights, grids and metrics.json of a training that is done; returns the metrics.

@@ -202,7 +202,7 @@ def test_a_full_disk_ends_with_a_clear_error_and_the_last_good_checkpoint(tmp_pa
     error = (tmp_path / "stderr.txt").read_text()
     assert "the checkpoint of step 60 could not be written: File too large" in error
     assert "00000050 is complete" in error
-    assert "the same command with --resume goes on" in error
+    assert "the same command with --resume continues" in error
     assert {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()} == before
     assert train.main([*arguments, "--resume"]) == 0
     assert_same_run(folder, whole[0])
