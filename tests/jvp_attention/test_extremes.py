@@ -114,6 +114,17 @@ def test_values_with_a_mean_per_channel(device, mean, dtype):
     assert all(a <= 1.5 * b for a, b in zip(ours, plain, strict=True)), (ours, plain)
 
 
+def test_rounding_cancels_against_the_mean_of_the_values(device):
+    """The tangent by a mu of P * T as it was rounded, gradients of q and k by rounding residuals: 3 to 8 times better.
+
+    Without the one the error of do is .35 of plain attention's, without the other those of the gradients are .26.
+    """
+    case = Case((1, 1, 64, 80, 32), torch.float16, device=device, edit=with_mean(8))
+    ours, plain = (case.errors(case.results(a)) for a in (jvp_attention.attention, reference.attention))
+    _, do, gq, gk, _, gdq, gdk, _ = (a / b for a, b in zip(ours, plain, strict=True))
+    assert max(do, gq, gk, gdq, gdk) < 0.2
+
+
 @pytest.mark.slow
 def test_the_rounding_residue_is_what_makes_row_sums_exact(device, monkeypatch):
     """The same without it: the gradients of q and dq are several times worse, so the test above sees the defect."""
