@@ -14,12 +14,10 @@ The route from here to a kernel and back:
         query_kernel, key_kernel  backward.py
 """
 
-from typing import Any
-
 import torch
 
 from jvp_attention.operators import FORWARD
-from jvp_attention.shapes import Given, Keys, Lengths, Mask, Queries, check
+from jvp_attention.shapes import Given, Keys, Lengths, Mask, Queries, check_and_cast
 
 
 def attention(
@@ -47,11 +45,11 @@ def attention(
         lengths: [B], int32 or int64: queries of batch element b see keys 0 to lengths[b]-1 only. What lies beyond has
             no influence, whatever it is, and gradients of zero. Values from 1 to M are meant; others count as the
             nearest of 0 and M.
-        mask: [B or 1, H or 1, N, M], boolean: queries see the keys where it is true. Where causal, lengths and mask
+        mask: boolean, broadcast to [B, H, N, M]: queries see the keys where it is true. Where causal, lengths and mask
             meet, all apply; a query that sees no key has a result, a tangent and gradients of zero.
 
     Raises:
-        TypeError, ValueError: dtypes, devices or shapes that do not fit together.
+        TypeError, ValueError: dtypes, devices or shapes that do not fit together, or a scale that is not finite.
         NotImplementedError: from the backward pass, if gradients of gradients are asked for.
     """
     given = check_and_cast(Given(q, k, v, None, None, None, lengths, mask, scale, causal))  # type: ignore[arg-type]
@@ -79,17 +77,3 @@ def dual_attention(
     given = check_and_cast(Given(q, k, v, dq, dk, dv, lengths, mask, scale, causal))  # type: ignore[arg-type]
     o, do, *_ = FORWARD(*given, False)
     return o, do if given.has_tangent else torch.zeros_like(o)
-
-
-def check_and_cast(given: Given) -> Given:
-    """Check the arguments, fill in the default scale, and cast tensors as autocast wants the inputs of matmuls."""
-    check(given)
-    scale = given.q.shape[-1] ** -0.5 if given.scale is None else given.scale
-    device = given.q.device.type
-    if not torch.is_autocast_enabled(device):
-        return given._replace(scale=scale)
-    dtype = torch.get_autocast_dtype(device)
-    tensors: dict[str, Any] = {
-        name: x.to(dtype) for name, x in zip(Given._fields, given[:6], strict=False) if x is not None
-    }
-    return given._replace(scale=scale, **tensors)

@@ -120,9 +120,7 @@ def forward_kernel(
                 t = tl.dot(q_tile, tl.trans(dk_tile), t, input_precision=PRECISION)
         before = largest
         largest = tl.maximum(before, row_max(s))
-        shift = largest * factor
-        if mask is not None:
-            shift = tl.where(largest == float("-inf"), 0.0, shift)  # nothing visible so far
+        shift = tl.where(largest == float("-inf"), 0.0, largest * factor)  # nothing visible so far
         p = tl.exp2(s * factor - shift[:, None])  # P, but for its sum over keys and a factor per row
         shrink = tl.exp2(before * factor - shift)  # what a larger maximum makes of sums so far
         if HAS_T:

@@ -128,7 +128,7 @@ def _kind(call: Call) -> tuple[Any, ...]:
     """Name what decides which code a call runs, but for the tiles."""
     a = call.arguments
     options = tuple(name for name in OPTIONAL if a.get(name) is not None)
-    return call.name, call.like.dtype, call.like.device, a["D"], a.get("CAUSAL"), options
+    return call.name, call.like.dtype, call.like.device, a["D"], a.get("CAUSAL"), a.get("PRECISION"), options
 
 
 @functools.cache
@@ -203,7 +203,8 @@ def _attention_arguments(given: Given) -> dict[str, Any]:
     if given.scale < 0:  # the kernels take |scale| for logits, and the queries negated with it
         given = given._replace(q=-given.q, dq=None if given.dq is None else -given.dq)
     q, k = given.q, given.k
-    tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    # which the older torch.set_float32_matmul_precision sets, too
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         **{name: _rows(getattr(given, name)) for name in ("q", "k", "v", "dq", "dk", "dv")},
         "lengths": None if given.lengths is None else given.lengths.contiguous(),

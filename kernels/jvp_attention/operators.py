@@ -10,11 +10,12 @@ backward operator, vmap folds the mapped axis into the batch. A JVP around anoth
 Why not PyTorch's public ways. An autograd.Function with a `jvp` computes the value first and the tangent apart, so the
 pair is never one pass, its jvp cannot be differentiated by the backward that sees both, and torch.compile drops it
 without a word (pytorch 192985). torch.library.register_autograd has no rule for forward mode: the tangent of an
-operator would be lost. So one kernel for the dispatcher's key Autograd answers both modes, and it needs four private
-names: _AutoDispatchBelowAutograd and _after_autograd_keyset to call the next transform (as register_autograd does
-inside), _SingleLevelFunction with its switch because autograd.Function.apply would start all transforms again (as
-torch.func does inside), and _set_fwd_grad_enabled because a Function's forward has forward mode switched off for the
-transforms further out, too. The tests run every transform on every version of PyTorch that is supported.
+operator would be lost. So one kernel for the dispatcher's key Autograd answers both modes, and it needs private names:
+_AutoDispatchBelowAutograd and _after_autograd_keyset to call the next transform (as register_autograd does inside);
+_SingleLevelFunction with its switch, because autograd.Function.apply would start all transforms again (as torch.func
+does inside); _set_fwd_grad_enabled, because a Function's forward has forward mode switched off for the transforms
+further out, too; _compiled_autograd_key, which compiled autograd asks of every Function. The tests run every transform
+on every version of PyTorch that is supported.
 """
 
 import contextlib
@@ -43,6 +44,7 @@ GIVEN = (
     "Tensor q, Tensor k, Tensor v, Tensor? dq, Tensor? dk, Tensor? dv, "
     "Tensor? lengths, Tensor? mask, float scale, bool causal"
 )
+MASK = Given._fields.index("mask")
 RESULTS = "Tensor o, Tensor do, Tensor o_residual, Tensor do_residual, Tensor lse, Tensor mu"
 FORWARD_ARGUMENTS = f"{GIVEN}, bool keep"  # keep: also the residuals, for a backward
 BACKWARD_ARGUMENTS = f"{GIVEN}, {RESULTS}, Tensor? go, Tensor? gdo, bool[] wanted"
@@ -137,6 +139,8 @@ def _all_levels() -> Iterator[None]:
 class _Attention(_SingleLevelFunction):
     """The forward operator where a gradient is wanted: saves what the backward needs, of what has a gradient."""
 
+    _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
+
     @staticmethod
     def forward(ctx: Any, below: Callable[..., Six], *arguments: Any) -> Six:
         """Call the operator of the next level down, with residuals kept."""
@@ -167,6 +171,8 @@ class _Attention(_SingleLevelFunction):
 
 class _Gradients(_SingleLevelFunction):
     """The backward operator where a gradient of its results may be wanted, which is refused when it is."""
+
+    _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
 
     @staticmethod
     def forward(ctx: Any, below: Callable[..., Six], *arguments: Any) -> Six:
@@ -223,7 +229,8 @@ def _forward_derivatives(keys: Any, *arguments: Any) -> Six:
     given, (keep,) = Given.split(tuple(values))
     if given.has_tangent:
         return _second(fallback.written_out, arguments)
-    dq, dk, dv, *_ = tangents
+    # PyTorch's rule for a number of no axes makes tangents of another dtype (pytorch 160513)
+    dq, dk, dv = (None if dx is None else dx.to(given.q.dtype) for dx in tangents[:3])
     results = Results(*_record(_Attention, below, (*given._replace(dq=dq, dk=dk, dv=dv), keep)))
     return results._replace(o=forward_ad.make_dual(results.o, results.do, level=0))
 
@@ -256,15 +263,24 @@ def _vmap(operator: Any) -> Callable[..., tuple[Six, tuple[int | None, ...]]]:
     """Make the rule by which an operator answers vmap: the mapped axis is folded into the batch."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Six, tuple[int | None, ...]]:
-        def fold(x: Any, axis: Any) -> Any:  # of a list of flags the axis is a list
+        axes_of = dict(zip(Given._fields, in_dims, strict=False))
+        q, batch = arguments[0], info.batch_size
+        elements = q.shape[0] if axes_of["q"] is None else q.movedim(axes_of["q"], 0).shape[1]
+
+        def fold(x: Any, axis: Any, is_mask: bool) -> Any:  # of a list of flags the axis is a list
             if not isinstance(x, Tensor) or (axis is None and x.ndim == 1 and x.numel() == 0):
                 return x
-            x = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+            if axis is None and is_mask and x.shape[0] == 1:
+                return x  # one for all
+            x = x.expand(batch, *x.shape) if axis is None else x.movedim(axis, 0)
+            if is_mask:
+                x = x.expand(-1, elements, *x.shape[2:])
             return x.flatten(0, 1)
 
-        results = operator(*(fold(x, axis) for x, axis in zip(arguments, in_dims, strict=True)))
+        folded = [fold(x, axis, i == MASK) for i, (x, axis) in enumerate(zip(arguments, in_dims, strict=True))]
+        results = operator(*folded)
         axes = tuple(None if x.ndim == 1 else 0 for x in results)
-        unfolded = tuple(x if x.ndim == 1 else x.unflatten(0, (info.batch_size, -1)) for x in results)
+        unfolded = tuple(x if x.ndim == 1 else x.unflatten(0, (batch, -1)) for x in results)
         return unfolded, axes
 
     return rule

@@ -1,5 +1,6 @@
 """The arguments of attention, their shapes, and the one check of them at the package's boundary."""
 
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 Queries: TypeAlias = Float[Tensor, "b h n d"]  # batch, heads, queries, channels of a head
 Keys: TypeAlias = Float[Tensor, "b g m d"]  # keys and values share their length; g divides h
 Lengths: TypeAlias = Int[Tensor, " b"]  # how many keys each batch element has
-Mask: TypeAlias = Bool[Tensor, "#b #h n m"]  # which keys are visible to a query
+Mask: TypeAlias = Bool[Tensor, "..."]  # which keys are visible to a query; broadcasts to [B, H, N, M]
 
 LARGEST_HEAD = 256  # channels of a head
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LOWERED = (torch.float16, torch.bfloat16, torch.float32)  # by autocast
 
 
 class Given(NamedTuple):
@@ -54,14 +57,34 @@ def default_scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def check(given: Given) -> None:
-    """Raise unless q is [B, H, N, D] and k and v are [B, G, M, D], G dividing H, of one dtype and device.
+def check_and_cast(given: Given) -> Given:
+    """Cast as autocast wants the inputs of matmuls, check the arguments, and fill in what they leave out.
 
     Raises:
-        TypeError: dtypes that differ or are no floating point; a scale that is a tensor; lengths that are no int32 or
-            int64 tensor; a mask that is no boolean one.
-        ValueError: shapes that do not fit, no queries, keys or channels, or more than LARGEST_HEAD channels per head.
+        TypeError: inputs that are no tensors, or nested; dtypes that differ or are not taken; a scale that is a tensor;
+            lengths that are no int32 or int64 tensor; a mask that is no boolean one.
+        ValueError: shapes that do not fit, no queries, keys or channels, more than LARGEST_HEAD channels per head, or a
+            scale that is not finite.
     """
+    tensors = dict(zip(Given._fields, given[:6], strict=False))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and not (x is None and name.startswith("d")):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if isinstance(x, Tensor) and x.is_nested:
+            raise TypeError(f"{name} is a nested tensor; pad it, and say by `lengths` which keys are there")
+    device = given.q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)  # float64 is left alone, as by scaled_dot_product_attention
+        casts = {name: x.to(dtype) for name, x in tensors.items() if x is not None and x.dtype in LOWERED}
+        given = given._replace(**casts)  # type: ignore[arg-type]
+    _check(given)
+    q, k, mask = given.q, given.k, given.mask
+    if mask is not None:  # axes of one entry, as scaled_dot_product_attention broadcasts them, but batch and heads
+        mask = mask[(None,) * (4 - mask.ndim)].expand(-1, -1, q.shape[2], k.shape[2])
+    return given._replace(scale=default_scale(q, given.scale), mask=mask)
+
+
+def _check(given: Given) -> None:
     # in one expression each, because attention's time on the host is counted
     q, k, v, *tangents = given[:6]
     (batch, heads, _, channels), (_, groups, _, _) = _four_axes(q, k, v)
@@ -71,14 +94,17 @@ def check(given: Given) -> None:
         raise ValueError(f"attention takes no empty axis but the batch's, got q {list(q.shape)} and k {list(k.shape)}")
     if channels > LARGEST_HEAD:
         raise ValueError(f"heads have at most {LARGEST_HEAD} channels, got {channels}")
+    if any(x.dtype != q.dtype for x in (k, v)) or q.dtype not in DTYPES:
+        raise TypeError(
+            "attention takes inputs of one dtype among float16, bfloat16, float32 and float64, "
+            f"got {', '.join(str(x.dtype) for x in (q, k, v))}"
+        )
     for x, dx in zip((q, k, v), tangents, strict=True):
         if dx is not None and dx.shape != x.shape:
             raise ValueError(f"a tangent must have its input's shape {list(x.shape)}, got {list(dx.shape)}")
+        if dx is not None and dx.dtype != x.dtype:
+            raise TypeError(f"a tangent must have its input's dtype {x.dtype}, got {dx.dtype}")
     others = [k, v, *(dx for dx in tangents if dx is not None)]
-    if any(x.dtype != q.dtype for x in others) or not q.dtype.is_floating_point:
-        raise TypeError(
-            f"attention takes inputs of one floating-point dtype, got {', '.join(str(x.dtype) for x in (q, *others))}"
-        )
     if any(x.device != q.device for x in others):
         raise ValueError(f"attention takes inputs on one device, got {', '.join(str(x.device) for x in (q, *others))}")
     if isinstance(given.scale, Tensor):
@@ -86,6 +112,8 @@ def check(given: Given) -> None:
             "scale must be a number; a scale that is a tensor, and may have derivatives, is multiplied into q: "
             "attention(scale * q, k, v, scale=1.0)"
         )
+    if given.scale is not None and not math.isfinite(given.scale):
+        raise ValueError(f"scale must be finite, got {given.scale}")
     if given.lengths is not None:
         _check_lengths(q, given.lengths)
     if given.mask is not None:
@@ -119,13 +147,13 @@ def _check_lengths(q: Tensor, lengths: Tensor) -> None:
 
 
 def _check_mask(q: Tensor, k: Tensor, mask: Tensor) -> None:
-    """Raise unless mask is boolean, [B or 1, H or 1, N, M], on q's device."""
+    """Raise unless mask is boolean, of two to four axes that broadcast to [B, H, N, M], on q's device."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a boolean tensor, true where a key is visible to a query, got {found}")
-    b, h, n, _ = q.shape
-    m = k.shape[2]
-    if mask.ndim != 4 or mask.shape[0] not in (1, b) or mask.shape[1] not in (1, h) or mask.shape[2:] != (n, m):
-        raise ValueError(f"mask must be [{b} or 1, {h} or 1, {n}, {m}], got {list(mask.shape)}")
+    full = (*q.shape[:3], k.shape[2])
+    fits = all(n in (1, size) for n, size in zip(mask.shape[::-1], full[::-1], strict=False))
+    if mask.ndim not in (2, 3, 4) or not fits:
+        raise ValueError(f"mask must broadcast to {list(full)}, got {list(mask.shape)}")
     if mask.device != q.device:
         raise ValueError(f"mask must be on the inputs' device {q.device}, got {mask.device}")

@@ -60,6 +60,15 @@ def test_any_chunk_gives_the_same(chunk, which, gradients, monkeypatch):
     assert max(case.errors(case.results(jvp_attention.attention), cancelling=True)) < 1e-12
 
 
+@pytest.mark.parametrize("scale", [0.6, 0.0, -0.6])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [None, [5, 0]], ids=str)
+def test_pytorchs_own_attention_answers_without_tangents(scale, causal, lengths):
+    """Which by itself makes NaN of a causal call with a scale of zero or less, and of a query that sees no key."""
+    case = Case((2, 3, 6, 7, 4), torch.float64, causal, scale, (False,) * 3, (True, False), lengths=lengths)
+    assert max(case.errors(case.results(jvp_attention.attention), cancelling=True)) < 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_dtype(dtype):
     case = Case((2, 2, 40, 50, 16), dtype)

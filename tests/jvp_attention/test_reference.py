@@ -139,20 +139,3 @@ def test_wrong_lengths_are_refused(lengths, error, message):
         jvp_attention.attention(q, k, v, lengths=lengths)
     with pytest.raises(error, match=message):
         jvp_attention.dual_attention(q, k, v, dq, dk, dv, lengths=lengths)
-
-
-@pytest.mark.bad_shapes
-def test_other_wrong_inputs_are_refused():
-    q, k, v, dq, dk, dv, *_ = tensors()
-    with pytest.raises(TypeError, match="one floating-point dtype"):
-        jvp_attention.attention(q, k.float(), v)
-    with pytest.raises(TypeError, match="one floating-point dtype"):
-        jvp_attention.attention(q.long(), k.long(), v.long())
-    with pytest.raises(TypeError, match="one floating-point dtype"):
-        jvp_attention.dual_attention(q, k, v, dq.float(), dk, dv)
-    with pytest.raises(ValueError, match="its input's shape"):
-        jvp_attention.dual_attention(q, k, v, dk, dk, dv)
-    with pytest.raises(ValueError, match="one device"):
-        jvp_attention.attention(q, k.to("meta"), v)
-    with pytest.raises(TypeError, match="attn_mask"):
-        jvp_attention.attention(q, k, v, attn_mask=torch.ones(5, 7))
