@@ -32,21 +32,23 @@ def pytest_configure(config: pytest.Config) -> None:
         install_import_hook([*packages[:2], *attention], "shape_checker.checker")
 
 
-def leaves_out_slow(config: pytest.Config) -> bool:
-    """True unless slow tests are asked for: by --slow, by an expression after -m, or by a test's own name."""
-    named = any("::" in argument for argument in config.args)
-    return not (config.getoption("--slow") or config.getoption("-m") or named)
+def left_out(config: pytest.Config) -> set[str]:
+    """Markers of tests that nobody asked for: by --slow, by an expression after -m, or by a test's own name."""
+    expression = config.getoption("-m")
+    if any("::" in argument for argument in config.args):
+        return set()
+    slow = config.getoption("--slow") or expression
+    return {*(() if slow else ("slow",)), *(() if "hour" in expression else ("hour",))}
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    return "slow tests are left out; --slow adds them" if leaves_out_slow(config) else None
+    return "slow tests are left out; --slow adds them" if "slow" in left_out(config) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if leaves_out_slow(config):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
+    unwanted = [i for i in items if any(i.get_closest_marker(marker) for marker in left_out(config))]
+    config.hook.pytest_deselected(items=unwanted)
+    items[:] = [item for item in items if item not in set(unwanted)]
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run it there with `pytest -m gpu`"))

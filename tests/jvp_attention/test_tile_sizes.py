@@ -2,7 +2,7 @@
 
 The whole matrix takes the better part of an hour and runs only when asked for, in parts that may be chosen:
 
-    pytest -m slow tests/jvp_attention/test_tile_sizes.py -k "sm_80 and bfloat16"
+    pytest -m hour tests/jvp_attention/test_tile_sizes.py -k "sm_80 and bfloat16"
 """
 
 import json
@@ -62,14 +62,12 @@ def test_tiles_fit_a_consumer_card(tmp_path):
     check(compiled(tmp_path, 89, "bfloat16", [128]), 89, "bfloat16", [128])
 
 
-@pytest.mark.slow
+@pytest.mark.hour
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("sm", SHARED_KIB, ids=lambda sm: f"sm_{sm}")
 @pytest.mark.parametrize("dims", [[16, 32, 64], [72, 96, 128], [192, 256]], ids=["up_to_64", "up_to_128", "up_to_256"])
-def test_tiles_fit_every_card(request, tmp_path, dims, sm, dtype):
+def test_tiles_fit_every_card(tmp_path, dims, sm, dtype):
     """72 and 96 channels are padded to 128, 192 to 256."""
-    if "slow" not in request.config.getoption("markexpr").replace("not slow", ""):
-        pytest.skip("the better part of an hour; ask for it with -m slow")
     check(compiled(tmp_path, sm, dtype, dims), sm, dtype, dims)
 
 
