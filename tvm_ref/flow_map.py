@@ -82,7 +82,8 @@ class FlowMap(nn.Module):
     ) -> tuple[Sample, Sample]:
         """Return f(x, t, s) and d/ds f = F + (s - t) dF/ds, both [B, ...], by one JVP in s (eq. 17, fig. 11).
 
-        Gradients flow through value and tangent. With `detach_jvp` they stop at dF/ds: cheaper, biased (sec. 7.4).
+        Gradients flow through value and tangent. With `detach_jvp` they stop at dF/ds: less time, as much memory,
+        and a bias (sec. 7.4).
         """
         # x and t stand still: only s has a tangent, so value and derivative come from one pass
         F, dF_ds = jvp(lambda s: self.F(x, t, s, condition), (s,), (torch.ones_like(s),))

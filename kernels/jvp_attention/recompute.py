@@ -41,25 +41,35 @@ def recomputed(
             function = _under(mode, function)
         return checkpoint(function, *args, **kwargs, **options)
 
-    def of_moving(*values: Tensor) -> tuple[Tensor, ...]:
+    rest: list[Any] = []  # of results that are not one tensor: a JVP returns only tensors
+
+    def of_moving(*values: Tensor) -> Any:
         given = list(leaves)
         for i, x in zip(moving, values, strict=True):
             given[i] = x
         args, kwargs = tree_unflatten(given, tree)
-        found, shape["tree"] = tree_flatten(_under(mode, function)(*args, **kwargs))
-        shape["rest"] = [None if isinstance(x, Tensor) else x for x in found]
+        result = _under(mode, function)(*args, **kwargs)
+        if isinstance(result, Tensor):
+            return result
+        found, shape = tree_flatten(result)
+        rest[:] = shape, [None if isinstance(x, Tensor) else x for x in found]
         return tuple(x for x in found if isinstance(x, Tensor))
 
-    shape: dict[str, Any] = {}  # of the results: a JVP returns only tensors
+    def dual(values: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
+        return torch.func.jvp(of_moving, values, tangents)
+
     values, tangents = zip(*(unpack_dual(leaves[i]) for i in moving), strict=True)
-    y, dy = checkpoint(torch.func.jvp, of_moving, values, tangents, **options | {"use_reentrant": False})
-    if any(map(has_tangent, y)):
+    y, dy = checkpoint(dual, values, tangents, **options | {"use_reentrant": False})
+    if any(map(has_tangent, tree_flatten(y)[0])):
         raise NotImplementedError(
             "torch.utils.checkpoint inside a JVP: the function uses a tensor with a tangent that is not among its "
             "arguments; pass it, as in checkpoint(function, x, c, use_reentrant=False)"
         )
+    if isinstance(y, Tensor):
+        return forward_ad.make_dual(y, dy)
+    shape, others = rest
     duals = map(forward_ad.make_dual, y, dy)
-    return tree_unflatten([next(duals) if x is None else x for x in shape["rest"]], shape["tree"])
+    return tree_unflatten([next(duals) if x is None else x for x in others], shape)
 
 
 def _under(mode: type, function: Callable[..., Any]) -> Callable[..., Any]:

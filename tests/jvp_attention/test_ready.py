@@ -293,6 +293,13 @@ def test_checkpoint_recomputes(network):
     assert len(calls) == 2
 
 
+@pytest.mark.compiles
+def test_checkpoint_compiles(network):
+    x, dx = randn(2, 4, 6), randn(2, 4, 6)
+    net = Checkpointed(network)
+    torch.testing.assert_close(gradients(net, x, dx, "aot_eager"), gradients(net, x, dx))
+
+
 def test_checkpoint_with_results_and_arguments_of_all_kinds():
     def function(x, *, pair, power):
         return {"y": x * pair[0] ** power, "n": 3}

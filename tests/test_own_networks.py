@@ -1,0 +1,148 @@
+"""Networks as people write them, inside FlowMap: what others reported of a JVP in PyTorch, tried here."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.differences import randn_like
+from tvm_ref import TVM, Condition, FlowMap, MeanFlow, Times, check_network
+from tvm_ref.shapes import over
+
+X0, X1 = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+TIMES = Times(torch.linspace(0.4, 1, 6).double(), torch.linspace(0, 0.5, 6).double(), torch.linspace(0, 1, 6).double())
+
+
+class Sine(torch.autograd.Function):
+    """A sine that brings its own jvp."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        return tangent * ctx.saved_tensors[0].cos()
+
+
+class OwnSine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Sine.apply(x)
+
+
+class SoftmaxAttention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x[..., None]
+        return (torch.softmax(tokens @ tokens.mT, -1) @ tokens)[..., 0]
+
+
+class Net(nn.Module):
+    def __init__(self, middle: nn.Module, rate: float = 1.0) -> None:
+        super().__init__()
+        self.embed, self.middle, self.out, self.rate = nn.Linear(4, 8), middle, nn.Linear(8, 4), rate
+        self.double()
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
+        y = self.embed(x) + over((self.rate * t).sin(), x) + over((self.rate * (t - s)).cos(), x)
+        return self.out(self.middle(y.tanh()))
+
+
+def gradients(network: nn.Module, model: FlowMap | None = None, compiled: bool = False) -> list[Tensor]:
+    objective = TVM(model or FlowMap(network))
+
+    def loss() -> Tensor:
+        return objective(X0, X1, TIMES).total.mean()
+
+    call = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    return list(torch.autograd.grad(call(), list(network.parameters())))
+
+
+MIDDLES = {"norm": lambda: nn.LayerNorm(8), "softmax": SoftmaxAttention, "function": OwnSine}
+
+
+@pytest.mark.compiles
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of what torch.compile reads before it falls back
+@pytest.mark.parametrize("name", MIDDLES)
+def test_a_compiled_network_inside_is_that_of_eager_mode(name):
+    """The JVP outside, where PyTorch had tangents of None (pytorch 187284); it falls back to eager mode."""
+    network = Net(MIDDLES[name]())
+    compiled = FlowMap(torch.compile(network, backend="aot_eager"))
+    torch.testing.assert_close(gradients(network, compiled), gradients(network))
+
+
+@pytest.mark.compiles
+def test_a_function_with_its_own_jvp_is_refused_by_torch_compile():
+    """Which once dropped it without a word (pytorch 192985); in eager mode it is used."""
+    network = Net(OwnSine())
+    assert check_network(network, X0).ok
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="custom jvp"):
+        gradients(network, compiled=True)
+
+
+def test_a_time_of_no_axes_keeps_float32():
+    """A 0-dim dual times a Python float once had a float64 tangent (pytorch 160513)."""
+
+    class PerSample(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
+            return torch.stack([a * (2.0 * self.weight * b + b.sin() / 3.0) for a, b in zip(x, s, strict=True)])
+
+    t, s = TIMES.t.float(), TIMES.s.float()
+    f, df_ds = FlowMap(PerSample()).displacement_and_terminal_velocity(X0.float(), t, s)
+    assert f.dtype == df_ds.dtype == torch.float32
+
+
+def test_times_embedded_a_thousandfold_are_right_and_steep():
+    """Value, tangent and gradient hold; dF/ds grows with the rate, and with it the loss."""
+    assert check_network(Net(nn.SiLU(), rate=1000.0), X0).ok
+    slow, fast = Net(nn.SiLU()), Net(nn.SiLU(), rate=1000.0)
+    fast.load_state_dict(slow.state_dict())
+    sizes = [FlowMap(n).displacement_and_terminal_velocity(X0, TIMES.t, TIMES.s)[1].abs().max() for n in (slow, fast)]
+    assert sizes[1] > 100 * sizes[0]
+
+
+def saved_bytes(call) -> int:
+    """Bytes that autograd keeps for the backward of a call."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = call()
+    assert result.requires_grad
+    return sum(kept.values())
+
+
+def test_a_stopped_tangent_spares_time_and_not_memory():
+    """Activations of the tangent are kept though nothing flows back through it (pytorch 151782)."""
+    deep = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.Tanh())))
+    model = FlowMap(Net(deep))
+    x = randn_like(torch.empty(1024, 4, dtype=torch.float64), 0)
+    t, s = torch.full((1024,), 0.9).double(), torch.full((1024,), 0.2).double()
+    plain = saved_bytes(lambda: model.displacement(x, t, s).sum())
+    whole, detached = (
+        saved_bytes(lambda d=d: model.displacement_and_terminal_velocity(x, t, s, detach_jvp=d)[1].sum())
+        for d in (False, True)
+    )
+    meanflow = saved_bytes(lambda: MeanFlow(model)(x, x.flip(0), Times(t, s, s)).total.sum())
+    assert 2 * plain < detached <= whole < 4 * plain
+    assert meanflow > 2 * plain
+
+
+def test_several_devices_are_told_apart():
+    """PyTorch's own message names both."""
+    with pytest.raises(RuntimeError, match=r"meta.*cpu|cpu.*meta"):
+        FlowMap(Net(nn.SiLU())).jump(X0, TIMES.t.to("meta"), TIMES.s.to("meta"))
