@@ -1,4 +1,4 @@
-"""Measure images, or a model, against a reference: FID, sFID, inception score, precision and recall.
+"""Measure images, or a model, against a reference: FID, inception score, precision and recall.
 
     python imagenet/evaluate.py samples256 --reference VIRTUAL_imagenet256_labeled.npz    a folder of images
     python imagenet/evaluate.py samples256.npz --reference img256.pkl                     images as ADM stores them
@@ -6,8 +6,8 @@
     python imagenet/evaluate.py runs/imagenet/digits --steps 1 4                          digits have their own metrics
 
 A model's images are made on the fly, the same that sample.py draws; sample.py under torchrun is faster for many.
-The reference decides what is measured: statistics (mu, sigma) give FID, spatial ones (mu_s, sigma_s) sFID, images
-precision and recall; the inception score needs none. references.py lists the formats. Pickles are read without
+The reference decides what is measured: statistics (mu, sigma) give FID, images also precision and recall; the inception
+score needs none. references.py lists the formats. Pickles are read without
 executing anything in them.
 
 The features are those of 2015's Inception, from torch-fidelity, whose weights must be on this machine (--inception); no
@@ -38,7 +38,7 @@ from tvm_ref.cli.options import OneLineParser, require_at_least, run
 
 LEAST = 10  # images: the inception score is a mean over as many parts
 PUBLISHED = 50_000  # samples that published figures use
-NAMES = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "inception_score_std": "+-"}
+NAMES = {"fid": "FID", "inception_score": "IS", "inception_score_std": "+-"}
 
 
 def parser() -> OneLineParser:
@@ -98,8 +98,6 @@ def table(report: dict[str, Any]) -> str:
     count = reference.get("images")
     lines.append(f"against {reference['name']}" + (f", {count:,} images" if count else ""))
     if "inception_score" in row:
-        if "sfid" not in row:
-            lines.append("no sFID: the reference has no spatial statistics (mu_s, sigma_s)")
         if "precision" not in row:
             lines.append("no precision and recall: the reference has no images")
         if row["samples"] != PUBLISHED:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -238,14 +238,19 @@ def _pixels(path: Path, size: tuple[int, int] | None = None) -> Pixels:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
 
 
+def array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, Any]:
+    """Read shape, order (whether Fortran's) and dtype of an array in a .npz file."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(stream)
+
+
 @contextlib.contextmanager
 def _open_npz(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
     """Open a .npz file of images: their shape, and a stream that is at the first of them."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(stream)
+            shape, fortran, dtype = array_header(stream)
             if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran:
                 raise UserError(f"{path}: {NPZ_IMAGES} must be uint8 [N, H, W, 3], and is {dtype} {list(shape)}")
             yield shape, stream

@@ -1,6 +1,7 @@
 """FID and its relatives: of images against a reference, and of a model while it trains."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from imagenet.config import Config
 from imagenet.distributed import World
-from imagenet.metrics.frechet import Gaussian, frechet_distance, gaussian_statistics
+from imagenet.metrics.frechet import Gaussian, frechet_distance, gaussian_of_sums, gaussian_statistics
 from imagenet.metrics.inception import Extractor, Features, Inception
-from imagenet.metrics.references import Reference, check_reference, from_sums, read_reference
+from imagenet.metrics.references import Reference, check_reference, read_reference
 from imagenet.sampler import BATCH, Generator
 from tvm_ref.cli.errors import UserError
 from tvm_ref.cli.progress import progress
@@ -53,8 +54,6 @@ def metrics_of(features: Features, reference: Reference, real: Features | None) 
     measured: dict[str, float] = {}
     if reference.pool is not None:
         measured["fid"] = frechet_distance(*gaussian_statistics(features.pool), *reference.pool)
-    if reference.spatial is not None:
-        measured["sfid"] = frechet_distance(*gaussian_statistics(features.spatial), *reference.spatial)
     score = isc_features_to_metric(features.logits)
     measured["inception_score"] = score["inception_score_mean"]
     measured["inception_score_std"] = score["inception_score_std"]
@@ -81,7 +80,7 @@ def measure(candidates: Candidates, reference: Reference, extractor: Extractor, 
     real = None
     if reference.images is not None:
         real = extract(reference.images.batches(size), len(reference.images), extractor, "reference", reference)
-        reference = reference.completed(real)
+        reference = replace(reference, pool=reference.pool or gaussian_statistics(real.pool))
     measured = {
         name: {"samples": count, **metrics_of(extract(images, count, extractor, name, reference), reference, real)}
         for name, (images, count) in candidates.items()
@@ -129,7 +128,7 @@ class Fid:
             x = features.pool.double()  # [B, D]
             total += x.sum(0)
             squares += x.T @ x
-        return from_sums(world.sum(total).numpy(), world.sum(squares).numpy(), self.count)
+        return gaussian_of_sums(world.sum(total).numpy(), world.sum(squares).numpy(), self.count)
 
 
 def make_metric(config: Config, reference: Path | None, inception: Path | None, count: int, world: World) -> Metric:

@@ -1,10 +1,7 @@
 """Features of images for FID and its relatives: the Inception network of 2015, from torch-fidelity.
 
-    pool       [B, 2048] FID, precision and recall
-    logits     [B, 1008] inception score (without the last layer's bias, as in the first implementations)
-    spatial    [B, 2023] sFID: 7 channels of the 17 x 17 feature map in the middle of the network, row by row
-
-torch-fidelity has no sFID; its features here are those of ADM's evaluation, the first seven channels of "mixed_6/conv".
+`pool` [B, 2048] is for FID, precision and recall; `logits` [B, 1008] for the inception score, without the last layer's
+bias, as in the first implementations.
 """
 
 import hashlib
@@ -20,7 +17,6 @@ from tvm_ref.cli.errors import UserError, first_line
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d"  # how the digest of these weights begins: no other network may stand in for this one
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
-SPATIAL_CHANNELS = 7
 
 
 class Features(NamedTuple):
@@ -28,7 +24,6 @@ class Features(NamedTuple):
 
     pool: Tensor
     logits: Tensor
-    spatial: Tensor
 
 
 Extractor = Callable[[Tensor], Features]  # of images uint8 [B, 3, H, W]
@@ -56,18 +51,12 @@ class Inception:
         self.network = FeatureExtractorInceptionV3("inception", layers, feature_extractor_weights_path=str(weights))
         self.network.to(device).eval().requires_grad_(False)
         self.device = device
-        self._spatial = torch.empty(0)
-        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
-
-    def _keep(self, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keep the spatial features of a forward."""
-        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # [B, 17 * 17 * 7]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
         """Extract features of images uint8 [B, 3, H, W], on the CPU; they are resized to 299 x 299 as by TensorFlow."""
         pool, logits = self.network(images.to(self.device))
-        return Features(pool.cpu(), logits.cpu(), self._spatial.float().cpu())
+        return Features(pool.cpu(), logits.cpu())
 
 
 def check_weights(path: Path) -> None:

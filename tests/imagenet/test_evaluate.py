@@ -29,7 +29,7 @@ def linear(images: Tensor) -> Features:
     """An extractor of known features: means of parts of the image."""
     x = images.double() / 255
     channels, rows = x.mean((2, 3)), x.mean((1, 3))
-    return Features(torch.cat([channels, rows], 1), 20 * channels, rows)
+    return Features(torch.cat([channels, rows], 1), 20 * channels)
 
 
 def pictures(folder: Path, count: int, seed: int) -> Path:
@@ -61,12 +61,11 @@ def test_figures_of_known_features():
     Each tenth, of n = 400, is even up to its draw, which costs a share (5 - 1) / (2 n) of the score.
     """
     n = 4000
-    pool, spatial = torch.randn(n, 3, dtype=torch.float64), torch.randn(n, 2, dtype=torch.float64)
+    pool = torch.randn(n, 3, dtype=torch.float64)
     logits = 100.0 * torch.eye(5)[torch.arange(n) % 5]
-    reference = Reference("r", gaussian_statistics(pool + 2), gaussian_statistics(3 * spatial))
-    measured = metrics_of(Features(pool, logits, spatial), reference, Features(pool + 100, logits, spatial))
+    reference = Reference("r", gaussian_statistics(pool + 2))
+    measured = metrics_of(Features(pool, logits), reference, Features(pool + 100, logits))
     assert measured["fid"] == pytest.approx(3 * 2**2)
-    assert measured["sfid"] == pytest.approx(sum((3 - 1) ** 2 * spatial.var(0)) + 4 * spatial.mean(0).square().sum())
     assert measured["inception_score"] == pytest.approx(5 * (1 - 4 / 800), abs=0.02)
     assert (measured["precision"], measured["recall"]) == (0, 0)
 
@@ -74,10 +73,8 @@ def test_figures_of_known_features():
 def test_fid_is_torch_fidelity_s():
     a, b = torch.randn(300, 20), 1.2 * torch.randn(200, 20) + 0.1
     theirs = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), False)
-    measured = metrics_of(Features(a, a, a), Reference("b", gaussian_statistics(b)), None)
+    measured = metrics_of(Features(a, a), Reference("b", gaussian_statistics(b)), None)
     assert measured["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
-    assert "sfid" not in measured
-    assert "precision" not in measured
 
 
 def test_images_against_images_give_everything(images, real, tmp_path, capsys):
@@ -91,23 +88,15 @@ def test_images_against_images_give_everything(images, real, tmp_path, capsys):
     assert measured["fid"] == pytest.approx(
         frechet_distance(*gaussian_statistics(f.pool), *gaussian_statistics(r.pool))
     )
-    spatial = frechet_distance(*gaussian_statistics(f.spatial), *gaussian_statistics(r.spatial))
-    assert measured["sfid"] == pytest.approx(spatial)
     assert (measured["precision"], measured["recall"]) == pytest.approx(precision_recall(r.pool, f.pool), abs=1e-6)
-    printed = capsys.readouterr().out
-    assert "(40 samples)" in printed
-    assert "against real, 30 images" in printed
-    assert "published figures use 50,000 samples" in printed
+    assert "against real, 30 images\npublished figures use 50,000 samples" in capsys.readouterr().out
 
 
 def test_statistics_alone_give_fid_and_say_what_is_lacking(images, real, tmp_path, capsys):
     mu, sigma = gaussian_statistics(features(real).pool)
     np.savez(tmp_path / "statistics.npz", mu=mu, sigma=sigma)
     assert main([str(images), "--reference", str(tmp_path / "statistics.npz")], extractor=linear) == 0
-    printed = capsys.readouterr().out
-    assert "no sFID" in printed
-    assert "no precision and recall" in printed
-    assert "against statistics.npz" in printed
+    assert "against statistics.npz\nno precision and recall" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -135,20 +124,14 @@ def test_a_model_is_measured_as_the_images_that_sample_draws(model, real, tmp_pa
         assert measured[f"{steps} NFE"]["fid"] == pytest.approx(expected)
 
 
-def test_digits_have_their_own_metrics(model, capsys):
+def test_digits_have_their_own_metrics(model, tmp_path):
     """Noise has the figures of noise."""
     pytest.importorskip("sklearn")
-    assert main([str(model), "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out
-    assert "against scikit-learn's digits" in printed
-    assert "1 NFE" in printed
-    figure = {
-        name: float(value)
-        for name, value in zip(printed.split()[2::2], printed.split()[3::2], strict=False)
-        if name in ("accuracy", "frechet", "recall")
-    }
-    assert figure["accuracy"] < 0.3
-    assert figure["frechet"] > 1
+    out = tmp_path / "report.json"
+    assert main([str(model), "--device", "cpu", "--out", str(out)]) == 0
+    figures = json.loads(out.read_text())["figures"]["1 NFE"]
+    assert figures["accuracy"] < 0.3
+    assert figures["frechet"] > 1
 
 
 def test_inception_is_never_replaced(images, real, capsys, monkeypatch, tmp_path):
@@ -163,12 +146,10 @@ def test_inception_is_never_replaced(images, real, capsys, monkeypatch, tmp_path
     ("more", "message"),
     [
         ((), "--reference is needed"),
-        (("--reference", "absent.npz"), "No such file"),
         (("--reference", "real", "--count", "41"), "holds 40 images, fewer than --count 41"),
         (("--reference", "real", "--count", "9"), "--count must be at least 10"),
         (("--reference", "real", "--out", "real"), "exists already; choose another --out"),
-        (("--reference", "small.npz"), "small.npz holds statistics of 2 numbers, where pool features have 11"),
-        (("--reference", "real", "--out", "/proc/none/report.json"), "No such file or directory"),
+        (("--reference", "small.npz"), "small.npz holds statistics of 2 numbers, where features have 11"),
     ],
 )
 def test_bad_input_ends_with_one_line(images, real, tmp_path, capsys, monkeypatch, more, message):
@@ -185,9 +166,7 @@ def test_a_reference_that_does_not_fit_is_noticed_after_the_first_images(model, 
     images = Generator.images
     monkeypatch.setattr(Generator, "images", lambda self, n, steps: drawn.append(len(n)) or images(self, n, steps))
     np.savez(tmp_path / "small.npz", mu=np.zeros(2), sigma=np.eye(2))
-    np.savez(tmp_path / "skew.npz", mu=np.zeros(11), sigma=np.triu(np.ones((11, 11))))
-    for name, message in (("small", "statistics of 2 numbers"), ("skew", "must be symmetric")):
-        arguments = [str(model), "--reference", str(tmp_path / f"{name}.npz"), "--device", "cpu"]
-        assert status(main, [*arguments, "--batch-size", "16"], extractor=linear) == 2
-        assert message in capsys.readouterr().err.splitlines()[-1]
-    assert drawn == [16, 16]
+    arguments = [str(model), "--reference", str(tmp_path / "small.npz"), "--device", "cpu"]
+    assert status(main, [*arguments, "--batch-size", "16"], extractor=linear) == 2
+    assert "statistics of 2 numbers" in capsys.readouterr().err.splitlines()[-1]
+    assert drawn == [16]

@@ -23,7 +23,7 @@ from tests.imagenet.workers import randomise
 def rows(images):
     """An extractor of known features: the mean of each channel and row."""
     x = images.double().mean(3).flatten(1) / 255
-    return Features(x, x, x)
+    return Features(x, x)
 
 
 def of(generator, count, steps=1):
@@ -58,7 +58,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     with pytest.raises(ValueError, match="10 is no multiple of 3 processes"):
         make_metric(Config(), tmp_path / "small.npz", None, 10, World(0, 3))
     config = Config(hidden_size=16, depth=1)
-    with pytest.raises(ValueError, match=r"small.npz holds statistics of 2 numbers, where pool features have 24"):
+    with pytest.raises(ValueError, match=r"small.npz holds statistics of 2 numbers, where features have 24"):
         Fid(read_reference(tmp_path / "small.npz"), rows, 10)(Generator(build_model(config), config), 1, World())
 
 
