@@ -11,15 +11,16 @@ scaled bicubically until the shorter side fits, then cut. For each image the mea
 posterior are stored as float16: 21 GB for ImageNet at 256, 84 GB at 512.
 
 An encoding that was stopped continues with the same command, on any number of processes, and ends in the same files.
-Images that cannot be read are left out, counted, and listed with their reasons in skipped.txt.
+Images that cannot be read are left out and counted; each is printed with the reason.
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +39,6 @@ from tvm_ref.cli.progress import progress
 
 LISTING = "images.txt"  # class and path of each image, as they were found at the start
 PLAN = "encode.json"  # how they are encoded; written after the listing
-SKIPPED = "skipped.txt"
-PARTS = {"train", "val", "valid", "validation", "test"}  # of a data set: no names of classes
 LONGEST = 8  # ratio of an image's sides beyond which its ends are cut off before it is resized
 
 
@@ -60,9 +59,6 @@ class Settings:
 
     image_size: int = option(256, "side of the square that is cut out")
     vae: str = option(VAE, "an AutoencoderKL, by folder or by name on the hub")
-    normalisation: Literal["auto", "paper", "measured"] = option(
-        "auto", "of latents: the paper's constants, or as measured; auto: the paper's for its autoencoder, by name"
-    )
     batch_size: int = option(64, "images per call of the autoencoder")
     shard_size: int = option(8192, "images per file")
     workers: int = option(8, "threads that read images, per process")
@@ -70,15 +66,11 @@ class Settings:
     def __post_init__(self) -> None:
         names = ("image_size", "batch_size", "shard_size", "workers")
         require_at_least(1, **{name: getattr(self, name) for name in names})
-        if self.normalisation == "paper" and self.image_size not in NORMALISATION:
-            sizes = " and ".join(map(str, NORMALISATION))
-            raise UserError(f"--normalisation paper is known for --image-size {sizes}, not {self.image_size}")
 
     @property
     def is_paper_s(self) -> bool:
-        """Whether latents are normalised by the paper's constants, which are those of one autoencoder."""
-        known = self.image_size in NORMALISATION and self.vae == VAE
-        return self.normalisation == "paper" or (self.normalisation == "auto" and known)
+        """Whether latents are normalised by the paper's constants, which are those of one autoencoder, by name."""
+        return self.image_size in NORMALISATION and Path(self.vae).name == Path(VAE).name
 
 
 def parser() -> OneLineParser:
@@ -99,14 +91,12 @@ def list_images(source: Path) -> tuple[list[str], list[Entry]]:
         UserError: no class folders with images.
     """
     folders = sorted(path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if folders and PARTS.issuperset(folders):
-        raise UserError(f"{source} holds parts of a data set, no classes: encode {source / folders[0]}")
     classes: list[str] = []
     entries: list[Entry] = []
+    left_out = 0
     for name in folders:
         found = find_images(source / name)
-        if found.warning() is not None:
-            print(f"{name}: {found.warning()}")
+        left_out += found.left_out
         if found.images:
             entries += [Entry(len(classes), f"{name}/{path}") for path in found.images]
             classes.append(name)
@@ -114,7 +104,7 @@ def list_images(source: Path) -> tuple[list[str], list[Entry]]:
             print(f"warning: {source / name} holds no images and is no class")
     if not classes:
         raise UserError(f"{source} holds no images in folders; one folder of images per class is expected")
-    print(f"{len(entries)} images of {len(classes)} classes")
+    print(f"{len(entries)} images of {len(classes)} classes; {left_out} other files are left out")
     return classes, entries
 
 
@@ -185,13 +175,17 @@ def encode_shard(
     Raises:
         FloatingPointError: latents that are not finite.
     """
-    posteriors, labels, skipped = [], [], []
+    posteriors, labels = [], []
     paths = [source / entry.path for entry in entries]
     batches = load_ahead(paths, settings.image_size, settings.batch_size, settings.workers)
     for i, results in enumerate(batches):
         batch = entries[i * settings.batch_size :][: len(results)]
-        skipped += [[e.path, reason] for e, reason in zip(batch, results, strict=True) if isinstance(reason, str)]
-        good = [(e, image) for e, image in zip(batch, results, strict=True) if not isinstance(image, str)]
+        good = []
+        for e, image in zip(batch, results, strict=True):
+            if isinstance(image, str):
+                print(f"{e.path} is skipped: {image}", file=sys.stderr)
+            else:
+                good.append((e, image))
         if good:
             images = torch.from_numpy(np.stack([image for _, image in good])).permute(0, 3, 1, 2)
             posterior = encode(vae, images.to(next(vae.parameters()).device)).half().cpu().numpy()
@@ -205,22 +199,21 @@ def encode_shard(
     if labels:
         stored = np.concatenate(posteriors)
         write_shard(out, name, stored, np.array(labels, np.int64))
-    report = {"name": name, "count": len(labels), "skipped": skipped, "moments": moments(stored) if labels else None}
+    report = {"name": name, "count": len(labels), "moments": moments(stored) if labels else None}
     write_atomically(out / f"{name}.json", json.dumps(report) + "\n")
 
 
-def finish(out: Path, names: list[str], plan: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """Write skipped.txt and latents.json, the sign that all is done; returns what latents.json holds.
+def finish(out: Path, shards: dict[str, list[Entry]], plan: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Write latents.json, the sign that all is done; returns what it holds.
 
     Raises:
         UserError: not one image could be read.
     """
-    reports = [read_json(out / f"{name}.json", "shard") for name in names]
-    skipped = [line for report in reports for line in report["skipped"]]
-    write_atomically(out / SKIPPED, "".join(f"{path}\t{reason}\n" for path, reason in skipped))
+    reports = [read_json(out / f"{name}.json", "shard") for name in shards]
+    total = sum(map(len, shards.values()))
     count = sum(report["count"] for report in reports)
     if not count:
-        raise UserError(f"not one of {len(skipped)} images could be read; {out / SKIPPED} says why")
+        raise UserError(f"not one of {total} images could be read")
     measured = measured_normalisation(reports)
     index = {
         "format": FORMAT,
@@ -229,12 +222,10 @@ def finish(out: Path, names: list[str], plan: dict[str, Any], settings: Settings
         "normalisation": asdict(NORMALISATION[settings.image_size] if settings.is_paper_s else measured),
         "shards": [{"name": report["name"], "count": report["count"]} for report in reports],
         "count": count,
-        "skipped": len(skipped),
+        "skipped": total - count,
         "vae": settings.vae,
         "measured": asdict(measured),
     }
-    for leftover in out.glob("*.partial"):  # of a process that was killed while it wrote
-        leftover.unlink()
     write_atomically(out / INDEX, json.dumps(index, indent=2) + "\n")
     return index
 
@@ -278,7 +269,7 @@ def encode_folder(
             for done in encode_shard(source, out, name, shards[name], vae, settings):
                 bar.update(done)
     world.barrier()
-    return finish(out, list(shards), read_json(out / PLAN, "encoding"), settings) if world.first else None
+    return finish(out, shards, read_json(out / PLAN, "encoding"), settings) if world.first else None
 
 
 def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
@@ -293,7 +284,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
         print(f"{index['count']} latents of {len(index['classes'])} classes: {options.out}")
         print(f"normalised by {'the constants of the paper' if settings.is_paper_s else 'what was measured'}")
         if index["skipped"]:
-            print(f"{index['skipped']} images could not be read and were skipped: {options.out / SKIPPED}")
+            print(f"{index['skipped']} images could not be read and were skipped")
     return 0
 
 

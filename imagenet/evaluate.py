@@ -71,8 +71,8 @@ def stored_images(source: Path, count: int | None, size: int) -> Candidates:
         UserError: no images there, or too few.
     """
     images = ImageFiles(source)
-    if images.warning is not None:
-        print(images.warning, file=sys.stderr)
+    if images.left_out:
+        print(f"warning: {images.left_out} files are left out: no images by their endings", file=sys.stderr)
     count = count or len(images)
     if count > len(images):
         raise UserError(f"{source} holds {len(images)} images, fewer than --count {count}")

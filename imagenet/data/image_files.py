@@ -9,7 +9,6 @@ import math
 import os
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,7 +25,6 @@ from torch import Tensor
 from tvm_ref.cli.errors import UserError, first_line
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}  # of a GIF the first image
-NOTES = {".json", ".txt", ".csv", ".md"}  # files next to images that no warning counts
 DAMAGED = zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError  # raised by readers of .npz files
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"  # as in the .npz files of ADM
 GAP = 1  # pixels between the images of a grid, before enlarging
@@ -61,7 +59,7 @@ def grid(images: Pixels, columns: int) -> Pixels:
 
 def save_png(path: Path, pixels: Pixels) -> None:
     """Write one image [H, W, 3]."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.partial")
     Image.fromarray(pixels).save(partial, format="PNG")
     os.replace(partial, path)
 
@@ -72,7 +70,7 @@ def write_npz(path: Path, count: int, batches: Iterable[Pixels], labels: NDArray
     Raises:
         ValueError: batches that do not add up to `count`.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.partial")
     written = 0
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(f"{NPZ_IMAGES}.npy", "w", force_zip64=True) as stream:
@@ -95,25 +93,16 @@ class Found(NamedTuple):
 
     Attributes:
         images: the pictures, each once, however many links lead to it; a link to nothing is one that cannot be read.
-        left_out: files that are no pictures by their endings.
+        left_out: number of files that are no pictures by their endings.
     """
 
     images: list[str]
-    left_out: list[str]
-
-    def warning(self) -> str | None:
-        """Say how many files of which kinds are left out, apart from notes; None if none are."""
-        kinds = Counter(Path(name).suffix.lower() for name in self.left_out)
-        kinds = Counter({kind: n for kind, n in kinds.items() if kind not in NOTES})
-        if not kinds:
-            return None
-        named = ", ".join(f"{kind or 'none':.20}" for kind, _ in kinds.most_common(5))
-        return f"warning: {kinds.total()} files are left out, as they are no images by their endings ({named})"
+    left_out: int
 
 
 def find_images(source: Path) -> Found:
     """Find the pictures below a folder, at any depth. Hidden files and folders are ignored; links are followed."""
-    real, links, left_out = {}, [], []  # real: path by the real path
+    real, links, left_out = {}, [], 0  # real: path by the real path
     folders = {os.path.realpath(source)}  # entered so far: a link can lead back
     for folder, below, files in os.walk(source, followlinks=True):
         at = os.path.realpath(folder)
@@ -125,15 +114,14 @@ def find_images(source: Path) -> Found:
             if name[0] == ".":
                 continue
             if os.path.splitext(name)[1].lower() not in EXTENSIONS:
-                left_out.append(path)
+                left_out += 1
             elif os.path.islink(path):
                 links.append(path)
             else:
                 real[os.path.join(at, name)] = path
     for path in links:
         real.setdefault(os.path.realpath(path), path)
-    images, rest = (sorted(os.path.relpath(path, source) for path in paths) for paths in (real.values(), left_out))
-    return Found(images, rest)
+    return Found(sorted(os.path.relpath(path, source) for path in real.values()), left_out)
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
@@ -187,10 +175,10 @@ class ImageFiles:
     def __init__(self, source: Path):
         self.source = source
         self._paths: list[Path] = []
-        self.warning: str | None = None  # of files that are left out
+        self.left_out = 0  # files of the folder that are no images by their endings
         if source.is_dir():
             found = find_images(source)
-            self._paths, self.warning = [source / name for name in found.images], found.warning()
+            self._paths, self.left_out = [source / name for name in found.images], found.left_out
             self.count = len(self._paths)
         elif source.suffix == ".npz" and source.is_file():
             with _open_npz(source) as (shape, _):
