@@ -20,7 +20,6 @@ from imagenet.config import LABEL_DROPOUT, Config
 from imagenet.data.image_sets import Data
 from imagenet.data.noise import EVEN, PERMUTATION, STEP
 from tvm_ref import Condition, Times, draw_beta, drop_labels
-from tvm_ref.cli.errors import UserError
 from tvm_ref.cli.stopping import SAVE_SIGNALS
 from tvm_ref.seeding import generator as generator_of
 from tvm_ref.seeding import uniform_numbers
@@ -139,23 +138,14 @@ def loader(batches: Batches, start: int, workers: int, *, pin: bool = False) -> 
     """Iterate over the batches of steps start, start + 1, ..., read ahead by `workers` processes (0: by none).
 
     Close it when it is not used to its end: Python waits for workers when it exits, and they ignore its SIGTERM.
-
-    Raises:
-        UserError: data that cannot be used.
     """
     if not workers:
         yield from (batches[step] for step in range(start, len(batches)))
         return
     steps: Any = torch.utils.data.Subset(batches, range(start, len(batches)))  # type: ignore[arg-type]
-    fault = None
-    try:
-        yield from torch.utils.data.DataLoader(
-            steps, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_signals
-        )
-    except UserError as error:  # of a worker: PyTorch puts the traceback into its message
-        fault = str(error).strip().splitlines()[-1].partition(": ")[2]
-    if fault is not None:  # not in the except clause, whose error would keep the workers alive
-        raise UserError(fault)
+    yield from torch.utils.data.DataLoader(
+        steps, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_signals
+    )
 
 
 def _ignore_signals(_: int) -> None:

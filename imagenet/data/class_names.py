@@ -11,7 +11,6 @@ from tvm_ref.cli.errors import UserError
 
 IMAGENET = 1000  # classes: as many without names are taken to be those of ImageNet, in its usual order
 WORDNET = re.compile(r"n\d{8}")  # how ImageNet names its folders
-FEW = 10  # names that an error message lists
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -58,8 +57,6 @@ def class_number(name: str | int, config: Config, own: Sequence[str] | None = No
     close = difflib.get_close_matches(name.lower(), names, cutoff=0.5)
     close += [known for known in names if name.lower() in known.split() and known not in close]
     hint = f"; close are {', '.join(close[:5])}" if close else ""
-    if not close and len(names) <= FEW:
-        hint = f"; there are {', '.join(names)}"
     raise UserError(f"--classes: no class is named {name!r}{hint}")
 
 

@@ -7,7 +7,6 @@ A data set gives many samples at once: data.batch(indices, draw). `draw` counts 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,24 +18,6 @@ from imagenet.data.latents import Latents
 from imagenet.data.noise import FLIP
 from imagenet.data.provenance import Provenance
 from tvm_ref.cli.errors import UserError, first_line
-
-
-class Data(Protocol):
-    """The interface of a data set.
-
-    Attributes:
-        shape: (C, H, W).
-    """
-
-    shape: tuple[int, int, int]
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        ...
-
-    def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
-        """Return samples x [B, C, H, W] and labels [B]."""
-        ...
 
 
 class Images:
@@ -85,6 +66,9 @@ class Synthetic:
         return self._x[chosen % self.STORE], chosen % self.classes
 
 
+Data = Images | Synthetic | Latents
+
+
 def load_data(config: Config, folder: str | Path | None = None) -> Data:
     """Load the data of a configuration.
 
@@ -110,7 +94,7 @@ def load_data(config: Config, folder: str | Path | None = None) -> Data:
     if data.shape != shape:
         raise UserError(f"the data are of shape {list(data.shape)}, the configuration asks for {list(shape)}")
     found = len(data.classes) if isinstance(data, Latents) else int(data.labels.max()) + 1
-    if found > config.classes or (isinstance(data, Latents) and found < config.classes):
+    if found != config.classes:
         raise UserError(f"the data have {found} classes, the configuration {config.classes}")
     return data
 

@@ -46,18 +46,16 @@ def measured_normalisation(reports: Iterable[dict[str, Any]]) -> Normalisation:
 
 
 class Latents:
-    """A folder of latents as a map-style data set: latents[index] is (x, label).
+    """The latents of a folder: each is a draw from the image's posterior, normalised, decided by (seed, draw, index).
 
-    x float32 [C, H, W] is a draw from the image's posterior, normalised, and label its class. The draw is decided by
-    (seed, draw, index), so that a resumed training sees what an uninterrupted one would: latents[index, draw] with
-    draw the epoch or step, from a sampler that yields such pairs; latents[index] is draw 0.
+    A resumed training therefore sees what an uninterrupted one would.
 
     Args:
         folder: what encode.py wrote.
         seed: of the draws.
 
     Raises:
-        ValueError: no latents there, or damaged ones; the file is named.
+        ValueError: no latents there, or shards that cannot be read.
     """
 
     def __init__(self, folder: str | Path, seed: int = 0):
@@ -65,15 +63,9 @@ class Latents:
         index = read_index(self.folder)
         self.classes, self.normalisation = index.classes, index.normalisation
         self.autoencoder = index.autoencoder
-        opened = [self._open(name, count) for name, count in index.shards.items() if count]
-        if not opened:
-            raise UserError(f"{self.folder} holds no latents: every image was skipped")
+        opened = [self._open(name) for name, count in index.shards.items() if count]
         self._posteriors = [posteriors for posteriors, _ in opened]
         self.labels = torch.from_numpy(np.concatenate([labels for _, labels in opened]))
-        if len({posteriors.shape[1:] for posteriors in self._posteriors}) > 1:
-            raise UserError(f"{self.folder}: its shards hold latents of different shapes")
-        if not bool(((self.labels >= 0) & (self.labels < len(self.classes))).all()):
-            raise UserError(f"{self.folder} holds labels beyond its {len(self.classes)} classes")
         self._ends = list(itertools.accumulate(len(posteriors) for posteriors in self._posteriors))
         _, _, c, h, w = self._posteriors[0].shape
         self.shape: tuple[int, int, int] = (c, h, w)  # of a latent
@@ -81,48 +73,28 @@ class Latents:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        """Draw the latent x [C, H, W], and return it with its label, for an index or a pair (index, draw)."""
-        index, draw = key if isinstance(key, tuple) else (key, 0)
-        mean, std = self.posterior(index)
-        raw = mean + std * normal(self.shape, POSTERIOR, self.seed, draw, index)
-        return self.normalisation.normalise(raw), int(self.labels[index])
-
-    def batch(self, indices: Sequence[int] | NDArray[np.int64], draw: int) -> tuple[Tensor, Tensor]:
-        """Draw latents x [B, C, H, W], and return them with labels [B], for many indices."""
-        pairs = [self[int(index), draw] for index in indices]
-        return torch.stack([x for x, _ in pairs]), torch.tensor([label for _, label in pairs])
+    def batch(self, indices: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
+        """Draw latents x [B, C, H, W], and return them with labels [B]; `draw` is the epoch."""
+        raw = []
+        for index in indices:
+            mean, std = self.posterior(index)
+            raw.append(mean + std * normal(self.shape, POSTERIOR, self.seed, draw, index))
+        return self.normalisation.normalise(torch.stack(raw)), self.labels[torch.as_tensor(indices)]
 
     def posterior(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of an image's raw latent, float32 [C, H, W] each.
-
-        Raises:
-            IndexError: an index outside [0, len).
-            UserError: numbers that are not finite; the file is named.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} lies outside [0, {len(self)})")
+        """Return mean and standard deviation of an image's raw latent, float32 [C, H, W] each."""
         shard = bisect.bisect_right(self._ends, index)
         start = self._ends[shard - 1] if shard else 0
-        stored = self._posteriors[shard][index - start].astype(np.float32)
-        if not np.isfinite(stored).all():  # else training would end in NaN at this step, however often it is resumed
-            file = getattr(self._posteriors[shard], "filename", self.folder)
-            raise UserError(f"{file}: latent {index - start} holds numbers that are not finite; encode it again")
-        mean, std = torch.from_numpy(stored)
+        mean, std = torch.from_numpy(self._posteriors[shard][index - start].astype(np.float32))
         return mean, std
 
-    def _open(self, name: str, count: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-        """Open the memory map [count, 2, C, H, W] and the labels [count] of a shard."""
+    def _open(self, name: str) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+        """Open the memory map [n, 2, C, H, W] and the labels [n] of a shard."""
         latents, labels = (self.folder / file for file in shard_files(name))
         try:
-            posteriors = np.load(latents, mmap_mode="r", allow_pickle=False)
-            classes = np.load(labels, allow_pickle=False)
+            return np.load(latents, mmap_mode="r", allow_pickle=False), np.load(labels, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{self.folder}: shard {name} cannot be read: {str(error).splitlines()[0]}") from None
-        fits = posteriors.ndim == 5 and posteriors.shape[:2] == (count, 2) and posteriors.dtype == np.float16
-        if not fits or classes.shape != (count,) or classes.dtype != np.int64:
-            raise UserError(f"{latents} and its labels do not hold {count} posteriors as {INDEX} says")
-        return posteriors, classes
+            raise UserError(f"{self.folder}: shard {name} cannot be read: {first_line(error)}") from None
 
 
 def shard_files(name: str) -> tuple[str, str]:
@@ -177,7 +149,7 @@ def write_shard(folder: Path, name: str, posteriors: NDArray[np.float16], labels
     """Write posteriors [n, 2, C, H, W] and labels [n], each file complete or not at all."""
     arrays: tuple[NDArray[Any], ...] = (posteriors, labels)
     for file, array in zip(shard_files(name), arrays, strict=True):
-        partial = folder / f"{file}.{os.getpid()}.partial"
+        partial = folder / f"{file}.partial"
         with partial.open("wb") as stream:
             np.save(stream, array, allow_pickle=False)
         os.replace(partial, folder / file)

@@ -21,9 +21,6 @@ class Provenance:
         autoencoder: name of the autoencoder of latents: a folder, or on the Hugging Face hub.
         normalisation: of latents.
         classes: names of the classes, by number, where the data name them.
-
-    Raises:
-        UserError: a bad value, as a file may have it.
     """
 
     data: str
@@ -31,11 +28,6 @@ class Provenance:
     autoencoder: str | None = None
     normalisation: Normalisation | None = None
     classes: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        texts = (self.data, self.path, self.autoencoder, *(self.classes or ()))
-        if not all(a is None or isinstance(a, str) for a in texts):
-            raise UserError("a bad value")
 
     def to_json(self) -> str:
         """Write one JSON object."""

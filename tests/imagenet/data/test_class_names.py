@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from imagenet.config import Config
-from imagenet.data.class_names import CIFAR10, class_names, class_number
+from imagenet.data.class_names import class_names, class_number
 
 DIGITS = Config()
 IMAGENET = replace(DIGITS, data="latents", classes=1000)
@@ -22,21 +22,14 @@ def test_imagenet_s_names_have_the_numbers_of_the_data_set():
     assert class_number("282", IMAGENET) == class_number(282, IMAGENET) == 282
 
 
-def test_small_data_sets_have_names_too():
-    assert [class_number(str(i), DIGITS) for i in range(10)] == list(range(10))
-    cifar = replace(DIGITS, data="cifar10")
-    assert [class_number(name, cifar) for name in CIFAR10] == list(range(10))
-
-
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
         ("golden retreiver", IMAGENET, "close are golden retriever"),
         ("retriever", IMAGENET, "close are .*labrador retriever"),
         ("1000", IMAGENET, "must lie in 0 to 999, got 1000"),
-        (-1, IMAGENET, "must lie in 0 to 999, got -1"),
         ("cat", replace(DIGITS, data="latents", classes=7), "have no names: say --classes by numbers"),
-        ("ten", DIGITS, "no class is named 'ten'; there are 0, 1, .* 9$"),
+        ("ten", DIGITS, "no class is named 'ten'"),
     ],
 )
 def test_a_class_that_is_not_there_is_refused_with_advice(name, config, message):

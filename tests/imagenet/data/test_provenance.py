@@ -25,11 +25,13 @@ def test_it_survives_json(known):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "5", "{}", '{"data": 5}', '{"data": "latents", "path": 3}', '{"data": "latents", "colour": 1}',
-        '{"data": "latents", "normalisation": 5}', '{"data": "latents", "normalisation": {"mean": [0], "std": [0]}}',
-        '{"data": "latents", "normalisation": {"mean": ["a"], "std": [1]}}', "[" * 100_000,
+        "",
+        "[]",
+        '{"data": "latents", "colour": 1}',
+        '{"data": "latents", "normalisation": {"mean": [0], "std": [0]}}',
+        "[" * 100_000,
     ],
-)  # fmt: skip
+)
 def test_what_is_no_provenance_is_refused(text):
     with pytest.raises(ValueError, match="no description of data") as error:
         Provenance.from_json(text)
