@@ -111,11 +111,11 @@ def test_a_stopped_encoding_goes_on_to_the_same_files(source, tmp_path, capsys):
         assert "goes on" in capsys.readouterr().err
         with pytest.raises(ValueError, match="no latents"):
             Latents(out)
-        (out / "00001.latents.npy.partial").write_bytes(b"of a process that was killed")
+        (out / "00002.latents.npy.partial").write_bytes(b"of a process that was killed")
         done = {name: (out / name).stat().st_mtime_ns for name in files(out)}
         assert encode(source, out) == 0
         assert files(out) == files(tmp_path / "whole")
-        del done["00001.latents.npy.partial"]
+        del done["00002.latents.npy.partial"]
         assert all((out / name).stat().st_mtime_ns == written for name, written in done.items())  # nothing done twice
 
 
