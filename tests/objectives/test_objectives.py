@@ -77,6 +77,8 @@ def test_tvm_with_condition_equals_equation_15_written_out():
     torch.testing.assert_close(
         terms.flow_matching, mean_square(model.velocity(x_s, s_prime, condition) - guided) / w**2
     )
+    alone = FlowMatching(model, null_label=3)(x0, x1, times, condition, target)  # is its second term
+    torch.testing.assert_close(alone.flow_matching, terms.flow_matching)
 
 
 @pytest.mark.parametrize("kind", [TVM, FlowMatching])
