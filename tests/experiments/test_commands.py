@@ -2,10 +2,10 @@
 
 import pytest
 
-from tvm_ref.experiments import compare, family, seeds, speed
+from tvm_ref.experiments import compare, family, seeds
 
 
-@pytest.mark.parametrize("module", [compare, seeds, speed, family])
+@pytest.mark.parametrize("module", [compare, seeds, family])
 def test_help_teaches(capsys, module):
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
@@ -23,8 +23,6 @@ def test_help_teaches(capsys, module):
         (compare, ["--seeds", "0"]),
         (seeds, ["--seeds", "0"]),
         (seeds, ["--dist", "moon"]),
-        (speed, ["--rounds", "0"]),
-        (speed, ["--width", "0"]),
     ],
 )
 def test_bad_input_to_the_other_commands(capsys, module, options):

@@ -479,7 +479,6 @@ COMMANDS = {
     "tvm_ref.experiments.compare": ["--steps", "0"],
     "tvm_ref.experiments.seeds": ["--points", "1"],
     "tvm_ref.experiments.family": ["--samples", "1"],
-    "tvm_ref.experiments.speed": ["--width", "0"],
     "tvm_ref.experiments.bound_over_training": ["--grid", "7"],
     "tvm_ref.experiments.lipschitz_of_networks": ["--grid", "7"],
     "tutorials.playground.page": ["nowhere"],

@@ -5,7 +5,6 @@
     bound_over_training     does lowering the loss lower W2?
     lipschitz_of_networks   how do RMSNorm and spectral initialisation change int L?
     seeds                   how good is the default over seeds?
-    speed                   how long does a step take?
     layers                  which layers are right when a gradient goes through a JVP?
 
 sweep.py trains many models side by side for compare and seeds.

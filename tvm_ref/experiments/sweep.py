@@ -1,4 +1,4 @@
-"""Train many models side by side, one thread each, for compare, seeds and speed."""
+"""Train many models side by side, one thread each, for compare and seeds."""
 
 import contextlib
 import multiprocessing

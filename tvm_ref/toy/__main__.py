@@ -14,7 +14,6 @@ Of a finished run:
 Of many:
     python -m tvm_ref.experiments.compare                 all objectives on equal terms
     python -m tvm_ref.experiments.seeds                   quality over seeds
-    python -m tvm_ref.experiments.speed                   time of a step
 """
 
 import argparse
