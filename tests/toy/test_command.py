@@ -480,7 +480,6 @@ COMMANDS = {
     "tvm_ref.experiments.seeds": ["--points", "1"],
     "tvm_ref.experiments.family": ["--samples", "1"],
     "tvm_ref.experiments.bound_over_training": ["--grid", "7"],
-    "tvm_ref.experiments.lipschitz_of_networks": ["--grid", "7"],
     "tutorials.playground.page": ["nowhere"],
 }
 

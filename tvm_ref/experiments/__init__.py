@@ -3,7 +3,6 @@
     compare                 which objective is best in equal training time? (methods.py: what is compared)
     family                  noise, cost, bias and signal of every objective (family_measures.py, family_plots.py)
     bound_over_training     does lowering the loss lower W2?
-    lipschitz_of_networks   how do RMSNorm and spectral initialisation change int L?
     seeds                   how good is the default over seeds?
     layers                  which layers are right when a gradient goes through a JVP?
 

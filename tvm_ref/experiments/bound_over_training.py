@@ -6,7 +6,6 @@ Trains while measuring, which takes a few minutes. Writes training.json (after e
 chain over training. The exit status is 1 if a link of the chain is violated, which the theory excludes.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator
@@ -100,48 +99,29 @@ def table(records: list[Record], correlations: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def make_parser(name: str, description: str | None) -> OneLineParser:
-    """Make the command line of an experiment that trains and measures the bound."""
-    p = OneLineParser(f"python -m tvm_ref.experiments.{name}", description)
+def parser() -> OneLineParser:
+    """Make the command line."""
+    p = OneLineParser("python -m tvm_ref.experiments.bound_over_training", __doc__)
     add_options(p, Measuring)
     add_options(p, ToyConfig, TRAINING_OPTIONS)
-    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-bound or NAME-lipschitz)")
+    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-bound)")
     p.add_argument("--overwrite", action="store_true", help="replace results that are already in that folder")
     return p
 
 
-def prepare(
-    arguments: argparse.Namespace, suffix: str, result: str, **defaults: Any
-) -> tuple[ToyConfig, Measuring, Path]:
-    """Return what to train, what to measure on, and the folder to write, which is made.
-
-    Raises:
-        UserError, OSError: bad options, training that theorem 1 does not cover, a folder that is in the way.
-    """
-    measuring = Measuring(**WHILE_TRAINING | given(arguments, Measuring))
-    config = ToyConfig(**defaults | given(arguments, ToyConfig))
-    require_covered(config)
-    out = arguments.out or Path("runs/toy") / f"{config.name}-{suffix}"
-    require_free(out, (result,), "such results", "--overwrite", overwrite=arguments.overwrite)
-    config.make_distribution()  # refuses points that cannot be used
-    out.mkdir(parents=True, exist_ok=True)
-    return config, measuring, out
-
-
-def end(command: OneLineParser, violated: list[str]) -> int:
-    """Print the violated links of the chain, and return the exit status."""
-    for link in violated:
-        print(f"{command.prog}: violated: {link}", file=sys.stderr)
-    return 1 if violated else 0
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 a violated link."""
-    command = make_parser("bound_over_training", __doc__)
+    command = parser()
     arguments = command.parse_args(argv)
     use_one_thread()
     with command.errors(), user_files():
-        config, measuring, out = prepare(arguments, "bound", "training.json")
+        measuring = Measuring(**WHILE_TRAINING | given(arguments, Measuring))
+        config = ToyConfig(**given(arguments, ToyConfig))
+        require_covered(config)
+        out = arguments.out or Path("runs/toy") / f"{config.name}-bound"
+        require_free(out, ("training.json",), "such results", "--overwrite", overwrite=arguments.overwrite)
+        config.make_distribution()  # refuses points that cannot be used
+        out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"t": measuring.time, "points": measuring.points, "grid": measuring.grid, "records": []}
     records = report["records"]
     with command.errors():
@@ -157,7 +137,10 @@ def main(argv: list[str] | None = None) -> int:
         save_figure(plot_training(records, correlations, config.name), out / "training.png")
     print(table(records, correlations))
     print(f"training.json and training.png: {out}")
-    return end(command, [f"step {r['step']}: {link}" for r in records for link in r["violations"]])
+    violated = [f"step {r['step']}: {link}" for r in records for link in r["violations"]]
+    for link in violated:
+        print(f"{command.prog}: violated: {link}", file=sys.stderr)
+    return 1 if violated else 0
 
 
 if __name__ == "__main__":

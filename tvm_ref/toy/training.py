@@ -81,7 +81,8 @@ class Training:
         self.config = config
         self.distribution = distribution
         torch.manual_seed(config.seed)
-        self.model = FlowMap(self._make_network(), scaled=config.guided).to(config.device)
+        network = make_network(config, distribution.dim, distribution.num_classes)
+        self.model = FlowMap(network, scaled=config.guided).to(config.device)
         self.objective = config.make_objective(self.model, distribution.num_classes if config.guided else None).to(
             config.device
         )
@@ -95,9 +96,6 @@ class Training:
         self.step = 0
         self.seconds = 0.0
         self._block: tuple[int, list[Batch]] = (-1, [])
-
-    def _make_network(self) -> ToyNetwork:
-        return make_network(self.config, self.distribution.dim, self.distribution.num_classes)
 
     def batch(self, step: int) -> Batch:
         """Return the data of a step."""
