@@ -9,8 +9,8 @@
     bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
     jumps     which jumps four distributions of times draw, and the errors of the jumps of the default run
     scale     at that run's network, by t - s: the batch at which a gradient's noise equals its signal
-Writes results.json and, with `picture`, family.png; with `jumps`, times.png: the same by (t, s). All into a folder of
-its own; parts that are measured with other options go into another folder.
+Writes results.json and, with `picture`, family.png into a folder of its own; parts that are measured with other options
+go into another folder.
 """
 
 import json
@@ -71,12 +71,9 @@ def measure(
     if "jumps" in parts or "scale" in parts:
         model = trained(config)
     if "jumps" in parts:
-        error, by_times = family_measures.jump_errors(model, distribution, 20 * samples)
         jumps = {
             "shares": {name: family_measures.length_shares(times) for name, times in LAWS.items()},
-            "density_by_times": {name: family_measures.time_density(times) for name, times in LAWS.items()},
-            "error": error,
-            "error_by_times": [[None if a != a else a for a in row] for row in by_times.tolist()],
+            "error": family_measures.jump_errors(model, distribution, 20 * samples),
         }
         print(jump_table(jumps))
         yield "jumps", jumps
@@ -117,17 +114,6 @@ def scale_table(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any], out: Path, *, picture: bool) -> None:
-    """Draw what was measured, and the family's picture if it is asked for."""
-    from tvm_ref.experiments import family_plots  # matplotlib, which --help need not wait for
-    from tvm_ref.toy.report import plots
-
-    if picture:
-        plots.save_figure(family_plots.plot_family(), out / "family.png")
-    if "jumps" in report:
-        plots.save_figure(family_plots.plot_times(report["jumps"]), out / "times.png")
-
-
 def parser() -> OneLineParser:
     """Make the command line."""
     p = OneLineParser("python -m tvm_ref.experiments.family", __doc__)
@@ -164,7 +150,11 @@ def main(argv: list[str] | None = None) -> int:
         for key, numbers in measure(arguments.parts, config, distribution, arguments.samples, tuple(arguments.dims)):
             report[key] = numbers
             write_atomically(out / "results.json", json.dumps(report, indent=2) + "\n")
-        draw(report, out, picture="picture" in arguments.parts)
+        if "picture" in arguments.parts:
+            from tvm_ref.experiments.family_plots import plot_family  # matplotlib, which --help need not wait for
+            from tvm_ref.toy.report.plots import save_figure
+
+            save_figure(plot_family(), out / "family.png")
     print(out)
     return 0
 

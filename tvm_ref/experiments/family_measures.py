@@ -160,23 +160,17 @@ def adaptive_bias(dim: int, mass: float, samples: int, *, t: float = 0.8, eps: f
     return float((adaptive_minimiser(v, p, eps) - u).square().mean().sqrt() / deviation)
 
 
-def jump_errors(
-    model: FlowMap, distribution: GaussianMixture, samples: int, bins: int = 10
-) -> tuple[list[float | None], Tensor]:
+def jump_errors(model: FlowMap, distribution: GaussianMixture, samples: int, bins: int = 10) -> list[float | None]:
     """Measure a model's jumps from x_t, (t, s) uniform on the triangle, against the exact flow's.
 
-    Returns the root mean square error by t - s, in equal bins, and by (t, s) [bins, bins], NaN where s > t.
+    Returns the root mean square error by t - s, in equal bins.
     """
     x0, x1, (t, s, _) = batch(distribution, samples, TimeSampler("triangle"), 1, dtype=torch.float32)
     x = over(1 - t, x0) * x0 + over(t, x0) * x1
     with torch.no_grad():
         square = (model.jump(x, t, s) - distribution.jump(x, t, s)).square().sum(1).double()
     lengths = ((t - s) * bins).long().clamp(max=bins - 1)
-    by_length = [float(square[lengths == i].mean().sqrt()) if bool((lengths == i).any()) else None for i in range(bins)]
-    cell = (t * bins).long().clamp(max=bins - 1) * bins + (s * bins).long().clamp(max=bins - 1)
-    count = torch.bincount(cell, minlength=bins**2)
-    by_times = (torch.bincount(cell, square, bins**2) / count).sqrt().view(bins, bins)
-    return by_length, by_times
+    return [float(square[lengths == i].mean().sqrt()) if bool((lengths == i).any()) else None for i in range(bins)]
 
 
 def length_shares(times: TimeSampler, bins: int = 10, n: int = 1_000_000) -> list[float]:
@@ -184,20 +178,6 @@ def length_shares(times: TimeSampler, bins: int = 10, n: int = 1_000_000) -> lis
     t, s, _ = times.draw(n, generator(EVALUATION, 2))
     gap = (t - s)[t > s]
     return (torch.histc(gap, bins, 0, 1) / len(gap)).tolist()
-
-
-def time_density(times: TimeSampler, bins: int = 10, n: int = 1_000_000) -> list[list[float | None]]:
-    """Return the density of drawn jumps, s < t, by (t, s) [bins, bins]: 1 if all (t, s) were equally likely.
-
-    None where s > t in the whole cell. A cell on the diagonal is half a cell: its density is over that half.
-    """
-    t, s, _ = times.draw(n, generator(EVALUATION, 2))
-    t, s = t[t > s], s[t > s]
-    cell = (t * bins).long().clamp(max=bins - 1) * bins + (s * bins).long().clamp(max=bins - 1)
-    area = torch.ones(bins, bins).tril() / bins**2
-    area.diagonal().mul_(0.5)
-    density = torch.bincount(cell, minlength=bins**2).view(bins, bins) / len(t) / area * area.sum()
-    return [[value if j <= i else None for j, value in enumerate(row)] for i, row in enumerate(density.tolist())]
 
 
 def signal_to_noise(

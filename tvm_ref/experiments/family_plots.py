@@ -1,13 +1,8 @@
-"""Draw the family of objectives: who matches what in the triangle of (t, s), and which jumps are drawn."""
-
-from typing import Any
+"""Draw the family of objectives: who matches what in the triangle of (t, s)."""
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 
 from tvm_ref.toy.report import plots
 
@@ -88,30 +83,3 @@ def plot_family() -> Figure:
     for x, y in ((0.85, 0.5), (0.5, 0.15)):
         semigroup.plot([0.5, x], [0.5, y], color="black", ls=":", lw=1)
     return figure
-
-
-@matplotlib.rc_context(plots.STYLE)
-def plot_times(jumps: dict[str, Any]) -> Figure:
-    """Draw the density of jumps of each distribution of times, and the errors of jumps, in the triangle of (t, s)."""
-    figure = Figure(figsize=(11, 6.2), layout="constrained")
-    left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1.55, 1)))
-    axes = left.subplots(2, 2, sharex=True, sharey=True)
-    for ax, (name, values) in zip(axes.flat, jumps["density_by_times"].items(), strict=True):
-        density = _plot_cells(ax, name, values, LogNorm(1e-2, 10))
-    left.suptitle("how densely each distribution of times draws jumps")
-    left.colorbar(density, ax=axes, label="1: as if all (t, s) were alike", shrink=0.8)
-    last = right.subplots()
-    error = _plot_cells(last, "error of TVM's network", jumps["error_by_times"], LogNorm())
-    right.colorbar(error, ax=last, label="RMSE of jumps", shrink=0.6)
-    for ax in (*axes[:, 0], last):
-        ax.set_ylabel("s, where it ends")
-    for ax in (*axes[1], last):
-        ax.set_xlabel("t, where a jump starts")
-    return figure
-
-
-def _plot_cells(ax: Axes, title: str, values: list[list[float | None]], scale: LogNorm) -> AxesImage:
-    """Draw numbers by (t, s), and return their picture, for a colour bar."""
-    cells = np.array([[np.nan if v is None else v for v in row] for row in values]).T
-    ax.set_title(title)
-    return ax.imshow(cells, origin="lower", extent=(0, 1, 0, 1), norm=scale, cmap="viridis")
