@@ -5,30 +5,21 @@ python -m tvm_ref.experiments.layers --out tutorials/site/layers_under_jvp.md
 python -m tvm_ref.experiments.layers --also OTHER/bin/python       with another environment's PyTorch beside it
 """
 
-import contextlib
 import json
-import statistics
 import subprocess
-import time
 import warnings
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from tvm_ref.cli.errors import user_files
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.cli.options import OneLineParser, run
-from tvm_ref.ema import EMA
-from tvm_ref.flow_map import FlowMap, jvp
+from tvm_ref.flow_map import jvp
 from tvm_ref.network_check import JVP, measure
-from tvm_ref.objectives import TVM, FlowMatching
-from tvm_ref.shapes import over
-from tvm_ref.time_samplers import TimeSampler
 
 TRIED = {  # shape of x: layers, and expressions in x
     (2, 5, 8): """nn.LayerNorm(8); nn.RMSNorm(8); nn.Linear(8, 3); weight_norm(nn.Linear(8, 3));
@@ -128,50 +119,7 @@ def verdicts() -> dict[str, Any]:
     return {"torch": torch.__version__.split("+")[0], "found": found}
 
 
-class ConvNet(nn.Module):
-    """Three convolutions of 48 channels over signals of length 64: a reader's network."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        middle = nn.Conv1d(48, 48, 5, padding=2)
-        self.layers = nn.Sequential(
-            nn.Conv1d(3, 48, 5, padding=2), nn.SiLU(), middle, nn.SiLU(), nn.Conv1d(48, 1, 5, padding=2)
-        )
-
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: object = None) -> Tensor:
-        """Take times as channels."""
-        y: Tensor = self.layers(torch.cat([x, over(t, x).expand_as(x), over(t - s, x).expand_as(x)], 1))
-        return y
-
-
-def convolutions(repeats: int = 9) -> dict[str, tuple[float, float]]:
-    """Return FLOPs and time of a TVM step of convolutions in flow-matching steps, without and with the mode."""
-    model, x0, x1, times = FlowMap(ConvNet()), *torch.randn(2, 64, 1, 64), TimeSampler().draw(64)
-    modes = {"PyTorch's rules": contextlib.nullcontext, "jvp_ready": None}
-    seconds: dict[str, list[float]] = {name: [] for name in ("flow matching", *modes)}
-    flops = {}
-    target = EMA(model, 0.99).module
-
-    def step(objective: Any) -> None:
-        objective(x0, x1, times, target=target).total.mean().backward()
-
-    for repeat in range(repeats):
-        for name in seconds:
-            away = modes.get(name)
-            with patch("tvm_ref.flow_map.jvp_ready", away) if away else contextlib.nullcontext():
-                objective = (FlowMatching if name == "flow matching" else TVM)(model)
-                if not repeat:
-                    with FlopCounterMode(display=False) as counter:
-                        step(objective)
-                    flops[name] = counter.get_total_flops()
-                began = time.perf_counter()
-                step(objective)
-                seconds[name].append(time.perf_counter() - began)
-    base = statistics.median(seconds["flow matching"])
-    return {n: (flops[n] / flops["flow matching"], statistics.median(seconds[n]) / base) for n in modes}
-
-
-def page(results: list[dict[str, Any]], cost: dict[str, tuple[float, float]]) -> str:
+def page(results: list[dict[str, Any]]) -> str:
     """Write the page."""
     names = list(results[0]["found"])
     versions = [r["torch"] for r in results]
@@ -182,12 +130,9 @@ def page(results: list[dict[str, Any]], cost: dict[str, tuple[float, float]]) ->
     odd = [name for name in names if any(v != "right" for v in of(name))]
     head = [f"{v}{mode}" for v in versions for mode in ("", ", jvp_ready")]
     table = "\n".join(f"| `{n}` | {' | '.join(of(n))} |" for n in odd)
-    (flops, seconds), (flops_now, seconds_now) = cost.values()
     return PAGE.format(
         count=len(names), versions=" and ".join(versions), head=" | ".join(head), rule=" --- |" * len(head),
-        table=table,
-        right=", ".join(f"`{n}`" for n in names if n not in odd), flops=flops, seconds=seconds, flops_now=flops_now,
-        seconds_now=seconds_now, torch=versions[0],
+        table=table, right=", ".join(f"`{n}`" for n in names if n not in odd),
     )  # fmt: skip
 
 
@@ -219,18 +164,8 @@ as MeanFlow does. The mode sees what is called from Python: a function of PyTorc
 ## Products with a tangent that is not there
 
 A layer's weights have no tangent, yet PyTorch's rule for linear layers and convolutions multiplies by it: 3 products in
-a JVP and 8 with its backward, where 2 and 6 do. The mode leaves them out. A reader's convolutional network took 7 to 11
-flow-matching steps for a TVM step; here is one, three convolutions over 64 points with 48 channels, in batches of 64,
-on one thread with PyTorch {torch}, in one run. In flow-matching steps a TVM step (a JVP, the target's forward, flow
-matching, and the backward of all) takes
-
-| | FLOPs | time |
-| --- | --- | --- |
-| by PyTorch's rules | {flops:.1f} | {seconds:.1f} |
-| in jvp_ready | {flops_now:.1f} | {seconds_now:.1f} |
-
-What remains is the method's: value and tangent, forward and backward, cost two flow-matching steps, flow matching one,
-and the target's forward where the jump lands a third of one.
+a JVP and 8 with its backward, where 2 and 6 do. The mode leaves them out (`pytest tests/jvp_attention -k absent`
+counts).
 
 This page is written by `python -m tvm_ref.experiments.layers --out tutorials/site/layers_under_jvp.md`; `--also` adds
 another environment's PyTorch.
@@ -259,7 +194,7 @@ def main() -> int:
         if options.also is not None:
             other = [str(options.also), "-W", "ignore", "-m", "tvm_ref.experiments.layers", "--json"]
             results.append(json.loads(subprocess.run(other, check=True, capture_output=True, text=True).stdout))
-        text = page(results, convolutions())
+        text = page(results)
         if options.out is None:
             print(text)
         else:
