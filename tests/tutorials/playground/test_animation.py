@@ -4,7 +4,6 @@ from PIL import Image
 
 from tests.tutorials.playground.test_page import make_run
 from tutorials.playground import animation
-from tvm_ref.toy.report import plots
 from tvm_ref.toy.run import load_run
 
 
@@ -33,27 +32,6 @@ def test_the_file_is_small_and_moves(tmp_path, capsys, monkeypatch):
     assert len(set(shown)) == 5
     assert (folder / "animation.gif").stat().st_size < 2e6 / animation.STEPS
     assert "animation.gif" in capsys.readouterr().out
-
-
-def test_a_frame_says_what_is_seen_on_each_side_and_at_which_time(monkeypatch):
-    """Within its panel, in letters that are read at the width of a README."""
-    seen = []
-    real = plots.make_figure
-    monkeypatch.setattr(plots, "make_figure", lambda *args: seen.append(real(*args)) or seen[-1])
-    cloud = torch.zeros(5, 16, 2)
-    image = animation.draw_frame([1, 0.75, 0.5, 0.25, 0], cloud, cloud, 3)
-    axes = seen[0][1]
-    assert 700 < image.width < 800
-    said = "exact flow: 3 of 4 small steps", "model: one jump, one evaluation"
-    assert [ax.get_title() for ax in axes] == [f"{what}\nfrom t = 1 to s = 0.25" for what in said]
-    for ax in axes:
-        for text in (ax.title, *ax.texts):
-            box = text.get_window_extent()
-            assert box.height / (1 + text.get_text().count("\n")) > 13  # pixels
-            assert 0 <= box.x0 < box.x1 <= image.width
-            assert 0 <= box.y0 < box.y1 <= image.height
-    left, right = (ax.title.get_window_extent() for ax in axes)
-    assert left.x1 < right.x0
 
 
 @pytest.mark.parametrize(
