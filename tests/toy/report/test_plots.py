@@ -50,11 +50,9 @@ def test_samples_have_a_panel_for_noise_data_and_each_nfe(oracle, reference):
 
 
 @pytest.mark.slow
-def test_classes_have_colours_and_a_legend(oracle):
+def test_guided_classes_are_those_of_the_exact_flow_in_colour(oracle):
     guided = make_reference(oracle, w=2.0, points=20)
-    figure = plots.plot_samples(oracle, oracle.jump, guided, nfes=(1,), points=20)
-    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["class 0", "class 1"]
-    exact, model = figure.axes[1:]
+    exact, model = plots.plot_samples(oracle, oracle.jump, guided, nfes=(1,), points=20).axes[1:]
     np.testing.assert_allclose(offsets(exact), offsets(model), atol=1e-4)
     assert len({tuple(colour) for colour in model.collections[0].get_facecolors()}) == 2
 
@@ -71,7 +69,6 @@ def test_own_points_are_drawn_as_they_are_in_their_own_units():
     np.testing.assert_allclose(offsets(model), oracle.units.restore(exact), rtol=1e-4)
     assert (own.get_xlabel(), own.get_ylabel()) == ("height", "weight")
     assert own.get_ylim()[1] > 500
-    assert not own.texts
     _, path = plots.plot_trajectories(oracle, oracle.jump, reference).axes
     np.testing.assert_allclose(
         path.collections[-1].get_offsets()[0], oracle.units.restore(reference.exact)[0], rtol=1e-3
@@ -81,16 +78,6 @@ def test_own_points_are_drawn_as_they_are_in_their_own_units():
         a, b = (oracle.units.standardise(torch.tensor(line.get_xydata())) for line in lines)
         assert distance_to_line(a, b).max() < 1e-3
     assert all(ax.get_ylabel() == "weight" for ax in (path, exact, carried))
-
-
-@pytest.mark.slow
-def test_points_outside_the_picture_are_counted():
-    points = torch.randn(600, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    points[7] = 100.0
-    oracle = OwnPoints(points, 0.1)
-    reference = make_reference(oracle, points=20)
-    own = plots.plot_samples(oracle, oracle.jump, reference, nfes=(1,), points=40).axes[1]
-    assert [text.get_text() for text in own.texts] == ["1 of 600 outside the frame"]
 
 
 def test_the_window_holds_guided_data_and_leaves_outliers_out():
@@ -128,17 +115,6 @@ def test_trajectories_of_the_exact_flow_drawn_as_a_model_are_those_of_the_exact_
 
 
 @pytest.mark.slow
-def test_the_legend_of_trajectories_lies_beside_the_panels(oracle, reference):
-    """It once lay on the paths."""
-    figure = plots.plot_trajectories(oracle, oracle.jump, reference)
-    figure.draw_without_rendering()
-    (legend,) = figure.legends
-    texts = [text.get_text() for text in legend.get_texts()]
-    assert texts == ["data", "noise (t = 1)", "end (t = 0)", "end of the exact flow"]
-    assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
-
-
-@pytest.mark.slow
 def test_what_lies_below_a_guided_map_is_the_exact_guided_flow_of_its_class(oracle, reference):
     """It once was called data, and was of both classes."""
     guided = replace(reference, condition=Condition(torch.arange(60) % 2, torch.full((60,), 0.5, dtype=torch.float64)))
@@ -149,12 +125,6 @@ def test_what_lies_below_a_guided_map_is_the_exact_guided_flow_of_its_class(orac
     assert path.collections[0].get_label() == "samples of the exact flow, w = 2"
 
 
-def test_few_points_have_large_dots():
-    sizes = [plots.dot_size(torch.zeros(n, 2)) for n in (10, 100, 1000, 4000, 100_000)]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] == 10 * sizes[-1]
-
-
 @pytest.mark.slow
 def test_the_map_of_the_exact_flow_drawn_as_a_model_is_the_exact_map(oracle, reference):
     _, exact, model = plot_map(oracle, oracle.jump, reference).axes
@@ -162,17 +132,6 @@ def test_the_map_of_the_exact_flow_drawn_as_a_model_is_the_exact_map(oracle, ref
         a, b = (torch.tensor(line.get_xydata()) for line in lines)
         assert distance_to_line(a, b).max() < 1e-3
         assert distance_to_line(b, a).max() < 1e-3
-
-
-def test_a_loss_that_rises_first_is_explained_beside_its_curve():
-    log = [{"step": i, "jump": j, "flow_matching": 1.0} for i, j in enumerate((0.0, 0.2, 0.1), 1)]
-    figure = plots.plot_losses(log, least=0.9)
-    figure.draw_without_rendering()
-    assert "rises first" in figure.get_supxlabel()
-    assert "Dashed" in figure.get_supxlabel()
-    box = figure._supxlabel.get_window_extent()
-    assert not any(box.overlaps(ax.get_tightbbox()) for ax in figure.axes)
-    assert plots.plot_losses(log[1:]).get_supxlabel() == ""
 
 
 def test_losses_show_the_term_that_is_trained_and_the_minimum():

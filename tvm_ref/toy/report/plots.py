@@ -6,7 +6,6 @@ A model that learned no jumps comes as an EulerStep, and is shown with as many E
 import itertools
 import math
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,26 +131,14 @@ def plot_samples(
     for ax, (title, x) in zip(axes, panels.items(), strict=True):
         ax.set_title(title)
         if own and ax is not axes[0]:
-            _say_what_is_outside(ax, x)
             use_units(ax, distribution)
             x = units_of(distribution).restore(x)
         scatter(ax, x, s=dot_size(x), c=colours_of(condition, len(x)), alpha=0.5, linewidths=0, rasterized=True)
-    if isinstance(jump, EulerStep) and 1 in nfes:
-        note = "one straight step\ntakes all noise to\nthe mean of the data"
-        axes[2 + list(nfes).index(1)].annotate(note, (0.5, 0.62), xycoords="axes fraction", ha="center", fontsize=11)
     if condition is not None:
         for c in range(distribution.num_classes):
             axes[1].scatter([], [], s=25, color=CLASSES[c % len(CLASSES)], label=f"class {c}")
         axes[1].legend(loc="lower left", fontsize=9, ncols=2, handletextpad=0, columnspacing=0.5)
     return figure
-
-
-def _say_what_is_outside(ax: Axes, x: Tensor) -> None:
-    """Note how many points [N, 2] a panel does not show."""
-    outside = int((x.abs() > ax.get_xlim()[1]).any(1).sum())
-    if outside:
-        note = f"{outside:,} of {len(x):,} outside the frame"
-        ax.annotate(note, (0.98, 0.98), xycoords="axes fraction", ha="right", va="top", fontsize=9)
 
 
 def use_units(ax: Axes, distribution: GaussianMixture) -> None:
@@ -219,8 +206,8 @@ def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Refe
 def plot_losses(log: Sequence[dict[str, float]], least: float | None = None) -> Figure:
     """Draw the terms of the objective over the steps, as the lines of train.jsonl have them.
 
-    A jump term may rise before it falls: the untrained network is the exact flow map of Gaussian data, whose jumps fit
-    its velocity.
+    A jump term may rise at first: the untrained network is the exact flow map of Gaussian data, whose jumps fit its
+    velocity.
 
     Args:
         log: the lines, each the mean of some steps.
@@ -230,7 +217,6 @@ def plot_losses(log: Sequence[dict[str, float]], least: float | None = None) -> 
     shown = [key for key in panels if any(line[key] for line in log)] or list(panels)
     figure, axes = make_figure(len(shown), 4.5, plane=False)
     figure.set_size_inches(6 * len(shown), 4)
-    notes: list[str] = []
     for ax, key in zip(axes, shown, strict=True):
         values = [line[key] for line in log]
         ax.plot([line["step"] for line in log], values, color=BLUE, marker="o" if len(log) < 5 else "")
@@ -238,16 +224,9 @@ def plot_losses(log: Sequence[dict[str, float]], least: float | None = None) -> 
         ax.grid(alpha=0.3)
         if key == "jump":
             ax.set_ylim(bottom=0)
-            if values and values[0] < 0.2 * max(values):
-                notes.append(
-                    "The jump term rises first: the untrained network's jumps fit its velocity (that of Gaussian data) "
-                    "exactly."
-                )
         elif least is not None:
             ax.axhline(least, color=ORANGE, ls="--")
-            notes.append("Dashed: the loss of the exact velocity; none is lower on average.")
-    if notes:
-        figure.supxlabel("\n".join(textwrap.fill(note, 70 * len(shown)) for note in notes), fontsize=11)
+            figure.supxlabel("Dashed: the loss of the exact velocity; none is lower on average.", fontsize=11)
     return figure
 
 
