@@ -73,14 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     configs = [replace(base, dist=dist, seed=seed) for dist in arguments.dist for seed in range(arguments.seeds)]
     results: list[dict[str, Any]] = []
     with command.errors():
-        try:
-            for result in train_many(configs, one_step, jobs=arguments.jobs, points=arguments.points, label="training"):
-                results.append(result)
-                if arguments.out is not None:
-                    write_atomically(arguments.out, json.dumps(results, indent=2) + "\n")
-        except KeyboardInterrupt:
-            print(f"{len(results)} of {len(configs)} trainings\n{table(results)}")
-            raise
+        for result in train_many(configs, one_step, jobs=arguments.jobs, points=arguments.points, label="training"):
+            results.append(result)
+            if arguments.out is not None:
+                write_atomically(arguments.out, json.dumps(results, indent=2) + "\n")
     print(table(results))
     return 0
 
