@@ -120,13 +120,6 @@ def test_a_violated_link_is_named_and_fails(run, capsys, monkeypatch):
     assert f"violated: {run}: w2 2 > displacement 1" in capsys.readouterr().err
 
 
-def test_help_teaches(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        command.main(["--help"])
-    assert stopped.value.code == 0
-    assert "python -m tvm_ref.bound runs/toy/moons" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

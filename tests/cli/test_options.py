@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from tvm_ref.cli.errors import UserError, first_line, user_files
+from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.options import (
     OneLineParser,
     add_options,
@@ -103,13 +103,6 @@ def test_options_that_are_not_given_stay_absent():
     assert given(parser().parse_args(["--steps", "5"]), Settings) == {"steps": 5}
 
 
-def test_only_some_fields_become_options():
-    p = OneLineParser("program")
-    add_options(p.add_argument_group("of a group"), Settings, ["rate"])
-    assert vars(p.parse_args([])) == {}
-    assert vars(p.parse_args(["--rate", "3"])) == {"rate": 3.0}
-
-
 @pytest.mark.parametrize(
     "arguments",
     [["--steps", "1.5"], ["--rate", "x"], ["--kind", "c"], ["--size", "huge"], ["--no-loud"], ["--step", "1"]],
@@ -119,21 +112,6 @@ def test_what_the_annotation_does_not_allow_is_refused(arguments, capsys):
         parser().parse_args(arguments)
     assert stop.value.code == 2
     assert ending(capsys).startswith("program: error: ")
-
-
-def test_help_states_every_default_once_and_keeps_lines():
-    text = parser().format_help()
-    flat = " ".join(text.split())
-    assert "First line.\n  indented" in text
-    for part in (
-        "steps (default: 3)", "rate, of 100 % (default: 0.5)", "kind (default: a)", "size (default: small)",
-        "norm (default: yes)", "count (default: 7)", "rates (default: 0.1 2)", "name (default: none)",
-        "the default is here", "{small,large}",
-    ):  # fmt: skip
-        assert part in flat
-    assert flat.count("(default") == 8
-    assert "quiet (" not in flat
-    assert "loud (" not in flat
 
 
 @pytest.mark.parametrize(
@@ -152,11 +130,6 @@ def test_help_states_every_default_once_and_keeps_lines():
 def test_values_from_a_file_are_held_to_the_annotations(changes, message):
     with pytest.raises(ValueError, match=message):
         check_types(Settings(**changes))
-
-
-def test_what_fits_the_annotations_passes():
-    check_types(Settings())
-    check_types(Settings(rate=1, share=0.5, name="x"))
 
 
 def test_least_values_name_their_option():
@@ -239,10 +212,6 @@ def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys):
         parser().error("bad")
     assert stop.value.code == 2
     assert capsys.readouterr().err == ""
-
-
-def test_first_line_of_an_error_without_words():
-    assert first_line(RuntimeError()) == "RuntimeError"
 
 
 @pytest.mark.parametrize(("result", "status"), [(0, 0), (1, 1), (KeyboardInterrupt(), 130), (SystemExit(2), 2)])

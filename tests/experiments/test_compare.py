@@ -105,13 +105,3 @@ def test_a_single_rate_is_not_swept_and_a_method_for_one_step_has_one_error(monk
     rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert rows["sCT"].count("(") == 1  # its model is for one step
     assert rows["flow matching"].count("(") == 5
-
-
-@pytest.mark.slow
-def test_measuring_step_times_shows_how_far_it_is(monkeypatch, capsys):
-    """It once took a minute and a half without a word."""
-    monkeypatch.setattr(compare, "ROUNDS", 2)
-    monkeypatch.setattr(compare, "REPEATS", 1)
-    times = compare.step_seconds(compare.Plan(methods=("TVM",)).configs(ToyConfig(width=4, depth=1)))
-    assert set(times) == {"TVM", "TVM, time_sampler=trunc"}
-    assert "measuring step times: 100%" in capsys.readouterr().err

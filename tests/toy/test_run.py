@@ -7,7 +7,6 @@ from safetensors.torch import save_file
 
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.run import FORMAT, SNAPSHOTS, Run, load_run, load_snapshots, read_config, snapshot_steps
-from tvm_ref.toy.training import Training
 
 SMALL = ToyConfig(batch_size=16, width=8, depth=2, steps=100)
 
@@ -65,20 +64,6 @@ def test_a_run_without_snapshots_goes_on(tmp_path):
     assert load_snapshots(tmp_path) == {}
     assert Run(tmp_path, SMALL).train()
     assert list(load_snapshots(tmp_path)) == sorted(snapshot_steps(100))
-
-
-def test_the_log_is_written_as_it_goes(tmp_path, monkeypatch):
-    """It once stayed empty until the first checkpoint."""
-    run, seen = fresh(tmp_path), []
-    step = Training.train_step
-
-    def reading(self):
-        seen.append((tmp_path / "train.jsonl").read_text().count("\n"))
-        return step(self)
-
-    monkeypatch.setattr(Training, "train_step", reading)
-    assert run.train()
-    assert seen == [0] * 50 + [1] * 50
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ToyConfig)])

@@ -160,24 +160,3 @@ def test_the_workflow_s_commands_exist(steps):
     build = shlex.split(steps["Build"]["run"])
     assert (ROOT / build[build.index("-c") + 1] / "conf.py").is_file()
     assert steps["Publish"]["run"].startswith(f"cd {build[-1]}\n")
-
-
-@pytest.mark.slow
-def test_the_workflow_publishes_the_folder_that_it_built(steps, tmp_path):
-    """Its script, with a folder in GitHub's place."""
-    if shutil.which("git") is None:
-        pytest.skip("needs git")
-    remote, folder = tmp_path / "remote.git", tmp_path / "runs" / "site"
-    subprocess.run(["git", "init", "--quiet", "--bare", remote], check=True)
-    folder.mkdir(parents=True)
-    (folder / "index.html").write_text("hello")
-    script = re.sub(r'"https://x-access-token:[^"]*"', f"'{remote}'", steps["Publish"]["run"])
-    assert str(remote) in script
-    environment = os.environ | {"GITHUB_ACTOR": "someone", "GITHUB_SHA": "abc"}
-    for _ in range(2):  # the second push replaces the first
-        subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, check=True, env=environment)
-        shutil.rmtree(folder / ".git")
-    listed = subprocess.run(
-        ["git", "--git-dir", remote, "ls-tree", "--name-only", "gh-pages"], capture_output=True, text=True, check=True
-    )
-    assert listed.stdout.split() == [".nojekyll", "index.html"]

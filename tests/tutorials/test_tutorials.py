@@ -74,13 +74,6 @@ def test_it_runs_and_a_reader_sees_no_warning(path):
     assert len(figures) >= 2
 
 
-@pytest.mark.slow
-def test_a_warning_is_noticed(tmp_path):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import warnings\nwarnings.warn('look')")])
-    NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}, kernel_name="python3").execute()
-    assert len(complaints(notebook)) == 1
-
-
 @each
 def test_it_is_stored_as_it_should_be(path):
     notebook = read(path)

@@ -64,36 +64,6 @@ def test_outliers_are_found_farthest_first_and_told(points):
     assert far_points(torch.from_numpy(points)).tolist() == [17]
 
 
-def test_what_is_told_of_the_points(points):
-    oracle = OwnPoints(torch.from_numpy(points), 0.1, ("width", "height"))
-    first, second, few = oracle.describe()
-    mean, deviation = points.mean(0), points.std(0)
-    shown = f"mean {mean[0]:.3f} and {mean[1]:.2f}".rstrip("0")  # to a thousandth of their deviations, 2 and 10
-    assert first.startswith(f"100 points; {shown}, standard deviation {deviation[0]:.4g} and")
-    assert "(width, height)" in first
-    widths = f"{deviation[0] / 10:.4g} and {deviation[1] / 10:.4g} in your units"
-    assert second == f"bandwidth 0.1 standard deviations, as given: {widths}"
-    assert few == "warning: 100 points are few: the model learns them blurred by that bandwidth"
-    assert "the likeliest" in OwnPoints(torch.from_numpy(points)).describe()[1]
-    assert len(OwnPoints(torch.from_numpy(points).repeat(5, 1), 0.1).describe()) == 2  # 500 points
-
-
-def test_means_are_told_no_finer_than_they_matter():
-    """The mean of centred data is 1e-17 by rounding, and is told as 0; that of narrow ones keeps its digits."""
-    points = torch.randn(600, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    points = (points - points.mean(0)) * torch.tensor([1.0, 1e-3]) + torch.tensor([0.0, 1000.0])
-    assert OwnPoints(points, 0.1).describe()[0].startswith("600 points; mean 0 and 1000, standard deviation ")
-    assert OwnPoints(points + 0.0123, 0.1).describe()[0].startswith("600 points; mean 0.012 and 1000.0123, ")
-
-
-def test_the_widest_bandwidth_that_is_tried_is_named():
-    corners = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)).double()
-    assert any("the widest that is tried" in line for line in OwnPoints(corners).describe())
-    assert not any("the widest that is tried" in line for line in OwnPoints(corners, 0.5).describe())
-    fine = torch.cat([0.001 * corners, 0.001 * corners + 9])
-    assert any("the narrowest there is" in line for line in OwnPoints(fine).describe())
-
-
 def test_the_likely_bandwidth_is_the_best_of_all_candidates():
     """Not all are tried; over 40, none would have been better."""
     for seed, n in enumerate((30, 100, 400)):
