@@ -91,17 +91,3 @@ def test_best_rate_judges_each_method_at_the_nfe_that_it_is_for():
         diverged = {"objective": objective, "lr": 0.3, "figures": {}}
         results = [result(objective, 0.1, 2.0, 0.5), result(objective, 0.2, 1.0, 0.6), diverged]
         assert results[compare.best(results)]["lr"] == best
-
-
-@pytest.mark.slow
-def test_a_single_rate_is_not_swept_and_a_method_for_one_step_has_one_error(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(compare, "ROUNDS", 2)
-    monkeypatch.setattr(compare, "REPEATS", 5)
-    options = [*TINY, "--seeds", "1", "--rates", "1e-2", "--out", str(tmp_path)]
-    assert compare.main([*options, "--methods", "sct", "flow matching"]) == 0  # or by the name of its objective
-    report = json.loads((tmp_path / "results.json").read_text())
-    assert [len(swept) for swept in report["sweeps"].values()] == [2, 1]
-    assert not report["methods"]["sCT"]["at_edge"]  # of one rate there is no edge
-    rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert rows["sCT"].count("(") == 1  # its model is for one step
-    assert rows["flow matching"].count("(") == 5

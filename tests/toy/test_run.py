@@ -57,15 +57,6 @@ def test_a_damaged_file_of_snapshots_is_named_on_resume(tmp_path):
         Run(tmp_path, SMALL).load()
 
 
-def test_a_run_without_snapshots_goes_on(tmp_path):
-    """A folder of an earlier version of this program."""
-    run = fresh(tmp_path)
-    run.save(torch.zeros(2))
-    assert load_snapshots(tmp_path) == {}
-    assert Run(tmp_path, SMALL).train()
-    assert list(load_snapshots(tmp_path)) == sorted(snapshot_steps(100))
-
-
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ToyConfig)])
 def test_a_configuration_from_before_a_field_was_added_is_read(tmp_path, name):
     """Its default changes nothing; what is not known is refused."""
