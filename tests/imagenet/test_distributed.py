@@ -133,6 +133,12 @@ def test_fsdp_alone_is_plain_training(alone):
         torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_a_bug_of_the_first_keeps_its_traceback():
+    with pytest.raises(KeyError) as error:
+        World().on_first(lambda: {}["absent"])
+    assert "absent" in str(error.traceback[-1].statement)
+
+
 def test_fsdp_is_refused_where_its_jvp_would_be_wrong(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
     with pytest.raises(ValueError, match=r"2\.13"):

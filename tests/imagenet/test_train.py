@@ -1,12 +1,14 @@
 """The training command: its files, its errors, its help."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from imagenet import train
 from imagenet.config import OF_DATA, PRESETS, Config
+from imagenet.model import dit
 from imagenet.training.checkpoint import read_checkpoint
 from imagenet.training.step import Training
 from imagenet.weights import checkpoints, load_weights, read_config
@@ -95,6 +97,15 @@ def test_a_damaged_line_of_the_log_does_not_block_resuming(tmp_path, capsys, dam
 def test_a_place_that_cannot_be_written_ends_with_one_line(capsys, out):
     assert status(train.main, ["--steps", "1", "--out", out]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_bug_in_the_network_shows_its_file_and_line(tmp_path, monkeypatch):
+    """Whoever edits dit.py once got one line without either."""
+    monkeypatch.setattr(dit.MLP, "forward", lambda self, x: self.fc1(self.fc2(x)))  # the wrong way round
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as error:
+        command(tmp_path / "run", "--steps", 2)
+    assert Path(__file__) in [Path(entry.path) for entry in error.traceback]
+    assert train.GO_ON in error.value.__notes__
 
 
 def test_too_little_memory_keeps_its_traceback_and_gets_a_hint(tmp_path, monkeypatch):
