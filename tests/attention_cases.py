@@ -23,6 +23,18 @@ def interpreter_works() -> bool:
     return importlib.metadata.version("triton") >= "3.7" or np.lib.NumpyVersion(np.__version__) < "2.4.0"
 
 
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """The bits of float32 numbers rounded to the nearest bfloat16, ties to even."""
+    bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """The float32 numbers of such bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def on_poison(x: Tensor, order: Sequence[int] = (0, 1, 2), gap: int = GAP) -> Tensor:
     """X [B, H, rows, D] as a view into memory that is NaN everywhere else, its axes in the given order."""
     return _inside(x.shape, x.dtype, x.device, order, gap, math.nan)[1].copy_(x)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,3 +99,44 @@ def small_tiles(device: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(launch, "splits_keys", lambda *_: split)
 
     return choose
+
+
+@pytest.fixture
+def emulated(device: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The interpreter with bfloat16, which by itself computes with the bits of such numbers as if they were integers.
+
+    Numbers are rounded to the nearest, ties to even, and multiplied exactly and summed in float32, as matrix units do.
+    This is no GPU: the order of sums is numpy's.
+    """
+    if device != "cpu":
+        pytest.skip("a GPU has bfloat16")
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from tests.attention_cases import from_bfloat16, to_bfloat16
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def cast_impl(self, src, dst_type):
+        kinds = src.dtype.scalar, dst_type.scalar
+        if kinds == (tl.float32, tl.bfloat16):
+            return TensorHandle(to_bfloat16(src.data), tl.bfloat16)
+        if kinds == (tl.bfloat16, tl.float32):
+            return TensorHandle(from_bfloat16(src.data), tl.float32)
+        assert tl.bfloat16 not in kinds
+        return cast(self, src, dst_type)
+
+    def create_dot(self, a, b, d, *options):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (TensorHandle(from_bfloat16(x.data), tl.float32) for x in (a, b))
+        return dot(self, a, b, d, *options)
+
+    def get_bf16(self, value):
+        return TensorHandle(to_bfloat16(np.array([value], dtype=np.float32)), tl.bfloat16)
+
+    for name in ("cast_impl", "create_fp_ext", "create_fp_trunc"):
+        monkeypatch.setattr(InterpreterBuilder, name, cast_impl)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(InterpreterBuilder, "get_bf16", get_bf16, raising=False)
+    monkeypatch.setattr("jvp_attention.operators.why_not", lambda given: "")
+    return device

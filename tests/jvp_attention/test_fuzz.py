@@ -153,14 +153,17 @@ def error(found: list[Tensor], exact: list[Tensor]) -> float:
     return worst
 
 
-def errors(seed: int, small_tiles: Function, device: str) -> tuple[torch.dtype, float, float]:
-    """The dtype of a problem, the kernels' error and that of plain PyTorch in the same dtype."""
+def errors(
+    seed: int, small_tiles: Function, device: str, dtype: torch.dtype | None = None
+) -> tuple[torch.dtype, float, float]:
+    """The dtype of a problem, unless given, the kernels' error and that of plain PyTorch in the same dtype."""
     p = draw(seed)
+    p = p._replace(dtype=dtype or p.dtype)
     small_tiles(*p.tiles[:2], split=p.tiles[2])
     given = [on_poison(x.to(p.dtype).to(device), order) for x, order in zip(p.inputs, p.orders, strict=True)]
     exact = results(p, reference, [x.double().cpu() for x in given], "cpu")
     ours = error(results(p, jvp_attention, given, device), exact)
-    plain = error(results(p, reference, given, device), exact) if p.dtype == torch.float16 else 0.0
+    plain = error(results(p, reference, given, device), exact) if p.dtype.itemsize == 2 else 0.0
     return p.dtype, ours, plain
 
 
