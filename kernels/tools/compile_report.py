@@ -34,6 +34,7 @@ SM = 90
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # per block, by architecture
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+POINTERS |= {torch.int64: "*i64", torch.uint8: "*u8"}
 LENGTH = 4096  # of queries and keys: not short, and divisible by the tiles
 MULTIPLE_OF_16 = [["tt.divisibility", 16]]
 
@@ -54,10 +55,9 @@ def calls(d: int, dtype: torch.dtype, *, causal: bool = False, lengths: bool = F
     return found
 
 
-def compile_call(call: Any, tiles: Tiles, sm: int = SM) -> Any:
-    """Compile the kernel of a call for sm_90, arguments specialised as at its launch."""
+def source(call: Any, tiles: Tiles) -> Any:
+    """Return the kernel of a call as the compiler takes it, arguments specialised as at its launch."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from jvp_attention import launch
@@ -67,27 +67,31 @@ def compile_call(call: Any, tiles: Tiles, sm: int = SM) -> Any:
         arguments |= {name: rule(arguments) for name, rule in kernel.values.items()}
         kernel = kernel.fn
     constant = {p.name for p in kernel.params if p.is_constexpr}
-    signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
 
-    def kind(value: Any, path: tuple[int, ...]) -> str:
+    def kind(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(v, (*path, j)) for j, v in enumerate(value))
+        if value is None or kernel.arg_names[path[0]] in constant or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[path] = MULTIPLE_OF_16
         if isinstance(value, Tensor):
             return POINTERS[value.dtype]
         return "i32" if isinstance(value, int) else "fp32"
 
-    for i, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        if name in constant or value is None:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, tuple):
-            signature[name] = tuple(kind(v, (i, j)) for j, v in enumerate(value))
-        else:
-            signature[name] = kind(value, (i,))
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=tiles.options())
+    signature = {name: kind(arguments[name], (i,)) for i, name in enumerate(kernel.arg_names)}
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_call(call: Any, tiles: Tiles, sm: int = SM) -> Any:
+    """Compile the kernel of a call for an architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    return triton.compile(source(call, tiles), target=GPUTarget("cuda", sm, 32), options=tiles.options())
 
 
 def usage(compiled: Any) -> tuple[int, int]:

@@ -36,6 +36,17 @@ def reports(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.slow
+def test_every_specialisation_passes_the_front_end():
+    """What may be absent, in every combination; masks and lengths; sizes of 1, which the compiler takes as constants."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(Path(compile_report.__file__).parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-m", "tests.jvp_attention.front_end"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    assert run.stdout.split() == ["800"], run.stderr[-2000:]
+
+
+@pytest.mark.slow
 def test_lengths_take_no_more_products_and_spill_next_to_nothing(tmp_path):
     reports = compiled(tmp_path / "report.json", "--lengths", "--causal", "--dims", "64")
     assert {r["kernel"]: r["matmuls"] for r in reports} == {r["kernel"]: MATMULS[r["kernel"]] for r in reports}
