@@ -23,6 +23,7 @@ import functools
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -286,12 +287,25 @@ def _vmap(operator: Any) -> Callable[..., tuple[Six, tuple[int | None, ...]]]:
     return rule
 
 
+def _left_alone(function: Callable[..., Six]) -> Callable[..., Six]:
+    """Hide a function from Dynamo, which after a graph break traces what eager code calls, kernel launches included."""
+
+    @functools.cache
+    def hidden() -> Callable[..., Six]:
+        return torch.compiler.disable(function)
+
+    def call(*arguments: Any) -> Six:
+        return (hidden() if "torch._dynamo" in sys.modules else function)(*arguments)
+
+    return call
+
+
 def _register(name: str, arguments: str, function: Callable[..., Six], shapes: Any, derivatives: Any) -> Any:
     """Define an operator by its arguments, its kernels, its results' shapes and its derivatives."""
     qualified = f"{LIBRARY.ns}::{name}"
     LIBRARY.define(f"{name}({arguments}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
     operator = getattr(getattr(torch.ops, LIBRARY.ns), name).default
-    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _left_alone(function), "CompositeExplicitAutograd")
     LIBRARY.impl(name, derivatives, "Autograd", with_keyset=True)
     torch.library.register_fake(qualified, shapes, lib=LIBRARY)
     torch.library.register_vmap(qualified, _vmap(operator), lib=LIBRARY)

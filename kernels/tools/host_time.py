@@ -26,11 +26,11 @@ SHAPE = (2, 4, 16, 64)
 def median_milliseconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Return each call's median CPU time; they take turns, so that what disturbs one disturbs all."""
     times: dict[str, list[int]] = {name: [] for name in calls}
-    for i in range(repeats + 10):
+    for i in range(repeats + 3):
         for name, call in calls.items():
             start = time.process_time_ns()
             call()
-            if i >= 10:
+            if i >= 3:
                 times[name].append(time.process_time_ns() - start)
     return {name: statistics.median(found) / 1e6 for name, found in times.items()}
 

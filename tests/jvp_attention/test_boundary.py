@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, func
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import jvp_attention
 from jvp_attention import reference
@@ -256,6 +257,39 @@ def test_a_number_of_no_axes_changes_no_dtype(both):
         results.append(func.jvp(lambda t, w=which, a=a, b=b, c=c: w.attention(2.0 * t * a, b, c), (t,), (t,)))
     assert results[0][1].dtype == torch.float32
     near(results[0][1], results[1][1].double())
+
+
+def test_a_loss_of_value_and_tangent_in_a_dual_level(both):
+    """Where PyTorch's softmax fails in the backward: its forward-mode rule writes in place (pytorch 162350)."""
+    x = [y.requires_grad_() for y in (*inputs(device=both), *inputs(device=both))]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(y, dy) for y, dy in zip(x[:3], x[3:], strict=True)]
+        o, do = forward_ad.unpack_dual(jvp_attention.attention(*duals))
+    found = torch.autograd.grad((o * do).sum(), x)
+    o, do = reference.dual_attention(*(y.double() for y in x))
+    for a, b in zip(found, torch.autograd.grad((o * do).sum(), x), strict=True):
+        near(a, b.double())
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_inside_a_jvp_and_without_tangents(both, backend):
+    """A compiled network that is called inside an eager JVP (pytorch 187284), and its plain backward (180284).
+
+    In the first Dynamo falls back to eager mode; with fullgraph=True it refuses.
+    """
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: jvp_attention.attention(q.sin(), k, v), backend=backend)
+    x = [y.requires_grad_() for y in inputs(device=both)]
+    results = []
+    for call in (compiled, lambda q, k, v: reference.attention(q.double().sin(), k.double(), v.double())):
+        o, do = func.jvp(call, tuple(x), tuple(x))
+        plain = call(*x)
+        results.append([o, do, *torch.autograd.grad((o * do).sum(), x), *torch.autograd.grad(plain.sin().sum(), x)])
+    for a, b in zip(*results, strict=True):
+        near(a, b.double())
 
 
 @pytest.mark.gpu

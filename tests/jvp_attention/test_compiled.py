@@ -37,7 +37,7 @@ def reports(tmp_path_factory) -> list[dict]:
 
 @pytest.mark.slow
 def test_every_specialisation_passes_the_front_end():
-    """What may be absent, in every combination; masks and lengths; sizes of 1, which the compiler takes as constants."""
+    """What may be absent, in every combination; masks and lengths; sizes of 1, which the compiler makes constants."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(Path(compile_report.__file__).parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
