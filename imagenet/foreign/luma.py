@@ -29,9 +29,7 @@ MAX_LAYERS = 16  # of modules that are made with a module
 MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before its archives, in which tensors still pickle their storages
 DTYPES = {
     "torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64, "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
+    "torch.BFloat16Storage": torch.bfloat16,
 }  # fmt: skip
 
 
@@ -52,9 +50,7 @@ def read_released(path: Path) -> Released:
     try:
         network = _network(content)
         scaled = module_state(network).get("do_scale_param")
-        if not isinstance(scaled, bool | None):
-            raise UserError(f"do_scale_param is a {type(scaled).__name__}, neither true nor false")
-        return Released(tensors_of(network, path.stat().st_size), scaled)
+        return Released(tensors_of(network, path.stat().st_size), None if scaled is None else scaled is True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -27,8 +27,9 @@ PACKAGES = {  # whose names stand in released files; none is imported for it
     "typing", "collections", "contextlib", "functools",
 }  # fmt: skip
 BUILTINS = {"dict", "list", "set", "int", "long", "float", "bool", "str", "bytes", "getattr"}
-NEEDLESS = (  # opcodes for instances of Python 2, extensions and buffers outside of the file
+NEEDLESS = (  # opcodes for instances of Python 2, extensions, buffers outside, and what no released file has
     pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER,
+    pickle.DICT, pickle.FROZENSET, pickle.NEWOBJ_EX,
 )  # fmt: skip
 
 
@@ -92,11 +93,6 @@ class Machine(pickle._Unpickler):
         ordered = function.name == "collections.OrderedDict" and not args
         self.append({} if ordered else Object(function.name, args))
 
-    def call_with_keywords(self) -> None:
-        """NEWOBJ_EX: record a call without its keywords."""
-        self.stack.pop()
-        self.call()
-
     def build(self) -> None:
         """BUILD: record the state of an object; attributes of anything else, as of an OrderedDict, are left out."""
         state = self.stack.pop()
@@ -112,22 +108,11 @@ class Machine(pickle._Unpickler):
         """SETITEMS: put the items above the mark into a dictionary."""
         self._update(self.pop_mark())
 
-    def make_dict(self) -> None:
-        """DICT: make a dictionary of the items above the mark."""
-        items = self.pop_mark()
-        self.append({})
-        self._update(items)
-
     def add_items(self) -> None:
         """ADDITEMS: put what is above the mark into a set."""
         items = self.pop_mark()
         if isinstance(self.stack[-1], set):
             self.stack[-1].update(map(_key, items))
-
-    def make_frozenset(self) -> None:
-        """FROZENSET: make a set of what is above the mark."""
-        items = self.pop_mark()
-        self.append(frozenset(map(_key, items)))
 
     def read_bytearray(self) -> None:
         """BYTEARRAY8: read bytes; the standard library makes room for as many as are announced."""
@@ -166,13 +151,10 @@ def _counted(opcode: Callable[[Any], None]) -> Callable[[Any], None]:
 OPCODES: dict[int, Callable[[Any], None]] = {
     **pickle._Unpickler.dispatch,
     **{code[0]: Machine.call for code in (pickle.REDUCE, pickle.NEWOBJ)},
-    pickle.NEWOBJ_EX[0]: Machine.call_with_keywords,
     pickle.BUILD[0]: Machine.build,
     pickle.SETITEM[0]: Machine.set_item,
     pickle.SETITEMS[0]: Machine.set_items,
-    pickle.DICT[0]: Machine.make_dict,
     pickle.ADDITEMS[0]: Machine.add_items,
-    pickle.FROZENSET[0]: Machine.make_frozenset,
     pickle.BYTEARRAY8[0]: Machine.read_bytearray,
     **{code[0]: Machine.needless for code in NEEDLESS},
 }
@@ -214,7 +196,7 @@ def to_bytes(value: Any) -> bytes | bytearray:
 
 
 def to_array(value: Any) -> NDArray[Any]:
-    """Return an array of numbers, as numpy 1 and numpy 2 pickle it; of one number its shape is ().
+    """Return an array of numbers, as numpy 1 and numpy 2 pickle it.
 
     Raises:
         Refused: it is something else, or damaged.
@@ -230,8 +212,6 @@ def to_array(value: Any) -> NDArray[Any]:
             name="numpy.core.numeric._frombuffer" | "numpy._core.numeric._frombuffer", args=(data, dtype, shape, order)
         ):
             pass
-        case Object(name="numpy.core.multiarray.scalar" | "numpy._core.multiarray.scalar", args=(dtype, data)):
-            shape = ()
         case _:
             raise Refused("something else stands where an array belongs")
     try:

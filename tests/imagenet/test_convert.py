@@ -82,7 +82,8 @@ def network(seed: int = 0) -> nn.Module:
 @pytest.mark.parametrize("key", ["net", "ema"])
 def test_converted_weights_are_the_released_ones_bit_by_bit(tmp_path, monkeypatch, key, protocol):
     net = network()
-    data = {key: Released(net), "dataset_kwargs": {"path": "somewhere", "use_labels": True}}
+    other = {"net": Released(network(1))} if key == "ema" else {}  # the averaged network is taken where there are two
+    data = other | {key: Released(net), "dataset_kwargs": {"path": "somewhere", "use_labels": True}}
     source = release(tmp_path / "im256_w2.pkl", data, tmp_path / "executed", monkeypatch, protocol)
     out = tmp_path / "out.safetensors"
     assert main([str(source), str(out)]) == 0
@@ -105,14 +106,6 @@ def test_released_weights_say_what_makes_pictures_of_their_latents():
         assert data_of(replace(CONFIG, input_size=side)) == known
 
 
-def test_the_averaged_network_is_taken_where_there_are_two(tmp_path, monkeypatch):
-    data = {"net": Released(network(0)), "ema": Released(network(1))}
-    source = release(tmp_path / "im256_w2.pkl", data, tmp_path / "executed", monkeypatch)
-    assert main([str(source), str(tmp_path / "out.safetensors")]) == 0
-    model, _ = load_weights(tmp_path / "out.safetensors")
-    assert torch.equal(model.network.blocks[1].mlp.fc1.weight, network(1).blocks[1].mlp.fc1.weight)
-
-
 def test_compiled_modules_are_unwrapped(tmp_path, monkeypatch):
     compiled = torch.compile(Released(network()), backend="eager")
     source = release(tmp_path / "a.pkl", {"net": compiled}, tmp_path / "executed", monkeypatch)
@@ -129,43 +122,16 @@ def test_the_file_says_whether_it_is_scaled(tmp_path, monkeypatch, capsys):
         assert load_weights(out)[1] == replace(CONFIG, w=2.5, scaled=do_scale_param)
 
 
-class Attack:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return os.system, (f"touch {self.marker}",)
-
-
-def test_a_hostile_file_is_refused_and_nothing_runs(tmp_path, monkeypatch, capsys):
-    net = network()
-    net.blocks[0].register_buffer("evil", None)
-    net.blocks[0]._buffers["evil"] = Attack(tmp_path / "executed")
-    source = release(tmp_path / "im256_w2.pkl", {"net": Released(net)}, tmp_path / "executed", monkeypatch)
-    assert status(main, [str(source), str(tmp_path / "out.safetensors")]) == 2
-    err = capsys.readouterr().err
-    assert "is refused: it asks for 'posix.system'" in err
-    assert err.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["im256_w2.pkl"]
-
-
 def with_nan(net: nn.Module) -> None:
     with torch.no_grad():
         net.blocks[0].mlp.fc1.bias[3] = float("nan")
-
-
-def without_a_tensor(net: nn.Module) -> None:
-    del net.blocks[1].attn.q_norm.weight
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (with_nan, "blocks.0.mlp.fc1.bias holds numbers that are not finite"),
-        (without_a_tensor, "blocks.1.attn.q_norm.weight is missing (1 tensors are)"),
-        (lambda net: net.register_buffer("more", torch.ones(1)), "'more' is no tensor of this network"),
         (lambda net: setattr(net.blocks[0].mlp.fc1, "bias", nn.Parameter(torch.ones(7))), "is of shape [7], not [128]"),
-        (lambda net: net.register_buffer("pos_embed", net.pos_embed.long()), "pos_embed holds torch.int64"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, monkeypatch, capsys, change, message):
@@ -182,6 +148,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, monkeypatch, capsys, change
 @pytest.mark.parametrize(
     ("source", "data", "more", "message"),
     [
+        ("im256_w2.pkl", pickle.dumps(os.system), (), "is refused: it asks for 'posix.system'"),
         ("absent.pkl", None, (), "say the preset with --preset"),
         ("absent.pkl", None, ("--preset", "imagenet256-w2"), "No such file"),
         ("im256_w2.pkl", b"PK\x03\x04", (), "refers to something outside of it"),
@@ -195,13 +162,6 @@ def test_bad_input_ends_with_one_line(tmp_path, capsys, source, data, more, mess
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
-
-
-def test_nothing_is_overwritten(tmp_path, capsys):
-    out = tmp_path / "out.safetensors"
-    out.write_text("mine")
-    assert status(main, [str(tmp_path / "im256_w2.pkl"), str(out)]) == 2
-    assert "exists" in capsys.readouterr().err
-    assert out.read_text() == "mine"
-    assert status(main, [str(tmp_path / "im256_w2.pkl"), str(tmp_path / "out.pt")]) == 2
-    assert "must end in .safetensors" in capsys.readouterr().err
+    (tmp_path / "mine.safetensors").write_text("mine")
+    assert status(main, [str(tmp_path / "im256_w2.pkl"), str(tmp_path / "mine.safetensors")]) == 2
+    assert (tmp_path / "mine.safetensors").read_text() == "mine"

@@ -47,7 +47,7 @@ def nested(times: int) -> bytes:
 
 
 def module(parameters: bytes = b"}", modules: bytes = b"}") -> bytes:
-    state = b"(" + text("_parameters") + parameters + text("_buffers") + b"}" + text("_modules") + modules + b"d"
+    state = b"}(" + text("_parameters") + parameters + text("_buffers") + b"}" + text("_modules") + modules + b"u"
     return name("torch.nn", "Module") + b")\x81" + state + b"b"
 
 
@@ -131,8 +131,6 @@ def array(shape: bytes, dtype: bytes = DTYPE) -> bytes:
 HOSTILE: dict[str, tuple[bytes, str | None]] = {
     "memo index": (NESTED_MEMO[2:-1], None),
     "memo index as text": (b"Np134217727\n", None),
-    "negative memo index": (b"Np-5\n", "no sound pickle"),
-    "memo of nothing": (b"p1\n", "no sound pickle"),
     "length of bytes": (b"\x8e" + struct.pack("<Q", 2**40) + b"a", "no sound pickle"),
     "length of text": (b"\x8d" + struct.pack("<Q", 2**62) + b"a", "no sound pickle"),
     "length of a bytearray": (b"\x96" + struct.pack("<Q", 2**40) + b"a", "no sound pickle"),
@@ -148,50 +146,35 @@ HOSTILE: dict[str, tuple[bytes, str | None]] = {
     "within itself": (b"}q\x01" + text("a") + b"h\x01s", None),
     "shared tuples as a key": (entry(doubled(), b"N"), "a key of a dictionary"),
     "shared tuples as keys": (b"}(" + doubled() + b"Nu", "a key of a dictionary"),
-    "shared tuples as a key of what is made at once": (b"(" + doubled() + b"Nd", "a key of a dictionary"),
     "shared tuples in a set": (b"\x8f(" + doubled() + b"\x90", "a member of a set"),
-    "shared tuples in a frozen set": (b"(" + doubled() + b"\x91", "a member of a set"),
-    "nested tuples as a key": (entry(b")" + b"\x85" * 100_000, b"N"), "a key of a dictionary"),
     "keys of one hash": (b"}(" + b"".join(integer(61 * 7) + b"N" for _ in range(10)) + b"u", "a key of a dictionary"),
-    "a huge integer as a key": (entry(integer(8_000_000), b"N"), "a key of a dictionary"),
     "a call of many arguments, often": (
         b"(" + b"K\x01" * 50_000 + b"tq\x010" + (name("torch", "a") + b"h\x01R0") * 9_000 + b"N", None
     ),
-    "a call of a long text as arguments": (name("torch", "a") + text("a" * 1000) + b"R", "that is no function"),
     "a call of what is no function": (b"}" + b")R", "that is no function"),
     "one text encoded often": (
         text("a" * 1_000_000) + b"q\x010](" + call(name("_codecs", "encode"), b"h\x01", text("latin1")) * 4000 + b"e",
         None,
     ),
     "shared tuples outside": (doubled() + b"Q", "outside of it"),
-    "an escape sequence outside": (b"P" + ESCAPE[:-1].encode() + b"\n", "outside of it"),
     "a long number as text": (b"L" + b"9" * 100_000 + b"L\n", "no sound pickle"),
     "an escape sequence as a class": (name("os", "a").replace(b"a", b"\x1b[2J"), r"asks for 'os.\x1b[2J'"),
-    "an escape sequence as a class, by stack": (text("os") + text(ESCAPE) + b"\x93", r"asks for 'os.\x1b]0;owned\x07"),
     "a class with a long name": (text("os") + text("a" * 1_000_000) + b"\x93", "'os.aaa"),
     "through a package": (text("torch") + text("os.system") + b"\x93" + text("true") + b"\x85R", "torch.os.system"),
     "an old instance": (b"(ios\nsystem\n", "an opcode that nothing"),
-    "an old object": (b"(" + name("os", "system") + b"o", "asks for 'os.system'"),
-    "an extension": (b"\x82\x01", "an opcode that nothing"),
     "an empty stack": (b"a", "no sound pickle"),
-    "a mark that is not there": (b"Nt", "no sound pickle"),
 }  # fmt: skip
 
 # of modules: the pickle, and what read_released must say
 HOSTILE_MODULES: dict[str, tuple[bytes, str | None]] = {
     "shared children": (shared_modules(60), "a module within itself, or too many"),
     "within itself": (within_itself(), "a module within itself"),
-    "nested deep": (shared_modules(2000), "a module within itself, or"),
-    "modules in lists": (module(modules=nested(50_000)), "is not a module"),
-    "names that are no text": (module(modules=entry(b"K\x05", module())), "5 is a name that is no text"),
     "a tensor's name that is no text": (module(parameters=entry(b"N", tensor())), "None is a name that is no text"),
     "a long name": (module(parameters=entry(text("a" * 1000), tensor())), "or too long a name"),
     "an escape sequence as a module": (name("torch", ESCAPE.partition("\u202e")[0]) + b")\x81", r"torch.\x1b]0;owned"),
-    "a dictionary made at once": (call(name("collections", "OrderedDict"), b"](" + doubled() + b"N\x86e"), "a module"),
     "a storage's memo": (of(storage(NESTED_MEMO)), "damaged storage"),
     "a storage that is a bytearray": (of(storage(b"\x80\x02" + BYTEARRAY + b".")), "asks for 'builtins.bytearray'"),
     "an inflated archive": (of(storage(inflated())), "an archive where a storage belongs"),
-    "a storage of no bytes": (of(call(STORAGE, doubled())), "where bytes belong"),
     "a storage that is cut": (of(storage(STORED[:-4])), "a damaged storage: 4 numbers in 12 bytes"),
     "a storage of a lie": (of(storage(STORED.replace(b"K\x04N", b"J\xff\xff\xff\x7fN"))), "a damaged storage"),
     "shared tuples as reference": (of(storage(STORED.replace(b"Q", doubled() + b"Q", 1))), "where a storage belongs"),
@@ -202,18 +185,10 @@ HOSTILE_MODULES: dict[str, tuple[bytes, str | None]] = {
         ) + b"u"), "larger than the file",
     ),
     "reaching beyond its storage": (of(size=b"K\x05\x85"), "beyond its storage"),
-    "beginning beyond its storage": (of(offset=b"K\x03"), "beyond its storage"),
-    "stepping beyond its storage": (of(size=b"K\x02K\x02\x86", stride=b"K\x03K\x02\x86"), "beyond its storage"),
     "one number a thousand times": (of(size=b"M\xe8\x03\x85", stride=b"K\x00\x85"), "beyond its storage"),
-    "a negative offset": (of(offset=b"J\xff\xff\xff\xff"), "is none"),
     "a negative size": (of(size=b"J\xff\xff\xff\xff\x85"), "is none"),
-    "a stride too many": (of(stride=b"K\x01K\x01\x86"), "is none"),
     "shared tuples as size": (of(size=doubled()), "is none"),
-    "shared tuples as stride": (of(stride=doubled()), "is none"),
-    "shared tuples as offset": (of(offset=doubled()), "is no tensor"),
     "a long size": (of(size=b"(" + b"K\x01" * 50_000 + b"t"), "is none"),
-    "a large integer as size": (of(size=integer(500) + b"\x85"), "is none"),
-    "a tensor of a text": (of(text("a")), "something else than a storage"),
 }  # fmt: skip
 
 # of arrays: the pickle, and what to_array must say
@@ -221,7 +196,6 @@ HOSTILE_ARRAYS: dict[str, tuple[bytes, str | None]] = {
     "shared tuples as dtype": (array(b"K\x02\x85", call(name("numpy", "dtype"), doubled())), "than plain numbers"),
     "objects": (array(b"K\x02\x85", call(name("numpy", "dtype"), text("O8"))), "than plain numbers"),
     "shared tuples as shape": (array(doubled()), "a damaged array"),
-    "a large integer as shape": (array(integer(500) + b"\x85"), "a damaged array"),
     "a shape that does not fit": (array(b"J\xff\xff\xff\x7f\x85"), "a damaged array"),
     "a call": (call(name("numpy", "zeros"), b"J" + struct.pack("<i", 2**31 - 1)), "where an array belongs"),
 }  # fmt: skip
