@@ -38,7 +38,6 @@ COUNT = 64  # images, where nothing else is said
 CHUNK = 256  # images put together at a time
 PLAN = "sampling.json"  # how a folder's images are drawn: sampling continues only if it is the same
 ABOUT = "samples.json"  # says of a folder that it holds samples, all of them
-OTHERS = EXTENSIONS - {".png"} | {".npy", ".pt", ".pdf", ".zip", ".tar", ".safetensors", ".mp4"}  # no names of folders
 
 
 def parser() -> OneLineParser:
@@ -48,7 +47,6 @@ def parser() -> OneLineParser:
     p.add_argument("--out", type=Path, required=True, help="GRID.png, IMAGES.npz or a folder")
     p.add_argument("--count", type=int, help=f"number of images (default: {COUNT}; of a grid {ROWS} per class)")
     p.add_argument("--steps", type=int, default=1, help="network evaluations per image")
-    p.add_argument("--overwrite", action="store_true", help="replace what --out already holds")
     add_model_options(p)
     return p
 
@@ -61,40 +59,33 @@ def folder_of(out: Path) -> Path:
     """
     if out.suffix in (".png", ".npz"):
         return out.with_name(f"{out.name}.parts")
-    if out.suffix.lower() in OTHERS and not out.is_dir():
+    if out.suffix.lower() in EXTENSIONS and not out.is_dir():
         raise UserError(f"--out must end in .png or .npz, or be a folder; {out.suffix} is not written")
     return out
 
 
 @user_files()
-def prepare(out: Path, plan: dict[str, Any], *, overwrite: bool = False) -> None:
-    """Refuse to write over what is there, or make way for it; unfinished images of the same plan are kept.
+def prepare(out: Path, plan: dict[str, Any]) -> None:
+    """Make the folder that images are drawn into; unfinished images of the same plan are kept.
 
     Args:
         out: --out.
         plan: what decides the images.
-        overwrite: replace other images.
 
     Raises:
-        UserError: something is there.
+        UserError: something else is there.
     """
     folder = folder_of(out)
     if folder != out:
-        if out.is_dir() or (out.exists() and not overwrite):
-            raise UserError(f"{out} exists already: {'' if out.is_dir() else '--overwrite, or '}another --out")
-        if not out.exists():
-            require_new(out)  # sees whether it can be written
-    if (folder / PLAN).is_file() and not (folder / ABOUT).is_file() and not overwrite:
-        before = read_json(folder / PLAN, "sampling; --overwrite, or another --out", tuple(plan))
+        require_new(out)
+    if (folder / PLAN).is_file() and not (folder / ABOUT).is_file():
+        before = read_json(folder / PLAN, "sampling; choose another --out", tuple(plan))
         changed = ", ".join(key for key in plan if before[key] != plan[key])
         if changed:
-            raise UserError(f"{folder} holds unfinished samples of other {changed}: --overwrite, or another --out")
+            raise UserError(f"{folder} holds unfinished samples of other {changed}; choose another --out")
         return
-    unfinished = (folder / PLAN).is_file() and not (folder / ABOUT).is_file()
-    require_free(folder, (PLAN if unfinished else ABOUT,), "samples", "--overwrite", overwrite)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    require_free(folder, (ABOUT,), "samples")
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / PLAN, json.dumps(plan, indent=2) + "\n")
 
 
@@ -129,8 +120,6 @@ def draw(generator: Generator, folder: Path, numbers: range, steps: int, batch_s
 def finish(generator: Generator, out: Path, count: int, steps: int) -> None:
     """Say that a folder is complete, or make the file of its images and remove it."""
     folder, labels = folder_of(out), generator.labels(range(count))
-    for leftover in folder.glob("*.partial"):  # of a process that was killed while it wrote
-        leftover.unlink()
     if folder == out:
         about = {"steps": steps, "w": generator.guidance, "seed": generator.seed, "labels": labels}
         write_atomically(out / ABOUT, json.dumps(about) + "\n")
@@ -157,7 +146,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
             generator = generator.with_columns()
             count = ROWS * len(generator.classes or ()) if options.count is None else count
         plan = plan_of(generator, options.source, options.vae, count, steps)
-        world.on_first(lambda: prepare(out, plan, overwrite=options.overwrite))
+        world.on_first(lambda: prepare(out, plan))
         started = time.perf_counter()
         draw(generator, folder, world.partition(count), steps, options.batch_size, quiet=not world.first)
         world.barrier()
