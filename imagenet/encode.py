@@ -95,10 +95,10 @@ def list_images(source: Path) -> tuple[list[str], list[Entry]]:
     entries: list[Entry] = []
     left_out = 0
     for name in folders:
-        found = find_images(source / name)
-        left_out += found.left_out
-        if found.images:
-            entries += [Entry(len(classes), f"{name}/{path}") for path in found.images]
+        images, others = find_images(source / name)
+        left_out += others
+        if images:
+            entries += [Entry(len(classes), f"{name}/{path}") for path in images]
             classes.append(name)
         else:
             print(f"warning: {source / name} holds no images and is no class")
@@ -224,32 +224,22 @@ def finish(out: Path, shards: dict[str, list[Entry]], plan: dict[str, Any], sett
         "count": count,
         "skipped": total - count,
         "vae": settings.vae,
-        "measured": asdict(measured),
     }
     write_atomically(out / INDEX, json.dumps(index, indent=2) + "\n")
     return index
 
 
 def encode_folder(
-    source: Path, out: Path, settings: Settings, *, world: World | None = None, vae: nn.Module | None = None
+    source: Path, out: Path, settings: Settings, world: World, vae: nn.Module | None = None
 ) -> dict[str, Any] | None:
-    """Encode a folder of images into a folder of latents, or continue. All processes take part.
+    """Encode a folder of images, or continue; all processes take part. The first returns what latents.json holds.
 
-    Args:
-        source: folder with one folder of images per class.
-        out: folder for the latents.
-        settings: how.
-        world: the processes; None is this one alone, on the CPU.
-        vae: an autoencoder in place of the one that the settings name.
-
-    Returns:
-        what latents.json holds, in the first process.
+    `vae` is an autoencoder in place of the one that the settings name.
 
     Raises:
         UserError: bad input.
         FloatingPointError: see encode_shard.
     """
-    world = world or World()
     if not source.is_dir():
         raise UserError(f"{source} is not a folder")
     if out.resolve().is_relative_to(source.resolve()):
@@ -279,7 +269,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
     with command.errors("the same command goes on"):
         settings = Settings(**given(options, Settings))
         with distributed.process_group(options.device) as world:
-            index = encode_folder(options.source, options.out, settings, world=world, vae=vae)
+            index = encode_folder(options.source, options.out, settings, world, vae)
     if index is not None:
         print(f"{index['count']} latents of {len(index['classes'])} classes: {options.out}")
         print(f"normalised by {'the constants of the paper' if settings.is_paper_s else 'what was measured'}")

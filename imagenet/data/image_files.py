@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -88,20 +88,12 @@ def write_npz(path: Path, count: int, batches: Iterable[Pixels], labels: NDArray
     os.replace(partial, path)
 
 
-class Found(NamedTuple):
-    """The content of a folder of pictures, as paths below it in order of names.
+def find_images(source: Path) -> tuple[list[str], int]:
+    """Find the pictures below a folder, at any depth, and count the files that are none by their endings.
 
-    Attributes:
-        images: the pictures, each once, however many links lead to it; a link to nothing is one that cannot be read.
-        left_out: number of files that are no pictures by their endings.
+    Hidden files and folders are ignored; links are followed. Each picture is found once, however many links lead to it,
+    as a path below the folder, in order of names; a link to nothing is a picture that cannot be read.
     """
-
-    images: list[str]
-    left_out: int
-
-
-def find_images(source: Path) -> Found:
-    """Find the pictures below a folder, at any depth. Hidden files and folders are ignored; links are followed."""
     real, links, left_out = {}, [], 0  # real: path by the real path
     folders = {os.path.realpath(source)}  # entered so far: a link can lead back
     for folder, below, files in os.walk(source, followlinks=True):
@@ -121,7 +113,7 @@ def find_images(source: Path) -> Found:
                 real[os.path.join(at, name)] = path
     for path in links:
         real.setdefault(os.path.realpath(path), path)
-    return Found(sorted(os.path.relpath(path, source) for path in real.values()), left_out)
+    return sorted(os.path.relpath(path, source) for path in real.values()), left_out
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
@@ -177,8 +169,8 @@ class ImageFiles:
         self._paths: list[Path] = []
         self.left_out = 0  # files of the folder that are no images by their endings
         if source.is_dir():
-            found = find_images(source)
-            self._paths, self.left_out = [source / name for name in found.images], found.left_out
+            names, self.left_out = find_images(source)
+            self._paths = [source / name for name in names]
             self.count = len(self._paths)
         elif source.suffix == ".npz" and source.is_file():
             with _open_npz(source) as (shape, _):

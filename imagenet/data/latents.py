@@ -106,14 +106,12 @@ class Index(NamedTuple):
     """The content of latents.json.
 
     Attributes:
-        image_size: side of the images in pixels.
         classes: their names, by number.
         normalisation: of the latents.
         shards: number of latents by name.
         autoencoder: that made them: a folder, or a name on the Hugging Face hub.
     """
 
-    image_size: int
     classes: list[str]
     normalisation: Normalisation
     shards: dict[str, int]
@@ -129,13 +127,12 @@ def read_index(folder: Path) -> Index:
     path = folder / INDEX
     if not path.is_file():
         raise UserError(f"{folder} holds no latents (no {INDEX}); imagenet/encode.py makes them")
-    stored = read_json(path, "folder of latents", ("format", "image_size", "classes", "normalisation", "shards"))
+    stored = read_json(path, "folder of latents", ("format", "classes", "normalisation", "shards"))
     if stored["format"] != FORMAT:
         raise UserError(f"{path} is not in the format {FORMAT!r}")
     try:
         norm = stored["normalisation"]
         return Index(
-            stored["image_size"],
             stored["classes"],
             Normalisation(tuple(norm["mean"]), tuple(norm["std"])),
             {Path(shard["name"]).name: int(shard["count"]) for shard in stored["shards"]},  # in this folder

@@ -50,7 +50,7 @@ def _over_channels(values: Sequence[float], x: Tensor) -> Tensor:
     return x.new_tensor(values).view(-1, 1, 1)
 
 
-def load_vae(name: str = VAE, device: str | torch.device = "cpu") -> nn.Module:
+def load_vae(name: str = VAE) -> nn.Module:
     """Load a diffusers AutoencoderKL from a folder or, where there is a network, by its name on the Hugging Face hub.
 
     Raises:
@@ -64,7 +64,7 @@ def load_vae(name: str = VAE, device: str | torch.device = "cpu") -> nn.Module:
         vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)  # True asks for accelerate, in four lines
     except (OSError, ValueError) as error:
         raise UserError(f"no autoencoder {name} here, and it could not be fetched: {first_line(error)}") from None
-    return vae.to(device).eval().requires_grad_(False)
+    return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()

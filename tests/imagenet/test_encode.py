@@ -221,15 +221,3 @@ def test_a_strip_is_cut_before_it_is_resized(monkeypatch):
     monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a: sizes.append(size) or resize(self, size, *a))
     assert (centre_crop(Image.new("RGB", (4000, 1), (10, 200, 10)), 256) == (10, 200, 10)).all()
     assert max(max(size) for size in sizes) <= 8 * 256
-
-
-def test_a_full_disk_keeps_its_traceback_and_says_how_to_go_on(source, tmp_path, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("imagenet.encode.write_shard", full)
-        with pytest.raises(OSError, match="No space left") as error:
-            encode(source, tmp_path / "out")
-    assert error.value.__notes__ == ["the same command goes on"]
-    assert encode(source, tmp_path / "out") == 0

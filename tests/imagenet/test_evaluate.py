@@ -19,7 +19,6 @@ from imagenet.metrics.fid import metrics_of
 from imagenet.metrics.frechet import frechet_distance, gaussian_statistics, precision_recall
 from imagenet.metrics.inception import Features
 from imagenet.metrics.references import Reference
-from imagenet.sampler import Generator
 from tests.imagenet.commands import status
 
 CONFIG = Config(hidden_size=16, depth=1, heads=2)
@@ -134,14 +133,6 @@ def test_digits_have_their_own_metrics(model, tmp_path):
     assert figures["frechet"] > 1
 
 
-def test_inception_is_never_replaced(images, real, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert status(main, [str(images), "--reference", str(real), "--device", "cpu"]) == 2
-    err = capsys.readouterr().err
-    assert "the weights of Inception are not here" in err
-    assert err.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -159,14 +150,3 @@ def test_bad_input_ends_with_one_line(images, real, tmp_path, capsys, monkeypatc
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("evaluate.py: error: ")
     assert message in err
-
-
-def test_a_reference_that_does_not_fit_is_noticed_after_the_first_images(model, tmp_path, capsys, monkeypatch):
-    drawn = []
-    images = Generator.images
-    monkeypatch.setattr(Generator, "images", lambda self, n, steps: drawn.append(len(n)) or images(self, n, steps))
-    np.savez(tmp_path / "small.npz", mu=np.zeros(2), sigma=np.eye(2))
-    arguments = [str(model), "--reference", str(tmp_path / "small.npz"), "--device", "cpu"]
-    assert status(main, [*arguments, "--batch-size", "16"], extractor=linear) == 2
-    assert "statistics of 2 numbers" in capsys.readouterr().err.splitlines()[-1]
-    assert drawn == [16]

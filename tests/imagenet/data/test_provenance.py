@@ -22,16 +22,7 @@ def test_it_survives_json(known):
     assert Provenance.from_json(known.to_json()) == known
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        '{"data": "latents", "colour": 1}',
-        '{"data": "latents", "normalisation": {"mean": [0], "std": [0]}}',
-        "[" * 100_000,
-    ],
-)
+@pytest.mark.parametrize("text", ["[]", '{"data": "latents", "colour": 1}', "[" * 100_000])
 def test_what_is_no_provenance_is_refused(text):
     with pytest.raises(ValueError, match="no description of data") as error:
         Provenance.from_json(text)
