@@ -122,6 +122,26 @@ def test_the_file_says_whether_it_is_scaled(tmp_path, monkeypatch, capsys):
         assert load_weights(out)[1] == replace(CONFIG, w=2.5, scaled=do_scale_param)
 
 
+class Attack:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_a_hostile_file_is_refused_and_nothing_runs(tmp_path, monkeypatch, capsys):
+    net = network()
+    net.blocks[0].register_buffer("evil", None)
+    net.blocks[0]._buffers["evil"] = Attack(tmp_path / "executed")
+    source = release(tmp_path / "im256_w2.pkl", {"net": Released(net)}, tmp_path / "executed", monkeypatch)
+    assert status(main, [str(source), str(tmp_path / "out.safetensors")]) == 2
+    err = capsys.readouterr().err
+    assert "is refused: it asks for 'posix.system'" in err
+    assert err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["im256_w2.pkl"]
+
+
 def with_nan(net: nn.Module) -> None:
     with torch.no_grad():
         net.blocks[0].mlp.fc1.bias[3] = float("nan")
@@ -148,7 +168,6 @@ def test_weights_that_do_not_fit_are_named(tmp_path, monkeypatch, capsys, change
 @pytest.mark.parametrize(
     ("source", "data", "more", "message"),
     [
-        ("im256_w2.pkl", pickle.dumps(os.system), (), "is refused: it asks for 'posix.system'"),
         ("absent.pkl", None, (), "say the preset with --preset"),
         ("absent.pkl", None, ("--preset", "imagenet256-w2"), "No such file"),
         ("im256_w2.pkl", b"PK\x03\x04", (), "refers to something outside of it"),

@@ -146,8 +146,12 @@ HOSTILE: dict[str, tuple[bytes, str | None]] = {
     "within itself": (b"}q\x01" + text("a") + b"h\x01s", None),
     "shared tuples as a key": (entry(doubled(), b"N"), "a key of a dictionary"),
     "shared tuples as keys": (b"}(" + doubled() + b"Nu", "a key of a dictionary"),
+    "shared tuples as a key of what is made at once": (b"(" + doubled() + b"Nd", "an opcode that nothing"),
     "shared tuples in a set": (b"\x8f(" + doubled() + b"\x90", "a member of a set"),
+    "shared tuples in a frozen set": (b"(" + doubled() + b"\x91", "an opcode that nothing"),
+    "nested tuples as a key": (entry(b")" + b"\x85" * 100_000, b"N"), "a key of a dictionary"),
     "keys of one hash": (b"}(" + b"".join(integer(61 * 7) + b"N" for _ in range(10)) + b"u", "a key of a dictionary"),
+    "a huge integer as a key": (entry(integer(8_000_000), b"N"), "a key of a dictionary"),
     "a call of many arguments, often": (
         b"(" + b"K\x01" * 50_000 + b"tq\x010" + (name("torch", "a") + b"h\x01R0") * 9_000 + b"N", None
     ),
@@ -169,9 +173,11 @@ HOSTILE: dict[str, tuple[bytes, str | None]] = {
 HOSTILE_MODULES: dict[str, tuple[bytes, str | None]] = {
     "shared children": (shared_modules(60), "a module within itself, or too many"),
     "within itself": (within_itself(), "a module within itself"),
+    "nested deep": (shared_modules(2000), "a module within itself, or"),
     "a tensor's name that is no text": (module(parameters=entry(b"N", tensor())), "None is a name that is no text"),
     "a long name": (module(parameters=entry(text("a" * 1000), tensor())), "or too long a name"),
     "an escape sequence as a module": (name("torch", ESCAPE.partition("\u202e")[0]) + b")\x81", r"torch.\x1b]0;owned"),
+    "a dictionary made at once": (call(name("collections", "OrderedDict"), b"](" + doubled() + b"N\x86e"), "a module"),
     "a storage's memo": (of(storage(NESTED_MEMO)), "damaged storage"),
     "a storage that is a bytearray": (of(storage(b"\x80\x02" + BYTEARRAY + b".")), "asks for 'builtins.bytearray'"),
     "an inflated archive": (of(storage(inflated())), "an archive where a storage belongs"),
@@ -188,7 +194,10 @@ HOSTILE_MODULES: dict[str, tuple[bytes, str | None]] = {
     "one number a thousand times": (of(size=b"M\xe8\x03\x85", stride=b"K\x00\x85"), "beyond its storage"),
     "a negative size": (of(size=b"J\xff\xff\xff\xff\x85"), "is none"),
     "shared tuples as size": (of(size=doubled()), "is none"),
+    "shared tuples as stride": (of(stride=doubled()), "is none"),
+    "shared tuples as offset": (of(offset=doubled()), "is no tensor"),
     "a long size": (of(size=b"(" + b"K\x01" * 50_000 + b"t"), "is none"),
+    "a large integer as size": (of(size=integer(500) + b"\x85"), "is none"),
 }  # fmt: skip
 
 # of arrays: the pickle, and what to_array must say
@@ -196,6 +205,7 @@ HOSTILE_ARRAYS: dict[str, tuple[bytes, str | None]] = {
     "shared tuples as dtype": (array(b"K\x02\x85", call(name("numpy", "dtype"), doubled())), "than plain numbers"),
     "objects": (array(b"K\x02\x85", call(name("numpy", "dtype"), text("O8"))), "than plain numbers"),
     "shared tuples as shape": (array(doubled()), "a damaged array"),
+    "a large integer as shape": (array(integer(500) + b"\x85"), "a damaged array"),
     "a shape that does not fit": (array(b"J\xff\xff\xff\x7f\x85"), "a damaged array"),
     "a call": (call(name("numpy", "zeros"), b"J" + struct.pack("<i", 2**31 - 1)), "where an array belongs"),
 }  # fmt: skip

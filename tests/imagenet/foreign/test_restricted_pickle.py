@@ -86,7 +86,10 @@ def attacks(marker: str) -> dict[str, tuple[bytes, str]]:
 
     return {
         "os.system": (pickle.dumps(Calls(os.system, f"touch {marker}")), "system"),
+        "subprocess": (pickle.dumps({"net": Calls(subprocess.call, ["touch", marker])}), "subprocess.call"),
         "eval": (pickle.dumps(Calls(eval, f"open({marker!r}, 'w')")), "builtins.eval"),
+        "exec": (pickle.dumps(Calls(exec, f"open({marker!r}, 'w')")), "builtins.exec"),
+        "import": (pickle.dumps(Calls(__import__, "os")), "builtins.__import__"),
         "old protocol": (pickle.dumps(Calls(os.system, f"touch {marker}"), protocol=0), "system"),
         "own function": (holding(Calls(tell, marker)), "tell"),
         "nested": (holding(tensor(nested.getvalue())), "system"),
