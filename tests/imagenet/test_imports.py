@@ -12,7 +12,7 @@ from tests.imagenet.commands import status
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "imagenet" / "README.md", *(ROOT / "tutorials" / "site").glob("imagenet_*.md")]
-COMMANDS = ("train", "sample", "evaluate", "encode", "convert", "benchmark", "digit_seeds")
+COMMANDS = ("train", "sample", "evaluate", "encode", "convert", "benchmark", "digit_seeds", "norms")
 OPTIONAL = ("torchvision", "timm", "diffusers", "torch_fidelity", "sklearn", "triton")
 SLOW = (
     "ot", "pytorch_optimizer", "matplotlib", "scipy", "psutil", "sympy", "torch.distributed.tensor", "torch._dynamo",
