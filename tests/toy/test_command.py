@@ -393,11 +393,23 @@ def test_ctrl_c_in_measuring_leaves_at_once_and_resume_measures(tmp_path, capsys
     assert not any((tmp_path / name).exists() for name in ("metrics.json", *PICTURES))
 
 
-SLOW = ("ot", "pytorch_optimizer", "matplotlib", "scipy", "sklearn", "PIL", "psutil", "triton", "sympy")
+SLOW = [
+    "ot",
+    "pytorch_optimizer",
+    "matplotlib",
+    "scipy",
+    "sklearn",
+    "PIL",
+    "psutil",
+    "triton",
+    "sympy",
+    "torch._dynamo",
+]
 COMMANDS = {
     "tvm_ref.toy": ["--lr", "-1"],
     "tutorials.playground.animation": ["nowhere"],
     "tvm_ref.bound": ["nowhere"],
+    "tvm_ref.experiments.layers": ["--colour"],
     "tvm_ref.experiments.compare": ["--steps", "0"],
     "tvm_ref.experiments.seeds": ["--points", "1"],
     "tvm_ref.experiments.family": ["--samples", "1"],
