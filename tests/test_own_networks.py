@@ -79,6 +79,7 @@ def test_a_compiled_network_inside_is_that_of_eager_mode(name):
 
 
 @pytest.mark.compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch 2.11's own handling of such a function
 def test_a_function_with_its_own_jvp_is_refused_by_torch_compile():
     """Which once dropped it without a word (pytorch 192985); in eager mode it is used."""
     network = Net(OwnSine())

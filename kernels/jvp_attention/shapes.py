@@ -73,7 +73,8 @@ def check_and_cast(given: Given) -> Given:
         if isinstance(x, Tensor) and x.is_nested:
             raise TypeError(f"{name} is a nested tensor; pad it, and say by `lengths` which keys are there")
     device = given.q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # devices without autocast, such as meta, would raise; torch.compile of PyTorch 2.11 cannot ask which those are
+    if (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)  # float64 is left alone, as by scaled_dot_product_attention
         casts = {name: x.to(dtype) for name, x in tensors.items() if x is not None and x.dtype in LOWERED}
         given = given._replace(**casts)  # type: ignore[arg-type]

@@ -19,6 +19,9 @@ def randn(*shape: int) -> torch.Tensor:
 
 
 SDPA = F.scaled_dot_product_attention
+INDUCTOR = pytest.mark.skipif(
+    torch.__version__ < (2, 14), reason="2.11's gave wrong gradients for a convolution before an attention"
+)
 LOWER = torch.ones(5, 5, dtype=torch.bool).tril()
 FUNCTIONS = {  # function, shapes of its inputs
     "layer_norm": (lambda x, w, b: F.layer_norm(x, (8,), w, b), [(3, 8), (8,), (8,)]),
@@ -118,7 +121,7 @@ def test_a_network_is_right(network):
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, INDUCTOR])])
 def test_compiled_in_one_graph_it_is_the_same(network, backend):
     x, dx = randn(2, 4, 6), randn(2, 4, 6)
     torch.testing.assert_close(gradients(network, x, dx, backend), gradients(network, x, dx))
