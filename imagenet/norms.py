@@ -97,7 +97,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
     cases = list(dict.fromkeys(one["case"] for one in results))
     styles = dict(zip(VARIANTS, ({"color": RED}, {"color": ORANGE, "ls": "--"}, {"color": BLUE}), strict=True))
-    figure = Figure(figsize=(16, 3.5 * len(cases)), layout="constrained")
+    figure = Figure(figsize=(13, 3 * len(cases)), layout="constrained")
     axes = figure.subplots(len(cases), len(CURVES), squeeze=False)
     for one in results:
         for ax, name in zip(axes[cases.index(one["case"])], CURVES, strict=True):
