@@ -350,7 +350,7 @@ def drawn(seed: int, device: str) -> tuple[float, float]:
     results = [[x.detach() for x in several] for several in results]
     size = max(float(x.abs().max()) for x in results[1])
     errors = [
-        float((a.double() - e).norm()) / max(float(e.norm()), 0.1 * size * e.numel() ** 0.5)
+        float((a.double() - e).norm()) / max(float(e.norm()), 0.1 * size * e.numel() ** 0.5, 1e-30)
         for a, e in zip(*results, strict=True)
     ]
     return max(errors), {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 6e-3}[low]
