@@ -224,7 +224,7 @@ def test_the_whole_loss_compiles_without_a_break(launches, device, exact, backen
 
 
 def checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The pattern of the README: a checkpoint around the JVP of a block, not inside it."""
+    """A checkpoint around the JVP of a block, not inside it: what one writes without jvp_ready."""
     value, tangent = forward_ad.unpack_dual(x)
     y, dy = checkpoint(partial(torch.func.jvp, block), (value,), (tangent,), use_reentrant=False)
     return forward_ad.make_dual(y, dy)
