@@ -23,6 +23,7 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
     fit = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[1] and len(a) > 0 and len(b) > 0
     require(fit, f"W2 needs clouds of shape [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
     require(bool(np.isfinite(a).all() and np.isfinite(b).all()), "W2 needs finite points")
+    # an optimal plan between equally many points of equal weight is a pairing
     if len(a) == len(b) and np.square(a - b).sum() < 0.02 * np.square(a - a.mean(0)).sum():
         from scipy.optimize import linear_sum_assignment  # half a second of CPU, which --help need not wait for
         from scipy.spatial.distance import cdist

@@ -38,8 +38,10 @@ class EMA(Generic[M]):
     @torch.no_grad()
     def update(self, module: M) -> None:
         """Move the average towards the weights of `module`; buffers are copied."""
+        # a young average would hold mostly initial weights, so its memory grows with its age
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages: list[Tensor] = list(self.module.parameters())  # listed at each update, as FSDP replaces parameters
+        # one fused call for all weights: a loop over them costs more than the arithmetic
         torch._foreach_lerp_(averages, list(module.parameters()), 1 - decay)
         for average, value in zip(self.module.buffers(), module.buffers(), strict=True):
             average.copy_(value)

@@ -40,6 +40,7 @@ class GeneralFactor(FlowMap):
     @checked
     def velocity(self, x: Sample, t: Time, condition: Condition | None = None) -> Sample:
         """Return u(x, t) = d/ds f at s = t, which is gamma_s(t, t) F(x, t, t) [B, ...] (eq. 21)."""
+        # gamma(t, t) = 0, so of the product rule's two terms only gamma_s F is left
         return over(self._gamma_and_slope(t, t)[1], x) * FlowMap.F(self, x, t, t, condition)
 
     @checked
@@ -47,6 +48,7 @@ class GeneralFactor(FlowMap):
         self, x: Sample, t: Time, s: Time, condition: Condition | None = None, *, detach_jvp: bool = False
     ) -> tuple[Sample, Sample]:
         """Return f and d/ds f = gamma_s F + gamma dF/ds, both [B, ...], by one JVP in s (eq. 22)."""
+        # product rule on f = gamma F, of which s - t is the case gamma_s = 1
         F, dF_ds = jvp(lambda s: FlowMap.F(self, x, t, s, condition), (s,), (torch.ones_like(s),))
         dF_ds = dF_ds.detach() if detach_jvp else dF_ds
         gamma, gamma_s = (over(a, x) for a in self._gamma_and_slope(t, s))

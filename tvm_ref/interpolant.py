@@ -12,6 +12,7 @@ def interpolate(x0: Sample, x1: Sample, t: Time) -> Sample:
         ValueError: shapes that do not fit.
         TypeError: whole numbers, as image files hold them.
     """
+    # a straight line from data (t = 0) to noise (t = 1), so that its velocity does not depend on t
     return over(1 - t, x0) * x0 + over(t, x0) * x1
 
 

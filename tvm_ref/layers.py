@@ -36,6 +36,8 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return y = x W^T + b [..., out_features] for x [..., in_features]."""
         value, tangent = unpack_dual(input)
+        # a plain call, or one that differentiates along the weights as well: PyTorch's own rule
         if tangent is None or has_tangent(self.weight):
             return super().forward(input)
+        # y' = x' W^T: the bias is constant along the tangent
         return forward_ad.make_dual(super().forward(value), F.linear(tangent, self.weight))

@@ -52,6 +52,7 @@ def dual_attention(
     scale = default_scale(q, scale)
     k, v, dk, dv = (one_per_query_head(to_length(x, lengths), q) for x in (k, v, dk, dv))
     p = _probabilities(q, k, scale, causal, lengths, mask)  # [B, H, N, M]
+    # the logits' tangent, by the product rule; the softmax turns it into P * (T - mu), whose rows sum to zero
     t = (dq @ k.mT + q @ dk.mT) * scale
     mu = (p * t).sum(-1, keepdim=True)
     return p @ v, (p * (t - mu)) @ v + p @ dv
@@ -87,6 +88,7 @@ def softmax_of_visible(logits: Tensor, hidden: Tensor | None) -> Tensor:
     """Return the softmax over the keys that are visible; zeros for a query that sees none."""
     if hidden is None:
         return logits.softmax(-1)
+    # a row of -inf alone would be NaN, so such rows are left as they are and set to zero afterwards
     blind = hidden.all(-1, keepdim=True)
     return logits.masked_fill(hidden & ~blind, float("-inf")).softmax(-1).masked_fill(blind, 0)
 

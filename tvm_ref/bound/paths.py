@@ -85,8 +85,9 @@ def time_grid(t: float, scale: float, steps: int = STEPS) -> Tensor:
         raise ValueError(f"the scale of the time grid must be positive, got {scale}")
     if steps < 4 or steps % 2:
         raise ValueError(f"the time grid needs an even number of steps, at least 4, got {steps}")
+    # near s = 0 the exact field changes within a time of about `scale`, the width of the data's modes
     s = scale * torch.linspace(0, math.asinh(t / scale), steps + 1, dtype=torch.float64).sinh()
-    s[-1] = t
+    s[-1] = t  # exactly: sinh(asinh(.)) rounds
     return s
 
 
@@ -114,6 +115,7 @@ def follow(
         now = at(time, x_t)
         f, df_ds = model.displacement_and_terminal_velocity(x_t, t, now, condition)
         x_s = x_t + f  # one jump of the model to each s, from the same start: no errors accumulate (eq. 3)
+        # the model's field on both paths: their difference is what drives them apart
         u_x, u_y = model.velocity(x_s, now, condition), model.velocity(y_s, now, condition)
         rows.append((x_s, y_s, df_ds, u_x, u_y, oracle.velocity(y_s, now, condition)))
     return Paths(s, *(torch.stack(column).detach() for column in zip(*rows, strict=True)))
