@@ -33,7 +33,7 @@ def forward(given: Given, keep: bool) -> Results:
 
 def backward(given: Given, results: Results, go: Tensor | None, gdo: Tensor | None, wanted: list[bool]) -> list[Tensor]:
     """Compute the wanted ones among the gradients of q, k, v, dq, dk, dv from those of o and do."""
-    if gdo is None and go is not None:  # the tangents have no part in o
+    if gdo is None and go is not None and _tells_lse(given.q):  # the tangents have no part in o
         found = _pytorchs_gradients(trim(given), results, go)
     else:
         found = _gradients(trim(given), go, gdo, wanted)
@@ -54,8 +54,8 @@ def trim(given: Given) -> Given:
     )
 
 
-# Ordinary attention: PyTorch's own. On a CPU that is the operator below scaled_dot_product_attention, which alone
-# returns the lse that its backward takes.
+# Ordinary attention: PyTorch's own. On a CPU that is the operator below scaled_dot_product_attention, since only that
+# returns the lse that its backward takes; elsewhere gradients are written out.
 
 
 class _Plain(NamedTuple):
@@ -86,41 +86,36 @@ def _plain(given: Given) -> _Plain:
     return _Plain(q, k, v, bias, blind, scale, factor)
 
 
+def _tells_lse(q: Tensor) -> bool:
+    """Return whether PyTorch's attention runs by the operator that returns lse, which its backward takes."""
+    return q.device.type == "cpu" and q.numel() > 0
+
+
 def _pytorchs_attention(given: Given) -> Results:
-    x = _plain(given)
-    if x.q.device.type == "cpu" and x.q.numel():
+    x, causal = _plain(given), given.causal
+    if _tells_lse(x.q):
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            x.q, x.k, x.v, is_causal=given.causal, attn_mask=x.bias, scale=x.scale
+            x.q, x.k, x.v, is_causal=causal, attn_mask=x.bias, scale=x.scale
         )
     else:
-        o, lse = _by_name(x, given.causal, x.q, x.k, x.v), x.q.new_zeros(x.q.shape[:3], dtype=number_type(x.q))
+        bias = x.bias
+        if causal and bias is not None:  # of which scaled_dot_product_attention takes one
+            later = torch.ones(x.q.shape[2], x.k.shape[2], dtype=torch.bool, device=x.q.device).triu(1)
+            bias, causal = bias.masked_fill(later, float("-inf")), False
+        o = scaled_dot_product_attention(x.q, x.k, x.v, attn_mask=bias, is_causal=causal, scale=x.scale)
+        lse = x.q.new_zeros(x.q.shape[:3], dtype=number_type(x.q))  # which nothing reads
     return Results.plain(o if x.blind is None else o.masked_fill(x.blind, 0), (lse * LOG2_E).contiguous())
 
 
 def _pytorchs_gradients(given: Given, results: Results, go: Tensor) -> list[Tensor | None]:
     x = _plain(given)
     go = go if x.blind is None else go.masked_fill(x.blind, 0)
-    if x.q.device.type == "cpu" and x.q.numel():
-        gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(rows_in_order(go), x.q, x.k, x.v, results.o, results.lse / LOG2_E),
-            *(0.0, given.causal),
-            attn_mask=x.bias,
-            scale=x.scale,
-        )
-    else:
-        with torch.enable_grad():
-            variables = [y.detach().requires_grad_() for y in (x.q, x.k, x.v)]
-            gq, gk, gv = torch.autograd.grad(_by_name(x, given.causal, *variables), variables, go)
+    gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(rows_in_order(go), x.q, x.k, x.v, results.o, results.lse / LOG2_E, 0.0, given.causal),
+        attn_mask=x.bias,
+        scale=x.scale,
+    )
     return [x.factor * gq, gk, gv, None, None, None]
-
-
-def _by_name(x: _Plain, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Call scaled_dot_product_attention, which takes no mask where it is told to be causal."""
-    bias = x.bias
-    if causal and bias is not None:
-        later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
-        bias, causal = bias.masked_fill(later, float("-inf")), False
-    return scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=x.scale)
 
 
 # Written out
