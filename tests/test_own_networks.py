@@ -1,8 +1,16 @@
 """Networks as people write them, inside FlowMap: what others reported of a JVP in PyTorch, tried here."""
 
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.differences import randn_like
 from tvm_ref import TVM, Condition, FlowMap, MeanFlow, Times, check_network
@@ -147,3 +155,34 @@ def test_several_devices_are_told_apart():
     """PyTorch's own message names both."""
     with pytest.raises(RuntimeError, match=r"meta.*cpu|cpu.*meta"):
         FlowMap(Net(nn.SiLU())).jump(X0, TIMES.t.to("meta"), TIMES.s.to("meta"))
+
+
+def compare_in_ddp(rank: int, store: str) -> None:
+    """Hold the gradients of FlowMap(DDP(network)) on half a batch, averaged by DDP, to those on the whole batch."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    torch.manual_seed(0)
+    network = Net(nn.LayerNorm(8))
+    copy = deepcopy(network)
+    half = slice(3 * rank, 3 * rank + 3)
+    TVM(FlowMap(network))(X0, X1, TIMES).total.mean().backward()
+    parts = Times(*(a[half] for a in TIMES))
+    objective = TVM(FlowMap(DistributedDataParallel(copy)))  # it must outlive the backward, which it averages
+    objective(X0[half], X1[half], parts).total.mean().backward()
+    for p, whole in zip(copy.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, whole.grad)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ddp_inside_a_flow_map_averages_the_gradients_of_processes(tmp_path):
+    """Where DDP stands inside the JVP, too, and is called three times per loss (pytorch 182661)."""
+    code = f"""
+import torch
+from tests.test_own_networks import compare_in_ddp
+torch.multiprocessing.start_processes(compare_in_ddp, ({str(tmp_path / "store")!r},), nprocs=2, start_method="fork")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    assert run.returncode == 0, run.stderr[-2000:]
