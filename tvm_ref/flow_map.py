@@ -1,4 +1,4 @@
-"""FlowMap: any network F(x, t, s, condition) read as a map along the flow, with its velocity at both ends."""
+"""FlowMap: wraps a network F(x, t, s, condition) as a flow map, and gives its velocities."""
 
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -17,7 +17,7 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """Return value and tangent of a function of tensors: torch.func.jvp for one output, typed."""
     inputs = tuple(a.contiguous() for a in inputs)  # a JVP refuses memory that is shared, as by expand
-    # reverse mode through the tangent is wrong in PyTorch's own LayerNorm, and attention has no tangent there
+    # gradients through a JVP of PyTorch's LayerNorm are wrong, and its attention has no JVP: jvp_ready replaces both
     with jvp_ready():
         value, tangent = torch.func.jvp(function, inputs, tangents)[:2]
     return value, tangent
@@ -27,18 +27,18 @@ class FlowMap(nn.Module):
     """The displacement f(x, t, s) = (s - t) F(x, t, s) of a network F, and what follows from it.
 
     The network is called as network(x, t, s, condition) with x [B, ...], times t and s [B] and a Condition or None,
-    and returns F [B, ...], the average velocity over [s, t]. It should embed t and t - s, and torch.func.jvp must run
-    through it (so no layer that changes its buffers, as BatchNorm does in training).
+    and returns N [B, ...]; F = N, or w N if `scaled`, is the average velocity over [s, t]. It should embed t and
+    t - s, and torch.func.jvp must run through it (so no layer that changes its buffers, as BatchNorm does in training).
 
     Args:
-        network: F.
-        scaled: scaled parameterisation (sec. 4): f = (s - t) w F with w = 1/beta, which suits the linear growth of
+        network: N.
+        scaled: scaled parameterisation (sec. 4): f = (s - t) w N with w = 1/beta, which suits the linear growth of
             the guided velocity in w.
 
-    Every method raises TypeError for a condition that is not a Condition and times that are not tensors, ValueError for
-    shapes that do not fit, for a missing condition where `scaled` and, on the CPU outside torch.compile, for times that
-    break 0 <= s <= t <= 1. There it also warns of beta above 1 and, in training, of a network whose output does not
-    depend on s.
+    Every method but F raises TypeError for a condition that is not a Condition and times that are not tensors,
+    ValueError for shapes that do not fit, for a missing condition where `scaled` and, on the CPU outside torch.compile,
+    for times that break 0 <= s <= t <= 1. There it also warns of beta above 1 and, in training, of a network whose
+    output does not depend on s.
 
     Raises:
         TypeError: a network that is a flow map already, or an EMA; one whose forward does not take these arguments.

@@ -28,7 +28,7 @@ class StepMetrics(NamedTuple):
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Return the learning rate: linear warm-up, then constant, or a cosine that reaches zero at the last step."""
+    """Return the rate: linear warm-up, then constant, or a cosine that would reach zero one step after the last."""
     warmup = min(1.0, (step + 1) / (config.warmup + 1))
     decay = 0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.schedule == "cosine" else 1.0
     return config.lr * warmup * decay
@@ -49,8 +49,8 @@ class Training:
     Attributes:
         model: the weights theta.
         weight: a learned weight of the loss, with --settings learned_weight=true; else it holds nothing.
-        target: their average theta*, the target of the loss.
-        ema: their average theta**, which is evaluated.
+        target: average theta* of the model's weights, the target of the loss.
+        ema: slower average theta** of them, which is evaluated.
     """
 
     def __init__(self, config: Config, world: World):
@@ -61,7 +61,7 @@ class Training:
         self.ema = EMA(self.model, config.ema)
         objective = config.make_objective(self.model).to(world.device)
         self.weight = objective.learned_weight
-        self._set_progress = objective.set_progress  # of what is wrapped below
+        self._set_progress = objective.set_progress  # kept now, as a wrapper hides the method
         if config.compile:
             objective.compile(dynamic=False)
         self.objective = parallelize.wrap(objective, [self.target, self.ema], world, config.parallel)
@@ -88,7 +88,7 @@ class Training:
             last = i == config.accumulate - 1
             with contextlib.nullcontext() if last else parallelize.no_sync(self.objective):
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                    # both terms of eq. 15 per sample; the target theta* gives u*, without a gradient (eq. 12)
+                    # TVM: both terms of eq. 15 per sample; the target theta* gives u*, without a gradient (eq. 12)
                     terms = self.objective(x0, x1, times, condition, self.target.module)
                 # the expectation over samples and times is the mean of the batch
                 (terms.total.mean() / config.accumulate).backward()

@@ -21,7 +21,7 @@ from tvm_ref.time_samplers import Times, TimeSampler
 
 
 class Method(NamedTuple):
-    """The record of an objective, its names and how it is measured: every table and choice is a view of these.
+    """Metadata of an objective, from which tables and the choices of command lines are built.
 
     Attributes:
         key: its name on a command line.
@@ -76,13 +76,14 @@ def mean_square(a: Sample) -> PerSample:
 def guided_target(
     v: Sample, x: Sample, t: Time, condition: Condition | None, null_label: int | None, target: Flow
 ) -> Sample:
-    """Return what u(x, t, c, w) is regressed on (eq. 14): w v + (1 - w) u*(x, t, no class, 1); v without a null label.
+    """Return the target of flow matching (eq. 14): w v + (1 - w) u*(x, t, no class, 1), or v without a null label.
 
-    No gradient flows through the target's velocity u*.
+    u* is the target's velocity; no gradient flows through it.
     """
     if condition is None or null_label is None:
         return v
-    # u* stands for the unconditional velocity, of which this sample has no v; sg, as else the guided loss would move it
+    # a sample's v has a class, so the unconditional velocity comes from the target; without sg the guided loss would
+    # train it
     with torch.no_grad():
         unconditional = target.velocity(x, t, without_label(condition, null_label))
     return guided_velocity(v, unconditional, condition.beta)
@@ -94,15 +95,15 @@ class Objective(nn.Module):
     An objective may have weights of its own (see LearnedWeight), so optimise objective.parameters().
 
     Args:
-        flow_map: the model, or the exact flow, whose loss is the minimum.
+        flow_map: the model; or an exact flow, to compute the least possible loss.
         null_label: the label that means "no class"; None where w = 1 throughout, which saves one call of the target.
 
     Attributes:
-        method: its record.
+        method: its Method.
         learns_jumps: whether f(x, t, s) is trained for s < t; without, a model takes Euler steps (see stepper).
         one_step_only: whether only jumps to s = 0 are trained, so that a model is for one step.
         has_guidance: whether guidance (classifier-free, inside the target) is implemented for the method.
-        has_curriculum: whether set_progress changes it, so that it is shaped by the number of training steps.
+        has_curriculum: whether set_progress changes the loss during training.
         default_times: the distribution of times that the method's paper trains with.
         needs_equal_times: whether the method meets the data only where t = s; without such samples it learns nothing.
 
@@ -148,7 +149,8 @@ class Objective(nn.Module):
         times = times or cls.default_times
         equal_share = cls.default_times.share_equal if equal_share is None else equal_share
         times = replace(times, share_equal=equal_share, share_noise=noise_share)
-        # LSD, ESD and PSD compare the model with itself: without v on the diagonal any flow map would do
+        # LSD, ESD and PSD compare the model with itself: v enters only where t = s, and without such samples any flow
+        # map would have no loss
         meets_data = times.draws_equal_times or not cls.needs_equal_times
         require(meets_data, f"{cls.__name__} meets the data only where t = s: equal_share must be above 0")
         return times
@@ -187,7 +189,7 @@ class Jumps(NamedTuple):
         s: [B] when they end.
         s_prime: [B] a third time, for methods that want one.
         condition: labels and beta, or None.
-        target: the frozen flow map.
+        target: the caller's frozen copy, or the model itself where none was given.
     """
 
     x: Sample
@@ -206,9 +208,9 @@ class Jumps(NamedTuple):
 
 
 class ResidualObjective(Objective):
-    """An objective that is one residual for F, squared and weighted: of a jump where s < t, of flow matching at t = s.
+    """An objective with one weighted squared residual per sample: the method's equation if s < t, else flow matching.
 
-    A method is its `sides`, what is stopped in them, `default_times` and a `weight`. With a condition the square is
+    A subclass defines `sides`, with its stop-gradients, `default_times` and a `weight`. With a condition the square is
     multiplied by beta^2, which is the weight 1/w^2 of eq. 15, and guided_target stands for v.
 
     Args:
@@ -238,7 +240,7 @@ class ResidualObjective(Objective):
         """Return the loss terms [B], see Objective."""
         target = self.flow_map if target is None else target
         t, s, s_prime = times
-        # one point x_t per sample serves its jump or its flow matching; TVM takes two points, for both
+        # each sample is either a jump or flow matching, at one x_t; TVM does both, at two points
         x = interpolate(x0, x1, t)
         v = guided_target(conditional_velocity(x0, x1), x, t, condition, self.null_label, target)
         square = self.square(Jumps(x, v, t, s, s_prime, condition, cast(FlowMap, target)))
@@ -247,15 +249,15 @@ class ResidualObjective(Objective):
         loss = self.weigh(square, t, s)
         if self.one_term:
             return LossTerms(loss, torch.zeros_like(loss))
-        # each sample is of one term; the other is zero, so that their means add up to the loss
+        # each sample contributes to one term and has zero in the other, so that their means add up to the loss
         return LossTerms(torch.where(t != s, loss, 0.0), torch.where(t != s, 0.0, loss))
 
     def square(self, jumps: Jumps) -> PerSample:
         """Return the squared residual [B]: of the method's equation where t != s, of flow matching where t = s."""
         equal = jumps.t == jumps.s
         if not has_values(equal):
-            # torch.compile wants shapes that no times decide, so there each sample is a jump. F(x, t, t) is the
-            # velocity: at t = s the left side is regressed on v instead of the right one
+            # torch.compile needs shapes that do not depend on the times, so every sample is computed as a jump.
+            # F(x, t, t) is the velocity: at t = s the left side is regressed on v instead of the right one
             left, right = self.sides(jumps)
             return mean_square(left - torch.where(over(equal, right), jumps.v, right))
         # a jump costs two or three times as much as flow matching, so each sample gets only what it needs
@@ -265,8 +267,8 @@ class ResidualObjective(Objective):
             if len(index) or (torch.distributed.is_available() and torch.distributed.is_initialized()):
                 # all processes must call the network alike, as FSDP gathers its weights in every call: one that has no
                 # such sample takes any, whose square is dropped
-                spare = index if len(index) else index.new_zeros(1)
-                squares.append(square(jumps.at(spare))[: len(index)])
+                used = index if len(index) else index.new_zeros(1)
+                squares.append(square(jumps.at(used))[: len(index)])
                 order.append(index)
         return torch.cat(squares)[torch.cat(order).argsort()]
 
@@ -287,11 +289,11 @@ class ResidualObjective(Objective):
 class SelfDistillation(ResidualObjective):
     """A residual of the flow map whose velocity or shorter jumps come from a frozen target (2505.18825).
 
-    Three quarters of a batch lie on the diagonal, and (t, s) is uniform on the triangle, as in the authors' code.
+    Three quarters of a batch have t = s; for the rest (t, s) is uniform on s <= t, as in the authors' code.
 
     Args:
         flow_map: the model.
-        null_label: refused, as there is no guidance. TVM is LSD with guidance.
+        null_label: refused, as there is no guidance; TVM, whose first term is LSD's, has it.
         stops: where gradients are stopped, one of STOPS.
         learned_weight: weigh by LearnedWeight, as the paper does; then optimise the objective's parameters.
 
@@ -299,7 +301,7 @@ class SelfDistillation(ResidualObjective):
         ValueError: stops that the method does not have; a null label.
     """
 
-    STOPS: ClassVar[tuple[str, ...]] = ("convex", "none")
+    STOPS: ClassVar[tuple[str, ...]] = ("convex", "none")  # the target's part is stopped; nothing is
     has_guidance = False
     needs_equal_times = True
     default_times = TimeSampler("triangle", share_equal=0.75)

@@ -17,13 +17,14 @@ class TVM(Objective):
         1/w^2 ( 1{t != s} ||d/ds f(x_t, t, s) - u*(x_t + sg f(x_t, t, s), s)||^2
                 + ||u(x_s', s') - [w v + (1 - w) u*(x_s', s', no class)]||^2 )
 
-    where u* is the velocity of the target; without a target, the model's own, with gradients. 1/w^2 is each sample's
-    own beta^2. Without a target and with detach_landing=False this is eq. 9.
+    where u(x, t) = F(x, t, t) is the model's velocity and u* the target's. Without a target u* is the model's own, and
+    then it has gradients in the first term, never inside guidance; with detach_landing=False, too, this is eq. 9.
+    1/w^2 is each sample's own beta^2.
 
     The first term, for w = 1, is the Lagrangian self-distillation (LSD) of Boffi, Albergo and Vanden-Eijnden, "How to
-    build a consistency model" (2505.18825), which is trained jointly with flow matching, too. TVM takes both terms of
-    every sample, and adds the distribution of times gap* and guidance inside the target with the scaled
-    parameterisation.
+    build a consistency model" (2505.18825), which is trained jointly with flow matching, too. TVM computes both terms
+    for each sample, LSD one of the two; it adds the distribution of times gap* and guidance inside the target with the
+    scaled parameterisation.
 
     Args:
         flow_map: the model.
@@ -56,8 +57,8 @@ class TVM(Objective):
     def forward(
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
     ) -> LossTerms:
-        """Return the loss terms [B], see Objective. The comments name the lines of algorithm 1."""
-        # u* comes from a frozen copy; without one it is the model's own, and then it is trained as well
+        """Return the loss terms [B], see Objective. The comments name the paper's equations."""
+        # u* comes from a frozen copy, whose weights take no gradient; without one it is the model's own
         target = self.flow_map if target is None else target
         t, s, s_prime = times
 
@@ -69,9 +70,10 @@ class TVM(Objective):
 
         # The boundary s = t: flow matching (eq. 1), with guidance inside its target (eq. 14)
         x_s_prime = interpolate(x0, x1, s_prime)
+        # v, or with guidance w v + (1 - w) u*
         v = guided_target(conditional_velocity(x0, x1), x_s_prime, s_prime, condition, self.null_label, target)
         boundary = mean_square(self.flow_map.velocity(x_s_prime, s_prime, condition) - v)
 
         # Their sum (eq. 12), weighted by 1/w^2 (eq. 15); the first term is masked by 1{t != s}
-        weight = torch.ones_like(t) if condition is None else condition.beta**2
+        weight = torch.ones_like(t) if condition is None else condition.beta**2  # beta = 1/w
         return LossTerms(weight * torch.where(t != s, terminal, 0.0), weight * boundary)

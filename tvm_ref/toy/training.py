@@ -1,4 +1,4 @@
-"""Training on a toy distribution (paper, algorithm 1): a step on one screen, and a state that continues bit for bit."""
+"""Training on a toy distribution (paper, algorithm 1): one step, and a state from which it resumes bit for bit."""
 
 import copy
 import math
@@ -41,12 +41,12 @@ class Batch(NamedTuple):
 
 
 def draw_block(config: ToyConfig, distribution: GaussianMixture, block: int) -> list[Batch]:
-    """Draw the batches of steps block * BLOCK, ..., (block + 1) * BLOCK - 1, a pure function of (seed, block).
+    """Draw the batches of steps block * BLOCK, ..., (block + 1) * BLOCK - 1: a function of configuration and block.
 
     One Sobol point per sample decides its noise, its data and its times, so that all three fill their space evenly.
     """
     n, dim = BLOCK * config.batch_size, distribution.dim
-    u = uniform_numbers(n, 5 + 2 * dim, config.seed, block)
+    u = uniform_numbers(n, 5 + 2 * dim, config.seed, block)  # dim for noise, dim + 1 for data, 4 for times
     x1 = torch.special.ndtri(u[:, :dim]).float()
     x0, label = distribution.from_uniform(u[:, dim : 2 * dim + 1])
     x0 = x0.float()
@@ -62,7 +62,7 @@ def draw_block(config: ToyConfig, distribution: GaussianMixture, block: int) -> 
 
 
 def learning_rate(config: ToyConfig, step: int) -> float:
-    """Warm up linearly, then follow a cosine that reaches zero at the last step."""
+    """Warm up linearly, then follow a cosine that would reach zero one step after the last."""
     warmup = min(1.0, (step + 1) / WARMUP)
     return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
