@@ -36,7 +36,7 @@ print(jvp_attention.__version__, bench.main([]))
 def test_a_wheel_works_without_the_rest_of_the_project(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*build, "-w", str(tmp_path), str(PROJECT)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("jvp_attention-0.2.0-*.whl")
+    (wheel,) = tmp_path.glob(f"jvp_attention-{jvp_attention.__version__}-*.whl")
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
         file.extractall(tmp_path / "site")
@@ -55,7 +55,7 @@ def test_a_wheel_works_without_the_rest_of_the_project(tmp_path):
         env=environment,
         cwd=tmp_path,
     )
-    assert run.stdout.split() == ["0.2.0", "2"], run.stderr  # the benchmark asks for a GPU
+    assert run.stdout.split() == [jvp_attention.__version__, "2"], run.stderr  # the benchmark asks for a GPU
     assert "needs a CUDA device" in run.stderr
     assert "torch.jit.script" not in run.stderr
 
