@@ -12,7 +12,7 @@ import pytest, torch
 
 import imagenet.train, jvp_attention
 from imagenet.model.dit import modulate
-from tvm_ref.interpolant import interpolate
+from tvm_ref.interpolant import conditional_velocity, interpolate
 
 x, t = torch.zeros(3, 2), torch.zeros(3)
 
@@ -20,7 +20,7 @@ def test_right():
     assert interpolate(x, x, t).shape == x.shape
 
 def test_wrong():
-    for call in (lambda: interpolate(x, x[:2], t), lambda: modulate(x, x, x)):
+    for call in (lambda: conditional_velocity(x, x[:2]), lambda: modulate(x, x, x)):
         with pytest.raises(Exception, match="Type-check"):
             call()
 """
