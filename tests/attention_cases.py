@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import jvp_attention
 from jvp_attention import reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # relative, in the Frobenius norm
@@ -174,3 +175,16 @@ class Case:
         assert all(e <= limit for e, limit in zip(errors, limits, strict=True)), (
             f"{self.shape}: {[f'{e:.1e}' for e in errors]}, allowed {[f'{e:.1e}' for e in limits]}"
         )
+
+
+class SelfAttention(nn.Module):
+    """Self-attention of tokens [B, N, width] with a residual, by the attention that it is given."""
+
+    def __init__(self, attention: Callable[..., Tensor] = jvp_attention.attention, width: int = 32) -> None:
+        super().__init__()
+        self.attention = attention
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return x + self.project(self.attention(q, k, v).transpose(1, 2).flatten(2))

@@ -1,4 +1,6 @@
-"""Networks with derivatives known by hand, for the tests."""
+"""Networks with derivatives known by hand, and some as people write them, for the tests."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,52 @@ class PointData(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
         return (x - self.m) / over(t, x)
+
+
+class Net(nn.Module):
+    """A network of points that embeds both times, with some layers in the middle."""
+
+    def __init__(self, *layers: nn.Module, rate: float = 1.0) -> None:
+        super().__init__()
+        self.embed, self.layers, self.out, self.rate = nn.Linear(4, 8), nn.Sequential(*layers), nn.Linear(8, 4), rate
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
+        y = self.embed(x) + over((3 * self.rate * t).sin(), x) + over((2 * self.rate * (t - s)).cos(), x)
+        if condition is not None:
+            y = y * over(condition.beta, y) + over(condition.label, y)
+        return self.out(self.layers(y.tanh()))
+
+
+class Applied(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Sine(torch.autograd.Function):
+    """A sine that brings its own jvp."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        return tangent * ctx.saved_tensors[0].cos()
 
 
 def some_times(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -6,51 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.networks import PointData, Waves
+from tests.networks import Applied, Net, PointData, Sine, Waves
 from tvm_ref import Condition, FlowMap, check_network
 from tvm_ref.network_check import measure
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
 
-class Net(nn.Module):
-    """A network that embeds both times, with some layers in the middle."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.embed, self.layers, self.out = nn.Linear(4, 8), nn.Sequential(*layers), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
-        y = self.embed(x) + (3 * t[:, None]).sin() + (2 * (t - s)[:, None]).cos()
-        if condition is not None:
-            y = y * condition.beta[:, None] + condition.label[:, None]
-        return self.out(self.layers(y.tanh()))
-
-
-class WrongJVP(torch.autograd.Function):
+class WrongSine(Sine):
     """A sine whose jvp is twice the right one."""
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.sin()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient * ctx.saved_tensors[0].cos()
-
-    @staticmethod
     def jvp(ctx, tangent: Tensor) -> Tensor:
-        return 2 * tangent * ctx.saved_tensors[0].cos()
-
-
-class Sine(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return WrongJVP.apply(x)
+        return 2 * Sine.jvp(ctx, tangent)
 
 
 class Standardised(nn.Module):
@@ -76,13 +44,13 @@ PYTORCHS = {"jvp": torch.func.jvp}
 WRONG = {  # layers, options, what is said of which
     "layer norms without the mode": (norms, PYTORCHS, r"layers\.0, layers\.2 \(LayerNorm\): .*gradient.*jvp_ready"),
     "layer norm in a forward": (lambda: [Standardised()], PYTORCHS, r"layers\.0 \(Standardised\): value and tangent"),
-    "attention without the mode": (
-        lambda: [encoder()],
-        PYTORCHS,
-        r"self_attn \(MultiheadAttention\): refused: Not",
-    ),
+    "attention without the mode": (lambda: [encoder()], PYTORCHS, r"self_attn \(MultiheadAttention\): refused: Not"),
     "batch norm": (lambda: [nn.BatchNorm1d(8)], {}, r"layers\.0 \(BatchNorm1d\): it updates running statistics"),
-    "a wrong jvp": (lambda: [nn.Tanh(), Sine()], {}, r"layers\.1 \(Sine\): its tangent is wrong; has an autograd"),
+    "a wrong jvp": (
+        lambda: [nn.Tanh(), Applied(WrongSine.apply)],
+        {},
+        r"layers\.1 \(Applied\): its tangent is wrong; has an autograd",
+    ),
 }
 RIGHT = {
     "layer norms": norms,
@@ -130,7 +98,7 @@ def test_a_closed_form_is_right():
 def test_an_error_is_measured_in_size():
     """A tangent that is twice the right one is off by 1, a value that is right by 0."""
     x = torch.randn(5, dtype=torch.float64)
-    errors = measure(WrongJVP.apply, [x], [torch.ones_like(x)], [], lambda y, dy: dy.square().sum(), torch.func.jvp)
+    errors = measure(WrongSine.apply, [x], [torch.ones_like(x)], [], lambda y, dy: dy.square().sum(), torch.func.jvp)
     assert errors.value == 0
     assert errors.tangent == pytest.approx(1, abs=1e-6)
     assert errors.wrong == "tangent"

@@ -1,66 +1,24 @@
 """Networks as people write them, inside FlowMap: what others reported of a JVP in PyTorch, tried here."""
 
-import os
-import subprocess
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.differences import randn_like
+from tests.networks import Applied, Net, Sine
+from tests.processes import in_two_processes
 from tvm_ref import TVM, Condition, FlowMap, MeanFlow, Times, check_network
-from tvm_ref.shapes import over
 
 X0, X1 = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 TIMES = Times(torch.linspace(0.4, 1, 6).double(), torch.linspace(0, 0.5, 6).double(), torch.linspace(0, 1, 6).double())
 
 
-class Sine(torch.autograd.Function):
-    """A sine that brings its own jvp."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.sin()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient * ctx.saved_tensors[0].cos()
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor) -> Tensor:
-        return tangent * ctx.saved_tensors[0].cos()
-
-
-class OwnSine(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return Sine.apply(x)
-
-
-class SoftmaxAttention(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x[..., None]
-        return (torch.softmax(tokens @ tokens.mT, -1) @ tokens)[..., 0]
-
-
-class Net(nn.Module):
-    def __init__(self, middle: nn.Module, rate: float = 1.0) -> None:
-        super().__init__()
-        self.embed, self.middle, self.out, self.rate = nn.Linear(4, 8), middle, nn.Linear(8, 4), rate
-        self.double()
-
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
-        y = self.embed(x) + over((self.rate * t).sin(), x) + over((self.rate * (t - s)).cos(), x)
-        return self.out(self.middle(y.tanh()))
+def softmax_attention(x: Tensor) -> Tensor:
+    tokens = x[..., None]
+    return (torch.softmax(tokens @ tokens.mT, -1) @ tokens)[..., 0]
 
 
 def gradients(network: nn.Module, model: FlowMap | None = None, compiled: bool = False) -> list[Tensor]:
@@ -73,7 +31,11 @@ def gradients(network: nn.Module, model: FlowMap | None = None, compiled: bool =
     return list(torch.autograd.grad(call(), list(network.parameters())))
 
 
-MIDDLES = {"norm": lambda: nn.LayerNorm(8), "softmax": SoftmaxAttention, "function": OwnSine}
+MIDDLES = {
+    "norm": lambda: nn.LayerNorm(8),
+    "softmax": lambda: Applied(softmax_attention),
+    "function": lambda: Applied(Sine.apply),
+}
 
 
 @pytest.mark.compiles
@@ -81,7 +43,7 @@ MIDDLES = {"norm": lambda: nn.LayerNorm(8), "softmax": SoftmaxAttention, "functi
 @pytest.mark.parametrize("name", MIDDLES)
 def test_a_compiled_network_inside_is_that_of_eager_mode(name):
     """The JVP outside, where PyTorch had tangents of None (pytorch 187284); it falls back to eager mode."""
-    network = Net(MIDDLES[name]())
+    network = Net(MIDDLES[name]()).double()
     compiled = FlowMap(torch.compile(network, backend="aot_eager"))
     torch.testing.assert_close(gradients(network, compiled), gradients(network))
 
@@ -90,7 +52,7 @@ def test_a_compiled_network_inside_is_that_of_eager_mode(name):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch 2.11's own handling of such a function
 def test_a_function_with_its_own_jvp_is_refused_by_torch_compile():
     """Which once dropped it without a word (pytorch 192985); in eager mode it is used."""
-    network = Net(OwnSine())
+    network = Net(Applied(Sine.apply)).double()
     assert check_network(network, X0).ok
     with pytest.raises(torch._dynamo.exc.Unsupported, match="custom jvp"):
         gradients(network, compiled=True)
@@ -115,7 +77,7 @@ def test_a_time_of_no_axes_keeps_float32():
 def test_times_embedded_a_thousandfold_are_right_and_steep():
     """Value, tangent and gradient hold; dF/ds grows with the rate, and with it the loss."""
     assert check_network(Net(nn.SiLU(), rate=1000.0), X0).ok
-    slow, fast = Net(nn.SiLU()), Net(nn.SiLU(), rate=1000.0)
+    slow, fast = Net(nn.SiLU()).double(), Net(nn.SiLU(), rate=1000.0).double()
     fast.load_state_dict(slow.state_dict())
     sizes = [FlowMap(n).displacement_and_terminal_velocity(X0, TIMES.t, TIMES.s)[1].abs().max() for n in (slow, fast)]
     assert sizes[1] > 100 * sizes[0]
@@ -138,7 +100,7 @@ def saved_bytes(call) -> int:
 def test_a_stopped_tangent_spares_time_and_not_memory():
     """Activations of the tangent are kept though nothing flows back through it (pytorch 151782)."""
     deep = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.Tanh())))
-    model = FlowMap(Net(deep))
+    model = FlowMap(Net(deep).double())
     x = randn_like(torch.empty(1024, 4, dtype=torch.float64), 0)
     t, s = torch.full((1024,), 0.9).double(), torch.full((1024,), 0.2).double()
     plain = saved_bytes(lambda: model.displacement(x, t, s).sum())
@@ -154,14 +116,12 @@ def test_a_stopped_tangent_spares_time_and_not_memory():
 def test_several_devices_are_told_apart():
     """PyTorch's own message names both."""
     with pytest.raises(RuntimeError, match=r"meta.*cpu|cpu.*meta"):
-        FlowMap(Net(nn.SiLU())).jump(X0, TIMES.t.to("meta"), TIMES.s.to("meta"))
+        FlowMap(Net(nn.SiLU()).double()).jump(X0, TIMES.t.to("meta"), TIMES.s.to("meta"))
 
 
-def compare_in_ddp(rank: int, store: str) -> None:
+def compare_in_ddp(rank: int) -> None:
     """Hold the gradients of FlowMap(DDP(network)) on half a batch, averaged by DDP, to those on the whole batch."""
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-    torch.manual_seed(0)
-    network = Net(nn.LayerNorm(8))
+    network = Net(nn.LayerNorm(8)).double()
     copy = deepcopy(network)
     half = slice(3 * rank, 3 * rank + 3)
     TVM(FlowMap(network))(X0, X1, TIMES).total.mean().backward()
@@ -170,19 +130,9 @@ def compare_in_ddp(rank: int, store: str) -> None:
     objective(X0[half], X1[half], parts).total.mean().backward()
     for p, whole in zip(copy.parameters(), network.parameters(), strict=True):
         torch.testing.assert_close(p.grad, whole.grad)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_ddp_inside_a_flow_map_averages_the_gradients_of_processes(tmp_path):
     """Where DDP stands inside the JVP, too, and is called three times per loss (pytorch 182661)."""
-    code = f"""
-import torch
-from tests.test_own_networks import compare_in_ddp
-torch.multiprocessing.start_processes(compare_in_ddp, ({str(tmp_path / "store")!r},), nprocs=2, start_method="fork")
-"""
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
-    assert run.returncode == 0, run.stderr[-2000:]
+    in_two_processes("tests.test_own_networks.compare_in_ddp", tmp_path / "store")

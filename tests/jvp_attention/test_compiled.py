@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import compile_report
+from tests.processes import python
 
 pytestmark = pytest.mark.slow  # some kernels compile for half a minute
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
@@ -21,10 +20,11 @@ LARGEST_SHARED = 227  # KiB per block, sm_90
 
 def compiled(file: Path, *options: str) -> list[dict]:
     """The figures of the default kernels in bfloat16, by a process of its own, where nothing is interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(file.parent / "cache")}
-    command = [sys.executable, compile_report.__file__, "--json", str(file), *options]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    run = python(
+        *(compile_report.__file__, "--json", str(file), *options),
+        limit=1800,
+        TRITON_CACHE_DIR=str(file.parent / "cache"),
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(file.read_text())
 
@@ -38,11 +38,9 @@ def reports(tmp_path_factory) -> list[dict]:
 @pytest.mark.slow
 def test_every_specialisation_passes_the_front_end():
     """What may be absent, in every combination; masks and lengths; sizes of 1, which the compiler makes constants."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(Path(compile_report.__file__).parent), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, "-m", "tests.jvp_attention.front_end"]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    paths = [str(Path(compile_report.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    paths = os.pathsep.join(filter(None, paths))
+    run = python("-m", "tests.jvp_attention.front_end", limit=1800, PYTHONPATH=paths)
     assert run.stdout.split() == ["800"], run.stderr[-2000:]
 
 

@@ -1,9 +1,6 @@
 """The package alone: a wheel of kernels/ works where tvm_ref is not, and the README's snippets run."""
 
-import os
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -13,8 +10,10 @@ from torch import nn
 
 import jvp_attention
 from jvp_attention import reference
+from tests.attention_cases import SelfAttention
+from tests.processes import ROOT, python
 
-PROJECT = Path(__file__).parents[2] / "kernels"
+PROJECT = ROOT / "kernels"
 README = PROJECT / "jvp_attention" / "README.md"
 USE = """
 import pathlib, sys
@@ -34,8 +33,8 @@ print(jvp_attention.__version__, bench.main([]))
 
 @pytest.mark.slow
 def test_a_wheel_works_without_the_rest_of_the_project(tmp_path):
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*build, "-w", str(tmp_path), str(PROJECT)], check=True, capture_output=True)
+    build = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path)]
+    assert python(*build, str(PROJECT)).returncode == 0
     (wheel,) = tmp_path.glob(f"jvp_attention-{jvp_attention.__version__}-*.whl")
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
@@ -46,15 +45,7 @@ def test_a_wheel_works_without_the_rest_of_the_project(tmp_path):
     # -S leaves out the links to this checkout that an editable installation put among the installed packages
     packages = [str(Path(torch.__file__).parents[1])]
     code = f"import sys; sys.path[:0] = {[str(tmp_path / 'site'), *packages]}\n{USE}"
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    run = subprocess.run(
-        [sys.executable, "-S", "-W", "error", "-c", code],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-    )
+    run = python("-S", "-W", "error", "-c", code, cwd=tmp_path, PYTHONPATH="", CUDA_VISIBLE_DEVICES="")
     assert run.stdout.split() == [jvp_attention.__version__, "2"], run.stderr  # the benchmark asks for a GPU
     assert "needs a CUDA device" in run.stderr
     assert "torch.jit.script" not in run.stderr
@@ -65,13 +56,10 @@ class Net(nn.Module):
 
     def __init__(self, attention):
         super().__init__()
-        self.attention = attention
-        self.qkv, self.times = nn.Linear(8, 24), nn.Linear(2, 8)
+        self.attention, self.times = SelfAttention(attention, 8), nn.Linear(2, 8)
 
     def forward(self, x, *times):
-        x = x + self.times(torch.stack([times[0], times[-1]], -1))[:, None]
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        return x + self.attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.attention(x + self.times(torch.stack([times[0], times[-1]], -1))[:, None])
 
 
 def snippets() -> dict[str, str]:

@@ -154,9 +154,9 @@ def test_a_mode_is_its_threads_own(network):
         found.extend(gradients(network, x, dx))
 
     with jvp_ready():
-        thread = threading.Thread(target=elsewhere)
+        thread = threading.Thread(target=elsewhere, daemon=True)
         thread.start()
-        thread.join()
+        thread.join(timeout=60)
     torch.testing.assert_close(found, exact)
 
 

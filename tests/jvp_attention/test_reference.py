@@ -1,8 +1,6 @@
 """The reference is attention and its derivative; and it stands in where the kernels cannot run."""
 
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import jvp_attention
 from jvp_attention import operators, reference
 from tests.attention_cases import Case
+from tests.processes import python
 
 
 def tensors(n=5, m=7, d=4, dtype=torch.float64) -> list[torch.Tensor]:
@@ -99,8 +98,7 @@ x = torch.randn(6, 1, 1, 3, 4)
 o, do = torch.func.jvp(jvp_attention.attention, tuple(x[:3]), tuple(x[3:]))
 print(o.shape == do.shape)
 """
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = python("-W", "ignore", "-c", code)
     assert run.stdout.split() == ["True"], run.stderr
 
 

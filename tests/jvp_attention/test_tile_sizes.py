@@ -6,9 +6,6 @@ The whole matrix takes the better part of an hour and runs only when asked for, 
 """
 
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +16,7 @@ from compile_report import SHARED_KIB
 from jvp_attention import tile_sizes
 from jvp_attention.shapes import Given
 from jvp_attention.tile_sizes import Tiles, candidates
+from tests.processes import python
 
 PLAIN = {"forward", "query", "key"}
 SIXTEEN_BIT_STACK = 512  # bytes per thread, at most, with heads of up to 128 channels
@@ -36,10 +34,8 @@ def kernels(d: int, itemsize: int, kib: int) -> set[str]:
 def compiled(tmp_path, sm: int, dtype: str, dims: list[int], *options: str) -> list[dict]:
     """The figures of the default kernels, by a process of its own, where nothing is interpreted."""
     file = tmp_path / "report.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, compile_report.__file__, "--arch", str(sm), "--dtype", dtype]
-    command += ["--json", str(file), "--dims", *map(str, dims), *options]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = ["--arch", str(sm), "--dtype", dtype, "--json", str(file), "--dims", *map(str, dims), *options]
+    run = python(compile_report.__file__, *command, limit=3600)
     assert run.returncode == 0, run.stderr
     return json.loads(file.read_text())
 

@@ -1,7 +1,6 @@
 """A method of one residual computes jumps only where t != s, and flow matching only where t = s."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.objectives.samples import B, per_sample, setup
+from tests.processes import in_two_processes
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import interpolate
@@ -75,9 +75,8 @@ def test_processes_call_the_network_alike_whatever_their_times(kind, monkeypatch
         torch.testing.assert_close(losses[which, True], losses[which, False], rtol=1e-12, atol=0)
 
 
-def work(rank: int, folder: Path, keys: list[str]) -> None:
+def work(rank: int, *keys: str) -> None:
     """One of two processes with sharded weights: the first has no jumps, the second nothing else."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     for key in keys:
         torch.manual_seed(0)
         model = FlowMap(ToyNetwork(2, 0, 8, 2))
@@ -93,9 +92,8 @@ def work(rank: int, folder: Path, keys: list[str]) -> None:
         OBJECTIVES[key](model)(*own[:2], Times(*own[2:], own[3]), target=target).total.mean().backward()
         for a, b in zip(model.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(a.grad.full_tensor(), b.grad)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_processes_with_sharded_weights_and_different_times_do_not_wait_for_each_other(tmp_path):
-    torch.multiprocessing.spawn(work, (tmp_path, ["lsd", "esd", "psd", "soflow"]), 2)
+    in_two_processes("tests.objectives.test_parts.work", tmp_path / "store", "lsd", "esd", "psd", "soflow")

@@ -1,0 +1,63 @@
+"""Processes that tests start: whatever happens to one, nobody waits for it longer than some minutes.
+
+python -m tests.processes MODULE.FUNCTION STORE ARGUMENTS ...     # function(rank, *arguments) in two of one group
+"""
+
+import os
+import pkgutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = timedelta(minutes=2)  # of one process with another
+
+
+def python(*arguments: str, cwd: Path = ROOT, limit: float = 600, **environment: str) -> subprocess.CompletedProcess:
+    """Run Python, by default in the checkout, with kernels that are not interpreted unless the environment says so."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=inherited | environment,
+        cwd=cwd,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # what it started, too, which may hold the pipes open
+        process.wait()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def in_two_processes(function: str, store: Path, *arguments: str) -> None:
+    """Call "module.function" with (rank, *arguments) in two processes, on the CPU with gloo; fail if it fails."""
+    command = ["-W", "ignore", "-m", "tests.processes", function, str(store), *arguments]
+    done = python(*command, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def _join(rank: int, function: Callable[..., None], store: str, arguments: list[str]) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=PATIENCE)
+    torch.manual_seed(0)
+    function(rank, *arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    name, store, *arguments = sys.argv[1:]
+    # forked, so that PyTorch is imported once
+    torch.multiprocessing.start_processes(
+        _join, (pkgutil.resolve_name(name), store, arguments), nprocs=2, start_method="fork"
+    )
