@@ -1,5 +1,9 @@
 """Many trainings: their order, and what diverged."""
 
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from types import ModuleType
+
 import pytest
 
 from tvm_ref.experiments import sweep
@@ -19,6 +23,15 @@ def test_two_processes_give_what_one_gives_in_order():
     one, two = (list(sweep.train_many(configs, first_figure, jobs=jobs, points=10, label="")) for jobs in (1, 2))
     assert one == two
     assert [result["figures"]["seed"] for result in one] == [30, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_measure_that_processes_cannot_import_is_an_error_and_no_endless_wait(monkeypatch):
+    module = ModuleType("only_here")
+    exec("def measure(training, reference): return {}", module.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    with pytest.raises(BrokenProcessPool):
+        list(sweep.train_many([TINY], module.measure, jobs=2, points=10, label=""))
 
 
 def test_a_training_that_diverges_is_marked_and_the_bar_ends_at_the_number_of_trainings(monkeypatch, capsys):

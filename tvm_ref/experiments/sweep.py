@@ -4,8 +4,8 @@ import contextlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
-from multiprocessing.pool import Pool
 from typing import Any
 
 from tvm_ref.cli.progress import progress
@@ -35,15 +35,23 @@ def train_and_measure(config: ToyConfig, measure: Measure, points: int) -> dict[
 
 
 @contextlib.contextmanager
-def _workers(jobs: int) -> Iterator[Pool]:
-    """Start processes that ignore Ctrl-C from their first moment, as they inherit it: the parent ends them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _in_processes(
+    train: Callable[[ToyConfig], dict[str, Any]], configs: Sequence[ToyConfig], jobs: int
+) -> Iterator[Iterator[dict[str, Any]]]:
+    """Train in processes, which this one ends in the end, whatever they are at; Ctrl-C does not reach them."""
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), use_one_thread)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what starts now
     try:
-        pool = multiprocessing.get_context("spawn").Pool(jobs, use_one_thread)
+        results = pool.map(train, configs)
     finally:
         signal.signal(signal.SIGINT, before)
-    with pool:
-        yield pool
+    try:
+        yield results
+    finally:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        pool.shutdown()
 
 
 def train_many(
@@ -59,10 +67,9 @@ def train_many(
         label: name of the progress bar, which moves by one for each training.
     """
     train = partial(train_and_measure, measure=measure, points=points)
-    with contextlib.ExitStack() as stack:
-        if jobs == 1:
-            use_one_thread()
-            results: Iterator[dict[str, Any]] = map(train, configs)
-        else:
-            results = stack.enter_context(_workers(jobs)).imap(train, configs)
+    if jobs == 1:
+        use_one_thread()
+        yield from progress(map(train, configs), total=len(configs), unit="run", desc=label)
+        return
+    with _in_processes(train, configs, jobs) as results:
         yield from progress(results, total=len(configs), unit="run", desc=label)
