@@ -58,7 +58,7 @@ class Provenance:
         """
         names = [a.autoencoder and a.autoencoder.rstrip("/").rpartition("/")[2] for a in (self, other)]
         if all(names) and names[0] != names[1]:
-            raise UserError(f"{what}: their autoencoder is {self.autoencoder!r:.80}, not {other.autoencoder!r:.80}")
+            raise UserError(f"{what}: their autoencoder is {names[0]!r:.80}, not {names[1]!r:.80}")
         normalisations = [a.normalisation for a in (self, other)]
         if all(normalisations) and normalisations[0] != normalisations[1]:
             raise UserError(f"{what}: their normalisation is {normalisations[0]}, not {normalisations[1]}")

@@ -60,7 +60,7 @@ def test_sampling_takes_the_autoencoder_that_the_weights_name_and_no_other(laten
     assert generator.normalisation == Latents(latents).normalisation
     copy = load_generator(alone, vae=str(shutil.copytree(vae, tmp_path / "copy" / vae.name)))
     np.testing.assert_array_equal(generator.images([0, 1], 1), copy.images([0, 1], 1))
-    with pytest.raises(ValueError, match=r"on other latents: their autoencoder is .*tiny', not .*other'"):
+    with pytest.raises(ValueError, match=r"on other latents: their autoencoder is 'tiny', not 'other'"):
         load_generator(alone, vae=str(tmp_path / "other"))
 
     drawn = [str(alone), "--out", str(tmp_path / "a.npz"), "--count", "2", "--device", "cpu"]
