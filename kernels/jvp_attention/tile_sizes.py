@@ -2,8 +2,8 @@
 
 A program keeps the tile that it was given in registers or shared memory and streams through the others. What a block
 may have of shared memory decides between two tables: LARGE for Hopper and data-centre Blackwell (sm_90, sm_100: 227
-KiB), SMALL for all others from sm_80 on (99 KiB on sm_86, sm_89 and sm_120). Sizes were chosen by compiling and
-counting clocks (`kernels/tools/compile_report.py --clocks`), not by timing.
+KiB), SMALL for all others from sm_80 on (99 KiB on sm_86, sm_89 and sm_120). Sizes were chosen by what the compiler
+makes of them (`kernels/tools/compile_report.py`: shared memory, registers, spills), not by timing.
 """
 
 import functools
@@ -99,7 +99,7 @@ def _float32(sizes: dict[int, int], of_duals: dict[int, int]) -> Table:
     """Tiles for float32, twice the memory and three matmuls for one: 16 streamed past as many as fit the channels.
 
     Derivatives of more than 64 channels need more registers than there are. At its usual effort ptxas then gives up,
-    uses 32 and spills 6 to 15 KB; with less it uses 255 and spills 0.2 to 1.3 KB, at half the clocks.
+    uses 32 and spills 6 to 15 KB; with less it uses 255 and spills 0.2 to 1.3 KB.
     """
 
     def tiles(name: str, channels: int, size: int) -> Tiles:
@@ -114,7 +114,7 @@ def _float32(sizes: dict[int, int], of_duals: dict[int, int]) -> Table:
 
 LARGE_FLOAT32 = _float32({64: 64, 128: 32, 256: 16}, {64: 64, 128: 16, 256: 16})
 SMALL_FLOAT32 = _float32({32: 64, 64: 32, 128: 16}, {32: 64, 64: 32, 128: 16})
-for _table in (LARGE_FLOAT32, SMALL_FLOAT32):  # here more keys fit: two thirds of the clocks of 16 x 16
+for _table in (LARGE_FLOAT32, SMALL_FLOAT32):  # here more keys fit
     _table["forward_dual"][128] = [Tiles(16, 32, 4, 1, 1)]
 
 LARGE_KIB, SMALL_KIB = 227, 99  # of shared memory per block that the tables fit

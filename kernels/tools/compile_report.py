@@ -3,13 +3,12 @@
     python kernels/tools/compile_report.py                       # default tiles, bfloat16, heads of 64 and 128
     python kernels/tools/compile_report.py --dims 72 256 --dtype float32
     python kernels/tools/compile_report.py --all                 # every candidate of the tuning, not the default alone
-    python kernels/tools/compile_report.py --clocks              # and a static roofline, see clocks.py
     python kernels/tools/compile_report.py --arch 80 89 120      # other cards than an H100 (90)
 
 Prints, per kernel: matmuls per pair of tiles, registers per thread (255 is the most), bytes of stack per
 thread (registers that were spilled lie there), shared memory (the most is 227 KiB on sm_90 and sm_100, 163 on sm_80, 99
-on sm_86, sm_89 and sm_120) and instructions for Hopper's matrix units (none for float32, which runs without). With
---clocks also clocks of a multiprocessor per 128 queries and 128 keys. Takes seconds per kernel.
+on sm_86, sm_89 and sm_120) and instructions for Hopper's matrix units (none for float32, which runs without). Takes
+seconds per kernel.
 """
 
 import argparse
@@ -18,15 +17,17 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from clocks import count, machine_code
 from jvp_attention.shapes import LARGEST_HEAD, Given
 from jvp_attention.tile_sizes import Tiles
 
@@ -36,6 +37,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 POINTERS |= {torch.int64: "*i64", torch.uint8: "*u8"}
 LENGTH = 4096  # of queries and keys: not short, and divisible by the tiles
+WIDTHS = {"arch": 4, "kernel": 12, "D": 3, "queries": 7, "keys": 4, "warps": 5, "stages": 6, "effort": 6}
+WIDTHS |= {"matmuls": 7, "registers": 9, "stack": 5, "shared_kib": 10, "wgmma": 5}
 MULTIPLE_OF_16 = [["tt.divisibility", 16]]
 
 
@@ -57,9 +60,6 @@ def calls(d: int, dtype: torch.dtype, *, causal: bool = False, lengths: bool = F
 
 def source(call: Any, tiles: Tiles) -> Any:
     """Return the kernel of a call as the compiler takes it, arguments specialised as at its launch."""
-    import triton
-    from triton.compiler import ASTSource
-
     from jvp_attention import launch
 
     kernel, arguments = call.kernel, launch.in_units(call.arguments) | tiles.sizes()
@@ -86,18 +86,8 @@ def source(call: Any, tiles: Tiles) -> Any:
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def compile_call(call: Any, tiles: Tiles, sm: int = SM) -> Any:
-    """Compile the kernel of a call for an architecture."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    return triton.compile(source(call, tiles), target=GPUTarget("cuda", sm, 32), options=tiles.options())
-
-
 def usage(compiled: Any) -> tuple[int, int]:
     """Registers and bytes of stack per thread, as cuobjdump reads them from the compiled kernel."""
-    import triton
-
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -107,15 +97,10 @@ def usage(compiled: Any) -> tuple[int, int]:
     return figures["REG"], figures["STACK"]
 
 
-def report(call: Any, tiles: Tiles, sm: int = SM, *, clocks: bool = False) -> dict[str, Any]:
-    """Collect the figures of a kernel with a choice of tiles; clocks of a multiprocessor are per 128 x 128 pairs."""
-    compiled = compile_call(call, tiles, sm)
+def report(call: Any, tiles: Tiles, sm: int = SM) -> dict[str, Any]:
+    """Collect the figures of a kernel with a choice of tiles."""
+    compiled = triton.compile(source(call, tiles), target=GPUTarget("cuda", sm, 32), options=tiles.options())
     registers, stack = usage(compiled)
-    counted = {}
-    if clocks and call.name != "row_sum":
-        found = count(machine_code(compiled.asm["cubin"]), tiles.warps, sm)
-        found = found.per_pairs(128 * 128 / (tiles.queries * tiles.keys))
-        counted = {**found._asdict(), "sum": found.without_overlap, "limit": found.limit}
     return {
         "arch": sm,
         "kernel": call.name,
@@ -126,34 +111,16 @@ def report(call: Any, tiles: Tiles, sm: int = SM, *, clocks: bool = False) -> di
         "stack": stack,
         "shared_kib": compiled.metadata.shared / 1024,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
-        **counted,
     }
 
 
-COUNTED = ("tensor", "operands", "matrix", "loads", "exp2", "issue", "barriers", "sum")
-
-
-def line(r: dict[str, Any]) -> str:
+def line(values: Iterable[Any]) -> str:
     """Format one row of the table."""
-    tiles = f"{r['queries']} x {r['keys']}, {r['warps']} warps, {r['stages']} stages"
-    counted = "".join(f" {r[name]:>8.0f}" for name in COUNTED) + f" {r['limit']}" if "limit" in r else ""
-    return (
-        f"{r['arch']:<4} {r['kernel']:<13} {r['D']:>4} {tiles:<28} {r['matmuls']:>8} {r['registers']:>9} "
-        f"{r['stack']:>6} {r['shared_kib']:>6.1f} {r['wgmma']:>6}{counted}"
-    )
+    return " ".join(f"{value:>{width}}" for value, width in zip(values, WIDTHS.values(), strict=True))
 
 
-def header(clocks: bool) -> str:
-    """Format the names of the columns."""
-    counted = "".join(f" {name:>8}" for name in COUNTED) + " limit" if clocks else ""
-    return (
-        f"{'arch':<4} {'kernel':<13} {'D':>4} {'queries x keys':<28} {'matmuls':>8} {'registers':>9} "
-        f"{'stack':>6} {'KiB':>6} {'wgmma':>6}{counted}"
-    )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def main() -> None:
+    """Run the command."""
     p = argparse.ArgumentParser(
         "python kernels/tools/compile_report.py",
         description=__doc__,
@@ -162,47 +129,28 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="channels of a head (default: 64 128)")
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the inputs (default: bfloat16)")
+    p.add_argument("--kernels", nargs="+", metavar="NAME", help="only these (default: all)")
     p.add_argument("--causal", action="store_true", help="the causal kernels")
     p.add_argument("--lengths", action="store_true", help="the kernels that are given how many keys to see")
     p.add_argument("--all", action="store_true", help="every candidate of the tuning, not the default alone")
     p.add_argument("--arch", type=int, nargs="+", choices=SHARED_KIB, default=[SM], help="to compile for (default: 90)")
-    p.add_argument("--clocks", action="store_true", help="count clocks in the machine code")
-    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this new file")
-    args = p.parse_args(argv)
-    problem = _problem(args)
-    if problem:
-        print(f"{p.prog}: error: {problem}", file=sys.stderr)
-        return 2
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    args = p.parse_args()
+    if max(args.dims) > LARGEST_HEAD:
+        p.error(f"--dims are at most {LARGEST_HEAD}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        p.error("TRITON_INTERPRET=1 is set, and the interpreter compiles nothing: unset it")
     rows = []
-    print(header(args.clocks))
+    print(line(WIDTHS))
     for sm, d in itertools.product(args.arch, args.dims):
-        for call in calls(d, DTYPES[args.dtype], causal=args.causal, lengths=args.lengths):
+        found = calls(d, DTYPES[args.dtype], causal=args.causal, lengths=args.lengths)
+        for call in (call for call in found if call.name in (args.kernels or call.name)):
             for tiles in call.candidates(SHARED_KIB[sm])[: None if args.all else 1]:
-                rows.append(report(call, tiles, sm, clocks=args.clocks))
-                print(line(rows[-1]), flush=True)
+                rows.append(report(call, tiles, sm))
+                print(line(rows[-1].values()), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
-
-
-def _problem(args: argparse.Namespace) -> str:
-    """Say what is wrong with the options or the surroundings; empty if nothing is."""
-    if not all(1 <= d <= LARGEST_HEAD for d in args.dims):
-        return f"--dims must lie between 1 and {LARGEST_HEAD}"
-    if args.json and args.json.exists():
-        return f"{args.json} exists already; choose another --json"
-    if args.json and not args.json.absolute().parent.is_dir():
-        return f"the folder of {args.json} does not exist"
-    if args.clocks and 100 in args.arch:
-        return "--clocks knows no matrix instructions of sm_100"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "TRITON_INTERPRET=1 is set, and the interpreter compiles nothing: unset it"
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "triton is not installed (Linux: pip install triton)"
-    return ""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
