@@ -7,6 +7,7 @@ folder alone, and nothing here imports jvp_attention before; nor before --check-
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,10 +60,16 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def launches(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that are launched, as they are."""
+def launch(device: str) -> ModuleType:
+    """The module that launches kernels, imported where the interpreter has been chosen."""
     from jvp_attention import launch
 
+    return launch
+
+
+@pytest.fixture
+def launches(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are launched, as they are."""
     names: list[str] = []
     original = launch.Call.launch
 
@@ -75,9 +82,8 @@ def launches(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def guarded(device: str, monkeypatch: pytest.MonkeyPatch) -> "Iterator[GuardedOutputs]":
+def guarded(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> "Iterator[GuardedOutputs]":
     """Results lie between guards, which are checked at the end."""
-    from jvp_attention import launch
     from tests.attention_cases import GuardedOutputs
 
     guards = GuardedOutputs()
@@ -89,9 +95,8 @@ def guarded(device: str, monkeypatch: pytest.MonkeyPatch) -> "Iterator[GuardedOu
 
 
 @pytest.fixture
-def small_tiles(device: str, monkeypatch: pytest.MonkeyPatch):
+def small_tiles(launch: ModuleType, monkeypatch: pytest.MonkeyPatch):
     """Call with the tiles that every kernel shall have, and whether the keys' side takes two launches."""
-    from jvp_attention import launch
     from jvp_attention.tile_sizes import Tiles
 
     def choose(queries: int, keys: int, *, split: bool = False) -> None:
@@ -140,3 +145,11 @@ def emulated(device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(InterpreterBuilder, "get_bf16", get_bf16, raising=False)
     monkeypatch.setattr("jvp_attention.operators.why_not", lambda given: "")
     return device
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=str)
+def half(request: pytest.FixtureRequest, device: str) -> torch.dtype:
+    """A dtype of 16 bits, emulated where need be."""
+    if request.param == torch.bfloat16 and device == "cpu":
+        request.getfixturevalue("emulated")
+    return request.param
