@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 import jvp_attention
 from jvp_attention import reference
+from jvp_attention.shapes import Given
 from tests.attention_cases import TOLERANCE
 
 B, H, N, M, D, V = 2, 2, 5, 6, 8, 3  # V: entries of a mapped axis
@@ -54,17 +55,6 @@ def test_masks_of_one_batch_element_under_vmap(both, mapped, elements):
     near(found(*qkv, mask), torch.stack(exact))
 
 
-@pytest.mark.parametrize("transform", [pytest.param(func.jacrev, marks=pytest.mark.slow), func.jacfwd])
-def test_jacobians_with_a_shared_mask(both, transform):
-    (q, k, v), mask = inputs(device=both), torch.rand(1, 1, N, M, device=both) > 0.4
-
-    def of(which: Any, dtype: torch.dtype) -> Tensor:
-        a, b, c = (x.to(dtype) for x in (q, k, v))
-        return transform(lambda w: which.attention(w[0] * a + w[1], b, c, mask=mask)[1, 0, :2, 0])(a[0, 0, 0, :2])
-
-    near(of(jvp_attention, torch.float32), of(reference, torch.float64))
-
-
 MORE_SHAPES = [(1, M), (H, N, M), (1, H, N, 1), (1, 1, 1, 1)]
 SLOW = pytest.mark.slow
 
@@ -92,13 +82,14 @@ def test_masks_broadcast_as_pytorchs_do(both, shape):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_casts_before_dtypes_are_compared(both, dtype):
     """Q and k in float32, as norms and rotary embeddings leave them, v in 16 bits as from a linear layer."""
-    q, k, v = inputs(device=both)
-    v = v.to(dtype)
+    q, k, v = (x.requires_grad_() for x in inputs(device=both))
+    v = v.detach().to(dtype)
     with torch.autocast(q.device.type, dtype):
         o, do = func.jvp(jvp_attention.attention, (q, k, v), (q, k, v))
         by_hand = jvp_attention.dual_attention(q, k, v, q, None, v)
         assert jvp_attention.attention(q, k, v).dtype == pytorchs(q, k, v).dtype == o.dtype == do.dtype == dtype
     assert by_hand[1].dtype == dtype
+    assert torch.autograd.grad(o.sum() + do.sum(), q)[0].dtype == torch.float32
     rounded = [x.to(dtype).double() for x in (q, k, v)]
     for found, exact in zip((o, do), reference.dual_attention(*rounded, *rounded), strict=True):
         near(found, exact, TOLERANCE[dtype])
@@ -137,11 +128,8 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), SETTINGS)
-def test_both_settings_of_the_precision_are_read(device, name, value, expected):
+def test_both_settings_of_the_precision_are_read(launch, device, name, value, expected):
     """The older getter raises once the newer setting has been used. Tiles that did not fit are remembered by it."""
-    from jvp_attention import launch
-    from jvp_attention.shapes import Given
-
     given = Given(*inputs(device=device), None, None, None, None, None, 1.0, False)
     with precision(name, value):
         (call,), _ = launch.forward_calls(given)
@@ -166,32 +154,11 @@ def test_tensors_without_data_have_results_of_the_right_layout(both, fake):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf])
-def test_a_scale_that_is_not_finite_is_refused(scale):
-    """A maximum drops NaN, so the kernels made numbers of it."""
-    with pytest.raises(ValueError, match="scale must be finite, got"):
-        jvp_attention.attention(*inputs(), scale=scale)
-
-
 def test_logits_of_minus_infinity_without_a_mask(both):
     """As an additive mask in a channel of its own makes them: a first tile without a finite logit gave NaN."""
     q, k, v = torch.randn(3, 1, 1, 32, 8, device=both)
     q[..., 0], k[:, :, :20, 0] = 1, -math.inf
     near(jvp_attention.attention(q, k, v), reference.attention(*(x.double() for x in (q, k, v))))
-
-
-class Square(torch.autograd.Function):
-    """A Function of a user."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 2 * x * g
 
 
 @pytest.mark.slow
@@ -200,51 +167,72 @@ class Square(torch.autograd.Function):
 def test_an_eager_forward_has_a_compiled_backward():
     """Compiled autograd asks every Function for a key, which ours had not."""
     x = torch.randn(1, 2, N, D, requires_grad=True)
-    (exact,) = torch.autograd.grad(jvp_attention.attention(Square.apply(x), x, x).sum(), x)
-    y = jvp_attention.attention(Square.apply(x), x, x).sum()
+    (exact,) = torch.autograd.grad(jvp_attention.attention(x.square(), x, x).sum(), x)
+    y = jvp_attention.attention(x.square(), x, x).sum()
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
         y.backward()
     torch.testing.assert_close(x.grad, exact)
 
 
+def of_shapes(*shapes):
+    return lambda *_: [torch.zeros(shape) for shape in shapes]
+
+
+REFUSED = [  # what is handed over for q, k, v; the error and what it says
+    (lambda q, k, v: (None, k, v), TypeError, "q must be a tensor, got NoneType"),
+    (lambda q, k, v: (q, k.numpy(), v), TypeError, "k must be a tensor, got ndarray"),
+    (lambda q, k, v: (torch.nested.nested_tensor([q[0], q[0]]), k, v), TypeError, "q is a nested tensor; pad it"),
+    (lambda q, k, v: (q, k.double(), v), TypeError, "inputs of one dtype .* torch.float32, torch.float64"),
+    (lambda q, k, v: (q.long(), k.long(), v.long()), TypeError, "inputs of one dtype among"),
+    (lambda q, k, v: [x.to(torch.float8_e4m3fn) for x in (q, k, v)], TypeError, "got torch.float8_e4m3fn"),
+    (lambda q, k, v: (q, k.to("meta"), v), ValueError, "one device"),
+    (of_shapes((1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 6, 4)), ValueError, "k, v"),
+    (of_shapes((1, 2, 3, 4), (1, 2, 5, 8), (1, 2, 5, 8)), ValueError, r"\[B, H, M, D\]"),
+    (of_shapes((1, 4, 3, 4), (1, 3, 5, 4), (1, 3, 5, 4)), ValueError, r"\[B, H, M, D\]"),
+    (of_shapes((2, 3, 4), (2, 3, 4), (2, 3, 4)), ValueError, r"\[B, H, N, D\]"),
+    (of_shapes((1, 2, 0, 4), (1, 2, 5, 4), (1, 2, 5, 4)), ValueError, "empty"),
+    (of_shapes((1, 2, 3, 4), (1, 2, 0, 4), (1, 2, 0, 4)), ValueError, "empty"),
+    (of_shapes(*[(1, 1, 2, 257)] * 3), ValueError, "at most 256"),
+]
+REFUSED_OPTIONS = [
+    ({"scale": math.nan}, ValueError, "scale must be finite, got"),  # a maximum drops NaN: the kernels made numbers
+    ({"scale": math.inf}, ValueError, "scale must be finite, got"),
+    ({"scale": torch.tensor(0.3)}, TypeError, r"attention\(scale \* q, k, v, scale=1.0\)"),  # its gradient was lost
+    ({"lengths": torch.ones(2)}, TypeError, "int32 or int64, got torch.float32"),
+    ({"lengths": [5, 5]}, TypeError, "int32 or int64, got list"),
+    ({"lengths": torch.ones(3, dtype=torch.int32)}, ValueError, r"\[2\], got \[3\]"),
+    ({"lengths": torch.ones(2, 1, dtype=torch.int64)}, ValueError, r"\[2\], got \[2, 1\]"),
+    ({"lengths": torch.ones(2, dtype=torch.int64, device="meta")}, ValueError, "device cpu, got meta"),
+    ({"mask": torch.ones(N, M)}, TypeError, "mask must be a boolean tensor"),
+    ({"mask": torch.ones(N, M, dtype=torch.bool, device="meta")}, ValueError, "device cpu, got meta"),
+    *(
+        ({"mask": torch.ones(shape, dtype=torch.bool)}, ValueError, r"mask must broadcast to \[2, 2, 5, 6\], got")
+        for shape in ((M,), (N, N), (3, 1, N, M), (1, B, H, N, M))
+    ),
+]
+
+
 @pytest.mark.bad_shapes
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (lambda q, k, v: (None, k, v), TypeError, "q must be a tensor, got NoneType"),
-        (lambda q, k, v: (q, k.numpy(), v), TypeError, "k must be a tensor, got ndarray"),
-        (lambda q, k, v: (torch.nested.nested_tensor([q[0], q[0]]), k, v), TypeError, "q is a nested tensor; pad it"),
-        (
-            lambda q, k, v: (q, k.double(), v),
-            TypeError,
-            "inputs of one dtype .* torch.float32, torch.float64",
-        ),
-        (lambda q, k, v: (q.long(), k.long(), v.long()), TypeError, "inputs of one dtype among"),
-        (lambda q, k, v: [x.to(torch.float8_e4m3fn) for x in (q, k, v)], TypeError, "got torch.float8_e4m3fn"),
-        (lambda q, k, v: (q, k.to("meta"), v), ValueError, "one device"),
-    ],
-)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_wrong_inputs_are_named(change, error, message):
+@pytest.mark.parametrize(
+    ("change", "options", "error", "message"),
+    [(change, {}, *rest) for change, *rest in REFUSED] + [(lambda *x: x, *row) for row in REFUSED_OPTIONS],
+)
+def test_what_does_not_fit_is_refused(change, options, error, message):
     given = change(*inputs())
     with pytest.raises(error, match=message):
-        jvp_attention.attention(*given)
+        jvp_attention.attention(*given, **options)
     with pytest.raises(error, match=message):
-        jvp_attention.dual_attention(*given, *given)
+        jvp_attention.dual_attention(*given, *given, **options)
 
 
 @pytest.mark.bad_shapes
-def test_wrong_tangents_and_masks_are_named():
+def test_tangents_that_do_not_fit_are_refused():
     q, k, v = inputs()
     with pytest.raises(TypeError, match=r"its input's dtype torch.float32, got torch.float64"):
         jvp_attention.dual_attention(q, k, v, q.double(), k, v)
     with pytest.raises(ValueError, match="its input's shape"):
         jvp_attention.dual_attention(q, k, v, k, k, v)
-    with pytest.raises(TypeError, match="attn_mask"):
-        jvp_attention.attention(q, k, v, attn_mask=torch.ones(N, M))
-    for shape in ((M,), (N, N), (3, 1, N, M), (1, B, H, N, M)):
-        with pytest.raises(ValueError, match=r"mask must broadcast to \[2, 2, 5, 6\], got"):
-            jvp_attention.attention(q, k, v, mask=torch.ones(shape, dtype=torch.bool))
 
 
 def test_a_number_of_no_axes_changes_no_dtype(both):

@@ -133,9 +133,7 @@ def test_short_sequences_leave_room_for_a_second_block(name):
         ((9, 4), 64, "6.2", 64, torch.float16, False, "the kernels are for NVIDIA GPUs"),
     ],
 )
-def test_what_no_tile_fits_is_said(device, monkeypatch, capability, kib, hip, d, dtype, dual, reason):
-    from jvp_attention import launch
-
+def test_what_no_tile_fits_is_said(launch, monkeypatch, capability, kib, hip, d, dtype, dual, reason):
     properties = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -146,11 +144,9 @@ def test_what_no_tile_fits_is_said(device, monkeypatch, capability, kib, hip, d,
     assert bool(found) == bool(reason)
 
 
-def test_what_does_not_fit_after_all_is_replaced(device, monkeypatch):
+def test_what_does_not_fit_after_all_is_replaced(launch, device, monkeypatch):
     """A card, or a mask, that needs more than was thought: the next candidate is taken, and remembered."""
     from triton.runtime.errors import OutOfResources
-
-    from jvp_attention import launch
 
     q = torch.randn(1, 1, 20, 16, device=device)
     given = Given(q, q, q, None, None, None, None, None, 0.25, False)
