@@ -1,7 +1,6 @@
 """The chain of theorem 1, link by link. Tolerances are the quadrature errors that the result reports, no more."""
 
 import functools
-import itertools
 import math
 
 import pytest
@@ -32,10 +31,10 @@ def draws(oracle: GaussianMixture, n: int, seed: int = 0) -> tuple[Tensor, Tenso
     return oracle.sample(n, generator)[0], torch.randn(n, oracle.dim, generator=generator, dtype=torch.float64)
 
 
-def random_model(seed: int) -> FlowMap:
+def random_model(seed: int, **options) -> FlowMap:
     """Untrained, its last layer drawn like the others (ToyNetwork's own is zero: the exact flow of N(0, I))."""
     torch.manual_seed(seed)
-    network = ToyNetwork(**SMALL)
+    network = ToyNetwork(**SMALL, **options)
     nn.init.normal_(network.output.weight, std=0.5)
     return FlowMap(network)
 
@@ -55,13 +54,13 @@ def measured(
     return chain.measure(model, oracle, Draws(*draws(oracle, n, seed)), time_grid(t, scale, steps), scale)
 
 
-@pytest.mark.parametrize("state", ["trained", "random"])
 @pytest.mark.parametrize(("name", "seed"), [(name, i % 3) for i, name in enumerate(DISTRIBUTIONS)])
 @pytest.mark.slow
-def test_every_link_holds(name, state, seed):
+def test_every_link_holds(name, seed):
+    """Networks are trained and random in turn."""
     oracle = make_distribution(name)
-    model = trained_model(name, seed) if state == "trained" else random_model(seed)
-    for t in {TIMES[seed], TIMES[-1]} if state == "trained" else {TIMES[seed]}:
+    model = random_model(seed) if list(DISTRIBUTIONS).index(name) % 2 else trained_model(name, seed)
+    for t in {TIMES[seed], TIMES[-1]}:
         bound = measured(model, oracle, t, n=60, seed=seed)
         assert bound.violations() == [], f"t = {t}"
         assert all(math.isfinite(value) for value in bound.values.values())
@@ -87,22 +86,11 @@ def test_a_violated_link_is_named():
     assert names == [f"displacement {name}" for name in ("terminal_velocity", "mean_square", "pathwise_one_sided")]
 
 
-@pytest.mark.slow
-def test_groenwall_holds_for_every_single_point():
-    oracle = make_distribution("checkerboard")
-    bound = measured(trained_model("checkerboard", 0), oracle, steps=256)
-    terms = chain.pointwise_terms(bound.paths)
-    coarse = chain.pointwise_terms(bound.paths.thinned())
-    for name in ("terminal_velocity", "pathwise_one_sided", "pathwise_two_sided"):
-        error = (terms[name] - coarse[name]).abs() + bound.errors["displacement"]
-        assert (terms["displacement"] <= terms[name] + error).all(), name
-
-
 @pytest.mark.parametrize("state", ["random", pytest.param("trained", marks=pytest.mark.slow)])
 def test_with_signs_groenwall_is_an_identity(state):
     """d/ds e = <n, residuals> - m e, n the unit vector from Y to X, so e(0) = -int exp(int m) <n, a + b> ds.
 
-    It fails for a wrong sign or size of a, b or m.
+    It fails for a wrong sign or size of a, b or m. Without signs it bounds the error of every single point.
     """
     model = random_model(0) if state == "random" else trained_model("moons", 0)
     bound = measured(model, make_distribution("moons"), n=20 if state == "random" else 100, steps=256)
@@ -117,6 +105,10 @@ def test_with_signs_groenwall_is_an_identity(state):
     fine, coarse = signed(bound.paths), signed(bound.paths.thinned())
     error = chain.rms(fine - coarse) + bound.errors["displacement"]
     assert chain.rms(fine - chain.displacement(bound.paths)) <= error < 0.01 * bound.values["displacement"]
+    terms, coarse = (chain.pointwise_terms(paths) for paths in (bound.paths, bound.paths.thinned()))
+    for name in ("terminal_velocity", "pathwise_one_sided", "pathwise_two_sided"):
+        error = (terms[name] - coarse[name]).abs() + bound.errors["displacement"]
+        assert (terms["displacement"] <= terms[name] + error).all(), name
 
 
 @pytest.mark.parametrize("steps", [4, 6, 10])
@@ -262,9 +254,6 @@ def test_gaussian_data_and_a_linear_network_have_closed_forms(c, t):
     together = integrate(lambda r: math.exp(-c * r) * math.sqrt(sum(both(r, i) ** 2 for i in range(2)) / 2))
     assert chain.mean_square(paths) == pytest.approx(together, abs=1e-6)
     assert chain.global_bound(paths, torch.full_like(s, abs(c))) == pytest.approx(math.sqrt(total / 2), abs=1e-6)
-    start, end = paths.x[0], paths.y[0]
-    pairings = [(start - end[list(p)]).square().sum(1).mean().sqrt() for p in itertools.permutations(range(2))]
-    assert wasserstein2(start, end) == pytest.approx(float(min(pairings)), abs=1e-6)
 
 
 def test_lipschitz_constant_of_a_linear_network_is_its_slope():
@@ -276,11 +265,7 @@ def test_lipschitz_constant_of_a_linear_network_is_its_slope():
 
 @pytest.mark.slow
 def test_more_than_two_dimensions():
-    oracle = GaussianMixture(torch.randn(5, 4), 0.5)
-    torch.manual_seed(0)
-    network = ToyNetwork(dim=4, **SMALL)
-    nn.init.normal_(network.output.weight, std=0.3)
-    bound = measured(FlowMap(network), oracle, n=10, steps=8)
+    bound = measured(random_model(0, dim=4), GaussianMixture(torch.randn(5, 4), 0.5), n=10, steps=8)
     assert bound.violations() == []
 
 
@@ -383,13 +368,6 @@ def test_the_exact_path_is_the_oracle_s_flow_map():
     for i in (0, 40, 128):
         exact = oracle.jump(x, bound_paths.at(s[-1], x), bound_paths.at(s[i], x))
         assert float((path[i] - exact).norm(dim=1).square().mean().sqrt()) < 1e-4
-
-
-def test_huge_rates_do_not_overflow():
-    paths, _ = tight_case(3.0, 16)
-    rate = torch.full((17, 50), 500.0, dtype=torch.float64)
-    assert math.isfinite(chain.rms(chain.pathwise(rate, paths)))
-    assert math.isfinite(chain.global_bound(paths, rate[:, 0]))
 
 
 @pytest.mark.parametrize(

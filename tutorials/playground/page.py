@@ -24,9 +24,9 @@ from tvm_ref.cli.options import OneLineParser
 from tvm_ref.cli.options import run as run_command
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.seeding import EVALUATION
-from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.config import use_one_thread
 from tvm_ref.toy.data.mixture import GaussianMixture
-from tvm_ref.toy.run import load_run, load_snapshots
+from tvm_ref.toy.run import load_run, load_snapshots, steps_done
 
 PARTS = Path(__file__).parent / "web"  # the page, its style and its two scripts
 POINTS = 256  # noise points; a page computes all of them anew for every frame
@@ -54,7 +54,9 @@ def describe_run(folder: Path, blobs: list[str]) -> tuple[GaussianMixture, dict[
     config, distribution, model = load_run(folder)
     if config.conditional:
         raise UserError(f"{folder} is conditioned on classes; this page shows runs without --conditional")
-    snapshots = {step: w for step, w in load_snapshots(folder).items() if step < (done := steps_done(folder, config))}
+    done = steps_done(folder)
+    done = config.steps if done is None else done
+    snapshots = {step: weights for step, weights in load_snapshots(folder).items() if step < done}
     snapshots[done] = model.network.state_dict()
     method = OBJECTIVES[config.objective].method
     entries = []
@@ -74,20 +76,6 @@ def describe_run(folder: Path, blobs: list[str]) -> tuple[GaussianMixture, dict[
         "steps": config.steps,
         "snapshots": entries,
     }
-
-
-def steps_done(folder: Path, config: ToyConfig) -> int:
-    """After how many steps the run's weights.safetensors was written.
-
-    Raises:
-        ValueError: a damaged metrics.json.
-    """
-    try:
-        return int(json.loads((folder / "metrics.json").read_text())["steps"]["done"])
-    except FileNotFoundError:
-        return config.steps
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'metrics.json'} is damaged") from None
 
 
 def choices(runs: Sequence[dict[str, Any]]) -> str:

@@ -10,7 +10,6 @@ Prints the chain W2 <= displacement <= bounds as a table, and writes bound.json 
     python -m tvm_ref.experiments.bound_over_training      does lowering the loss lower W2?
 """
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -18,20 +17,18 @@ from typing import Any
 
 import torch
 
-from tvm_ref.bound.chain import LABELS, TERMS, Bound, assemble, lipschitz, rms
+from tvm_ref.bound.chain import LABELS, TERMS, Bound, measure
 from tvm_ref.bound.measuring import Measuring, require_covered, to_json
-from tvm_ref.bound.paths import follow, in_float64, loss_and_minimum, solver_error
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, given, run
-from tvm_ref.cli.progress import progress
 from tvm_ref.distances import sampling_floor, wasserstein2
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.seeding import BOUND
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.distributions import DISTRIBUTIONS
 from tvm_ref.toy.data.mixture import GaussianMixture
-from tvm_ref.toy.run import load_run, read_config
+from tvm_ref.toy.run import load_run, read_config, steps_done
 
 PAIRINGS = 4  # of data and noise, for the loss
 Finished = tuple[ToyConfig, GaussianMixture, FlowMap]
@@ -55,17 +52,10 @@ def load_finished(folder: Path) -> Finished:
         what = f"--dist {folder.name}" if folder.name in DISTRIBUTIONS else "--dist NAME (or --data FILE)"
         raise UserError(f"{folder} is not a folder; train first: python -m tvm_ref.toy {what} --out {folder}")
     require_covered(read_config(folder))
-    try:
-        config, distribution, model = load_run(folder)
-        done = json.loads((folder / "metrics.json").read_text())["steps"]["done"]
-    except FileNotFoundError as error:
-        if error.filename and Path(error.filename).name == "metrics.json":
-            raise UserError(f"{folder} is not finished (no metrics.json); go on with --resume") from None
-        raise
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
-    if done < config.steps:
-        raise UserError(f"{folder} stopped at step {done} of {config.steps}; go on with --resume")
+    config, distribution, model = load_run(folder)
+    done = steps_done(folder)
+    if done is None or done < config.steps:
+        raise UserError(f"{folder} stopped at step {done or 0} of {config.steps}; go on with --resume")
     return config, distribution, model
 
 
@@ -78,8 +68,10 @@ def measure_run(folder: Path, finished: Finished, measuring: Measuring) -> dict[
     from tvm_ref.bound.plots import plot_bound
     from tvm_ref.toy.report.plots import save_figure
 
-    config, distribution, _ = finished
-    bound = measure_with_progress(finished, measuring)
+    config, distribution, model = finished
+    print(f"measuring {folder}: {measuring.points:,} points at {measuring.grid + 1} times")
+    draws, s = measuring.draw(distribution, conditional=config.conditional), measuring.times(distribution)
+    bound = measure(model.cpu(), distribution, draws, s, distribution.time_scale, PAIRINGS)
     report = summary(bound) | {"points": measuring.points, "grid": measuring.grid}
     report["w2_data"], report["w2_floor"], report["w2_floor_deviation"] = against_data(bound, distribution)
     write_atomically(folder / "bound.json", to_json(report))
@@ -87,23 +79,6 @@ def measure_run(folder: Path, finished: Finished, measuring: Measuring) -> dict[
     print(table(bound, report))
     print(f"bound.json and bound.png: {folder}")
     return report
-
-
-def measure_with_progress(finished: Finished, measuring: Measuring) -> Bound:
-    """Do what chain.measure does, with a bar that moves after each stage."""
-    config, distribution, model = finished
-    flow, scale = in_float64(model.cpu()), distribution.time_scale
-    draws, s = measuring.draw(distribution, conditional=config.conditional), measuring.times(distribution)
-    with progress(total=2 + PAIRINGS, desc="measuring paths, Jacobians and losses", unit="stage", leave=False) as bar:
-        paths = follow(flow, distribution, draws.at(s[-1]), s, scale, draws.condition)
-        bar.update()
-        L = lipschitz(flow, paths, draws.condition)
-        bar.update()
-        losses = []
-        for seed in range(PAIRINGS):
-            losses.append(loss_and_minimum(flow, distribution, draws, s, seed))
-            bar.update()
-    return assemble(paths, L, losses, rms(solver_error(distribution, paths, scale, draws.condition)))
 
 
 def against_data(bound: Bound, distribution: GaussianMixture) -> tuple[float, float, float]:

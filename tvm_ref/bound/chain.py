@@ -33,7 +33,7 @@ L is the largest Jacobian norm over visited points: an estimate from below of th
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,9 +97,8 @@ def one_sided_rate(paths: Paths) -> Tensor:
 
 def two_sided_rate(paths: Paths) -> Tensor:
     """Return ||u_theta(X) - u_theta(Y)|| / ||X - Y|| [S, N], at least |m(s)|."""
-    e = displacement_error(
-        paths
-    )  # by Cauchy-Schwarz |<du, e>| <= ||du|| ||e||, which forgets where the field contracts
+    e = displacement_error(paths)
+    # by Cauchy-Schwarz |<du, e>| <= ||du|| ||e||, which forgets where the field contracts
     return _ratio(norms(paths.u_x - paths.u_y), e, e)
 
 
@@ -114,19 +113,8 @@ def _ratio(numerator: Tensor, denominator: Tensor, e: Tensor) -> Tensor:
 
 
 def rms(a: Tensor) -> float:
-    """Return sqrt(E a^2) over samples [N], with the largest taken out: squares of a path-wise bound may overflow."""
-    top = float(a.abs().max())
-    return top * float((a / top).square().mean().sqrt()) if 0 < top < math.inf else top
-
-
-def exp_without_top(exponent: Tensor) -> tuple[Tensor, Tensor]:
-    """Return exp(exponent - top) and top, the largest exponent over time [S, ...].
-
-    Weights here are exponentials of int L, which may exceed what a float64 holds. With exp(top) taken out of an
-    integral, only a result that is too large itself overflows.
-    """
-    top = exponent.amax(0)
-    return (exponent - top).exp(), top
+    """Return sqrt(E a^2) over samples [N]."""
+    return float(a.square().mean().sqrt())
 
 
 def displacement(paths: Paths) -> Tensor:
@@ -150,8 +138,8 @@ def pathwise(rate: Tensor, paths: Paths) -> Tensor:
 
     `rate` [S, N] is one_sided_rate or two_sided_rate.
     """
-    growth, top = exp_without_top(running_integral(rate, paths.s))  # of an error that enters at s, until time 0
-    return integral(growth * residual(paths), paths.s) * top.exp()
+    growth = running_integral(rate, paths.s).exp()  # of an error that enters at s, until time 0
+    return integral(growth * residual(paths), paths.s)
 
 
 def mean_square_rate(paths: Paths) -> Tensor:
@@ -189,9 +177,7 @@ def log_lambda(lipschitz: Tensor, s: Tensor) -> Tensor:
 
 def weighted_root(log_weight: Tensor, values: Tensor, s: Tensor) -> float:
     """Return sqrt(int_0^t exp(log_weight) values ds) of values [S], 0 if noise makes the integral negative."""
-    weight, top = exp_without_top(log_weight)
-    total = float(integral(weight * values, s))
-    return math.sqrt(max(total, 0.0)) * float((top / 2).exp())
+    return math.sqrt(max(float(integral(log_weight.exp() * values, s)), 0.0))
 
 
 def split_squares(paths: Paths) -> Tensor:
@@ -274,18 +260,13 @@ def pointwise_terms(paths: Paths) -> dict[str, Tensor]:
     }
 
 
-def measured_terms(paths: Paths, lipschitz: Tensor) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Measure all terms that the paths give, their quadrature errors, and the medians of those that are means."""
-    terms, coarse = pointwise_terms(paths), pointwise_terms(paths.thinned())
-    values = {name: rms(term) for name, term in terms.items()}
-    errors = {name: rms(term - coarse[name]) for name, term in terms.items()}  # of opposite signs, they do not cancel
-    medians = {name: float(term.median()) for name, term in terms.items()}
-    values["mean_square"] = mean_square(paths)
-    errors["mean_square"] = abs(values["mean_square"] - mean_square(paths.thinned()))
-    values["w2"] = wasserstein2(paths.x[0].flatten(1), paths.y[0].flatten(1))
-    values["global"] = global_bound(paths, lipschitz)
-    errors["global"] = abs(values["global"] - global_bound(paths.thinned(), lipschitz[::2]))
-    return values, errors, medians
+def averaged_terms(paths: Paths, lipschitz: Tensor, log_weight: Tensor, excess: Tensor) -> dict[str, float]:
+    """Return the terms that are means over points at every time; `excess` [S, N] is loss - minimum."""
+    return {
+        "mean_square": mean_square(paths),
+        "global": global_bound(paths, lipschitz),
+        "global_from_loss": weighted_root(log_weight, excess.mean(1), paths.s),
+    }
 
 
 def measure(model: Flow, oracle: Flow, draws: Draws, s: Tensor, scale: float, pairings: int = 1) -> Bound:
@@ -302,31 +283,27 @@ def measure(model: Flow, oracle: Flow, draws: Draws, s: Tensor, scale: float, pa
     Raises:
         FloatingPointError: a model whose path is not finite.
     """
-    model = in_float64(model)
+    model, t = in_float64(model), float(s[-1])
     paths = follow(model, oracle, draws.at(s[-1]), s, scale, draws.condition)
     L = lipschitz(model, paths, draws.condition)
     losses = [loss_and_minimum(model, oracle, draws, s, seed) for seed in range(pairings)]
-    return assemble(paths, L, losses, rms(solver_error(oracle, paths, scale, draws.condition)))
-
-
-def assemble(paths: Paths, L: Tensor, losses: Sequence[tuple[Tensor, Tensor]], error: float) -> Bound:
-    """Put the chain together from paths, L(s) [S], and (loss, minimum) [S, N] of each pairing of data with noise.
-
-    `error` is the RMS of solver_error.
-    """
-    s, t = paths.s, float(paths.s[-1])
-    values, errors, medians = measured_terms(paths, L)
-    errors["displacement"] = errors["w2"] = error  # a shift of Y_0 moves both by no more
     loss, minimum = (torch.stack(column).mean(0) for column in zip(*losses, strict=True))
     excess, weight = loss - minimum, log_lambda(L, s)  # the same draws, so that most of their noise cancels
-    values["global_from_loss"] = weighted_root(weight, excess.mean(1), s)
-    coarse = weighted_root(weight[::2], excess.mean(1)[::2], s[::2])
-    errors["global_from_loss"] = abs(values["global_from_loss"] - coarse)
+
+    terms, coarse = pointwise_terms(paths), pointwise_terms(paths.thinned())
+    whole = averaged_terms(paths, L, weight, excess)
+    coarse_whole = averaged_terms(paths.thinned(), L[::2], weight[::2], excess[::2])
+    values = {name: rms(term) for name, term in terms.items()} | whole
+    errors = {name: rms(term - coarse[name]) for name, term in terms.items()}  # of opposite signs, they do not cancel
+    errors |= {name: abs(value - coarse_whole[name]) for name, value in whole.items()}
+    values["w2"] = wasserstein2(paths.x[0].flatten(1), paths.y[0].flatten(1))
+    # a shift of Y_0 moves both by no more
+    errors["w2"] = errors["displacement"] = rms(solver_error(oracle, paths, scale, draws.condition))
     return Bound(
         t=t,
         values={name: values[name] for name in TERMS},
         errors={name: errors[name] for name in TERMS},
-        medians=medians,
+        medians={name: float(term.median()) for name, term in terms.items()},
         standard_error=loss_standard_error(paths, L, excess),
         constant=constant(L, minimum, s),
         loss=float(integral(loss.mean(1), s)) / t,
@@ -342,8 +319,7 @@ def loss_standard_error(paths: Paths, lipschitz: Tensor, excess: Tensor) -> floa
     Each draw gives one difference of squares, int lambda (excess - ||a||^2 - ||b||^2) ds; a difference of roots is that
     over the sum of the roots.
     """
-    weight, top = exp_without_top(log_lambda(lipschitz, paths.s))
-    difference = integral(weight[:, None] * (excess - split_squares(paths)), paths.s)  # of every draw [N]
-    error, unit = float(difference.std()) / math.sqrt(excess.shape[1]), float((top / 2).exp())
-    root = global_bound(paths, lipschitz) / unit
-    return error / max(root, math.sqrt(error), torch.finfo(torch.float64).tiny) * unit
+    weight = log_lambda(lipschitz, paths.s).exp()[:, None]
+    difference = integral(weight * (excess - split_squares(paths)), paths.s)  # of every draw [N]
+    error, root = float(difference.std()) / math.sqrt(excess.shape[1]), global_bound(paths, lipschitz)
+    return error / max(root, math.sqrt(error), torch.finfo(torch.float64).tiny)

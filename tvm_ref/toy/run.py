@@ -254,6 +254,20 @@ def load_model(folder: Path | str) -> tuple[ToyConfig, FlowMap, Units]:
     return config, model.requires_grad_(False), units
 
 
+def steps_done(folder: Path) -> int | None:
+    """Return after how many steps a run's weights were measured; None for a run without metrics.json.
+
+    Raises:
+        UserError: a damaged metrics.json.
+    """
+    try:
+        return int(json.loads((folder / METRICS).read_text())["steps"]["done"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / METRICS} is damaged") from None
+
+
 def snapshot_steps(steps: int) -> set[int]:
     """List the steps after which a snapshot is kept, of a training of `steps` steps."""
     return {round(fraction * steps) for fraction in SNAPSHOT_AT}
