@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import one_line
 from tvm_ref.bound import __main__ as command
 from tvm_ref.bound.chain import LINKS, TERMS, Bound
 from tvm_ref.toy.__main__ import main as toy
@@ -31,17 +32,6 @@ def copied(run, tmp_path, name, content):
     if content is not None:
         (folder / name).write_text(content)
     return folder
-
-
-def refusal(arguments, capsys) -> str:
-    """The one line that bad input gives, on stderr, with exit status 2."""
-    with pytest.raises(SystemExit) as stopped:
-        command.main([str(a) for a in arguments])
-    assert stopped.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert len(err.splitlines()) == 1
-    return err
 
 
 @pytest.mark.slow
@@ -143,7 +133,7 @@ def test_bad_input_gives_one_line(run, arguments, message, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     places = {"RUN": run, "FILE": tmp_path / "file", "EMPTY": tmp_path / "empty"}
-    error = refusal([places.get(a, a) for a in arguments], capsys)
+    error = one_line(capsys, command.main, [str(places.get(a, a)) for a in arguments])
     assert re.search(message, error)
 
 
@@ -163,4 +153,4 @@ def test_bad_input_gives_one_line(run, arguments, message, tmp_path, capsys):
     ],
 )
 def test_unfinished_damaged_and_uncovered_runs_are_refused(run, name, content, message, tmp_path, capsys):
-    assert message in refusal([copied(run, tmp_path, name, content)], capsys)
+    assert message in one_line(capsys, command.main, [str(copied(run, tmp_path, name, content))])

@@ -175,28 +175,6 @@ def test_a_finished_run_is_loaded_as_it_was_evaluated(tmp_path):
     assert oracle.sigma == run.distribution.sigma
 
 
-def damage(folder):
-    (folder / "config.json").write_text('{"dist": "moons"}')
-    (folder / "weights.safetensors").write_bytes(b"not weights")
-
-
-@pytest.mark.parametrize(
-    ("prepare", "message"),
-    [
-        (lambda folder: None, "holds no run"),
-        (lambda folder: (folder / "config.json").write_text("{"), "is not a configuration"),
-        (lambda folder: (folder / "config.json").write_text('{"colour": "red"}'), "colour"),
-        (lambda folder: (folder / "config.json").write_text('{"dist": "moons"}'), "holds no model"),
-        (damage, "is damaged"),
-    ],
-    ids=["no run", "broken", "unknown key", "unfinished", "damaged"],
-)
-def test_folders_that_hold_no_finished_run_raise(tmp_path, prepare, message):
-    prepare(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        load_run(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -43,14 +43,9 @@ def parser() -> OneLineParser:
     p.add_argument("--out", type=Path, help="folder of the run (default: runs/toy/NAME, NAME after the options)")
     existing = p.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace a run that is already there")
-    existing.add_argument(
-        "--resume", action="store_true", help="go on with the run that is there, with its own options"
-    )
+    existing.add_argument("--resume", action="store_true", help="go on with the run that is there, with its options")
     existing.add_argument(
         "--sample", type=int, metavar="N", help="only write N samples of the run that is there, as samples-N.csv"
-    )
-    p.add_argument(
-        "--sample-seed", type=int, metavar="K", help="draws other samples by --sample, written as samples-N-seedK.csv"
     )
     return p
 
@@ -83,26 +78,19 @@ def require_same(arguments: argparse.Namespace, folder: Path, way: str) -> ToyCo
 
 
 def write_samples(arguments: argparse.Namespace) -> Path:
-    """Write samples of a finished run as a table of their own, and return its path.
-
-    The table's name says what is in it, so that writing it again changes nothing.
+    """Write samples of a finished run, of other noise than that of samples.csv, and return the path of the table.
 
     Raises:
         ValueError, OSError: no finished run there, options that are not its own, fewer than one sample.
     """
     require_at_least(1, sample=arguments.sample)
-    seed = arguments.sample_seed
-    if seed is not None and not 0 <= seed < 2**63:
-        raise UserError(f"--sample-seed must lie in [0, 2^63), got {seed}")
     folder = folder_of(arguments)
     require_same(arguments, folder, "--sample")
     config, model, units = load_model(folder)
     classes = config.make_distribution() if config.conditional else None
     jump = OBJECTIVES[config.objective].stepper(model)
-    path = folder / f"samples-{arguments.sample}{'' if seed is None else f'-seed{seed}'}.csv"
-    seed = SAMPLING + 1 if seed is None else seed  # other noise than that of samples.csv
-    table = samples_table(config, jump, units, arguments.sample, seed, classes)
-    write_atomically(path, table)
+    path = folder / f"samples-{arguments.sample}.csv"
+    write_atomically(path, samples_table(config, jump, units, arguments.sample, SAMPLING + 1, classes))
     return path
 
 
@@ -136,8 +124,6 @@ def main(argv: list[str] | None = None) -> int:
     arguments = command.parse_args(argv)
     use_one_thread()
     with command.errors(), user_files():
-        if arguments.sample_seed is not None and arguments.sample is None:
-            raise UserError("--sample-seed goes with --sample")
         if arguments.sample is not None:
             print(f"{arguments.sample:,} samples, in the units of the data: {write_samples(arguments)}")
             return 0
