@@ -31,5 +31,5 @@ def test_shapes_are_checked_where_that_is_asked_for(tmp_path):
     (tmp_path / "test_wrong.py").write_text(WRONG)
     options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-p", "tests.conftest", "--rootdir", ROOT, "--check-shapes"]
     command = [sys.executable, "-m", "pytest", *options, tmp_path]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout

@@ -1,6 +1,5 @@
 import dataclasses
 import errno
-import signal
 import subprocess
 import sys
 import traceback
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
+from tests.commands import one_line
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.options import (
     OneLineParser,
@@ -44,15 +44,6 @@ def parser(**keywords):
     p.add_argument("--quiet", action="store_true", help="quiet")
     p.add_argument("place", nargs="?", default="here", help="the default is here")
     return p
-
-
-def ending(capsys):
-    """The line on stderr with which the last SystemExit came."""
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    return err.strip()
 
 
 def test_types_and_choices_come_from_annotations():
@@ -94,9 +85,7 @@ def test_named_values_are_read_by_the_annotations_of_a_function(capsys):
     ):
         with pytest.raises(UserError, match=message):
             read_settings("--words", method, bad)
-    with pytest.raises(SystemExit):
-        p.parse_args(["--words", "power"])
-    assert "--words: must read NAME=VALUE ..., got 'power'" in ending(capsys)
+    assert "--words: must read NAME=VALUE ..., got 'power'" in one_line(capsys, p.parse_args, ["--words", "power"])
 
 
 def test_options_that_are_not_given_stay_absent():
@@ -108,10 +97,7 @@ def test_options_that_are_not_given_stay_absent():
     [["--steps", "1.5"], ["--rate", "x"], ["--kind", "c"], ["--size", "huge"], ["--no-loud"], ["--step", "1"]],
 )
 def test_what_the_annotation_does_not_allow_is_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parser().parse_args(arguments)
-    assert stop.value.code == 2
-    assert ending(capsys).startswith("program: error: ")
+    assert one_line(capsys, parser().parse_args, arguments).startswith("program: error: ")
 
 
 @pytest.mark.parametrize(
@@ -139,32 +125,25 @@ def test_least_values_name_their_option():
             require_at_least(1, batch_size=bad)
 
 
-def test_what_the_user_can_mend_ends_with_one_line_and_status_2(capsys):
-    with pytest.raises(SystemExit) as stop, parser().errors("go on"):
-        raise UserError("--rate must be positive\nand more")
-    assert stop.value.code == 2
-    assert ending(capsys) == "program: error: --rate must be positive"
+NO_FILE = FileNotFoundError(errno.ENOENT, "No such file or directory", "x.csv")
 
 
-def test_a_file_that_the_user_named_is_named_in_one_line(capsys):
-    with pytest.raises(SystemExit) as stop, parser().errors(), user_files():
-        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x.csv")
-    assert stop.value.code == 2
-    assert ending(capsys) == "program: error: x.csv: No such file or directory"
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("--rate must be positive\nand more"), 2, "error: --rate must be positive"),
+        (NO_FILE, 2, "error: x.csv: No such file or directory"),
+        (FloatingPointError("step 3: the loss is NaN"), 1, "error: step 3: the loss is NaN"),  # and no advice to go on
+        (KeyboardInterrupt(), 130, "stopped; go on"),
+    ],
+    ids=["the user's", "a file that the user named", "diverged", "Ctrl-C"],
+)
+def test_what_is_no_bug_ends_with_one_line(error, status, line, capsys):
+    def work():
+        with parser().errors("go on"), user_files():
+            raise error
 
-
-def test_a_training_that_diverges_ends_with_one_line_and_no_advice_to_go_on(capsys):
-    with pytest.raises(SystemExit) as stop, parser().errors("go on"):
-        raise FloatingPointError("step 3: the loss is NaN")
-    assert stop.value.code == 1
-    assert ending(capsys) == "program: error: step 3: the loss is NaN"
-
-
-def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(capsys):
-    with pytest.raises(SystemExit) as stop, parser().errors("go on"):
-        raise KeyboardInterrupt
-    assert stop.value.code == 130
-    assert ending(capsys) == "program: stopped; go on"
+    assert one_line(capsys, work, status=status) == f"program: {line}\n"
 
 
 @pytest.mark.parametrize(
@@ -226,35 +205,3 @@ def test_run_exits_with_the_status(result, status, capsys):
         run(main)
     assert stop.value.code == status
     assert capsys.readouterr().err == ("\nstopped\n" if status == 130 else "")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals; run it on Linux or macOS")
-@pytest.mark.slow
-def test_a_second_ctrl_c_leaves_at_once():
-    """The first is noted; the second one comes in a step that would take a minute."""
-    code = """
-import time
-from tvm_ref.cli.options import OneLineParser, run
-from tvm_ref.cli.stopping import Interruption
-
-def main():
-    with OneLineParser("program").errors("go on"), Interruption() as interruption:
-        print("training", flush=True)
-        while not interruption.requested:
-            time.sleep(0.01)
-        print("noted", flush=True)
-        time.sleep(60)
-    return 0
-
-run(main)
-"""
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        for expected in ("training\n", "noted\n"):
-            assert process.stdout.readline() == expected
-            process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert err == "program: stopped; go on\n"
-    assert out == ""

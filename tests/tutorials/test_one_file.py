@@ -70,7 +70,8 @@ def test_its_times_follow_the_library_s_law(script):
 
 @pytest.mark.slow
 def test_it_runs_and_draws_a_picture(tmp_path):
-    result = subprocess.run([sys.executable, SCRIPT, "3"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    command = [sys.executable, SCRIPT, "3"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300)
     assert result.stdout.startswith("step 3: loss ")
     assert result.stderr == ""
     assert imread(tmp_path / "tvm_in_one_file.png").std() > 0.01

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +22,6 @@ PAGES = [
     *(f"tutorials/{path.stem}" for path in NOTEBOOKS),
 ]  # fmt: skip
 PHONE = {"width": 390, "height": 844}
-CHROMIUM = shutil.which("chromium")
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 CODE_OR_FORMULA = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL)
 
 
@@ -79,7 +73,7 @@ def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("site")
     options = ["-q", "-W", "--keep-going", "-D", "nb_execution_mode=off", "-d", str(out / ".doctrees")]
     command = [sys.executable, "-m", "sphinx", *options, "-c", "tutorials/site", ".", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -101,19 +95,9 @@ def test_every_module_is_in_the_reference(site):
 
 
 @pytest.fixture(scope="module")
-def phone():
+def phone(new_page):
     """A window as narrow as a phone's, and the list of what should not happen in it."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="driving a browser needs the package playwright")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page, complaints = browser.new_context(viewport=PHONE).new_page(), []
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else complaints.append(r.url))
-        yield page, complaints
-        browser.close()
+    return new_page(viewport=PHONE)
 
 
 @pytest.mark.slow
@@ -128,7 +112,8 @@ def test_a_page_can_be_read_on_a_phone(site, phone, name):
     page.goto((site / f"{name}.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     widths = page.evaluate("""async () => {
-        for (const image of document.images) { image.loading = "eager"; await image.decode(); }
+        const late = new Promise((_, reject) => setTimeout(() => reject(new Error("a picture does not load")), 60000));
+        for (const image of document.images) { image.loading = "eager"; await Promise.race([image.decode(), late]); }
         return [...document.images].map(image => [image.naturalWidth, image.getBoundingClientRect().width]);
     }""")
     assert all(natural > 0 and shown <= PHONE["width"] for natural, shown in widths)

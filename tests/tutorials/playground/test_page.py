@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -105,24 +104,6 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, options, message):
     assert not (tmp_path / "page.html").exists()
 
 
-CHROMIUM = shutil.which("chromium")
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="driving a browser needs the package playwright")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        instance = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield instance
-        instance.close()
-
-
 @pytest.fixture(scope="module")
 def file(runs, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
@@ -130,20 +111,16 @@ def file(runs, tmp_path_factory):
     return path
 
 
-def open_page(browser, file, **options):
-    """The page in a window of its own, drawn, and the list that everything goes into that should not be."""
-    page, complaints = browser.new_context(**options).new_page(), []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else complaints.append(r.url))
+def open_page(new_page, file, **options):
+    page, complaints = new_page(**options)
     page.goto(file.as_uri())
     page.wait_for_selector("body[data-drawn]", timeout=60_000)
     return page, complaints
 
 
 @pytest.fixture(scope="module")
-def window(browser, file):
-    page, complaints = open_page(browser, file, viewport={"width": 1200, "height": 1000})
+def window(new_page, file):
+    page, complaints = open_page(new_page, file, viewport={"width": 1200, "height": 1000})
     yield page, complaints, page.evaluate("({ ...state })")
     page.context.close()
 
@@ -319,8 +296,8 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 
 
 @pytest.mark.slow
-def test_the_page_fits_a_phone_and_follows_a_finger(browser, file):
-    opened, complaints = open_page(browser, file, **PHONE)
+def test_the_page_fits_a_phone_and_follows_a_finger(new_page, file):
+    opened, complaints = open_page(new_page, file, **PHONE)
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390
     opened.locator("#jump canvas").scroll_into_view_if_needed()
     settle(opened)
@@ -366,9 +343,9 @@ def test_suggestions_set_what_they_say_and_play_sweeps_to_the_data(opened):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "inks"), [("light", {"#0072b2", "#e6e6e6"}), ("dark", {"#56b4e9", "#303030"})])
-def test_pictures_are_drawn_in_light_and_dark(browser, file, scheme, inks):
+def test_pictures_are_drawn_in_light_and_dark(new_page, file, scheme, inks):
     """Some pixels have the dots' colour, and some the grid's."""
-    page, complaints = open_page(browser, file, color_scheme=scheme, viewport={"width": 1200, "height": 1000})
+    page, complaints = open_page(new_page, file, color_scheme=scheme, viewport={"width": 1200, "height": 1000})
     seen = page.evaluate("""() => {
         const { canvas } = pictures.jump, seen = new Set(); // a copy, as reading often makes the browser complain
         const pen = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d");
