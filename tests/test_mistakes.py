@@ -1,7 +1,5 @@
 """Mistakes that people make with the library: each is refused, or warned of, with what to do instead."""
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ X0, X1 = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().m
 T, S = some_times(5)
 TIMES = Times(T, S, S)
 LABEL = torch.arange(5)
+SCALED = FlowMap(Waves(), scaled=True)
 
 
 class Layer(nn.Module):
@@ -43,47 +42,31 @@ MISTAKES = {  # what is done: how, which error, what it says
     "a flow map of an average": (lambda m: FlowMap(EMA(m, 0.9)), TypeError, "got EMA"),
     "a flow map of a flow map": (lambda m: FlowMap(m), TypeError, "got FlowMap"),
     "TVM of a network": (lambda m: TVM(m.network), TypeError, r"wrap the network: FlowMap\(network\)"),
-    "labels as condition": (
-        lambda m: loss(m, condition=LABEL),
-        TypeError,
-        r"must be Condition\(label, beta\).*got Tensor",
-    ),
+    "labels as condition": (lambda m: loss(m, condition=LABEL), TypeError, r"Condition\(label, beta\).*got Tensor"),
     "beta as a number": (lambda m: loss(m, condition=Condition(LABEL, 0.5)), TypeError, "must be tensors.*got float"),
     "times as numbers": (lambda m: m.jump(X1, 1.0, 0.0), TypeError, "must be tensors.*got float"),
     "times as a pair": (lambda m: TVM(m)(X0, X1, (T, S)), TypeError, r"must be Times\(t, s, s_prime\).*got tuple"),
     "times as a pair, of flow matching": (lambda m: FlowMatching(m)(X0, X1, (T, S)), TypeError, "must be Times"),
     "times as a pair, of PID": (lambda m: PID(m)(X0, X1, (T, S)), TypeError, "must be Times"),
     "times as a triple, of MeanFlow": (lambda m: MeanFlow(m)(X0, X1, (T, S, S)), TypeError, "must be Times"),
-    "images as bytes": (
-        lambda m: TVM(m)(torch.zeros(5, 3, 4, 4, dtype=torch.uint8), torch.randn(5, 3, 4, 4), TIMES),
-        TypeError,
-        r"got torch.uint8; scale images to \[-1, 1\]",
-    ),
+    "images as bytes": (lambda m: TVM(m)(X0.byte(), X1, TIMES), TypeError, r"uint8; scale images to \[-1, 1\]"),
     "guidance forgotten in sampling": (
-        lambda m: sample(FlowMap(Waves(), scaled=True), X1),
+        lambda m: sample(SCALED, X1),
         ValueError,
-        r"a scaled flow map, .*needs a condition",
+        "scaled flow map.*needs a condition",
     ),
     "labels to drop without beta": (lambda m: drop_labels(LABEL, 3), TypeError, r"takes Condition\(label, beta\)"),
     "one step as a number with a point": (
         lambda m: sample(m, X1, 1.0),
         TypeError,
-        "a number of steps, as 1, or a grid",
+        "number of steps, as 1, or a grid",
     ),
-    "classes forgotten": (
-        lambda m: TVM(m, null_label=3)(X0, X1, TIMES),
-        ValueError,
-        r"null_label needs a condition: Condition\(label, beta\)",
-    ),
-    "backward of the terms": (
-        lambda m: TVM(m)(X0, X1, TIMES).backward(),
-        TypeError,
-        r"terms per sample; take terms\.total\.mean\(\)\.backward\(\)",
-    ),
+    "classes forgotten": (lambda m: TVM(m, null_label=3)(X0, X1, TIMES), ValueError, "null_label needs a condition"),
+    "backward of the terms": (lambda m: TVM(m)(X0, X1, TIMES).backward(), TypeError, r"terms\.total\.mean\(\)\.backw"),
     "a network of x alone": (
-        lambda m: FlowMap(nn.Sequential(nn.Linear(4, 4))),
+        lambda m: FlowMap(nn.Sequential()),
         TypeError,
-        r"called as network\(x, t, s, condition\); Sequential\.forward takes \(input",
+        r"\(x, t, s, condition\); Sequential\.f",
     ),
     "a network without condition": (lambda m: FlowMap(Unconditional()), TypeError, r"takes \(x.*, t.*, s.*\)"),
     "batch norm": (lambda m: loss(FlowMap(Layer(nn.BatchNorm1d(4).double()))), RuntimeError, "GroupNorm or RMSNorm"),
@@ -98,17 +81,6 @@ def test_a_mistake_is_refused_with_what_to_do(name):
         make(FlowMap(Waves()))
 
 
-def test_other_failures_inside_a_network_stay_what_they_are():
-    for kind in (NotImplementedError, RuntimeError):
-
-        class Failing(nn.Module):
-            def forward(self, x: Tensor, failure: type[Exception] = kind) -> Tensor:
-                raise failure("its own words")
-
-        with pytest.raises(kind, match="its own words"):
-            loss(FlowMap(Layer(Failing())))
-
-
 def test_a_network_may_take_more_than_it_is_called_with():
     class Willing(nn.Module):
         def forward(self, x: Tensor, *arguments: object, scale: float = 1.0, **options: object) -> Tensor:
@@ -119,30 +91,22 @@ def test_a_network_may_take_more_than_it_is_called_with():
     assert FlowMap(Willing()).jump(X1, T, S).shape == X1.shape
 
 
-def test_images_as_bytes_in_floats_are_warned_of():
-    with pytest.warns(UserWarning, match="data reach beyond 100, .* scale them"):
+def test_data_far_out_and_beta_that_may_be_w_are_warned_of():
+    with pytest.warns(UserWarning, match="data reach beyond 100, .* scale them"):  # images as bytes, in floats
         TVM(FlowMap(Waves()))(250 * torch.ones_like(X0), X1, TIMES)
-
-
-def test_beta_that_may_be_w_is_warned_of():
-    condition = Condition(LABEL, torch.full((5,), 2.0, dtype=torch.float64))
     with pytest.warns(UserWarning, match="was w meant"):
-        FlowMap(Waves()).velocity(X1, T, condition)
+        FlowMap(Waves()).velocity(X1, T, Condition(LABEL, torch.full((5,), 2.0, dtype=torch.float64)))
 
 
 def test_a_network_that_does_not_read_s_is_warned_of_once():
     model = FlowMap(PointData(torch.zeros(4, dtype=torch.float64)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(4):  # a DiT's modulation is zero at first, and depends on s from the third step on
-            loss(model)
+    for _ in range(4):  # a DiT's modulation is zero at first, and depends on s from the third step on
+        loss(model)  # a warning is an error in all tests
     with pytest.warns(UserWarning, match="does not depend on s"):
         loss(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(6):
-            loss(model)
+    silent = Waves()
+    silent.a.data, silent.b.data, silent.c.data = 3 * (torch.zeros((), dtype=torch.float64),)
+    for _ in range(6):
+        loss(model)
         loss(FlowMap(Waves()))
-        silent = Waves()
-        silent.a.data, silent.b.data, silent.c.data = 3 * (torch.zeros((), dtype=torch.float64),)
         loss(FlowMap(silent))  # an output of zeros tells nothing: many networks begin so
