@@ -36,6 +36,7 @@ def copied(run, tmp_path, name, content):
 
 @pytest.mark.slow
 def test_a_finished_run_is_measured_written_and_drawn(run, capsys):
+    """Bounds are within a factor of 4: in mean square, and path by path in the median, as its RMS has a heavy tail."""
     assert command.main([str(run), "--points", "400"]) == 0
     result = json.loads((run / "bound.json").read_text())
     assert set(result) >= KEYS
@@ -43,31 +44,14 @@ def test_a_finished_run_is_measured_written_and_drawn(run, capsys):
         assert result[lower] <= result[upper] + result["quadrature_error"] + 1e-9 * result[upper]
     assert result["violations"] == []
     assert result["t"] == 1
-    assert result["pathwise_one_sided"] <= 4 * result["displacement"]
+    assert result["displacement"] < result["mean_square"] <= 4 * result["displacement"]
+    assert result["medians"]["pathwise_one_sided"] <= 4 * result["medians"]["displacement"]
     assert math.isfinite(result["global"])
     assert abs(result["global_from_loss"] - result["global"]) <= 4 * result["standard_error"]
     assert (run / "bound.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "estimate from below" in printed
     assert all(line in printed for line in ("W2 (optimal transport)", "global (theorem 1)"))
-
-
-@pytest.mark.slow
-def test_a_moons_run_is_bounded_within_a_factor_of_4(tmp_path):
-    """In mean square, and path by path in the median.
-
-    The root mean square over paths has a heavy tail, so it is not held to a factor: on one default run it was 5.0, as a
-    single point near a separatrix can double it.
-    """
-    folder = tmp_path / "moons"
-    options = ["--steps", "1000", "--batch-size", "256", "--points", "100"]
-    assert toy(["--dist", "moons", *options, "--out", str(folder)]) == 0
-    assert command.main([str(folder), "--points", "1000"]) == 0
-    result = json.loads((folder / "bound.json").read_text())
-    assert result["displacement"] < result["mean_square"] <= 4 * result["displacement"]
-    assert result["displacement"] < result["pathwise_one_sided"]
-    assert result["medians"]["pathwise_one_sided"] <= 4 * result["medians"]["displacement"]
-    assert math.isfinite(result["global"])
 
 
 @pytest.mark.slow

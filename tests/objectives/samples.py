@@ -9,20 +9,33 @@ from torch import Tensor
 from tests.networks import Waves, some_times
 from tvm_ref.ema import EMA
 from tvm_ref.flow_map import FlowMap
+from tvm_ref.guidance import Condition
 from tvm_ref.time_samplers import Times
 
 B = 16
 
 
-def setup(shape=(B, 2), seed=0) -> tuple[FlowMap, FlowMap, Tensor, Tensor, Times]:
-    """A model, a frozen target of other weights, data, noise, and times."""
-    model = FlowMap(Waves())
+def other_weights(model: FlowMap) -> FlowMap:
+    """A frozen target whose weights differ from the model's."""
     target = EMA(model, 0).module
     with torch.no_grad():
         for p in target.parameters():
             p += 0.1
+    return target
+
+
+def setup(shape=(B, 2), seed=0, **options) -> tuple[FlowMap, FlowMap, Tensor, Tensor, Times]:
+    """A model, a target of other weights, data, noise, and times."""
+    model = FlowMap(Waves(), **options)
     x0, x1 = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return model, target, x0, x1, Times(*some_times(shape[0], seed), some_times(shape[0], seed + 1)[1])
+    times = Times(*some_times(shape[0], seed), some_times(shape[0], seed + 1)[1])
+    return model, other_weights(model), x0, x1, times
+
+
+def guidance() -> tuple[Condition, Condition]:
+    """Classes 0 to 2 with weights of guidance, and the condition without classes, of null label 3."""
+    condition = Condition(torch.arange(B) % 3, torch.linspace(0.3, 1, B, dtype=torch.float64))
+    return condition, Condition(torch.full((B,), 3), torch.ones(B, dtype=torch.float64))
 
 
 def gradient(loss: Tensor, model: FlowMap) -> Tensor:

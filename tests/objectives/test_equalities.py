@@ -14,7 +14,6 @@ from tvm_ref.objectives import (
     ESD,
     LSD,
     OBJECTIVES,
-    PID,
     PSD,
     TVM,
     AlphaFlow,
@@ -67,13 +66,6 @@ def test_the_whole_of_tvm_is_lsd_on_the_jumps_and_on_the_diagonal():
     torch.testing.assert_close(gradient(tvm.total.sum(), model), gradient(lsd.total.sum(), model))
 
 
-def test_pid_is_lsd_from_noise():
-    model, target, x0, x1, times = setup()
-    ones = times._replace(t=torch.ones_like(times.t))
-    pid, lsd = PID(model)(x0, x1, times, target=target), LSD(model)(x0, x1, ones, target=target)
-    torch.testing.assert_close(per_sample(pid.jump, model), per_sample(lsd.jump, model), rtol=1e-11, atol=1e-13)
-
-
 @pytest.mark.parametrize("name", UNWEIGHTED)
 def test_on_the_diagonal_every_residual_is_flow_matching(name):
     kind, options = UNWEIGHTED[name]
@@ -107,26 +99,11 @@ def test_the_expected_gradient_of_mean_flow_is_that_of_stopped_esd_with_the_exac
     torch.testing.assert_close(per_sample(esd.jump, model), expected, rtol=1e-9, atol=1e-11)
 
 
-def test_improved_mean_flow_has_the_gradient_of_mean_flow_with_its_own_velocity_in_the_derivative():
-    model, _, x0, x1, times = setup()
-    t, s, _ = times
-    x, v = interpolate(x0, x1, t), x1 - x0
-    u = model.velocity(x, t).detach()
-    D = torch.func.jvp(lambda x, t: model.network(x, t, s), (x, t), (u, torch.ones_like(t)))[1].detach()
-    by_hand = mean_square(model.network(x, t, s) + (t - s)[:, None] * D - v)
-    imf = ImprovedMeanFlow(model, power=0)(x0, x1, times)
-    torch.testing.assert_close(imf.jump, by_hand)
-    torch.testing.assert_close(per_sample(imf.jump, model), per_sample(by_hand, model))
-
-
 def test_continuous_consistency_without_normalisation_is_mean_flow_at_zero():
     model, _, x0, x1, times = setup()
     sct = ContinuousConsistency(model, constant=None)(x0, x1, times)
     mean_flow = MeanFlow(model, power=0)(x0, x1, times._replace(s=torch.zeros_like(times.s)))
     torch.testing.assert_close(per_sample(sct.jump, model), per_sample(mean_flow.jump, model))
-
-
-# alpha-Flow and SoFlow -------------------------------------------------------------------------------------------
 
 
 def test_alpha_flow_at_one_is_trajectory_flow_matching():

@@ -2,10 +2,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.networks import PointData, Waves, some_times
-from tests.objectives.samples import assert_plain_gradient, gradient
+from tests.networks import PointData, some_times
+from tests.objectives.samples import B, assert_plain_gradient, gradient, guidance, other_weights, per_sample, setup
 from tvm_ref.ema import EMA
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition, guided_velocity
@@ -17,30 +16,12 @@ from tvm_ref.toy.data.distributions import make_distribution
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.network import ToyNetwork
 
-B = 16
 SHAPES = [(B, 2), (B, 3, 2, 2)]
-
-
-def draw(shape=(B, 2), seed=0) -> tuple[Tensor, Tensor, Times]:
-    x0, x1 = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    t, s = some_times(shape[0], seed)
-    return x0, x1, Times(t, s, some_times(shape[0], seed + 1)[1])
-
-
-def other_weights(flow_map: FlowMap) -> FlowMap:
-    """A frozen target whose weights differ from the model's."""
-    target = EMA(flow_map, 0.9).module
-    with torch.no_grad():
-        for p in target.parameters():
-            p += 0.1
-    return target
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tvm_equals_equation_12_written_out(shape):
-    model = FlowMap(Waves())
-    target = other_weights(model)
-    x0, x1, times = draw(shape)
+    model, target, x0, x1, times = setup(shape)
     (t, s, s_prime), net = times, model.network
     terms = TVM(model)(x0, x1, times, target=target)
 
@@ -53,19 +34,13 @@ def test_tvm_equals_equation_12_written_out(shape):
     boundary = (net(x_s, s_prime, s_prime) - (x1 - x0)).square().flatten(1).mean(1)
     torch.testing.assert_close(terms.jump, terminal, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(terms.flow_matching, boundary, rtol=1e-12, atol=1e-12)
-    gradients = [
-        torch.autograd.grad(loss.mean(), list(net.parameters())) for loss in (terms.total, terminal + boundary)
-    ]
+    gradients = [gradient(loss.mean(), model) for loss in (terms.total, terminal + boundary)]
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
 
 
 def test_tvm_with_condition_equals_equation_15_written_out():
-    model = FlowMap(Waves(), scaled=True)
-    target = other_weights(model)
-    x0, x1, times = draw()
-    t, s, s_prime = times
-    condition = Condition(torch.arange(B) % 3, torch.linspace(0.3, 1, B, dtype=torch.float64))
-    null = Condition(torch.full((B,), 3), torch.ones(B, dtype=torch.float64))
+    model, target, x0, x1, times = setup(scaled=True)
+    (t, s, s_prime), (condition, null) = times, guidance()
     terms = TVM(model, null_label=3)(x0, x1, times, condition, target)
 
     w = 1 / condition.beta
@@ -84,22 +59,17 @@ def test_tvm_with_condition_equals_equation_15_written_out():
 @pytest.mark.parametrize("kind", [TVM, FlowMatching])
 def test_no_gradient_flows_through_the_target_of_guidance(kind):
     """Also where the model is its own target: eq. 14 has the gradient that it has with a frozen copy."""
-    model = FlowMap(Waves(), scaled=True)
-    x0, x1, times = draw()
-    condition = Condition(torch.arange(B) % 3, torch.linspace(0.3, 1, B, dtype=torch.float64))
+    model, _, x0, x1, times = setup(scaled=True)
     own, frozen = (
-        kind(model, null_label=3)(x0, x1, times, condition, target).flow_matching
+        kind(model, null_label=3)(x0, x1, times, guidance()[0], target).flow_matching
         for target in (None, EMA(model, 0).module)
     )
-    torch.testing.assert_close(
-        *(torch.autograd.grad(terms.mean(), list(model.parameters())) for terms in (own, frozen)), rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(*(gradient(terms.mean(), model) for terms in (own, frozen)), rtol=1e-12, atol=0)
 
 
 def test_without_target_and_detaching_the_gradient_is_that_of_equation_9():
     """Eq. 9 stops no gradient, so finite differences of its value are its gradient; eq. 12 stops some."""
-    x0, x1, times = draw()
-    model = FlowMap(Waves())
+    model, _, x0, x1, times = setup()
     objective = TVM(model, detach_landing=False)
     assert_plain_gradient(lambda: objective(x0, x1, times).total.mean(), model)
     whole = gradient(objective(x0, x1, times).total.mean(), model)
@@ -108,9 +78,7 @@ def test_without_target_and_detaching_the_gradient_is_that_of_equation_9():
 
 
 def test_detached_jvp_changes_gradients_and_not_values():
-    x0, x1, times = draw()
-    model = FlowMap(Waves())
-    target = other_weights(model)
+    model, target, x0, x1, times = setup()
     full, cheap = (TVM(model, detach_jvp=d)(x0, x1, times, target=target) for d in (False, True))
     assert torch.equal(full.total, cheap.total)
     gradients = [torch.autograd.grad(a.jump.mean(), model.network.c)[0] for a in (full, cheap)]
@@ -118,19 +86,12 @@ def test_detached_jvp_changes_gradients_and_not_values():
 
 
 def test_two_micro_batches_make_one_batch():
-    x0, x1, times = draw()
-    model = FlowMap(Waves())
-    target = other_weights(model)
-    whole = torch.autograd.grad(TVM(model)(x0, x1, times, target=target).total.mean(), list(model.parameters()))
-    halves = [
-        torch.autograd.grad(
-            TVM(model)(x0[h], x1[h], Times(*(a[h] for a in times)), target=target).total.mean(),
-            list(model.parameters()),
-        )
-        for h in (slice(0, B // 2), slice(B // 2, B))
-    ]
-    for a, b, c in zip(whole, *halves, strict=True):
-        torch.testing.assert_close(a, (b + c) / 2)
+    model, target, x0, x1, times = setup()
+    whole, first, second = (
+        gradient(TVM(model)(x0[h], x1[h], Times(*(a[h] for a in times)), target=target).total.mean(), model)
+        for h in (slice(B), slice(B // 2), slice(B // 2, B))
+    )
+    torch.testing.assert_close(whole, (first + second) / 2)
 
 
 @pytest.mark.compiles
@@ -142,8 +103,7 @@ def test_compiles_whole_and_equals_the_eager_objective(name):
     torch.manual_seed(0)
     model = FlowMap(ToyNetwork(2, 0, width=8, depth=1).double())
     torch.nn.init.normal_(model.network.output.weight)
-    target = other_weights(model)
-    x0, x1, times = draw()
+    target, (_, _, x0, x1, times) = other_weights(model), setup()
     objective = OBJECTIVES[name](model)
     results = []
     for call in (objective, torch.compile(objective, backend="aot_eager", fullgraph=True)):
@@ -156,18 +116,14 @@ def test_compiles_whole_and_equals_the_eager_objective(name):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tvm_is_flow_matching_at_equal_times(shape):
     """Appendix A.5, eq. 59 and 60: value and gradient, also where nothing is masked."""
-    x0, x1, (t, _, _) = draw(shape)
-    model = FlowMap(Waves())
+    model, target, x0, x1, (t, _, _) = setup(shape)
     times = Times(t, t, t)
     tvm, fm = TVM(model)(x0, x1, times), FlowMatching(model)(x0, x1, times)
     assert torch.equal(tvm.jump, torch.zeros(B, dtype=torch.float64))
     assert torch.equal(tvm.total, fm.total)
     # the indicator 1{t != s} of eq. 12: the velocities of a target with other weights differ at t = s as well
-    assert not bool(TVM(model)(x0, x1, times, target=other_weights(model)).jump.any())
-    torch.testing.assert_close(
-        torch.autograd.grad(tvm.total.mean(), list(model.parameters())),
-        torch.autograd.grad(fm.total.mean(), list(model.parameters())),
-    )
+    assert not bool(TVM(model)(x0, x1, times, target=target).jump.any())
+    torch.testing.assert_close(gradient(tvm.total.mean(), model), gradient(fm.total.mean(), model))
     close = Times(t, t - 1e-9 * t, t)  # where nothing is masked, the term vanishes in the limit (appendix A.3)
     assert 0 < float(TVM(model)(x0, x1, close).jump.detach().max()) < 1e-12
 
@@ -186,37 +142,21 @@ def test_every_objective_vanishes_for_the_exact_flow_of_one_point(name):
 
 def test_the_two_forms_of_mean_flow_agree():
     """Appendix E.1: ||F - F_tgt||^2 of eq. 18 is ||d/dt f + v||^2, d/dt along the path."""
-    x0, x1, times = draw()
+    model, _, x0, x1, times = setup()
     t, s, _ = times
-    model = FlowMap(Waves())
     v, x_t = conditional_velocity(x0, x1), interpolate(x0, x1, t)
     df_dt = torch.func.jvp(lambda x, t: model.displacement(x, t, s), (x_t, t), (v, torch.ones_like(t)))[1]
     torch.testing.assert_close(MeanFlow(model, power=0)(x0, x1, times).jump, mean_square(df_dt + v))
 
 
-def test_mean_flow_stops_the_gradient_of_its_target():
-    x0, x1, times = draw()
-    t, s, _ = times
-    model = FlowMap(Waves())
-    v, x_t = conditional_velocity(x0, x1), interpolate(x0, x1, t)
-    dF_dt = torch.func.jvp(lambda x, t: model.network(x, t, s), (x_t, t), (v, torch.ones_like(t)))[1]
-    target = (v + over(s - t, v) * dF_dt).detach()
-    expected = torch.autograd.grad(
-        (model.network(x_t, t, s) - target).square().mean(1).mean(), list(model.parameters())
-    )
-    actual = torch.autograd.grad(MeanFlow(model, power=0)(x0, x1, times).total.mean(), list(model.parameters()))
-    torch.testing.assert_close(actual, expected)
-
-
 def test_pid_is_tvm_from_noise_alone():
-    x0, x1, times = draw()
-    model = FlowMap(Waves())
-    target = other_weights(model)
+    model, target, x0, x1, times = setup()
     pid = PID(model)(x0, x1, times, target=target)
     f, df_ds = model.displacement_and_terminal_velocity(x1, torch.ones_like(times.t), times.s)  # eq. 19
     torch.testing.assert_close(pid.jump, mean_square(df_ds - target.velocity(x1 + f, times.s)))
     tvm = TVM(model)(x0, x1, times._replace(t=torch.ones_like(times.t)), target=target)
     assert torch.equal(pid.total, tvm.total)
+    torch.testing.assert_close(per_sample(pid.total, model), per_sample(tvm.total, model), rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["moons", "checkerboard", "two_spirals"])
@@ -298,8 +238,7 @@ def test_a_loss_that_is_not_finite_raises_and_names_the_term(name, value):
 @pytest.mark.bad_shapes
 @pytest.mark.parametrize("objective", OBJECTIVES.values())
 def test_bad_shapes_and_times_raise(objective):
-    model = FlowMap(Waves())
-    x0, x1, times = draw()
+    model, _, x0, x1, times = setup()
     with pytest.raises(ValueError, match="same shape"):
         objective(model)(x0, x1[:, :1], times)
     with pytest.raises(ValueError, match="shape"):
@@ -310,10 +249,9 @@ def test_bad_shapes_and_times_raise(objective):
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values())
 def test_guidance_without_a_null_label_raises(objective):
-    x0, x1, times = draw()
-    condition = Condition(torch.zeros(B, dtype=torch.long), torch.full((B,), 0.5, dtype=torch.float64))
+    model, _, x0, x1, times = setup()
     with pytest.raises(ValueError, match="null_label"):
-        objective(FlowMap(Waves()))(x0, x1, times, condition)
+        objective(model)(x0, x1, times, guidance()[0])
 
 
 def test_a_network_of_the_wrong_output_shape_raises():
@@ -321,7 +259,7 @@ def test_a_network_of_the_wrong_output_shape_raises():
         def forward(self, x, t, s, condition):
             return x[:, :1]
 
-    x0, x1, times = draw()
+    _, _, x0, x1, times = setup()
     with pytest.raises(ValueError, match="must return the shape of x"):
         TVM(FlowMap(OneColumn()))(x0, x1, times)
 

@@ -7,10 +7,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.objectives.samples import B, per_sample, setup
+from tests.objectives.samples import B, guidance, per_sample, setup
 from tests.processes import in_two_processes
 from tvm_ref.flow_map import FlowMap
-from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import interpolate
 from tvm_ref.objectives import OBJECTIVES, Jumps, ResidualObjective, guided_target, mean_square
 from tvm_ref.shapes import over
@@ -24,8 +23,7 @@ EQUAL = {"some": torch.arange(B) % 3 == 0, "none": torch.zeros(B, dtype=torch.bo
 def batch(equal):
     """A model, a target, data, noise, times of which some are equal, and a condition."""
     model, target, x0, x1, (t, s, s_prime) = setup((B, 3, 2, 2))
-    condition = Condition(torch.arange(B) % 3, torch.linspace(0.3, 1, B, dtype=torch.float64))
-    return model, target, x0, x1, Times(t, torch.where(equal, t, s), s_prime), condition
+    return model, target, x0, x1, Times(t, torch.where(equal, t, s), s_prime), guidance()[0]
 
 
 @pytest.mark.parametrize("which", EQUAL)

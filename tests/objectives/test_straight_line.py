@@ -5,8 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests.objectives.samples import B, assert_plain_gradient, per_sample, setup
-from tvm_ref.guidance import Condition
+from tests.objectives.samples import B, assert_plain_gradient, guidance, per_sample, setup
 from tvm_ref.interpolant import interpolate
 from tvm_ref.objectives import (
     ESD,
@@ -130,9 +129,7 @@ def test_average_velocity_and_its_derivatives_against_central_differences():
 def test_with_a_condition_the_target_of_equation_14_stands_for_v(kind):
     """And the residual is weighted by beta^2 = 1/w^2 before any adaptive weight."""
     model, target, x0, x1, times = setup()
-    t = times.t
-    condition = Condition(torch.arange(B) % 3, torch.linspace(0.3, 1, B, dtype=torch.float64))
-    null = Condition(torch.full((B,), 3), torch.ones(B, dtype=torch.float64))
+    t, (condition, null) = times.t, guidance()
     x, w = interpolate(x0, x1, t), over(1 / condition.beta, x0)
     guided = w * (x1 - x0) + (1 - w) * target.velocity(x, t, null)
     objective = kind(model, null_label=3, power=0)
@@ -195,11 +192,3 @@ def test_soflow_shortens_its_step_exponentially():
         objective.set_progress(progress)
         steps.append(float(objective.alpha_now))
     assert steps == pytest.approx([0.1, (0.1 * 0.002) ** 0.5, 0.002])
-
-
-def test_objectives_without_a_curriculum_ignore_progress():
-    model, target, x0, x1, times = setup()
-    objective = LSD(model)
-    before = objective(x0, x1, times, target=target).total
-    objective.set_progress(0.7)
-    assert torch.equal(before, objective(x0, x1, times, target=target).total)
