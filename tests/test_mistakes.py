@@ -55,6 +55,19 @@ MISTAKES = {  # what is done: how, which error, what it says
         ValueError,
         "scaled flow map.*needs a condition",
     ),
+    "labels as floats": (
+        lambda m: loss(m, condition=Condition(LABEL.double(), X0[:, 0])),
+        TypeError,
+        "labels must be whole numbers",
+    ),
+    "labels one-hot": (lambda m: loss(m, condition=Condition(X0.long(), T)), ValueError, r"of shape \[5\]"),
+    "labels from 1": (
+        lambda m: drop_labels(Condition(LABEL + 1, X0[:, 0]), 4),
+        ValueError,
+        "labels must lie in 0 to 3, or be the null label 4; got 1 to 5",
+    ),
+    "data with NaN": (lambda m: TVM(m)(X0 / 0 * 0, X1, TIMES), ValueError, "NaN or infinite"),
+    "noise before the model": (lambda m: sample(X1, m), TypeError, "the model comes first"),
     "labels to drop without beta": (lambda m: drop_labels(LABEL, 3), TypeError, r"takes Condition\(label, beta\)"),
     "one step as a number with a point": (
         lambda m: sample(m, X1, 1.0),

@@ -96,16 +96,21 @@ def snippet(opening: str, page: str = README) -> str:
 
 
 @pytest.mark.parametrize("classes", [False, True])
-def test_the_training_loop_runs(classes):
-    """The loops of the README and of the guide, as printed, on two batches of images and a network of one layer."""
-    network = Network()
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_training_loop_runs(classes, device):
+    """The loops of the README and of the guide, as printed, on two batches of images and a network of one layer.
+
+    Data lie on the CPU; that nothing else does shows with a network elsewhere.
+    """
+    network = Network().to(device)
     before = network.layer.weight.detach().clone()
     x0 = torch.randn(2, 4, 3, 8, 8)
     batches = zip(x0, torch.arange(8).view(2, 4), strict=True) if classes else x0
     scope = {"network": network, "batches": batches}
     exec(snippet("## Classes and guidance", GUIDE) if classes else snippet("## In your own training loop"), scope)
     assert scope["images"].shape == (64, 3, 32, 32)
-    assert not torch.equal(network.layer.weight, before)
+    assert scope["images"].device.type == device
+    assert device == "meta" or not torch.equal(network.layer.weight, before)
 
 
 @pytest.mark.slow

@@ -58,3 +58,23 @@ def test_a_bare_network_is_refused():
     with pytest.raises(TypeError, match="wrap it"):
         sample(network, torch.randn(4, 2))
     assert sample(FlowMap(network), torch.randn(4, 2)).shape == (4, 2)
+
+
+class Dropping(torch.nn.Module):
+    """F = x with dropout, beside a part that stays in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.frozen = torch.nn.Dropout(0.5), torch.nn.Dropout(0.5).eval()
+
+    def forward(self, x, t, s, condition):
+        return self.frozen(self.drop(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, EulerStep])
+def test_sampling_drops_nothing_and_leaves_each_module_in_its_mode(wrap):
+    model = FlowMap(Dropping())
+    torch.testing.assert_close(sample(wrap(model), torch.ones(20, 3)), torch.zeros(20, 3))  # x + (0 - 1) x
+    assert model.training
+    assert model.network.drop.training
+    assert not model.network.frozen.training

@@ -7,6 +7,7 @@ checked again. Values are looked at only where that costs nothing: on the CPU, o
 import functools
 import inspect
 import itertools
+import math
 import threading
 import warnings
 from collections.abc import Callable, Collection
@@ -83,6 +84,8 @@ def check_condition(condition: Any, flow_map: Any) -> None:
     elif not hasattr(condition, "beta"):
         kind = type(condition).__name__
         raise TypeError(f"the condition must be Condition(label, beta) with beta = 1/w, 1 without guidance; got {kind}")
+    elif isinstance(condition.label, Tensor) and condition.label.is_floating_point():
+        raise TypeError(f"labels must be whole numbers, the classes 0, 1, ...; got {condition.label.dtype}")
     elif isinstance(condition.beta, Tensor) and values_are_cheap(condition.beta) and bool((condition.beta > 1).any()):
         warnings.warn("beta = 1/w is above 1, a guidance weight w below 1; was w meant?", stacklevel=4)
 
@@ -93,7 +96,9 @@ def check_data(x0: Tensor, x1: Tensor, t: Tensor) -> None:
         raise TypeError(f"data must be floating-point numbers, got {x0.dtype}; scale images to [-1, 1]: x0 / 127.5 - 1")
     require(x0.shape == x1.shape, f"x0 and x1 must have the same shape, got {list(x0.shape)} and {list(x1.shape)}")
     check_batch(x0, t)
-    if values_are_cheap(x0) and x0.numel() and float(x0.detach().abs().amax()) > FAR:
+    farthest = float(x0.detach().abs().amax()) if values_are_cheap(x0) and x0.numel() else 0.0
+    require(math.isfinite(farthest), "data hold NaN or infinite numbers")
+    if farthest > FAR:
         warnings.warn(f"data reach beyond {FAR:g}, where noise has standard deviation 1; scale them", stacklevel=4)
 
 
@@ -129,6 +134,8 @@ def check_sampling(jump: Any, times: Any) -> None:
     """Raise TypeError for what takes no steps, ValueError for a grid of times that does not fall within [0, 1]."""
     if is_average(jump):
         raise TypeError("an EMA holds a model and is none: sample from its .module")
+    if isinstance(jump, Tensor):
+        raise TypeError("sample(model, noise, steps): the model comes first")
     if isinstance(jump, nn.Module) and not hasattr(jump, "displacement"):
         raise TypeError(f"{type(jump).__name__} is a network, not a flow map; wrap it: FlowMap(network)")
     if isinstance(times, float):
@@ -214,6 +221,10 @@ def _check_labels(condition: Any, null_label: int, rate: float = 0.1, **others: 
     if not hasattr(condition, "beta"):
         raise TypeError(f"drop_labels takes Condition(label, beta), got {type(condition).__name__}")
     require(0 <= rate <= 1, f"the label dropout rate must lie in [0, 1], got {rate}")
+    if values_are_cheap(label := condition.label) and len(label):
+        seen = f"{int(label.min())} to {int(label.max())}"
+        fit = bool(((label >= 0) & (label <= null_label)).all())
+        require(fit, f"labels must lie in 0 to {null_label - 1}, or be the null label {null_label}; got {seen}")
 
 
 def _check_loss(self: Any, x0: Tensor, x1: Tensor, times: Any, condition: Any = None, **others: Any) -> None:

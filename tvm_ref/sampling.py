@@ -1,10 +1,12 @@
 """Sampling in one or several steps (paper, fig. 3)."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tvm_ref.checks import check_sampling, require
 from tvm_ref.flow_map import Flow
@@ -24,36 +26,60 @@ def uniform_times(steps: int) -> list[float]:
     return [1 - i / steps for i in range(steps + 1)]
 
 
+@contextlib.contextmanager
+def _evaluating(jump: Any) -> Iterator[None]:
+    """Put a model into eval mode, where dropout is off, and leave each of its modules as it was."""
+    model = getattr(jump, "flow", jump)  # of an EulerStep
+    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def sample_path(
     jump: Jump, x1: Sample, times: int | Sequence[float] = 1, condition: Condition | None = None
 ) -> list[Sample]:
-    """Carry noise x1 [B, ...] to data by x <- x + f(x, t_i, t_i+1) (fig. 3); return the states of the grid.
+    """Return every state on the way from noise to data, x1 first: arguments and errors are those of `sample`."""
+    check_sampling(jump, times)
+    # the paper's slice of its grid drops the last time, 0, and with it the last step; ours ends at the data
+    grid = uniform_times(times) if isinstance(times, int) else [float(time) for time in times]
+    path = [x1]
+    with _evaluating(jump):
+        for t, s in itertools.pairwise(grid):
+            x = path[-1]
+            # all samples take the same step; a flow map takes it in one evaluation, however long it is
+            path.append(jump(x, x.new_full((len(x),), t), x.new_full((len(x),), s), condition))
+    return path
+
+
+def sample(jump: Jump, x1: Sample, times: int | Sequence[float] = 1, condition: Condition | None = None) -> Sample:
+    """Generate: carry noise x1 [B, ...] to data by x <- x + f(x, t_i, t_i+1) (fig. 3); return the samples [B, ...].
+
+    A model is evaluated in eval mode and without gradients, and keeps the mode that it had.
+
+        sample(model, torch.randn(64, 3, 32, 32))                      # one step
+        sample(model, noise, 4)                                        # four equal steps
+        sample(model, noise, [1.0, 0.3, 0.0])                          # two steps at times of one's own
+        sample(model, noise, 1, Condition(labels, 1 / w * torch.ones(64)))  # of classes, guided with weight w
+        sample(EulerStep(model), noise, 50)                            # of a model that knows its velocity only
 
     Args:
-        jump: called as jump(x, t, s, condition): a FlowMap, an exact flow's `jump`, or EulerStep.
-        x1: noise, the state at times[0].
+        jump: a FlowMap (an average's is `ema.module`), EulerStep, an exact flow's `jump`, or any function called as
+            jump(x, t, s, condition).
+        x1: noise, the state at times[0], on the model's device.
         times: number of equal steps from 1 to 0 (1 is one-step generation), or a falling grid of times in [0, 1].
         condition: labels and beta, handed to `jump`.
 
     Raises:
         ValueError: fewer than one step, or a grid that does not fall within [0, 1].
         TypeError: an EMA, whose .module is meant; a network that is not wrapped in a FlowMap: it gives average
-            velocities F, not states. A number of steps that is not a whole number.
+            velocities F, not states. A number of steps that is not a whole number, or noise that is none.
     """
-    check_sampling(jump, times)
-    # the paper's slice of its grid drops the last time, 0, and with it the last step; ours ends at the data
-    grid = uniform_times(times) if isinstance(times, int) else [float(time) for time in times]
-    path = [x1]
-    for t, s in itertools.pairwise(grid):
-        x = path[-1]
-        # all samples take the same step; a flow map takes it in one evaluation, however long it is
-        path.append(jump(x, x.new_full((len(x),), t), x.new_full((len(x),), s), condition))
-    return path
-
-
-def sample(jump: Jump, x1: Sample, times: int | Sequence[float] = 1, condition: Condition | None = None) -> Sample:
-    """Return the last state of sample_path: samples [B, ...] of the data."""
     return sample_path(jump, x1, times, condition)[-1]
 
 
