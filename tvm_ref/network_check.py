@@ -25,6 +25,7 @@ STATISTICS = nn.modules.batchnorm._NormBase  # norms that update running statist
 
 JVP: TypeAlias = Callable[[Callable[..., Tensor], tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, Tensor]]
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Call: TypeAlias = tuple[list[Any], Any]  # leaves of a module's arguments, and their tree
 
 
 class Errors(NamedTuple):
@@ -192,19 +193,12 @@ def _ready_to_differ(network: nn.Module) -> nn.Module:
     return network
 
 
-class _Call(NamedTuple):
-    """What a module was first called with."""
-
-    leaves: list[Any]
-    tree: Any
-
-
-def _record(network: nn.Module, F: Callable[[Tensor], Tensor], s: Tensor) -> dict[nn.Module, _Call]:
+def _record(network: nn.Module, F: Callable[[Tensor], Tensor], s: Tensor) -> dict[nn.Module, Call]:
     """Return what each module of the network is first called with in F(s)."""
-    calls: dict[nn.Module, _Call] = {}
+    calls: dict[nn.Module, Call] = {}
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.setdefault(module, _Call(*tree_flatten((args, kwargs))))
+        calls.setdefault(module, tree_flatten((args, kwargs)))
 
     hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in network.modules()]
     try:
@@ -234,22 +228,20 @@ def _layers_at_fault(network: nn.Module, F: Callable[[Tensor], Tensor], s: Tenso
     ]
 
 
-def _fault(module: nn.Module, here: _Call, before: _Call, after: _Call, jvp: JVP) -> str:
+def _fault(module: nn.Module, here: Call, before: Call, after: Call, jvp: JVP) -> str:
     """Say what is wrong with a module where it was called; nothing if it is right or meets no tangent."""
-    moving = [
-        i
-        for i, a in enumerate(here.leaves)
-        if isinstance(a, Tensor) and a.is_floating_point() and not torch.equal(before.leaves[i], after.leaves[i])
-    ]
+    met, tree = here
+    numbers = [i for i, a in enumerate(met) if isinstance(a, Tensor) and a.is_floating_point()]
+    moving = [i for i in numbers if not torch.equal(before[0][i], after[0][i])]
     if not moving:
         return ""
-    tangents = [(after.leaves[i] - before.leaves[i]) / (2 * STEP) for i in moving]
+    tangents = [(after[0][i] - before[0][i]) / (2 * STEP) for i in moving]
 
     def function(*values: Tensor) -> Tensor:
-        leaves = list(here.leaves)
+        leaves = list(met)
         for i, v in zip(moving, values, strict=True):
             leaves[i] = v
-        args, kwargs = tree_unflatten(leaves, here.tree)
+        args, kwargs = tree_unflatten(leaves, tree)
         results = [a for a in tree_flatten(module(*args, **kwargs))[0] if isinstance(a, Tensor)]
         return torch.cat([a.flatten() for a in results if a.is_floating_point()])
 
@@ -257,7 +249,7 @@ def _fault(module: nn.Module, here: _Call, before: _Call, after: _Call, jvp: JVP
         c = torch.linspace(-1, 1, len(y), dtype=y.dtype, device=y.device)
         return (c * (y + 1) * dy + dy.square()).mean()
 
-    values = [here.leaves[i] for i in moving]
+    values = [met[i] for i in moving]
     try:
         wrong = measure(function, values, tangents, list(module.parameters()), loss, jvp).wrong
     except Exception as error:  # as in check_network

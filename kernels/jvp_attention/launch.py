@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from jvp_attention import backward, forward
-from jvp_attention.layout import Results, empty_numbers, empty_residual, empty_rows, nothing, rows_in_order
+from jvp_attention.layout import Results, empty_numbers, empty_results, empty_rows, rows_in_order
 from jvp_attention.rows import visible_tiles_kernel
 from jvp_attention.shapes import Given
 from jvp_attention.tile_sizes import (
@@ -224,21 +224,13 @@ def _attention_arguments(given: Given) -> dict[str, Any]:
 
 def forward_calls(given: Given, keep: bool = True) -> Work:
     """Prepare attention of q, k, v, and its tangent: `Results`, with the residuals if `keep` asks for them."""
-    q, dual, has_t = given.q, given.has_tangent, given.logits_have_tangent
-    r = Results(
-        o=empty_rows(q),
-        do=empty_rows(q) if dual else nothing(q),
-        o_residual=empty_residual(q) if dual and keep else nothing(q),
-        do_residual=empty_residual(q) if dual and keep else nothing(q),
-        lse=empty_numbers(q),
-        mu=empty_numbers(q) if has_t else nothing(q, torch.float32),
-    )
+    r = empty_results(given, keep)
     arguments = {
         **_attention_arguments(given),
         **{name: _rows(getattr(r, name)) for name in ("o", "do", "o_residual", "do_residual")},
-        **{"lse": r.lse, "mu": r.mu if has_t else None},
+        **{"lse": r.lse, "mu": r.mu if given.logits_have_tangent else None},
     }
-    return [Call("forward_dual" if dual else "forward", forward.forward_kernel, arguments, "QUERIES")], r
+    return [Call("forward_dual" if given.has_tangent else "forward", forward.forward_kernel, arguments, "QUERIES")], r
 
 
 def backward_calls(

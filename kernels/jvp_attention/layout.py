@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from jvp_attention.shapes import Given
+
 
 class Results(NamedTuple):
     """Results of the forward, and what its backward takes; without tangents all but o and lse are `nothing`."""
@@ -29,14 +31,22 @@ def empty_rows(like: Tensor) -> Tensor:
     return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
 
 
+def empty_results(given: Given, keep: bool) -> Results:
+    """Allocate the results of the forward, with the residuals, in 16 bits, if `keep` asks for them."""
+    q, dual = given.q, given.has_tangent
+    lse = empty_numbers(q)
+
+    def rows(wanted: bool) -> Tensor:
+        return empty_rows(q) if wanted else nothing(q)
+
+    residuals = dual and keep and q.dtype.itemsize < 4
+    mu = empty_numbers(q) if given.logits_have_tangent else nothing(lse)
+    return Results(rows(True), rows(dual), rows(residuals), rows(residuals), lse, mu)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """Return x [B, H, rows, D] in the memory order of `empty_rows`; a placeholder as it is."""
     return empty_rows(x).copy_(x) if x.ndim == 4 else x
-
-
-def empty_residual(like: Tensor) -> Tensor:
-    """Allocate what rounding takes from 16-bit rows; nothing for float32."""
-    return empty_rows(like) if like.dtype.itemsize < 4 else nothing(like)
 
 
 def empty_numbers(like: Tensor) -> Tensor:
@@ -44,9 +54,9 @@ def empty_numbers(like: Tensor) -> Tensor:
     return torch.empty(like.shape[:3], dtype=number_type(like), device=like.device)
 
 
-def nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def nothing(like: Tensor) -> Tensor:
     """Make the placeholder of a result that is not wanted: a tensor without elements, the only one with one axis."""
-    return like.new_empty(0, dtype=dtype)
+    return like.new_empty(0)
 
 
 def number_type(like: Tensor) -> torch.dtype:

@@ -34,7 +34,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from jvp_attention import fallback
-from jvp_attention.layout import Results, as_rows, empty_numbers, empty_residual, empty_rows, nothing
+from jvp_attention.layout import Results, as_rows, empty_results, empty_rows, nothing
 from jvp_attention.shapes import Given
 
 log = logging.getLogger("jvp_attention")
@@ -115,11 +115,7 @@ def _log_once(reason: str, level: int) -> None:
 
 def _forward_shapes(*arguments: Any) -> Six:
     given, (keep,) = Given.split(arguments)
-    q, dual = given.q, given.has_tangent
-    residuals = (empty_residual(q), empty_residual(q)) if dual and keep else (nothing(q), nothing(q))
-    lse = empty_numbers(q)
-    mu = empty_numbers(q) if given.logits_have_tangent else nothing(lse)
-    return empty_rows(q), empty_rows(q) if dual else nothing(q), *residuals, lse, mu
+    return empty_results(given, keep)
 
 
 def _backward_shapes(*arguments: Any) -> Six:

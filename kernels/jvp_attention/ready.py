@@ -6,9 +6,11 @@ by value, and reach other threads; other rules for the operators would stay in t
 
 While a mode answers, PyTorch takes it off, so it does not see what a function written in Python calls. Of those only
 nn.MultiheadAttention's matters, and `opened` shows it. What is called in C++ stays unseen: nn.LSTM is right, but
-multiplies by absent tangents. A checkpoint is no such function; recompute.py sets one attribute for it.
+multiplies by absent tangents. torch.utils.checkpoint is no such function; one attribute is set for it.
 """
 
+import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -16,11 +18,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from jvp_attention import rules
-from jvp_attention.recompute import install, recomputed
+from jvp_attention.rules import has_tangent, unpack_dual
+
+CHECKPOINT_OPTIONS = {"preserve_rng_state"} | {  # of checkpoint itself; other keywords are the function's
+    name
+    for name, parameter in inspect.signature(checkpoint).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY or name == "use_reentrant"
+}
 
 
 class jvp_ready(TorchFunctionMode):
@@ -46,7 +57,7 @@ class jvp_ready(TorchFunctionMode):
 
     def __enter__(self) -> "jvp_ready":
         if not torch.compiler.is_compiling():
-            install(jvp_ready)
+            see_checkpoints()
         return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,11 +66,11 @@ class jvp_ready(TorchFunctionMode):
         if func is torch.Tensor.unflatten:  # which calls super(): torch.compile of PyTorch 2.11 cannot follow from here
             func = torch.unflatten
         if func is checkpoint:  # which only torch.compile asks about
-            return recomputed(checkpoint, jvp_ready, *args, **kwargs)
+            return recomputed(checkpoint, *args, **kwargs)
         answer = ANSWERS.get(func)
         if answer is None:
             return func(*args, **kwargs)
-        if rules.tangents_are_hidden() or any(map(rules.has_tangent, (*args, *kwargs.values()))):
+        if rules.tangents_are_hidden() or any(map(has_tangent, (*args, *kwargs.values()))):
             return answer(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -90,6 +101,86 @@ def _with(rule: Callable[..., Any], function: Callable[..., Any]) -> Callable[..
         return rule(function, *args, **kwargs)
 
     return answer
+
+
+def recomputed(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call PyTorch's `checkpoint`; where an argument has a tangent, around the JVP of the function in the mode.
+
+    PyTorch's checkpoint knows nothing of tangents: it recomputes after the JVP has ended, finds fewer tensors than were
+    saved, and its backward fails. The JVP of the block, on the other hand, is an ordinary function of values and
+    tangents.
+
+    Raises:
+        NotImplementedError: a function that uses a tensor with a tangent that is none of its arguments.
+    """
+    options = {name: kwargs.pop(name) for name in CHECKPOINT_OPTIONS & set(kwargs)}
+    leaves, tree = tree_flatten((args, kwargs))
+    moving = [i for i, x in enumerate(leaves) if has_tangent(x)]
+    if not moving:
+        if any(isinstance(entered, jvp_ready) for entered in _get_current_function_mode_stack()):
+            function = in_mode(function)
+        return checkpoint(function, *args, **kwargs, **options)
+
+    rest: list[Any] = []  # of results that are not one tensor: a JVP returns only tensors
+
+    def of_moving(*values: Tensor) -> Any:
+        given = list(leaves)
+        for i, x in zip(moving, values, strict=True):
+            given[i] = x
+        args, kwargs = tree_unflatten(given, tree)
+        result = in_mode(function)(*args, **kwargs)
+        if isinstance(result, Tensor):
+            return result
+        found, shape = tree_flatten(result)
+        rest[:] = shape, [None if isinstance(x, Tensor) else x for x in found]
+        return tuple(x for x in found if isinstance(x, Tensor))
+
+    def dual(values: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
+        return torch.func.jvp(of_moving, values, tangents)
+
+    values, tangents = zip(*(unpack_dual(leaves[i]) for i in moving), strict=True)
+    y, dy = checkpoint(dual, values, tangents, **options | {"use_reentrant": False})
+    if any(map(has_tangent, tree_flatten(y)[0])):
+        raise NotImplementedError(
+            "torch.utils.checkpoint inside a JVP: the function uses a tensor with a tangent that is not among its "
+            "arguments; pass it, as in checkpoint(function, x, c, use_reentrant=False)"
+        )
+    if isinstance(y, Tensor):
+        return forward_ad.make_dual(y, dy)
+    shape, others = rest
+    duals = map(forward_ad.make_dual, y, dy)
+    return tree_unflatten([next(duals) if x is None else x for x in others], shape)
+
+
+def in_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function run in the mode in the backward, too, which may come after the mode was left."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jvp_ready():
+            return function(*args, **kwargs)
+
+    return call
+
+
+@functools.cache
+def see_checkpoints() -> None:
+    """Let torch.utils.checkpoint.checkpoint come by here, under every name that it was imported by.
+
+    PyTorch keeps, as an attribute of the function, the form of it that eager mode calls; this sets the attribute. It is
+    done once for the process: where no argument has a tangent nothing changes.
+    """
+    inner = getattr(checkpoint, "__wrapped__", None)
+    if inner is None:
+        return
+
+    def first_call(*args: Any, **kwargs: Any) -> Any:  # torch._dynamo takes a second to import
+        import torch._dynamo
+
+        here = torch._dynamo.disable(functools.partial(recomputed, inner), wrapping=False)
+        setattr(inner, "__dynamo_disable", here)
+        return here(*args, **kwargs)
+
+    setattr(inner, "__dynamo_disable", first_call)
 
 
 AFFINE = (

@@ -50,9 +50,6 @@ def has_tangent(x: Any) -> bool:
     return isinstance(x, Tensor) and unpack_dual(x)[1] is not None
 
 
-# Products ---------------------------------------------------------------------------------------------------------
-
-
 def product(function: Function, a: Tensor, b: Tensor, **options: Any) -> Tensor:
     """Compute f(a, b), linear in either: its tangent is f(da, b) or f(a, db) where only one of the two has one."""
     if tangents_are_hidden() or has_tangent(a) == has_tangent(b):
@@ -72,9 +69,6 @@ def affine(
     return forward_ad.make_dual(
         function(x, weight, bias, *sizes, **options), function(dx, weight, None, *sizes, **options)
     )
-
-
-# Norms ------------------------------------------------------------------------------------------------------------
 
 
 def layer_norm(
@@ -158,9 +152,6 @@ def _refuse_statistics(running_mean: Tensor | None, name: str) -> None:
         )
 
 
-# Others that are wrong or refused ---------------------------------------------------------------------------------
-
-
 def solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:
     """Solve A X = B, or X A = B, from the LU decomposition, whose rules are right."""
     LU, pivots = torch.linalg.lu_factor(A)
@@ -204,9 +195,6 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """Compute a ramp from 0 at -3 to 1 at 3."""
     return F.relu6(input + 3) / 6
-
-
-# Attention --------------------------------------------------------------------------------------------------------
 
 
 def scaled_dot_product_attention(

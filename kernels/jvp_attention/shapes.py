@@ -88,7 +88,9 @@ def check_and_cast(given: Given) -> Given:
 def _check(given: Given) -> None:
     # in one expression each, because attention's time on the host is counted
     q, k, v, *tangents = given[:6]
-    (batch, heads, _, channels), (_, groups, _, _) = _four_axes(q, k, v)
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(_misfit(q, k, v))
+    (batch, heads, _, channels), (_, groups, _, _) = q.shape, k.shape
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != channels or (heads % groups if groups else heads):
         raise ValueError(_misfit(q, k, v))
     if 0 in q.shape[2:] or k.shape[2] == 0:
@@ -119,13 +121,6 @@ def _check(given: Given) -> None:
         _check_lengths(q, given.lengths)
     if given.mask is not None:
         _check_mask(q, k, given.mask)
-
-
-def _four_axes(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, torch.Size]:
-    """Return the shapes of q and k, or raise if a tensor has not four axes."""
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(_misfit(q, k, v))
-    return q.shape, k.shape
 
 
 def _misfit(q: Tensor, k: Tensor, v: Tensor) -> str:

@@ -84,12 +84,13 @@ def launches(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def guarded(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> "Iterator[GuardedOutputs]":
     """Results lie between guards, which are checked at the end."""
+    from jvp_attention import layout
     from tests.attention_cases import GuardedOutputs
 
     guards = GuardedOutputs()
-    monkeypatch.setattr(launch, "empty_rows", guards.rows)
-    monkeypatch.setattr(launch, "empty_numbers", guards.numbers)
-    monkeypatch.setattr(launch, "empty_residual", lambda x: guards.rows(x) if x.dtype.itemsize < 4 else torch.empty(0))
+    for module in (launch, layout):
+        monkeypatch.setattr(module, "empty_rows", guards.rows)
+        monkeypatch.setattr(module, "empty_numbers", guards.numbers)
     yield guards
     guards.check()
 

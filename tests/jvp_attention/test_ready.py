@@ -254,9 +254,6 @@ def test_a_mask_beside_is_causal_is_refused():
         torch.func.jvp(lambda q: SDPA(q, q, q, attn_mask=LOWER, is_causal=True), (q,), (q,))
 
 
-# Checkpoints ------------------------------------------------------------------------------------------------------
-
-
 class Checkpointed(nn.Module):
     def __init__(self, network: nn.Module, reentrant: bool = False) -> None:
         super().__init__()
