@@ -55,9 +55,6 @@ def values_are_cheap(a: Tensor) -> bool:
     return has_values(a) and a.device.type == "cpu"
 
 
-# What is checked: shapes, times, conditions, data, models
-
-
 def check_batch(x: Tensor, *per_sample: Tensor) -> None:
     """Raise ValueError unless x is [B, ...] and every other tensor is [B], TypeError for what is not a tensor."""
     require(x.ndim >= 2, f"x must be of shape [B, ...] with at least two axes, got {list(x.shape)}")
@@ -145,9 +142,6 @@ def check_sampling(jump: Any, times: Any) -> None:
     grid = [float(a) for a in times]
     falls = len(grid) >= 2 and all(1 >= a > b >= 0 for a, b in itertools.pairwise(grid))
     require(falls, f"a time grid must fall strictly within [0, 1] and hold at least two times, got {grid}")
-
-
-# Who is checked: the outermost call
 
 
 class _Inside(threading.local):

@@ -99,18 +99,6 @@ def write_gif(frames: Sequence["Image.Image"], out: Path) -> None:
     partial.replace(out)
 
 
-def animate(run: Path, out: Path) -> None:
-    """Write the animation of a run as a GIF that repeats forever.
-
-    Raises:
-        UserError, OSError: see paths; a file that cannot be written.
-    """
-    times, exact, jumps = paths(run)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    steps = progress(range(len(times)), desc="drawing", unit="frame", file=sys.stdout)
-    write_gif([draw_frame(times, exact, jumps, step) for step in steps], out)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = OneLineParser("python tutorials/playground/animation.py", __doc__)
@@ -121,7 +109,10 @@ def main(argv: list[str] | None = None) -> int:
     use_one_thread()
     with parser.errors(), user_files():
         require_suffix(out, ".gif")
-        animate(options.run, out)
+        times, exact, jumps = paths(options.run)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        steps = progress(range(len(times)), desc="drawing", unit="frame", file=sys.stdout)
+        write_gif([draw_frame(times, exact, jumps, step) for step in steps], out)
     print(f"{out}: {out.stat().st_size / 1e3:,.0f} kB")
     return 0
 

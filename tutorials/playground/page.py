@@ -30,6 +30,7 @@ from tvm_ref.toy.run import load_run, load_snapshots, steps_done
 
 PARTS = Path(__file__).parent / "web"  # the page, its style and its two scripts
 POINTS = 256  # noise points; a page computes all of them anew for every frame
+RADIO = '<label><input type="radio" name="run" value="{}">{}</label>'  # of the switch between runs
 START = (1.5, 1.6)  # the noise of the point that is followed at first
 
 
@@ -76,14 +77,6 @@ def describe_run(folder: Path, blobs: list[str]) -> tuple[GaussianMixture, dict[
         "steps": config.steps,
         "snapshots": entries,
     }
-
-
-def choices(runs: Sequence[dict[str, Any]]) -> str:
-    """Write the switch between runs as HTML."""
-    return "".join(
-        f'<label><input type="radio" name="run" value="{i}">{html.escape(run["name"])}</label>'
-        for i, run in enumerate(runs)
-    )
 
 
 def suggestions(runs: Sequence[dict[str, Any]]) -> str:
@@ -135,7 +128,7 @@ def make_page(folders: list[Path]) -> str:
     parts = {
         "name": html.escape(Path(config.data).stem if config.data is not None else config.dist.replace("_", " ")),
         "points": str(POINTS),
-        "runs": choices(runs),
+        "runs": "".join(RADIO.format(i, html.escape(run["name"])) for i, run in enumerate(runs)),
         "tries": suggestions(runs),
         "style": (PARTS / "page.css").read_text(encoding="utf-8"),
         "model": (PARTS / "model.js").read_text(encoding="utf-8"),

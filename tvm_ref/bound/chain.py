@@ -45,15 +45,17 @@ from tvm_ref.bound.paths import (
     Paths,
     at,
     displacement_error,
+    flow_matching_minimum,
     flow_matching_residual,
     follow,
     in_float64,
     integral,
-    loss_and_minimum,
     norms,
+    repaired,
     running_integral,
     solver_error,
     terminal_velocity_residual,
+    tvm_loss,
 )
 from tvm_ref.distances import wasserstein2
 from tvm_ref.flow_map import Flow
@@ -286,8 +288,11 @@ def measure(model: Flow, oracle: Flow, draws: Draws, s: Tensor, scale: float, pa
     model, t = in_float64(model), float(s[-1])
     paths = follow(model, oracle, draws.at(s[-1]), s, scale, draws.condition)
     L = lipschitz(model, paths, draws.condition)
-    losses = [loss_and_minimum(model, oracle, draws, s, seed) for seed in range(pairings)]
-    loss, minimum = (torch.stack(column).mean(0) for column in zip(*losses, strict=True))
+    pairs = []
+    for noise in (repaired(draws.x1, len(s), seed) for seed in range(pairings)):
+        given = (draws.x0, noise, s, draws.condition)
+        pairs.append((tvm_loss(model, *given), flow_matching_minimum(oracle, *given)))
+    loss, minimum = (torch.stack(column).mean(0) for column in zip(*pairs, strict=True))
     excess, weight = loss - minimum, log_lambda(L, s)  # the same draws, so that most of their noise cancels
 
     terms, coarse = pointwise_terms(paths), pointwise_terms(paths.thinned())

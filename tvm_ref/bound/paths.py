@@ -193,10 +193,3 @@ def flow_matching_minimum(
         error = conditional_velocity(x0, noise) - oracle.velocity(interpolate(x0, noise, now), now, condition)
         rows.append(error.flatten(1).square().sum(1))
     return torch.stack(rows)
-
-
-def loss_and_minimum(model: Flow, oracle: Flow, draws: Draws, s: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Evaluate tvm_loss and flow_matching_minimum [S, N] on the same pairs of data with noise, which `seed` decides."""
-    noise = repaired(draws.x1, len(s), seed)
-    loss = tvm_loss(model, draws.x0, noise, s, draws.condition)
-    return loss, flow_matching_minimum(oracle, draws.x0, noise, s, draws.condition)

@@ -29,8 +29,7 @@ class ToyConfig:
     data: str | None = option(None, "learn your own points instead: a table of two columns (.csv .tsv .txt .dat .npy)")
     bandwidth: float | None = option(
         None,
-        "width of the Gaussian around each point of --data, from 0.03 to below 1 standard deviation of the data "
-        "(default: by leave-one-out likelihood)",
+        "width of the Gaussian around each point of --data, in standard deviations, below 1 (default: the likeliest)",
     )
     objective: str = option(
         "tvm", "what to minimise: TVM, or a relative (tvm_ref/objectives/README.md)", choices=tuple(OBJECTIVES)
@@ -44,9 +43,7 @@ class ToyConfig:
     batch_size: int = option(512, "samples per step")
     width: int = option(64, "units per hidden layer of the network")
     depth: int = option(4, "hidden layers of the network")
-    lr: float = option(
-        7e-3, "peak learning rate of SOAP (Adam in a learned basis): linear warm-up, then cosine to zero"
-    )
+    lr: float = option(7e-3, "peak learning rate of SOAP (Adam in a learned basis): warm-up, then cosine to zero")
     time_sampler: str = option(
         "own", "how times are drawn (paper, sec. 7.3); own: as the objective's paper does, gap* in TVM",
         choices=("own", *TIME_SAMPLERS),
@@ -55,8 +52,7 @@ class ToyConfig:
         0.0, "fraction of samples whose jump starts at t = 1, where one-step sampling does (not in the paper)"
     )
     equal_share: float | None = option(
-        None,
-        "fraction of samples with t = s, table 4d of the paper (default: the objective's own; 0 in TVM)",
+        None, "fraction of samples with t = s, table 4d of the paper (default: the objective's own; 0 in TVM)"
     )
     target_ema: float = option(0.99, "decay of the target's weights (paper, table 4b)")
     ema: float = option(0.998, "decay of the weights that are evaluated")

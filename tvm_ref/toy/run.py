@@ -70,10 +70,6 @@ class Run:
         self.log: list[dict[str, float]] = []
         self.earlier = 0.0  # seconds of training in earlier programs
 
-    def path(self, name: str) -> Path:
-        """Return the path of one of the folder's files."""
-        return self.folder / name
-
     def create(self) -> None:
         """Make the folder, or clear it of an earlier run, and write config.json.
 
@@ -82,26 +78,26 @@ class Run:
             OSError: files that cannot be written or removed.
         """
         for name in OWN_FILES:
-            if self.path(name).is_dir():
-                raise UserError(f"{self.path(name)} is a folder, where a run writes a file: choose another --out")
-        for path in (*map(self.path, OWN_FILES), *self.folder.glob("samples-[0-9]*.csv")):
+            if (self.folder / name).is_dir():
+                raise UserError(f"{self.folder / name} is a folder, where a run writes a file: choose another --out")
+        for path in (*(self.folder / name for name in OWN_FILES), *self.folder.glob("samples-[0-9]*.csv")):
             path.unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         options = {"format": FORMAT} | dataclasses.asdict(self.config)
         if isinstance(self.distribution, OwnPoints):
             del options["dist"]  # has no say
-            write_atomically(self.path(DATA), json.dumps(self.distribution.summary, indent=2) + "\n")
+            write_atomically(self.folder / DATA, json.dumps(self.distribution.summary, indent=2) + "\n")
             array = io.BytesIO()
             np.save(array, self.distribution.points.numpy())
-            write_atomically(self.path(POINTS), array.getvalue())
-        write_atomically(self.path(CONFIG), json.dumps(options, indent=2) + "\n")
-        write_atomically(self.path(LOG), "")
+            write_atomically(self.folder / POINTS, array.getvalue())
+        write_atomically(self.folder / CONFIG, json.dumps(options, indent=2) + "\n")
+        write_atomically(self.folder / LOG, "")
 
     def save(self, sums: Tensor) -> None:
         """Write checkpoint.pt; `sums` are the losses since the last line of the log."""
         file, units = io.BytesIO(), dataclasses.asdict(units_of(self.distribution))
         torch.save(self.training.state_dict() | {"sums": sums, "units": units}, file)
-        write_atomically(self.path(CHECKPOINT), file.getvalue())
+        write_atomically(self.folder / CHECKPOINT, file.getvalue())
 
     def load(self) -> Tensor:
         """Read checkpoint.pt, drop what the log has beyond it, and return the losses since the log's last line.
@@ -110,7 +106,8 @@ class Run:
             UserError: a checkpoint that is damaged, unreadable, or of another network or other data; a damaged log or
                 file of snapshots.
         """
-        path, own = self.path(CHECKPOINT), dataclasses.asdict(units_of(self.distribution))
+        path, log = self.folder / CHECKPOINT, self.folder / LOG
+        own = dataclasses.asdict(units_of(self.distribution))
         try:
             state = torch.load(path, weights_only=True)
         except Exception as error:  # bytes that are no checkpoint raise almost anything
@@ -118,21 +115,18 @@ class Run:
         try:
             self.training.load_state_dict(state)
             sums, units = state["sums"], state.get("units", own)
-        except RuntimeError as error:  # the weights of another network
+        except (RuntimeError, KeyError, TypeError) as error:  # the weights of another network, or something else
             raise UserError(f"{path} cannot be used: {first_line(error)}") from None
-        except (KeyError, TypeError):
-            raise UserError(f"{path} cannot be used: it holds something else") from None
         if units != own:
             raise UserError(f"{self.folder} was trained on other points than {self.config.data} has")
         self.earlier = self.training.seconds
         load_snapshots(self.folder)  # a damaged file is named now rather than in the middle of training
         try:
-            text = self.path(LOG).read_text() if self.path(LOG).exists() else ""
-            lines = [json.loads(line) for line in text.splitlines()]
+            lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
             self.log = [line for line in lines if line["step"] <= self.training.step]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.path(LOG)} is damaged; without that file the log starts again") from None
-        write_atomically(self.path(LOG), "".join(json.dumps(line) + "\n" for line in self.log))
+            raise UserError(f"{log} is damaged; without that file the log starts again") from None
+        write_atomically(log, "".join(json.dumps(line) + "\n" for line in self.log))
         return sums
 
     def train(self, sums: Tensor | None = None) -> bool:
@@ -149,7 +143,7 @@ class Run:
         bar = progress(
             total=steps, initial=training.step, unit="step", desc="training", file=sys.stdout, mininterval=0.5
         )
-        with Interruption() as interruption, self.path(LOG).open("a", buffering=1) as log, bar:
+        with Interruption() as interruption, (self.folder / LOG).open("a", buffering=1) as log, bar:
             while training.step < steps and not interruption.requested:
                 if training.step in snapshot_steps(steps):
                     add_snapshot(self.folder, training.step, training.ema.module.network.state_dict())
@@ -173,7 +167,7 @@ class Run:
         weights = {name: a.cpu().contiguous() for name, a in self.training.ema.module.network.state_dict().items()}
         known = {"format": FORMAT, "units": dataclasses.asdict(units_of(self.distribution))}
         # one entry, as safetensors writes several in an order of chance, and equal runs give equal files
-        write_atomically(self.path(WEIGHTS), save(weights, {"toy": json.dumps(known)}))
+        write_atomically(self.folder / WEIGHTS, save(weights, {"toy": json.dumps(known)}))
 
 
 def read_config(folder: Path) -> ToyConfig:

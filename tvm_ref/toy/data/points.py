@@ -107,15 +107,10 @@ class OwnPoints(GaussianMixture):
         )
         mean = " and ".join(map(_rounded, s["mean"], s["standard_deviation"]))
         used = f", of which a random {s['used']:,} are used" if s["used"] < s["points"] else ""
-        chosen, many = s["bandwidth_is"] != "as given", s["outliers"]
-        far = "" if s["farthest"] is None else ", ".join(f"{a:g}" for a in s["farthest"])
+        far, many = ", ".join(f"{a:g}" for a in s["farthest"] or ()), s["outliers"]
+        tried = s["bandwidth_is"] != "as given" and s["bandwidth"] in (MIN_BANDWIDTH, MAX_BANDWIDTH)
         warnings = {
-            "that is the widest that is tried; few or widely spread points may need a larger --bandwidth": (
-                chosen and s["bandwidth"] == MAX_BANDWIDTH
-            ),
-            "that is the narrowest there is; the points would be likelier under a narrower one": (
-                chosen and s["bandwidth"] == MIN_BANDWIDTH
-            ),
+            f"that is at the end of what is tried, {MIN_BANDWIDTH} to {MAX_BANDWIDTH}; choose a --bandwidth": tried,
             f"{s['used']} points are few: the model learns them blurred by that bandwidth": s["used"] < FEW,
             f"{many:,} point{'s lie' if many > 1 else ' lies'} far from the others, the farthest at ({far}): they "
             "stretch the scale, and what is left may look like a blob; leave them out if they are errors": many > 0,

@@ -22,12 +22,8 @@ def read_table(path: Path) -> tuple[Tensor, tuple[str, ...]]:
         OSError: a file that is missing or cannot be read.
     """
     kind = path.suffix.lower()
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: a folder, where a table of points is meant")
     if kind not in (*TEXT, ".npy"):
         raise UserError(f"{path}: points come as {' '.join(TEXT)} or .npy, not '{kind or 'a file without extension'}'")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     columns: tuple[str, ...] = ()
     try:
         if kind == ".npy":

@@ -9,25 +9,15 @@ from tvm_ref.guidance import Condition
 from tvm_ref.sampling import EulerStep, Jump, sample
 from tvm_ref.toy.data.distributions import polar
 from tvm_ref.toy.data.mixture import GaussianMixture
-from tvm_ref.toy.data.points import OwnPoints, units_of
+from tvm_ref.toy.data.points import units_of
+from tvm_ref.toy.report import plots
 from tvm_ref.toy.report.metrics import EULER_STEPS, Reference, exact_samples
-from tvm_ref.toy.report.plots import (
-    GREY,
-    STYLE,
-    dot_size,
-    make_figure,
-    name_data,
-    name_steps,
-    scatter,
-    set_window,
-    use_units,
-)
 
 RADII, RAYS = (0.5, 1.0, 1.5, 2.0, 2.5), 24
 RAY_POINTS, RING_POINTS = 200, 400  # of each line
 
 
-@matplotlib.rc_context(STYLE)
+@matplotlib.rc_context(plots.STYLE)
 def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference) -> Figure:
     """Draw a polar grid on the noise, and where the exact flow map and the model carry it in one step.
 
@@ -36,7 +26,7 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference) ->
     steps = EULER_STEPS if isinstance(jump, EulerStep) else 1
     lines = polar_grid()
     noise, condition = torch.cat(lines), None
-    data, grey, of_class = reference.data, name_data(reference), ""
+    data, grey, of_class = reference.data, plots.name_data(reference), ""
     if reference.condition is not None:
         label = torch.zeros(len(noise), dtype=torch.long)
         condition = Condition(label, reference.condition.beta[:1].expand(len(noise)))
@@ -45,17 +35,16 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference) ->
     panels = {
         "noise: rays and rings": noise,
         f"carried by the exact flow{of_class}": exact,
-        f"carried by the model, {name_steps(jump, steps)}{of_class}": sample(jump, noise, steps, condition),
+        f"carried by the model, {plots.name_steps(jump, steps)}{of_class}": sample(jump, noise, steps, condition),
     }
     hues = matplotlib.colors.hsv_to_rgb([(i / RAYS, 0.9, 0.75) for i in range(RAYS)])  # a cycle without pale colours
-    figure, axes = make_figure(3, 4.5)
-    set_window(axes[1:], exact, reference.data)
+    figure, axes = plots.make_figure(3, 4.5)
+    plots.set_window(axes[1:], exact, reference.data)
     for ax, (title, x) in zip(axes, panels.items(), strict=True):
         if ax is not axes[0]:
-            if isinstance(distribution, OwnPoints):
-                use_units(ax, distribution)
+            plots.use_units(ax, distribution)
             x, dots = units_of(distribution).restore(x), units_of(distribution).restore(data)
-            scatter(ax, dots, s=dot_size(dots), c=GREY, alpha=0.4, linewidths=0)
+            plots.scatter(ax, dots, s=plots.dot_size(dots), c=plots.GREY, alpha=0.4, linewidths=0)
         drawn = x.split([len(line) for line in lines])
         for ray, hue in zip(drawn[:RAYS], hues, strict=True):
             ax.plot(*ray.T.numpy(), color=hue, lw=1.2)

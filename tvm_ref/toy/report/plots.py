@@ -116,13 +116,13 @@ def plot_samples(
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(points, distribution.dim, generator=generator)
     data, label = distribution.sample(points, generator)
-    name, condition, own = "data", None, isinstance(distribution, OwnPoints)
+    name, condition = "data", None
     if reference.condition is not None:
         condition = Condition(label, reference.condition.beta[:1].expand(points))
     if condition is not None and reference.guided:
         data = distribution.jump(noise, _ones(noise), _ones(noise, 0.0), condition)
         name = f"exact flow, w = {1 / float(condition.beta[0]):g}"
-    if own:
+    if isinstance(distribution, OwnPoints):
         name, data = f"your {len(distribution.centres):,} points", distribution.centres
     panels = {"noise": noise, name: data}
     panels |= {f"model, {name_steps(jump, n)}": sample(jump, noise, n, condition) for n in nfes}
@@ -130,7 +130,7 @@ def plot_samples(
     set_window(axes[1:], data)
     for ax, (title, x) in zip(axes, panels.items(), strict=True):
         ax.set_title(title)
-        if own and ax is not axes[0]:
+        if ax is not axes[0]:
             use_units(ax, distribution)
             x = units_of(distribution).restore(x)
         scatter(ax, x, s=dot_size(x), c=colours_of(condition, len(x)), alpha=0.5, linewidths=0, rasterized=True)
@@ -142,7 +142,9 @@ def plot_samples(
 
 
 def use_units(ax: Axes, distribution: GaussianMixture) -> None:
-    """Turn a panel of standardised data into one in the data's own units, with its axes."""
+    """Turn a panel of own points, standardised, into one in their own units, with its axes; leave others."""
+    if not isinstance(distribution, OwnPoints):
+        return
     corners = units_of(distribution).restore(torch.tensor([*zip(ax.get_xlim(), ax.get_ylim(), strict=True)]))
     ax.set(aspect="auto", box_aspect=1, xlim=corners[:, 0].tolist(), ylim=corners[:, 1].tolist())
     ax.set_axis_on()
@@ -175,11 +177,10 @@ def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Refe
     figure, axes = make_figure(2, 5.0)
     set_window(axes, reference.data)
     colours = colours_of(first, n)
-    own, restore = isinstance(distribution, OwnPoints), units_of(distribution).restore
+    restore = units_of(distribution).restore
     data = restore(reference.data)
     for ax, (title, path_states) in zip(axes, panels.items(), strict=True):
-        if own:
-            use_units(ax, distribution)
+        use_units(ax, distribution)
         states = restore(path_states)
         scatter(ax, data, s=dot_size(data), c=GREY, alpha=0.4, linewidths=0, label=name_data(reference))
         for path, colour in zip(states.transpose(0, 1), colours, strict=True):
@@ -187,16 +188,8 @@ def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Refe
         scatter(ax, states[0], s=18, c="white", edgecolors=colours, zorder=3, label="noise (t = 1)")
         scatter(ax, states[-1], s=18, c=colours, zorder=3, label="end (t = 0)")
         ax.set_title(title)
-    scatter(
-        axes[1],
-        restore(exact[-1]),
-        s=60,
-        c="none",
-        edgecolors="black",
-        linewidths=0.8,
-        zorder=4,
-        label="end of the exact flow",
-    )
+    circles = {"c": "none", "edgecolors": "black", "linewidths": 0.8, "zorder": 4}
+    scatter(axes[1], restore(exact[-1]), s=60, label="end of the exact flow", **circles)
     figure.set_size_inches(10, 5.5)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=11)
     return figure
@@ -257,14 +250,13 @@ def plot_errors(
         style: dict[str, Any] = {"color": colours[family], "lw": 1.3}
         ax.plot(x, medians, next(dashes[family]), marker=marker, label=name, **style)
         ax.vlines(x, low, high, alpha=0.5, **style)
-    ax.set(xscale="log", yscale="log", xlabel="function evaluations (NFE)", ylabel="paired RMSE to the exact flow map")
+    shared = "; one colour: one family" if len(colours) < len(errors) else ""
+    ax.set(xscale="log", yscale="log", ylabel="paired RMSE to the exact flow map", title=title)
+    ax.set_xlabel(f"function evaluations (NFE)\nmedian and range over seeds{shared}")
     ax.set_xticks(nfes, [str(n) for n in nfes])
     ax.minorticks_off()
     ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.grid(alpha=0.3)
-    ax.set_title(title)
-    shared = "; one colour: one family" if len(colours) < len(errors) else ""
-    ax.set_xlabel(f"{ax.get_xlabel()}\nmedian and range over seeds{shared}")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=10)
     return figure

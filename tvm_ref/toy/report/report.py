@@ -32,10 +32,10 @@ def write_report(run: Run, points: int) -> dict[str, Any]:
 
     config, data, jump = run.config, run.distribution, run.training.evaluated
     for name in (METRICS, *PICTURES):  # those of other weights must not stand next to these
-        run.path(name).unlink(missing_ok=True)
+        (run.folder / name).unlink(missing_ok=True)
     run.write_weights()
     if isinstance(data, OwnPoints):
-        write_atomically(run.path(SAMPLES), samples_table(config, jump, units_of(data), points))
+        write_atomically(run.folder / SAMPLES, samples_table(config, jump, units_of(data), points))
     kind = OBJECTIVES[config.objective]
     nfes = NFES[:1] if kind.one_step_only else NFES if kind.learns_jumps else (*NFES, EULER_STEPS)
     shown = nfes if kind.one_step_only else None
@@ -52,7 +52,7 @@ def write_report(run: Run, points: int) -> dict[str, Any]:
             "map.png": lambda: plot_map(data, jump, reference),
             "losses.png": lambda: plots.plot_losses(run.log, least_flow_matching_loss(run)),
         }.items():
-            plots.save_figure(draw(), run.path(name))
+            plots.save_figure(draw(), run.folder / name)
             bar.update()
     training = run.training.seconds
     total = time.perf_counter() - run.started + run.earlier
@@ -62,7 +62,7 @@ def write_report(run: Run, points: int) -> dict[str, Any]:
         "steps": {"done": run.training.step, "planned": config.steps},
         "points": points,
     }
-    write_atomically(run.path(METRICS), json.dumps(metrics, indent=2) + "\n")
+    write_atomically(run.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
