@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -34,11 +32,6 @@ def test_a_pairing_costs_what_a_plan_of_transport_does(close):
 
 def test_clouds_of_different_size():
     assert wasserstein2(torch.zeros(3, 2), torch.tensor([[3.0, 4.0]])) == pytest.approx(5)
-
-
-def test_never_exceeds_a_coupling():
-    x, y = torch.randn(2, 400, 2, dtype=torch.float64)
-    assert wasserstein2(x, y) <= math.sqrt(float((x - y).square().sum(1).mean()))
 
 
 def test_sampling_floor_falls_with_points_and_is_reproducible():

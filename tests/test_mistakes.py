@@ -39,6 +39,7 @@ def loss(model: FlowMap, **options) -> Tensor:
 MISTAKES = {  # what is done: how, which error, what it says
     "the average as target": (lambda m: loss(m, target=EMA(m, 0.9)), AttributeError, "pass ema.module"),
     "sampling from the average": (lambda m: sample(EMA(m, 0.9), X1), TypeError, "sample from its .module"),
+    "sampling from a network": (lambda m: sample(m.network, X1), TypeError, "wrap it"),
     "a flow map of an average": (lambda m: FlowMap(EMA(m, 0.9)), TypeError, "got EMA"),
     "a flow map of a flow map": (lambda m: FlowMap(m), TypeError, "got FlowMap"),
     "TVM of a network": (lambda m: TVM(m.network), TypeError, r"wrap the network: FlowMap\(network\)"),

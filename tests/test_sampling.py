@@ -6,7 +6,6 @@ import torch
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.sampling import EulerStep, sample, sample_path, uniform_times
 from tvm_ref.toy.data.distributions import make_distribution
-from tvm_ref.toy.network import ToyNetwork
 
 
 def test_uniform_times_end_exactly():
@@ -50,14 +49,6 @@ def test_path_holds_every_state_and_calls_follow_the_grid():
 def test_bad_grids_raise(times):
     with pytest.raises(ValueError, match=r"step|grid"):
         sample(lambda x, t, s, c: x, torch.zeros(3, 2), times)
-
-
-def test_a_bare_network_is_refused():
-    """It was sampled from as if F were the next state."""
-    network = ToyNetwork(width=8, depth=1)
-    with pytest.raises(TypeError, match="wrap it"):
-        sample(network, torch.randn(4, 2))
-    assert sample(FlowMap(network), torch.randn(4, 2)).shape == (4, 2)
 
 
 class Dropping(torch.nn.Module):

@@ -1,6 +1,9 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from tests.differences import assert_right
 from tests.networks import some_times
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.guidance import Condition
@@ -30,20 +33,16 @@ def test_untrained_network_is_the_flow_of_gaussian_data():
 
 
 @pytest.mark.parametrize("classes", [0, 3])
-@pytest.mark.parametrize("inputs", ["s", "x t", "x t s"])
-def test_tangents_against_central_differences(classes, inputs):
+@pytest.mark.parametrize("moving", [(2,), (0, 1), (0, 1, 2)], ids=["s", "x t", "x t s"])
+def test_tangents_and_gradients_through_them_against_differences(classes, moving):
     """TVM's JVP runs in s alone, where the network brings its own rules; MeanFlow's in x and t."""
-    net, (x, t, s, condition), h = network(classes), draw(classes), 1e-5
-    values = {"x": x, "t": t, "s": s}
-    moving = {k: values[k] for k in inputs.split()}
-    tangents = {k: torch.randn_like(a) for k, a in moving.items()}
+    net, (x, t, s, condition) = network(classes), draw(classes)
 
-    def call(*changed):
-        return net(**(values | dict(zip(moving, changed, strict=True))), condition=condition)
+    def call(*changes):  # small ones, as the features of x are steep
+        changed = (a + 0.02 * change for a, change in zip((x, t, s), changes, strict=True))
+        return net(*changed, condition)
 
-    actual = torch.func.jvp(call, tuple(moving.values()), tuple(tangents.values()))[1]
-    ahead, behind = (call(*(moving[k] + e * tangents[k] for k in moving)) for e in (h, -h))
-    torch.testing.assert_close(actual, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-5)
+    assert_right(call, [torch.zeros_like(a) for a in (x, t, s)], moving, list(net.parameters()), nullcontext)
 
 
 @pytest.mark.parametrize("classes", [0, 3])
@@ -59,29 +58,6 @@ def test_tangents_written_by_hand_change_nothing(classes):
     by_hand = gradients(torch.func.jvp(lambda s: net(x, t, s, condition), (s,), (ds,)))
     by_torch = gradients(torch.func.jvp(lambda t, s: net(x, t, s, condition), (t, s), (torch.zeros_like(t), ds)))
     torch.testing.assert_close(by_hand, by_torch, rtol=1e-10, atol=1e-10)
-
-
-def test_gradients_through_the_tangent_against_central_differences():
-    net, (x, t, s, _), h = network(), draw(), 1e-5
-    model = FlowMap(net)
-
-    def loss():
-        return model.displacement_and_terminal_velocity(x, t, s)[1].square().mean()
-
-    parameters = list(net.parameters())
-    gradients = torch.autograd.grad(loss(), parameters)
-    for p, gradient in zip(parameters, gradients, strict=True):
-        direction = torch.randn_like(p)
-        values = []
-        for e in (h, -2 * h):
-            with torch.no_grad():
-                p += e * direction
-            values.append(float(loss().detach()))
-        with torch.no_grad():
-            p += h * direction
-        assert (values[0] - values[1]) / (2 * h) == pytest.approx(
-            float((gradient * direction).sum()), rel=1e-4, abs=1e-6
-        )
 
 
 def test_classes_and_conditions_go_together():

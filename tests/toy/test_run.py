@@ -31,24 +31,6 @@ def test_snapshots_are_the_evaluation_weights_of_their_steps(tmp_path):
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("stop", [0, 10, 37])
-@pytest.mark.slow
-def test_a_resumed_run_keeps_its_snapshots_and_comes_to_the_same(tmp_path, stop):
-    """Also if training had gone on beyond the checkpoint, so that later snapshots are there already."""
-    whole, first = fresh(tmp_path / "whole"), fresh(tmp_path / "parts")
-    assert whole.train()
-    assert first.train()  # leaves all snapshots; then back to a checkpoint in the middle
-    early = fresh(tmp_path / "early")
-    sums = torch.zeros(2)
-    for _ in range(stop):
-        sums += early.training.train_step()
-    first.training.load_state_dict(early.training.state_dict())
-    first.save(sums)
-    second = Run(first.folder, read_config(first.folder))
-    assert second.train(second.load())
-    assert (first.folder / SNAPSHOTS).read_bytes() == (whole.folder / SNAPSHOTS).read_bytes()
-
-
 def test_a_damaged_file_of_snapshots_is_named_on_resume(tmp_path):
     run = fresh(tmp_path)
     assert run.train()

@@ -10,7 +10,7 @@ from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.data.distributions import make_distribution
 from tvm_ref.toy.report.metrics import exact_samples, make_reference, paired_errors
 from tvm_ref.toy.report.report import write_report
-from tvm_ref.toy.run import Run, load_run, read_config
+from tvm_ref.toy.run import SNAPSHOTS, Run, add_snapshot, load_run, read_config, snapshot_steps
 from tvm_ref.toy.training import BLOCK, Training, draw_block, learning_rate
 
 SMALL = {"batch_size": 16, "width": 8, "depth": 2, "steps": 90}
@@ -78,7 +78,10 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.slow
 def test_a_stopped_run_continues_bit_for_bit(tmp_path, variant):
-    """Through the files of the run folder, stopped in the middle of a block and between two lines of the log."""
+    """Through the files of the run folder, stopped in the middle of a block and between two lines of the log.
+
+    Training has gone on beyond the checkpoint before, so that a later snapshot is there already.
+    """
     config = ToyConfig(**SMALL, **VARIANTS[variant])
     whole = Run(tmp_path / "whole", config)
     whole.create()
@@ -87,9 +90,12 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, variant):
     first = Run(tmp_path / "parts", config)
     first.create()
     sums = torch.zeros(2)
-    for _ in range(37):
+    for step in range(20):
+        if step in snapshot_steps(90):
+            add_snapshot(first.folder, step, first.training.ema.module.network.state_dict())
         sums += first.training.train_step()
     first.save(sums)
+    add_snapshot(first.folder, 27, whole.training.ema.module.network.state_dict())
     second = Run(tmp_path / "parts", read_config(tmp_path / "parts"))
     assert second.train(second.load())
     assert all(torch.equal(a, b) for a, b in zip(tensors(whole.training), tensors(second.training), strict=True))
@@ -98,6 +104,7 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, variant):
         lines = [json.loads(line) for line in (tmp_path / folder / "train.jsonl").read_text().splitlines()]
         return [{k: line[k] for k in ("step", "jump", "flow_matching")} for line in lines]
 
+    assert (first.folder / SNAPSHOTS).read_bytes() == (whole.folder / SNAPSHOTS).read_bytes()
     assert losses("whole") == losses("parts")
     assert [line["step"] for line in losses("whole")] == [50]
 

@@ -14,9 +14,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 SECONDS = 60  # on two idle cores; a slow or busy machine gets more before a cell is given up
-PACKAGES = ("tvm_ref", "kernels", "imagenet")
 FOLDED = re.compile(r"<details><summary>Solution</summary>\n\n(.*?)\n</details>", re.DOTALL)
-BY_HAND = {"02": {"tvm_loss"}}  # what a notebook writes out beside the package's own, to show that they are equal
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
@@ -42,11 +40,6 @@ def with_solutions(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
-def environment() -> dict[str, str]:
-    """The fast switch."""
-    return os.environ | {"TVM_FAST": "1"}
-
-
 def complaints(notebook: NotebookNode) -> list[str]:
     """What a reader would see and should not: anything on stderr, and results that are not a number."""
     found = []
@@ -68,7 +61,7 @@ def test_there_are_nine():
 def test_it_runs_and_a_reader_sees_no_warning(path):
     notebook = with_solutions(read(path))
     client = NotebookClient(notebook, timeout=10 * SECONDS, resources={"metadata": {"path": path.parent}})
-    client.execute(env=environment())
+    client.execute(env=os.environ | {"TVM_FAST": "1"})
     assert complaints(notebook) == []
     figures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(figures) >= 2
@@ -142,27 +135,3 @@ def test_commands_are_understood():
     assert len(commands) >= 6
     for module, options in commands:
         importlib.import_module(f"imagenet.{module}").parser().parse_args(options.split())
-
-
-def defined(source: str) -> set[str]:
-    """Names of functions and classes at the top level."""
-    lines = (line for line in source.splitlines() if not line.startswith("%"))
-    tree = ast.parse("\n".join(lines))
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-
-
-@each
-@pytest.mark.slow
-def test_it_defines_nothing_that_the_packages_own(path):
-    if path.stem.startswith("01"):
-        pytest.skip("stands alone")
-    owned = set().union(
-        *(
-            defined(module.read_text())
-            for package in PACKAGES
-            for module in (ROOT / package).rglob("*.py")
-            if module.name != "train.py"
-        )
-    )
-    cells = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
-    assert {name for source in cells for name in defined(source)} & owned <= BY_HAND.get(path.stem[:2], set())
