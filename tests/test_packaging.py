@@ -27,6 +27,7 @@ from tvm_ref import TVM, FlowMap, TimeSampler, sample
 model = FlowMap(lambda x, t, s, c: x * 0.1 * s[:, None])
 loss = TVM(model)(torch.randn(4, 2), torch.randn(4, 2), TimeSampler().draw(4), target=model)
 print(sample(model, torch.randn(4, 2), 1).shape, loss.total.isfinite().all())
+print(sys.modules["tvm_ref"].__file__, sys.modules["jvp_attention"].__file__)
 """
 
 
@@ -94,15 +95,6 @@ def run(python, folder, *arguments):
 
 
 @pytest.mark.slow
-def test_the_installed_packages_are_the_wheel_s(python, tmp_path):
-    code = "import imagenet, jvp_attention, tvm_ref as t; print(imagenet.__file__, jvp_attention.__file__, t.__file__)"
-    done = run(python, tmp_path, "-c", code)
-    assert done.returncode == 0, done.stderr
-    for path in done.stdout.split():
-        assert Path(path).is_relative_to(python.parents[1]), path
-
-
-@pytest.mark.slow
 def test_torchrun_finds_the_command_away_from_the_checkout(python, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     done = run(python, tmp_path, *torchrun, "-m", "imagenet.train", "--help")
@@ -115,4 +107,6 @@ def test_a_step_and_a_sample_need_the_core_alone(python, tmp_path):
     others = ["triton", "scipy", "ot", "matplotlib", "pytorch_optimizer", "tqdm", "sklearn", "PIL", "torchvision"]
     done = run(python, tmp_path, "-c", A_STEP % others)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "torch.Size([4, 2]) tensor(True)\n"
+    result, files = done.stdout.splitlines()
+    assert result == "torch.Size([4, 2]) tensor(True)"
+    assert all(Path(file).is_relative_to(python.parents[1]) for file in files.split())

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.objectives.exact import WEIGHTS, GaussianData, TwoPoints, expected_gradient, probes
 from tvm_ref.ema import EMA
@@ -130,66 +131,52 @@ def test_finite_steps_have_a_bias_of_first_order(kind):
     assert slope == pytest.approx(1, abs=0.03)
 
 
+SKEWED = TwoPoints(torch.tensor([[-1.0], [1.0]]), (0.8, 0.2))  # at x_t = .2 and t = .8: v is 1.5 or -1, E v = .948
+X, T = torch.tensor([[0.2]], dtype=torch.float64), torch.tensor([0.8], dtype=torch.float64)
+
+
+class Shifted(torch.nn.Module):
+    """F = E v + offset."""
+
+    def __init__(self, offset: float):
+        super().__init__()
+        self.offset = torch.nn.Parameter(torch.tensor([offset], dtype=torch.float64))
+
+    def forward(self, x, t, s, condition=None):
+        return SKEWED.velocity(X, T) + self.offset + 0 * x * t[:, None] * s[:, None]
+
+
+def slope(make, offset: float, s: Tensor = T) -> float:
+    """The derivative of an objective's expected loss in the offset, by enumerating both velocities."""
+    network, both = Shifted(offset), T.expand(2)
+    x1 = (X - 0.2 * SKEWED.points) / 0.8
+    terms = make(FlowMap(network))(SKEWED.points, x1, Times(both, s.expand(2), both))
+    return float(torch.autograd.grad((SKEWED.posterior(X, T)[0] * terms.total).sum(), network.offset)[0])
+
+
 @pytest.mark.parametrize("kind", [MeanFlow, ImprovedMeanFlow, AlphaFlow])
 def test_adaptive_weights_move_the_solution_of_skewed_data(kind):
-    """Two points -1 and 1 of mass .8 and .2, at x_t = .2 and t = s = .8: v is 1.5 or -1, and E v = .948.
-
-    With p = 1 and eps = 1e-3 the mean of (F - v) / ((F - v)^2 + eps) is zero next to the likelier v instead.
-    """
-    data = TwoPoints(torch.tensor([[-1.0], [1.0]]), (0.8, 0.2))
-    x, t = torch.tensor([[0.2]], dtype=torch.float64), torch.tensor([0.8], dtype=torch.float64)
-    (p,), ((a,), (b,)) = data.posterior(x, t)[:, 0], data.velocities(x, t)[0]
-    mean = float(p * a + (1 - p) * b)
+    """With p = 1 and eps = 1e-3 the mean of (F - v) / ((F - v)^2 + eps) is zero next to the likelier v instead."""
+    mean = float(SKEWED.velocity(X, T))
     assert mean == pytest.approx(0.948, abs=5e-4)
+    assert abs(slope(lambda model: kind(model, power=0), 0.0)) < 1e-12
 
-    class Constant(torch.nn.Module):
-        value = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    def weighted(value: float) -> float:
+        return slope(lambda model: kind(model, power=1), value - mean)
 
-        def forward(self, x, t, s, condition=None):
-            return self.value + 0 * x * t[:, None] * s[:, None]
-
-    def slope(power: float, value: float) -> float:
-        """Of the expected loss, at a constant F, by enumerating both velocities."""
-        network = Constant()
-        network.value.data.fill_(value)
-        x0 = data.points
-        x1 = (x - 0.2 * x0) / 0.8
-        both = t.expand(2)
-        terms = kind(FlowMap(network), power=power)(x0, x1, Times(both, both, both))
-        loss = p * terms.total[0] + (1 - p) * terms.total[1]
-        return float(torch.autograd.grad(loss, network.value)[0])
-
-    assert abs(slope(0, mean)) < 1e-12
-    assert slope(1, mean) < -0.05  # far from the weighted minimum, which lies above
-    low, high = 1.2, float(a)
+    assert weighted(mean) < -0.05  # far from the weighted minimum, which lies above
+    low, high = 1.2, float(SKEWED.velocities(X, T)[0, 0])
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if slope(1, middle) < 0 else (low, middle)
+        low, high = (middle, high) if weighted(middle) < 0 else (low, middle)
     assert 1.49 < low < 1.5
 
 
 def test_normalised_tangents_move_the_solution_of_skewed_data():
-    """Likewise for g / (||g|| + c): by enumeration of two velocities at s = 0, for a network that sees no t."""
-    data = TwoPoints(torch.tensor([[-1.0], [1.0]]), (0.8, 0.2))
-    x, t = torch.tensor([[0.2]], dtype=torch.float64), torch.tensor([0.8], dtype=torch.float64)
-    p = data.posterior(x, t)[0]
-    u = data.velocity(x, t)
-
-    class Constant(torch.nn.Module):
-        offset = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-
-        def forward(self, x, t, s, condition=None):  # F = u + offset, with no derivative: the solution is offset = 0
-            return u + self.offset + 0 * x * t[:, None] * s[:, None]
-
-    x0 = data.points
-    x1, both = (x - 0.2 * x0) / 0.8, t.expand(2)
-    gradients = {}
-    for constant in (None, 0.1):
-        network = Constant()
-        terms = ContinuousConsistency(FlowMap(network), constant=constant)(x0, x1, Times(both, 0 * both, both))
-        gradients[constant] = float(torch.autograd.grad((p * terms.total).sum(), network.offset)[0])
-    assert abs(gradients[None]) < 1e-12
-    assert abs(gradients[0.1]) > 0.1
+    """Likewise for g / (||g|| + c), at s = 0."""
+    for constant, moved in ((None, False), (0.1, True)):
+        found = slope(lambda model, c=constant: ContinuousConsistency(model, constant=c), 0.0, 0 * T)
+        assert abs(found) > 0.1 if moved else abs(found) < 1e-12
 
 
 def test_probes_meet_their_interpolant():
