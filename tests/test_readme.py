@@ -1,10 +1,9 @@
 """The README tells the truth: its equation table, its file tree, its options."""
 
-import importlib
 import inspect
 import re
-from functools import reduce
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -33,25 +32,14 @@ def equation_table() -> list[tuple[str, str]]:
     ]
 
 
-def resolve(name: str):
-    parts = name.split(".")
-    for i in range(len(parts), 0, -1):
-        try:
-            module = importlib.import_module(".".join(parts[:i]))
-        except ModuleNotFoundError:
-            continue
-        return reduce(getattr, parts[i:], module)
-    raise AssertionError(f"{name} does not exist")
-
-
 def test_the_equation_table_is_read():
     assert len(equation_table()) > 20
 
 
 @pytest.mark.parametrize(("place", "name"), equation_table())
 def test_every_function_of_the_equation_table_exists_and_cites_its_place(place, name):
-    documentation = inspect.getdoc(resolve(name)) or ""
-    module = inspect.getdoc(inspect.getmodule(resolve(name))) or ""
+    found = resolve_name(name)
+    documentation, module = (inspect.getdoc(a) or "" for a in (found, inspect.getmodule(found)))
     kind, _, number = place.partition(" ")
     assert kind in ("eq.", "sec.", "fig.", "appendix", "algorithm"), place
     cited = rf"{re.escape(kind)}[^()]*?(?<![\d.]){re.escape(number)}(?!\d)"  # also "eq. 4 and 20", "eq. 12 and 15"

@@ -254,16 +254,6 @@ def test_guidance_without_a_null_label_raises(objective):
         objective(model)(x0, x1, times, guidance()[0])
 
 
-def test_a_network_of_the_wrong_output_shape_raises():
-    class OneColumn(torch.nn.Module):
-        def forward(self, x, t, s, condition):
-            return x[:, :1]
-
-    _, _, x0, x1, times = setup()
-    with pytest.raises(ValueError, match="must return the shape of x"):
-        TVM(FlowMap(OneColumn()))(x0, x1, times)
-
-
 def test_an_objective_has_a_curriculum_if_it_listens_to_progress():
     for kind in OBJECTIVES.values():
         assert kind.has_curriculum == (kind.set_progress is not Objective.set_progress)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.image import imread
-from torch import nn
 
 from tvm_ref import TVM, FlowMap, Times, TimeSampler
 
@@ -22,17 +21,6 @@ def script():
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
-
-
-class WithCondition(nn.Module):
-    """The script's network as a FlowMap calls it."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x, t, s, condition):
-        return self.network(x, t, s)
 
 
 def test_it_is_short_and_needs_torch_and_matplotlib_only():
@@ -50,7 +38,8 @@ def test_its_loss_and_gradients_are_the_library_s(script):
     x0, x1 = script.moons(64).double(), torch.randn(64, 2, dtype=torch.float64)
     t, s, s_prime = (time.double() for time in script.draw_times(64))
     ours = script.tvm_loss(net, teacher, x0, x1, t, s, s_prime)
-    terms = TVM(FlowMap(WithCondition(net)))(x0, x1, Times(t, s, s_prime), target=FlowMap(WithCondition(teacher)))
+    model, target = (FlowMap(lambda x, t, s, _, network=network: network(x, t, s)) for network in (net, teacher))
+    terms = TVM(model)(x0, x1, Times(t, s, s_prime), target=target)
     torch.testing.assert_close(ours, terms.total, rtol=1e-12, atol=1e-12)
     weights = list(net.parameters())
     for a, b in zip(*(torch.autograd.grad(loss.mean(), weights) for loss in (ours, terms.total)), strict=True):

@@ -339,22 +339,3 @@ def test_suggestions_set_what_they_say_and_play_sweeps_to_the_data(opened):
     opened.evaluate("set({ t: 0.8, s: 0.2, run: 0 })")
     opened.click("#play")
     wait(opened, "!sweeping && state.s === 0")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "inks"), [("light", {"#0072b2", "#e6e6e6"}), ("dark", {"#56b4e9", "#303030"})])
-def test_pictures_are_drawn_in_light_and_dark(new_page, file, scheme, inks):
-    """Some pixels have the dots' colour, and some the grid's."""
-    page, complaints = open_page(new_page, file, color_scheme=scheme, viewport={"width": 1200, "height": 1000})
-    seen = page.evaluate("""() => {
-        const { canvas } = pictures.jump, seen = new Set(); // a copy, as reading often makes the browser complain
-        const pen = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d");
-        pen.drawImage(canvas, 0, 0);
-        const { data } = pen.getImageData(0, 0, canvas.width, canvas.height);
-        for (let i = 0; i < data.length; i += 4) if (data[i + 3] === 255)
-            seen.add("#" + [0, 1, 2].map(k => data[i + k].toString(16).padStart(2, "0")).join(""));
-        return [...seen];
-    }""")
-    page.context.close()
-    assert inks <= set(seen)
-    assert complaints == []
