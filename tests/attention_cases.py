@@ -51,6 +51,18 @@ def _inside(
     return buffer, inner.permute([axes.index(a) for a in range(4)])
 
 
+def worst_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest relative Frobenius error; a result is held to a tenth of the largest number at least."""
+    size = max(float(x.abs().max()) for x in exact)
+    worst = 0.0
+    for a, b in zip(found, exact, strict=True):
+        assert a.shape == b.shape
+        norm = max(float(b.norm()), 0.1 * size * b.numel() ** 0.5, 1e-30)
+        error = float((a.double().cpu() - b.double().cpu()).norm()) / norm
+        worst = max(worst, math.inf if math.isnan(error) else error)
+    return worst
+
+
 class GuardedOutputs:
     """Stands in for the allocation of results: NaN inside, and memory around it that nobody may write."""
 

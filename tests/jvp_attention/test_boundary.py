@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 import jvp_attention
 from jvp_attention import reference
 from jvp_attention.shapes import Given
-from tests.attention_cases import TOLERANCE
+from tests.attention_cases import TOLERANCE, worst_error
 
 B, H, N, M, D, V = 2, 2, 5, 6, 8, 3  # V: entries of a mapped axis
 
@@ -336,12 +336,7 @@ def drawn(seed: int, device: str) -> tuple[float, float]:
                 o = call(*given, mask)
             results.append([o, *torch.autograd.grad(o.double().sin().sum(), given)])
     results = [[x.detach() for x in several] for several in results]
-    size = max(float(x.abs().max()) for x in results[1])
-    errors = [
-        float((a.double() - e).norm()) / max(float(e.norm()), 0.1 * size * e.numel() ** 0.5, 1e-30)
-        for a, e in zip(*results, strict=True)
-    ]
-    return max(errors), {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 6e-3}[low]
+    return worst_error(*results), {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 6e-3}[low]
 
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 60))])

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 import jvp_attention
 from jvp_attention import reference
-from tests.attention_cases import ORDERS, TOLERANCE, on_poison
+from tests.attention_cases import ORDERS, TOLERANCE, on_poison, worst_error
 
 COUNT = 20 if torch.cuda.is_available() else 200  # on a GPU nearly every problem is compiled anew
 
@@ -129,18 +129,7 @@ def results(p: Problem, which: Any, inputs: list[Tensor], device: str) -> list[T
         if total.requires_grad:
             found = torch.autograd.grad(total, variables, allow_unused=True)
     zeros = [torch.zeros_like(x) if g is None else g for x, g in zip(variables, found, strict=True)]
-    return [x.detach().double().cpu() for x in (*values, *zeros)]
-
-
-def error(found: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest relative Frobenius error; a result is held to a tenth of the largest number at least."""
-    size = max(float(x.abs().max()) for x in exact)
-    worst = 0.0
-    for a, b in zip(found, exact, strict=True):
-        assert a.shape == b.shape
-        difference = float((a - b).norm()) / max(float(b.norm()), 0.1 * size * b.numel() ** 0.5, 1e-30)
-        worst = max(worst, difference if difference == difference else float("inf"))
-    return worst
+    return [x.detach() for x in (*values, *zeros)]
 
 
 @pytest.fixture
@@ -153,10 +142,10 @@ def errors(guarded, device, small_tiles):
         small_tiles(*p.tiles[:2], split=p.tiles[2])
         given = [on_poison(x.to(p.dtype).to(device), order) for x, order in zip(p.inputs, p.orders, strict=True)]
         exact = results(p, reference, [x.double().cpu() for x in given], "cpu")
-        ours = error(results(p, jvp_attention, given, device), exact)
+        ours = worst_error(results(p, jvp_attention, given, device), exact)
         guarded.check()
         guarded.buffers.clear()
-        plain = error(results(p, reference, given, device), exact) if p.dtype.itemsize == 2 else 0.0
+        plain = worst_error(results(p, reference, given, device), exact) if p.dtype.itemsize == 2 else 0.0
         return p.dtype, ours, plain
 
     return of

@@ -42,8 +42,8 @@ def test_the_widest_heads(guarded, device, dtype):
     Case((1, 1, 40, 24, 256), dtype, device=device).check(jvp_attention.attention)
 
 
-@pytest.mark.parametrize("n", [1, 15, 16, 17])
-@pytest.mark.parametrize("m", [1, 15, 16, 17])
+@pytest.mark.parametrize("n", [1, 16, 17])
+@pytest.mark.parametrize("m", [1, 16, 17])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.slow
 def test_lengths_about_one_tile(guarded, device, small_tiles, n, m, causal):
