@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +61,6 @@ class Options:
     keep: int = option(3, "number of checkpoints that stay, the newest")
     evaluate_every: int = option(0, "steps between measurements of one-step samples; 0: none")
     reference: str | None = option(None, "mu and sigma of real images, .npz or .pkl, for their FID; digits need none")
-    wandb: str | None = option(None, "log to this project of Weights & Biases as well")
 
     def __post_init__(self) -> None:
         require_at_least(0, workers=self.workers, evaluate_every=self.evaluate_every)
@@ -196,13 +194,11 @@ def begin(
     made = world.on_first(lambda: make_plan(preset, changes, out, options, world.size))
     plan: Plan = world.broadcast(made and made[0])
     data = made[1] if made is not None else load_data(plan.config, options.data_path)
-    if options.wandb is not None and find_spec("wandb") is None:
-        raise UserError("--wandb needs its package: pip install wandb")
     if options.evaluate_every and metric is None:
         reference = None if options.reference is None else Path(options.reference)
         metric = make_metric(plan.config, reference, None, MEASURED - MEASURED % world.size, world)
     vae = load_decoder(plan.provenance, world)
-    run = Run(out, Training(plan.config, world), plan.provenance, options.keep, options.wandb)
+    run = Run(out, Training(plan.config, world), plan.provenance, options.keep)
     run.vae, run.metric = vae, metric
     run.start()
     world.on_first(run.create)

@@ -1,12 +1,10 @@
-"""The log of a run: train.jsonl, and Weights & Biases if asked for."""
+"""The log of a run: train.jsonl."""
 
 import json
 import math
 import sys
 import time
-import uuid
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,6 @@ from imagenet.data.batches import Batch
 from imagenet.training.step import StepMetrics, Training, learning_rate
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.objectives import TERMS
-
-WANDB = "wandb-id.txt"  # names the run of Weights & Biases that is continued with this one
 
 
 def peak_memory(device: torch.device) -> int:
@@ -35,20 +31,18 @@ class Log:
     Args:
         folder: of the run.
         training: what is logged.
-        wandb: project of Weights & Biases to log to as well.
     """
 
-    def __init__(self, folder: Path, training: Training, wandb: str | None = None):
-        self.folder, self.training, self.project = folder, training, wandb
+    def __init__(self, folder: Path, training: Training):
+        self.folder, self.training = folder, training
         self.seconds = 0.0  # of training, in all programs that worked on it
         self.before = 0.0  # the part of that before this program
         self._sums, self._summed = [0.0] * len(TERMS), 0  # losses since the last line, and the number of steps
         self._waited = 0.0  # seconds for data since the last line
         self._lines: Any = None
-        self._wandb: Any = None
 
     def open(self) -> None:
-        """Start the clock, and open the files; lines of train.jsonl beyond the training's step are removed."""
+        """Start the clock, and open train.jsonl; lines beyond the training's step are removed."""
         self._first, self._started = self.training.step, time.perf_counter()
         self._last_line = self._first, self.seconds  # step and clock at the last line, or at the start
         if not self.training.world.first:
@@ -56,16 +50,12 @@ class Log:
         path = self.folder / "train.jsonl"
         keep_lines(path, self._first)
         self._lines = path.open("a")
-        if self.project is not None:
-            self._wandb = join_wandb(self.project, self.folder, asdict(self.training.config))
 
     def close(self) -> None:
         """Close what `open` opened."""
         if self._lines is not None:
             self._lines.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._lines = self._wandb = None
+            self._lines = None
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Iterate over batches, and add up how long each was waited for."""
@@ -103,13 +93,7 @@ class Log:
         if self._lines is not None:
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
-        self.show({name: value for name, value in line.items() if name != "step"})
         return line
-
-    def show(self, values: dict[str, float]) -> None:
-        """Send numbers of the training's step to Weights & Biases."""
-        if self._wandb is not None:
-            self._wandb.log(values, step=self.training.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold, so that the next line is the same."""
@@ -119,18 +103,6 @@ class Log:
         """Restore what state_dict gave."""
         self.seconds = self.before = state["seconds"]
         self._sums, self._summed = state["sums"], state["summed"]
-
-
-def join_wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
-    """Start a run of Weights & Biases, or continue that of the folder; WANDB_MODE=offline writes only there."""
-    import wandb
-
-    path = folder / WANDB
-    if not path.exists():
-        write_atomically(path, uuid.uuid4().hex[:16] + "\n")
-    return wandb.init(
-        project=project, id=path.read_text().strip(), name=folder.name, dir=folder, config=config, resume="allow"
-    )
 
 
 def keep_lines(path: Path, step: int) -> None:

@@ -47,7 +47,6 @@ class Run:
         training: the training.
         provenance: what it is trained on.
         keep: number of checkpoints that stay.
-        wandb: project of Weights & Biases to log to as well.
 
     Attributes:
         vae: the autoencoder of latents, on the device; None shows latents as they are.
@@ -57,12 +56,10 @@ class Run:
     vae: nn.Module | None = None
     metric: Metric | None = None
 
-    def __init__(
-        self, folder: Path, training: Training, provenance: Provenance, keep: int = 3, wandb: str | None = None
-    ):
+    def __init__(self, folder: Path, training: Training, provenance: Provenance, keep: int = 3):
         self.folder, self.training, self.provenance = folder, training, provenance
         self.world = training.world
-        self.log = Log(folder, training, wandb)
+        self.log = Log(folder, training)
         self.saver = Saver(folder, keep, self.world)
 
     def create(self) -> None:
@@ -134,7 +131,6 @@ class Run:
         if self.world.first:
             with (self.folder / EVALUATIONS).open("a") as file:
                 file.write(json.dumps({"step": self.training.step, "nfe": {"1": scores}}) + "\n")
-            self.log.show({f"{name}, 1 NFE": value for name, value in scores.items()})
 
     def write_report(self, total_seconds: float) -> dict[str, Any]:
         """Write weights, grids and metrics.json of a training that is done; returns the metrics.

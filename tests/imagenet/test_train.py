@@ -159,6 +159,7 @@ BAD = {
     "negative rate": ["--lr", "-1"],
     "NaN rate": ["--lr", "nan"],
     "share above 1": ["--equal-share", "1.5"],
+    "shares above 1 together": ["--equal-share", "0.6", "--noise-share", "0.6"],
     "heads that do not divide": ["--heads", "5"],
     "patches that do not tile": ["--patch-size", "3"],
     "guidance that is not positive": ["--w", "0"],
@@ -222,26 +223,3 @@ def test_the_neighbours_train_too(tmp_path, objective):
     _, jump, flow_matching, *_ = losses(tmp_path / "run")[0]
     assert (jump == 0) == (objective == "fm")
     assert (flow_matching == 0) == (objective == "meanflow")
-
-
-def test_weights_and_biases_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
-    assert status(command, tmp_path / "run", "--steps", 2, "--wandb", "digits") == 2
-    assert "--wandb needs its package: pip install wandb" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_weights_and_biases_gets_every_line_and_goes_on_with_its_run(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="Weights & Biases is not installed")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    folder, options = tmp_path / "run", ["--schedule", "constant", "--log-every", "1", "--wandb", "digits"]
-    assert command(folder, "--steps", 2, *options) == 0
-    assert command(folder, "--steps", 3, *options, "--resume") == 0
-    name = (folder / "wandb-id.txt").read_text().strip()
-    stored = sorted((folder / "wandb").glob(f"offline-run-*/run-{name}.wandb"))
-    assert len(stored) == 2
-    content = b"".join(path.read_bytes() for path in stored)
-    for line in map(json.loads, (folder / "train.jsonl").read_text().splitlines()):
-        assert repr(line["flow_matching"]).encode() in content
