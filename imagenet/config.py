@@ -64,6 +64,9 @@ class Config:
         "own", "how times are drawn (sec. 7.3); own: as the objective's paper does, gap* in TVM",
         choices=("own", *TIME_SAMPLERS),
     )  # fmt: skip
+    noise_share: float = option(
+        0.0, "fraction of samples with t = 1, where one-step sampling starts (not in the paper)"
+    )
     equal_share: float | None = option(
         None, "fraction of samples with t = s, table 4d (default: the objective's own; 0 in TVM)"
     )
@@ -158,7 +161,7 @@ class Config:
     def sampler(self) -> TimeSampler:
         """Return the sampler of times."""
         times = None if self.time_sampler == "own" else TimeSampler(self.time_sampler)
-        return OBJECTIVES[self.objective].make_times(times, self.equal_share)
+        return OBJECTIVES[self.objective].make_times(times, self.equal_share, self.noise_share)
 
     def to_json(self) -> str:
         """Write one JSON object, a key per field, and the version of the format."""

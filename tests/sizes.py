@@ -54,8 +54,9 @@ def main() -> None:
         print(f"{name:10} {total(f'{name}/**/*.py')['lines']:6,} lines of Python")
     folders = Counter(p.parent for name in ("tvm_ref", "kernels", "imagenet") for p in (ROOT / name).rglob("*.py"))
     print("Python files side by side:", ", ".join(f"{f.relative_to(ROOT)} {n}" for f, n in folders.most_common(6)))
-    done = subprocess.run([sys.executable, "-m", "imagenet.train", "--help"], cwd=ROOT, capture_output=True, text=True)
-    print("options of imagenet/train.py:", len(re.findall(r"^  (?:-\w, )?--(?!help)", done.stdout, re.MULTILINE)))
+    command = [sys.executable, "-m", "imagenet.train", "--help"]
+    text = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    print("options of imagenet/train.py:", len(re.findall(r"^  (?:-\w, )?--(?!help)", text, re.MULTILINE)))
     code, comments, guards = (total(*MATHEMATICS)[what] for what in ("code", "comments", "guards"))
     per_hundred = f"{100 * guards / code:.1f} guards and {100 * comments / code:.1f} comments per 100"
     print(f"files of mathematics: {code:,} lines of code, {per_hundred}")
