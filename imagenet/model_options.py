@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from torch import nn
 
@@ -12,12 +11,11 @@ from imagenet.sampler import BATCH, Generator, load_generator, untrained_guidanc
 
 def add_model_options(p: argparse._ActionsContainer) -> None:
     """Add the options that decide how a model draws images."""
-    p.add_argument("--classes", nargs="+", help="classes, by number or name, in turn (default: all)")
+    p.add_argument("--classes", type=int, nargs="+", help="numbers of classes, in turn (default: all)")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--w", type=float, help="guidance weight in place of the one that the model was trained with")
     p.add_argument("--batch-size", type=int, default=BATCH, help="images at a time, per process")
     p.add_argument("--vae", help="the autoencoder of latents, by folder or name (default: the one that made them)")
-    p.add_argument("--latents", type=Path, help="folder of latents trained on, where weights state no normalisation")
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU per process where there is one)")
 
 
@@ -36,7 +34,6 @@ def load_model(options: argparse.Namespace, world: World, vae: nn.Module | None 
         w=options.w,
         seed=options.seed,
         vae=options.vae if vae is None else vae,
-        latents=options.latents,
     )
     warning = untrained_guidance(generator.config, generator.guidance)
     if warning is not None and world.first:

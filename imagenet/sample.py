@@ -1,25 +1,26 @@
 """Draw images from a trained model: a run's folder, or weights as .safetensors.
 
     python imagenet/sample.py runs/imagenet/digits --out digits.png                    a grid, one step
-    python imagenet/sample.py imagenet256-w2.safetensors --out cats.png --classes tabby "tiger cat" 285 --steps 4
+    python imagenet/sample.py imagenet256-w2.safetensors --out cats.png --classes 281 282 285 --steps 4
     python imagenet/sample.py imagenet256-w2.safetensors --out samples256 --count 50000                 a folder of PNG
     torchrun --nproc-per-node 8 imagenet/sample.py runs/imagenet/imagenet256-w2 --out samples.npz --count 50000
 
 The ending of --out decides: .png is one grid, .npz all images as ADM's evaluation takes them, anything else a folder
 with a PNG per image. A grid has a class per column: those of --classes, or at most ten, evenly spaced. Otherwise sample
 i has the class number i modulo the number of classes (or of --classes). Its noise is decided by --seed and i only, so
-it is the same image for any batch size and any number of processes. What was stopped continues with the same command.
+it is the same image for any batch size and any number of processes.
 
 A network works for the guidance weights that it was trained with, which its file says; --w overrides that, with a
 warning. Models of latents need the autoencoder that made them (--vae).
 """
 
+import itertools
 import json
 import shutil
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -28,15 +29,13 @@ from imagenet import distributed
 from imagenet.data.image_files import EXTENSIONS, ImageFiles, grid, save_png, write_npz
 from imagenet.model_options import add_model_options, load_model
 from imagenet.sampler import ROWS, Generator
-from imagenet.weights import weights_file
 from tvm_ref.cli.errors import UserError, user_files
-from tvm_ref.cli.files import read_json, require_free, require_new, write_atomically
+from tvm_ref.cli.files import require_free, require_new, write_atomically
 from tvm_ref.cli.options import OneLineParser, require_at_least, run
 from tvm_ref.cli.progress import progress
 
 COUNT = 64  # images, where nothing else is said
 CHUNK = 256  # images put together at a time
-PLAN = "sampling.json"  # how a folder's images are drawn: sampling continues only if it is the same
 ABOUT = "samples.json"  # says of a folder that it holds samples, all of them
 
 
@@ -51,75 +50,38 @@ def parser() -> OneLineParser:
     return p
 
 
-def folder_of(out: Path) -> Path:
-    """Return the folder that images are drawn into: --out, or one next to it until its file is put together.
+@user_files()
+def prepare(out: Path) -> Path:
+    """Make the folder that images are drawn into: --out, or one next to it until its file is put together.
 
     Raises:
-        UserError: --out ends as files do that are not written here.
+        UserError: something else is there, or --out ends as files do that are not written here.
     """
     if out.suffix in (".png", ".npz"):
-        return out.with_name(f"{out.name}.parts")
+        require_new(out)
+        return Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}."))
     if out.suffix.lower() in EXTENSIONS and not out.is_dir():
         raise UserError(f"--out must end in .png or .npz, or be a folder; {out.suffix} is not written")
+    require_free(out, (ABOUT,), "samples")
+    out.mkdir(parents=True, exist_ok=True)
     return out
 
 
-@user_files()
-def prepare(out: Path, plan: dict[str, Any]) -> None:
-    """Make the folder that images are drawn into; unfinished images of the same plan are kept.
-
-    Args:
-        out: --out.
-        plan: what decides the images.
-
-    Raises:
-        UserError: something else is there.
-    """
-    folder = folder_of(out)
-    if folder != out:
-        require_new(out)
-    if (folder / PLAN).is_file() and not (folder / ABOUT).is_file():
-        before = read_json(folder / PLAN, "sampling; choose another --out", tuple(plan))
-        changed = ", ".join(key for key in plan if before[key] != plan[key])
-        if changed:
-            raise UserError(f"{folder} holds unfinished samples of other {changed}; choose another --out")
-        return
-    require_free(folder, (ABOUT,), "samples")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / PLAN, json.dumps(plan, indent=2) + "\n")
-
-
-def plan_of(generator: Generator, source: Path, vae: str | None, count: int, steps: int) -> dict[str, Any]:
-    """Describe everything that decides the images; weights are identified by their file and its time of writing."""
-    weights = weights_file(source)
-    return {
-        "weights": [str(weights.absolute()), weights.stat().st_mtime_ns],
-        "autoencoder": vae,
-        "count": count,
-        "steps": steps,
-        "w": generator.guidance,
-        "seed": generator.seed,
-        "classes": generator.labels(range(min(count, generator.config.classes))),
-    }
-
-
 def draw(generator: Generator, folder: Path, numbers: range, steps: int, batch_size: int, *, quiet: bool) -> None:
-    """Write the images of some numbers as NUMBER.png, each complete or not at all; those that are there are kept."""
-    files = {i: folder / f"{i:06d}.png" for i in numbers}
-    todo = [i for i in numbers if not files[i].exists()]
-    done, given = len(numbers) - len(todo), iter(todo)
+    """Write the images of some numbers as NUMBER.png."""
+    files = (folder / f"{i:06d}.png" for i in numbers)
     with (
         ThreadPoolExecutor() as pool,
-        progress(total=len(numbers), initial=done, unit="image", desc="sampling", disable=quiet) as bar,
+        progress(total=len(numbers), unit="image", desc="sampling", disable=quiet) as bar,
     ):
-        for pixels in generator.batches(todo, steps, batch_size):
-            list(pool.map(save_png, [files[next(given)] for _ in pixels], pixels))
+        for pixels in generator.batches(numbers, steps, batch_size):
+            list(pool.map(save_png, itertools.islice(files, len(pixels)), pixels))
             bar.update(len(pixels))
 
 
-def finish(generator: Generator, out: Path, count: int, steps: int) -> None:
-    """Say that a folder is complete, or make the file of its images and remove it."""
-    folder, labels = folder_of(out), generator.labels(range(count))
+def finish(generator: Generator, out: Path, folder: Path, count: int, steps: int) -> None:
+    """Say of --out that it is complete, or make it, a file, of the images in a folder."""
+    labels = generator.labels(range(count))
     if folder == out:
         about = {"steps": steps, "w": generator.guidance, "seed": generator.seed, "labels": labels}
         write_atomically(out / ABOUT, json.dumps(about) + "\n")
@@ -129,7 +91,6 @@ def finish(generator: Generator, out: Path, count: int, steps: int) -> None:
         write_npz(out, count, batches, np.array(labels, np.int64))
     else:
         save_png(out, grid(np.concatenate(list(batches)), generator.columns(count)))
-    shutil.rmtree(folder)
 
 
 def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
@@ -137,22 +98,25 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
     command = parser()
     options = command.parse_args(argv)
     out, steps = options.out, options.steps
-    with command.errors("the same command goes on"), distributed.process_group(options.device) as world:
-        folder = folder_of(out)
+    with command.errors(), distributed.process_group(options.device) as world:
         count: int = COUNT if options.count is None else options.count
         require_at_least(1, count=count, steps=steps, batch_size=options.batch_size)
         generator = load_model(options, world, vae)
         if out.suffix == ".png":  # a grid, with a class per column
             generator = generator.with_columns()
             count = ROWS * len(generator.classes or ()) if options.count is None else count
-        plan = plan_of(generator, options.source, options.vae, count, steps)
-        world.on_first(lambda: prepare(out, plan))
-        started = time.perf_counter()
-        draw(generator, folder, world.partition(count), steps, options.batch_size, quiet=not world.first)
-        world.barrier()
-        seconds = time.perf_counter() - started
+        folder: Path = world.broadcast(world.on_first(lambda: prepare(out)))
+        try:
+            started = time.perf_counter()
+            draw(generator, folder, world.partition(count), steps, options.batch_size, quiet=not world.first)
+            world.barrier()
+            seconds = time.perf_counter() - started
+            if world.first:
+                finish(generator, out, folder, count, steps)
+        finally:
+            if world.first and folder != out:
+                shutil.rmtree(folder)
         if world.first:
-            finish(generator, out, count, steps)
             w, rate = f"w = {generator.guidance:g}", f"{count / seconds:.3g} images per second"
             print(f"{out}: {count} images, {steps} step{'s' * (steps > 1)} each, {w}, {rate}")
     return 0

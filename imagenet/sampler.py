@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from imagenet.config import Config
 from imagenet.data import image_files
-from imagenet.data.class_names import class_number
 from imagenet.data.image_files import Pixels, to_pixels
-from imagenet.data.latents import read_index
 from imagenet.data.noise import PRIOR, normal
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import LATENT_SIDE, NORMALISATION, VAE, Normalisation, decode, load_vae
@@ -117,22 +115,20 @@ def load_generator(
     source: str | Path,
     *,
     device: str | torch.device = "cpu",
-    classes: Sequence[int | str] | None = None,
+    classes: Sequence[int] | None = None,
     w: float | None = None,
     seed: int = 0,
     vae: str | nn.Module | None = None,
-    latents: Path | None = None,
 ) -> Generator:
     """Load the model of a run's folder or of a .safetensors file.
 
     Args:
         source: the folder or file.
         device: where to run.
-        classes: see Generator; by number, or by name (class_names.py) as "golden retriever"; of digits "0" to "9".
+        classes: see Generator.
         w: see Generator; untrained_guidance warns if the model does not know it.
         seed: see Generator.
         vae: the autoencoder of latents, by folder or name, or itself; None is the one that the weights name.
-        latents: folder of the latents trained on, for their normalisation; None is the one that the weights state.
 
     Raises:
         ValueError: no weights there, or arguments that do not go with them.
@@ -140,15 +136,19 @@ def load_generator(
     device = torch.device(device)
     flow_map, config = load_weights(source, attention=None if device.type == "cuda" else "plain")
     known = read_provenance(source) or Provenance(config.data)
-    labels = None if classes is None else [class_number(name, config, known.classes) for name in classes]
+    if classes is not None and not all(0 <= k < config.classes for k in classes):
+        raise UserError(f"classes must lie in 0 to {config.classes - 1}, got {list(classes)}")
     if w is not None and not 0 < w < float("inf"):
         raise UserError(f"w must be positive and finite, got {w}")
     if seed < 0:
         raise UserError(f"seed must be at least 0, got {seed}")
-    generator = Generator(flow_map.to(device), config, device, labels, w, seed)
+    generator = Generator(flow_map.to(device), config, device, classes, w, seed)
     if config.data not in ("latents", "synthetic"):
         return generator
-    normalisation = normalisation_of(config, known, latents)
+    size = LATENT_SIDE * config.input_size
+    normalisation = known.normalisation or NORMALISATION.get(size)
+    if normalisation is None:
+        raise UserError(f"{source} does not say how its latents, of {size} x {size} images, are normalised")
     name = vae or known.autoencoder or VAE
     here = Provenance(config.data, autoencoder=name if isinstance(name, str) else None, normalisation=normalisation)
     known.check_latents(here, f"{source} was trained on other latents")
@@ -162,19 +162,3 @@ def untrained_guidance(config: Config, w: float) -> str | None:
         return None
     trained = f"{config.w:g}" if config.w_max is None else f"{config.w:g} to {config.w_max:g}"
     return f"warning: this model was trained with w = {trained}; with w = {w:g} it does not work well"
-
-
-def normalisation_of(config: Config, known: Provenance, latents: Path | None = None) -> Normalisation:
-    """Return how a model's latents are normalised, by the folder of latents if one is given, else by the weights.
-
-    Raises:
-        ValueError: neither says it, and it is not known for latents of this size.
-    """
-    if latents is not None:
-        return read_index(latents).normalisation
-    if known.normalisation is not None:
-        return known.normalisation
-    size = LATENT_SIDE * config.input_size
-    if size not in NORMALISATION:
-        raise UserError(f"the normalisation of latents of {size} x {size} images is not known: say latents=FOLDER")
-    return NORMALISATION[size]

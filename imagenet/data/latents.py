@@ -14,7 +14,7 @@ import itertools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,10 +60,16 @@ class Latents:
 
     def __init__(self, folder: str | Path, seed: int = 0):
         self.folder, self.seed = Path(folder), seed
-        index = read_index(self.folder)
-        self.classes, self.normalisation = index.classes, index.normalisation
-        self.autoencoder = index.autoencoder
-        opened = [self._open(name) for name, count in index.shards.items() if count]
+        index = _read_index(self.folder / INDEX)
+        self.autoencoder: str | None = index.get("vae")  # a folder, or a name on the Hugging Face hub
+        try:
+            self.classes: list[str] = index["classes"]  # their names, by number
+            mean, std = (tuple(index["normalisation"][key]) for key in ("mean", "std"))
+            self.normalisation = Normalisation(mean, std)
+            names = [Path(shard["name"]).name for shard in index["shards"] if shard["count"]]  # in this folder
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.folder / INDEX} is damaged: {first_line(error):.200}") from None
+        opened = [self._open(name) for name in names]
         self._posteriors = [posteriors for posteriors, _ in opened]
         self.labels = torch.from_numpy(np.concatenate([labels for _, labels in opened]))
         self._ends = list(itertools.accumulate(len(posteriors) for posteriors in self._posteriors))
@@ -102,44 +108,14 @@ def shard_files(name: str) -> tuple[str, str]:
     return f"{name}.latents.npy", f"{name}.labels.npy"
 
 
-class Index(NamedTuple):
-    """The content of latents.json.
-
-    Attributes:
-        classes: their names, by number.
-        normalisation: of the latents.
-        shards: number of latents by name.
-        autoencoder: that made them: a folder, or a name on the Hugging Face hub.
-    """
-
-    classes: list[str]
-    normalisation: Normalisation
-    shards: dict[str, int]
-    autoencoder: str | None
-
-
-def read_index(folder: Path) -> Index:
-    """Read the latents.json of a folder.
-
-    Raises:
-        UserError: none there, a damaged one, or one of another format.
-    """
-    path = folder / INDEX
+def _read_index(path: Path) -> dict[str, Any]:
+    """Read the latents.json of a folder."""
     if not path.is_file():
-        raise UserError(f"{folder} holds no latents (no {INDEX}); imagenet/encode.py makes them")
+        raise UserError(f"{path.parent} holds no latents (no {INDEX}); imagenet/encode.py makes them")
     stored = read_json(path, "folder of latents", ("format", "classes", "normalisation", "shards"))
     if stored["format"] != FORMAT:
         raise UserError(f"{path} is not in the format {FORMAT!r}")
-    try:
-        norm = stored["normalisation"]
-        return Index(
-            stored["classes"],
-            Normalisation(tuple(norm["mean"]), tuple(norm["std"])),
-            {Path(shard["name"]).name: int(shard["count"]) for shard in stored["shards"]},  # in this folder
-            stored.get("vae"),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error):.200}") from None
+    return stored
 
 
 def write_shard(folder: Path, name: str, posteriors: NDArray[np.float16], labels: NDArray[np.int64]) -> None:

@@ -1,5 +1,4 @@
 import contextlib
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from imagenet import distributed
 from imagenet.config import Config, build_model
@@ -53,6 +51,10 @@ def pixels(path: Path) -> np.ndarray:
     return torch.cat(list(ImageFiles(path).batches(100))).permute(0, 2, 3, 1).numpy()
 
 
+def read(out: Path) -> np.ndarray:
+    return np.array(Image.open(out)) if out.suffix == ".png" else pixels(out)
+
+
 @pytest.mark.parametrize("objective", ["tvm", "fm"])
 def test_images_are_the_flow_map_s_jumps_from_noise_of_their_own(tmp_path, objective):
     """Two steps by hand: x <- x + (s - t) w F(x, t, s), with class i modulo 5; after flow matching F(x, t, t)."""
@@ -87,15 +89,16 @@ def test_processes_share_the_work(model, tmp_path, out, count, monkeypatch):
     """Ranks 1 and 2 of 3 come first, rank 0 last, as behind a barrier; of 2 images one process has none."""
     whole = tmp_path / f"whole{Path(out).suffix}"
     draw(model, whole, "--count", str(count))
-    (tmp_path / ("a" if out == "a" else f"{out}.parts")).mkdir()
-    monkeypatch.setattr("imagenet.sample.prepare", lambda *_, **__: None)
+    folder = tmp_path / ("a" if out == "a" else "parts")
+    folder.mkdir()
+    monkeypatch.setattr(World, "on_first", lambda self, task: folder)
     monkeypatch.setattr(World, "all_gather", lambda self, values: None)
     monkeypatch.setattr(World, "broadcast", lambda self, value: value)
     for rank in (1, 2, 0):
         monkeypatch.setattr(distributed, "process_group", lambda _, rank=rank: contextlib.nullcontext(World(rank, 3)))
         assert draw(model, tmp_path / out, "--count", str(count), "--batch-size", "2") == 0
     assert np.abs(read(tmp_path / out).astype(int) - read(whole)).max() <= 1
-    assert not list(tmp_path.glob("*.parts"))
+    assert out == "a" or not folder.exists()
 
 
 @pytest.mark.slow
@@ -108,12 +111,6 @@ def test_torchrun_with_two_processes(model, tmp_path):
     assert done.stdout.count("images per second") == 1
     assert np.abs(pixels(tmp_path / "two.npz").astype(int) - pixels(tmp_path / "one.npz")).max() <= 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "one.npz", "two.npz"]
-
-
-def test_classes_are_taken_in_turn(model, tmp_path):
-    draw(model, tmp_path / "a.npz", "--count", "5", "--classes", "4", "1")
-    with np.load(tmp_path / "a.npz") as stored:
-        assert stored["arr_1"].tolist() == [4, 1, 4, 1, 4]
 
 
 def test_a_grid_has_eight_images_of_each_class_below_one_another(model, tmp_path):
@@ -161,63 +158,11 @@ def test_nothing_is_overwritten(model, tmp_path, capsys):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-class Stopped(Exception):
-    """The power goes."""
-
-
-def stopping_after(calls: int):
-    """Images of a generator that stops at its call number `calls`."""
-    images, made = Generator.images, []
-
-    def stopping(self, numbers, steps):
-        if len(made) == calls:
-            raise Stopped
-        made.append(numbers)
-        return images(self, numbers, steps)
-
-    return stopping
-
-
-def read(out: Path) -> np.ndarray:
-    return np.array(Image.open(out)) if out.suffix == ".png" else pixels(out)
-
-
-@pytest.mark.parametrize("calls", [0, 2, 3])
-@pytest.mark.parametrize("kind", ["", ".npz", ".png"])
-def test_what_was_stopped_continues_to_the_same_images(model, tmp_path, monkeypatch, kind, calls):
-    whole, out = tmp_path / f"whole{kind}", tmp_path / f"stopped{kind}"
-    draw(model, whole, "--count", "13", "--batch-size", "4")
-    with monkeypatch.context() as patch:
-        patch.setattr(Generator, "images", stopping_after(calls))
-        with pytest.raises(Stopped):
-            draw(model, out, "--count", "13", "--batch-size", "4")
-    folder = out.with_name(f"{out.name}.parts") if kind else out
-    (folder / "000012.png.partial").write_bytes(b"of a process that was killed")
-    assert len(list(folder.glob("*.png"))) == 4 * calls
-    drawn, images = [], Generator.images
-    monkeypatch.setattr(Generator, "images", lambda self, n, steps: drawn.extend(n) or images(self, n, steps))
-    assert draw(model, out, "--count", "13", "--batch-size", "5") == 0
-    assert drawn == list(range(4 * calls, 13))  # nothing twice
-    assert np.abs(read(out).astype(int) - read(whole)).max() <= 1
-    assert not list(tmp_path.glob("*.parts")) + list(tmp_path.glob("**/*.partial"))
-
-
-def test_a_stopped_folder_of_other_images_is_not_mixed_with_these(model, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        patch.setattr(Generator, "images", stopping_after(1))
-        with pytest.raises(Stopped):
-            draw(model, tmp_path / "a", "--count", "6", "--batch-size", "2")
-    other = weights(tmp_path / "other.safetensors", replace(CONFIG, depth=2))
-    for source, more, changed in (
-        (model, ("--seed", "1"), "seed"),
-        (model, ("--steps", "2", "--classes", "1"), "steps, classes"),
-        (other, (), "weights"),
-    ):
-        assert draw(source, tmp_path / "a", "--count", "6", *more) == 2
-        assert f"unfinished samples of other {changed}; choose another" in capsys.readouterr().err
-    (tmp_path / "a" / "sampling.json").write_text("{")
-    assert draw(model, tmp_path / "a", "--count", "6") == 2
-    assert "is damaged: it does not describe a sampling" in capsys.readouterr().err
+def test_what_is_stopped_leaves_no_half_file(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(Generator, "images", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        draw(model, tmp_path / "a.npz")
+    assert list(tmp_path.iterdir()) == [model]
 
 
 @pytest.mark.parametrize("ending", [".jpg", ".JPEG"])
@@ -230,29 +175,11 @@ def test_an_ending_that_is_not_written_names_no_folder(model, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize(
-    "config",
-    [
-        '{"w": ' + "[" * 100_000,
-        json.dumps(json.loads(CONFIG.to_json()) | {"w": 10**400}),
-        json.dumps(json.loads(CONFIG.to_json()) | {"hidden_size": 2**40}),
-        json.dumps(json.loads(CONFIG.to_json()) | {"hidden_size": 2**16, "depth": 20}),
-    ],
-    ids=["deep", "10^400", "huge", "large"],
-)
-def test_a_hostile_configuration_ends_with_one_line(tmp_path, capsys, config):
-    save_file(network(CONFIG).state_dict(), tmp_path / "a.safetensors", {"config": config})
-    assert draw(tmp_path / "a.safetensors", tmp_path / "a.png") == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert len(err) < 500
-
-
-@pytest.mark.parametrize(
     ("more", "message"),
     [
         (("--count", "0"), "--count must be at least 1"),
         (("--steps", "0"), "--steps must be at least 1"),
-        (("--classes", "5"), "--classes must lie in 0 to 4"),
+        (("--classes", "5"), "classes must lie in 0 to 4, got [5]"),
         (("--device", "abacus"), "cannot be used here"),
     ],
 )
