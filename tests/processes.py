@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
+LIMIT = 800  # seconds, less than pytest waits for a test: pyproject.toml's faulthandler_timeout
 PATIENCE = timedelta(minutes=2)  # of one process with another
 
 
-def python(*arguments: str, cwd: Path = ROOT, limit: float = 600, **environment: str) -> subprocess.CompletedProcess:
+def python(*arguments: str, cwd: Path = ROOT, limit: float = LIMIT, **environment: str) -> subprocess.CompletedProcess:
     """Run Python, by default in the checkout, with kernels that are not interpreted unless the environment says so."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     process = subprocess.Popen(
