@@ -4,6 +4,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from tvm_ref.bound.chain import LABELS, TERMS, Bound, one_sided_rate, two_sided_rate
 from tvm_ref.bound.paths import displacement_error, flow_matching_residual, terminal_velocity_residual
@@ -19,8 +20,25 @@ def plot_bound(bound: Bound, title: str) -> Figure:
     """
     figure, (left, middle, right) = make_figure(3, 5.2, plane=False)
     figure.suptitle(f"{title}: the 2-Wasserstein bound, t = {bound.t:g}", fontsize=16)
-    _residuals(left, bound)
-    _rates(middle, bound)
+    paths = bound.paths
+    residuals = {
+        "a: terminal velocity residual": (terminal_velocity_residual(paths), BLUE),
+        "b: flow-matching residual": (flow_matching_residual(paths), ORANGE),
+        "e: displacement error": (displacement_error(paths), GREEN),
+    }
+    _curves(left, bound, {name: (a.square().mean(1).sqrt(), colour) for name, (a, colour) in residuals.items()})
+    left.set(ylabel="RMS over points", ylim=(0, None), title="residuals and error")
+    rates = {
+        "L: largest found": (bound.lipschitz, PINK),
+        "two-sided, mean over points": (two_sided_rate(paths).mean(1), ORANGE),
+        "one-sided m, mean over points": (one_sided_rate(paths).mean(1), GREEN),
+    }
+    _curves(middle, bound, rates)
+    middle.axhline(0, color="black", lw=0.8)
+    middle.set(ylabel="growth rate of the error", title="rates")
+    middle.set_yscale("symlog", linthresh=1)
+    middle.yaxis.set_major_formatter("{x:g}")  # -1, 0 and 1, not -10^0, 0 and 10^0
+    middle.set_ylim(top=30 * max(1.0, float(bound.lipschitz.max())))  # room for the legend
     for ax in (left, middle):
         ax.set_xlim(bound.t, 0)
         ax.set_xlabel("time s, from noise to data")
@@ -39,34 +57,10 @@ def plot_bound(bound: Bound, title: str) -> Figure:
     return figure
 
 
-def _residuals(ax: Axes, bound: Bound) -> None:
-    s = bound.paths.s.numpy()
-    for label, values, colour in (
-        ("a: terminal velocity residual", terminal_velocity_residual(bound.paths), BLUE),
-        ("b: flow-matching residual", flow_matching_residual(bound.paths), ORANGE),
-        ("e: displacement error", displacement_error(bound.paths), GREEN),
-    ):
-        ax.plot(s, values.square().mean(1).sqrt().numpy(), color=colour, label=label)
-    ax.set(ylabel="RMS over points", ylim=(0, None))
-    ax.set_title("residuals and error")
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=11, loc="upper left")
-
-
-def _rates(ax: Axes, bound: Bound) -> None:
-    s = bound.paths.s.numpy()
-    for label, values, colour in (
-        ("L: largest found", bound.lipschitz, PINK),
-        ("two-sided, mean over points", two_sided_rate(bound.paths).mean(1), ORANGE),
-        ("one-sided m, mean over points", one_sided_rate(bound.paths).mean(1), GREEN),
-    ):
-        ax.plot(s, values.numpy(), color=colour, label=label)
-    ax.axhline(0, color="black", lw=0.8)
-    ax.set(ylabel="growth rate of the error")
-    ax.set_yscale("symlog", linthresh=1)
-    ax.yaxis.set_major_formatter("{x:g}")  # -1, 0 and 1, not -10^0, 0 and 10^0
-    ax.set_ylim(top=30 * max(1.0, float(bound.lipschitz.max())))  # room for the legend
-    ax.set_title("rates")
+def _curves(ax: Axes, bound: Bound, curves: dict[str, tuple[Tensor, str]]) -> None:
+    """Draw curves [S] over s, each with its colour."""
+    for label, (values, colour) in curves.items():
+        ax.plot(bound.paths.s.numpy(), values.numpy(), color=colour, label=label)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=11, loc="upper left")
 

@@ -7,13 +7,7 @@
     python -m tvm_ref.toy --dist circles --conditional --w 2
     python -m tvm_ref.toy --dist moons --resume           go on after Ctrl-C, bit for bit
 
-Of a finished run:
-    python tutorials/playground/animation.py                a moving picture
-    python -m tvm_ref.bound                               the Wasserstein bound
-    python tutorials/playground/page.py                   a page to play with
-Of many:
-    python -m tvm_ref.experiments.compare                 all objectives on equal terms
-    python -m tvm_ref.experiments.seeds                   quality over seeds
+`python -m tvm_ref` lists what there is besides; of a finished run, tutorials/playground/ makes a page and an animation.
 """
 
 import argparse

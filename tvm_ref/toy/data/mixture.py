@@ -178,21 +178,11 @@ class GaussianMixture:
         columns = torch.cat([m, m.square().sum(1, keepdim=True), log_weights[:, None]], dim=1)
         return rows @ columns.T
 
-    # Which components, and how many at a time
-
-    def _components(self, label: int | None) -> tuple[Tensor, Tensor]:
-        """Return centres and log weights of a class's components; of all for the label C and for None."""
-        if label is not None:
-            require(self.labels is not None, "this mixture has no class labels")
-        if label is None or self.labels is None or label == self.num_classes:
-            return self.centres, self.log_weights
-        member = self.labels == label
-        return self.centres[member], self.log_weights[member]
-
     def _by_chunk(self, formula: Callable[..., Tensor], x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Apply formula(x, t, centres, log_weights), in float64, to chunks of a batch, each of one class."""
         if label is None:
             return torch.cat(self._chunks(formula, x, t, None)).to(x.dtype)
+        require(self.labels is not None, "this mixture has no class labels")
         order, parts = label.argsort(stable=True), []
         for rows in order.split(label.bincount().tolist()):
             if len(rows):
@@ -200,8 +190,10 @@ class GaussianMixture:
         return torch.cat(parts)[order.argsort()].to(x.dtype)
 
     def _chunks(self, formula: Callable[..., Tensor], x: Tensor, t: Tensor, label: int | None) -> list[Tensor]:
-        """Apply a formula for one class to as many points at a time as MAX_PAIRS allows."""
-        centres, log_weights = self._components(label)
+        """Apply a formula for one class (C and None: all) to as many points at a time as MAX_PAIRS allows."""
+        everything = label is None or self.labels is None or label == self.num_classes
+        member = slice(None) if everything else self.labels == label
+        centres, log_weights = self.centres[member], self.log_weights[member]
         size = max(1, MAX_PAIRS // len(centres))
         chunks = zip(x.double().split(size), t.double().split(size), strict=True)
         return [formula(x, t, centres, log_weights) for x, t in chunks]
