@@ -26,7 +26,7 @@ from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.seeding import EVALUATION
 from tvm_ref.toy.config import use_one_thread
 from tvm_ref.toy.data.mixture import GaussianMixture
-from tvm_ref.toy.run import load_run, load_snapshots, steps_done
+from tvm_ref.toy.run import load_run, load_snapshots, read_config, steps_done
 
 PARTS = Path(__file__).parent / "web"  # the page, its style and its two scripts
 POINTS = 256  # noise points; a page computes all of them anew for every frame
@@ -88,8 +88,7 @@ def suggestions(runs: Sequence[dict[str, Any]]) -> str:
         "Small jumps are easy: t and s close together": whole | {"t": 0.5, "s": 0.4},
         "Two Euler steps beside one jump": whole | {"steps": 2},
     }
-    before = len(runs[0]["snapshots"]) - 1
-    if before:
+    if before := len(runs[0]["snapshots"]) - 1:
         tries["Before training: jumps agree with a wrong velocity, no loss"] = whole | {"back": before, "s": 0.2}
     for i, run in enumerate(runs):
         if not run["learns_jumps"]:
@@ -123,16 +122,13 @@ def make_page(folders: list[Path]) -> str:
         "runs": runs,
         "weights": blobs,
     }
-    page = (PARTS / "page.html").read_text(encoding="utf-8")
-    config = load_run(folders[0])[0]
+    page, config = (PARTS / "page.html").read_text(encoding="utf-8"), read_config(folders[0])
     parts = {
         "name": html.escape(Path(config.data).stem if config.data is not None else config.dist.replace("_", " ")),
         "points": str(POINTS),
         "runs": "".join(RADIO.format(i, html.escape(run["name"])) for i, run in enumerate(runs)),
         "tries": suggestions(runs),
-        "style": (PARTS / "page.css").read_text(encoding="utf-8"),
-        "model": (PARTS / "model.js").read_text(encoding="utf-8"),
-        "view": (PARTS / "view.js").read_text(encoding="utf-8"),
+        **{p.stem: p.read_text(encoding="utf-8") for p in PARTS.iterdir() if p.suffix in (".css", ".js")},
         "data": json.dumps(data).replace("<", "\\u003c"),  # a name must not open or end a script
     }
     for name, text in parts.items():

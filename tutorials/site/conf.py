@@ -24,19 +24,9 @@ os.environ.pop("MPLBACKEND", None)  # the notebooks choose where figures go
 project = "Terminal Velocity Matching"
 author = "the contributors of tvm-ref"
 root_doc = "tutorials/site/index"
-include_patterns = [
-    "README.md",
-    "CONTRIBUTING.md",
-    *(f"{folder}/**" for folder in ("tvm_ref", "kernels", "imagenet", "tutorials")),
-]
+include_patterns = ["README.md", "CONTRIBUTING.md", "tvm_ref/**", "kernels/**", "imagenet/**", "tutorials/**"]
 exclude_patterns = ["**/.ipynb_checkpoints", "tutorials/pictures/**", "**/api/*/modules.rst"]
-extensions = [
-    "myst_nb",
-    "sphinx.ext.apidoc",
-    "sphinx.ext.autodoc",
-    "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
-]
+extensions = ["myst_nb", *(f"sphinx.ext.{name}" for name in ("apidoc", "autodoc", "napoleon", "viewcode"))]
 html_theme = "furo"
 html_title = "tvm-ref"
 html_show_copyright = False
@@ -62,12 +52,7 @@ myst_heading_anchors = 4
 
 # Reference: a page for each module
 apidoc_modules = [
-    {
-        "path": folder,
-        "destination": f"tutorials/site/api/{name}",
-        "separate_modules": True,
-        "module_first": True,
-    }
+    {"path": folder, "destination": f"tutorials/site/api/{name}", "separate_modules": True, "module_first": True}
     for name, folder in PACKAGES.items()
 ]
 autodoc_default_options = {"ignore-module-all": True}  # each name where it is defined

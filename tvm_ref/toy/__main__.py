@@ -107,8 +107,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Run, torch.Tensor | None]:
     stored = require_same(arguments, folder, "--resume")
     if not (folder / CHECKPOINT).is_file():
         raise UserError(f"{folder} holds no checkpoint to resume from; start again with --overwrite")
-    gone = stored.data is not None and not Path(stored.data).exists()  # the run keeps a copy of its points
-    old = Run(folder, stored, load_distribution(folder, stored) if gone else None)
+    old = Run(folder, stored, load_distribution(folder, stored))  # own points are those that the run has kept
     return old, old.load()
 
 

@@ -58,7 +58,7 @@ class Run:
     Args:
         folder: where everything goes.
         config: what to do; stored as config.json.
-        distribution: what to learn; None: what the configuration names.
+        distribution: what to learn; None: what the configuration names. A run that is resumed has load_distribution's.
     """
 
     def __init__(self, folder: Path, config: ToyConfig, distribution: GaussianMixture | None = None):
@@ -95,30 +95,26 @@ class Run:
 
     def save(self, sums: Tensor) -> None:
         """Write checkpoint.pt; `sums` are the losses since the last line of the log."""
-        file, units = io.BytesIO(), dataclasses.asdict(units_of(self.distribution))
-        torch.save(self.training.state_dict() | {"sums": sums, "units": units}, file)
+        file = io.BytesIO()
+        torch.save(self.training.state_dict() | {"sums": sums}, file)
         write_atomically(self.folder / CHECKPOINT, file.getvalue())
 
     def load(self) -> Tensor:
         """Read checkpoint.pt, drop what the log has beyond it, and return the losses since the log's last line.
 
         Raises:
-            UserError: a checkpoint that is damaged, unreadable, or of another network or other data; a damaged log or
-                file of snapshots.
+            UserError: a checkpoint that is damaged, or of another network; a damaged log or file of snapshots.
         """
         path, log = self.folder / CHECKPOINT, self.folder / LOG
-        own = dataclasses.asdict(units_of(self.distribution))
         try:
             state = torch.load(path, weights_only=True)
         except Exception as error:  # bytes that are no checkpoint raise almost anything
             raise UserError(f"{path} cannot be used: {first_line(error)}") from None
         try:
             self.training.load_state_dict(state)
-            sums, units = state["sums"], state.get("units", own)
+            sums: Tensor = state["sums"]
         except (RuntimeError, KeyError, TypeError) as error:  # the weights of another network, or something else
             raise UserError(f"{path} cannot be used: {first_line(error)}") from None
-        if units != own:
-            raise UserError(f"{self.folder} was trained on other points than {self.config.data} has")
         self.earlier = self.training.seconds
         load_snapshots(self.folder)  # a damaged file is named now rather than in the middle of training
         try:
