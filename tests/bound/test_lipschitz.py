@@ -1,4 +1,3 @@
-import pytest
 import torch
 
 from tvm_ref.bound.lipschitz import exact_norms, jacobian_norms, largest_on_segments, power_iteration_norms
@@ -34,10 +33,4 @@ def test_segments_are_looked_at_between_their_ends():
     def field(x):
         return x.tanh()  # steepest at 0
 
-    assert largest_on_segments(field, x, -x, points=3) == 1
-    assert largest_on_segments(field, x, -x, points=2) == pytest.approx(1 - float(x.tanh()) ** 2)
-
-
-def test_segments_of_one_point_raise():
-    with pytest.raises(ValueError, match="points"):
-        largest_on_segments(lambda x: x, torch.zeros(2, 2), torch.zeros(2, 2), points=1)
+    assert largest_on_segments(field, x, -x) == 1

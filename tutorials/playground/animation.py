@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.errors import require, user_files
 from tvm_ref.cli.files import require_suffix
 from tvm_ref.cli.options import OneLineParser
 from tvm_ref.cli.options import run as run_command
@@ -45,10 +45,9 @@ def paths(run: Path) -> tuple[list[float], Tensor, Tensor]:
         UserError, OSError: a folder without a finished run, or one with classes or without jumps.
     """
     config, distribution, model = load_run(run)
-    if config.conditional:
-        raise UserError(f"{run} is conditioned on classes; this animation shows runs without --conditional")
-    if not OBJECTIVES[config.objective].learns_jumps:
-        raise UserError(f"{run} was trained by --objective {config.objective}, which teaches no jumps")
+    require(not config.conditional, f"{run} is conditioned on classes; this animation shows runs without --conditional")
+    learns_jumps = OBJECTIVES[config.objective].learns_jumps
+    require(learns_jumps, f"{run} was trained by --objective {config.objective}, which teaches no jumps")
     noise = torch.randn(POINTS, 2, generator=torch.Generator().manual_seed(EVALUATION))
     times = [1 - i / STEPS for i in range(STEPS + 1)]
     print(f"carrying {POINTS} points by the exact flow, in {STEPS} steps")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.errors import UserError, require, user_files
 from tvm_ref.cli.files import require_suffix, write_atomically
 from tvm_ref.cli.options import OneLineParser
 from tvm_ref.cli.options import run as run_command
@@ -53,8 +53,7 @@ def describe_run(folder: Path, blobs: list[str]) -> tuple[GaussianMixture, dict[
         ValueError, OSError: a folder without a finished run, or one that is conditioned on classes.
     """
     config, distribution, model = load_run(folder)
-    if config.conditional:
-        raise UserError(f"{folder} is conditioned on classes; this page shows runs without --conditional")
+    require(not config.conditional, f"{folder} is conditioned on classes; this page shows runs without --conditional")
     done = steps_done(folder)
     done = config.steps if done is None else done
     snapshots = {step: weights for step, weights in load_snapshots(folder).items() if step < done}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tvm_ref.bound.paths import STEPS, Draws, time_grid
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import UserError, require
 from tvm_ref.cli.options import check_types, option
 from tvm_ref.guidance import Condition
 from tvm_ref.objectives import OBJECTIVES
@@ -36,12 +36,9 @@ class Measuring:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not 0 < self.time <= 1:
-            raise UserError(f"--time must lie in (0, 1], got {self.time}")
-        if not 10 <= self.points <= MAX_POINTS:
-            raise UserError(f"--points must lie in [10, {MAX_POINTS}], got {self.points}")
-        if self.grid < 4 or self.grid % 2:
-            raise UserError(f"--grid must be even and at least 4, got {self.grid}")
+        require(0 < self.time <= 1, f"--time must lie in (0, 1], got {self.time}")
+        require(10 <= self.points <= MAX_POINTS, f"--points must lie in [10, {MAX_POINTS}], got {self.points}")
+        require(self.grid >= 4 and self.grid % 2 == 0, f"--grid must be even and at least 4, got {self.grid}")
 
     def draw(self, distribution: GaussianMixture, *, conditional: bool = False) -> Draws:
         """Draw data and noise [points, D], and classes for a conditional model."""
@@ -62,8 +59,8 @@ def require_covered(config: ToyConfig) -> None:
             f"the bound is stated without guidance, and this run has --w {config.w:g}: "
             "its labels have no distribution in closed form"
         )
-    if not OBJECTIVES[config.objective].learns_jumps:
-        raise UserError("flow matching learns no jumps to bound; choose --objective tvm, pid or meanflow")
+    learns_jumps = OBJECTIVES[config.objective].learns_jumps
+    require(learns_jumps, "flow matching learns no jumps to bound; choose --objective tvm, pid or meanflow")
 
 
 def to_json(report: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tvm_ref.checks import require
 from tvm_ref.exact_flow import exact_path
 from tvm_ref.flow_map import Flow
 from tvm_ref.guidance import Condition
@@ -31,8 +32,8 @@ class Draws:
     condition: Condition | None = None
 
     def __post_init__(self) -> None:
-        if self.condition is not None and not bool((self.condition.beta == 1).all()):
-            raise ValueError("the bound is stated without guidance: beta must be 1")
+        plain = self.condition is None or bool((self.condition.beta == 1).all())
+        require(plain, "the bound is stated without guidance: beta must be 1")
 
     def at(self, time: Tensor) -> Sample:
         """Return x_t = (1 - t) x0 + t x1 [N, ...] at a time t []."""
@@ -79,12 +80,9 @@ def time_grid(t: float, scale: float, steps: int = STEPS) -> Tensor:
     Raises:
         ValueError: a time outside (0, 1], a scale that is not positive, a number of steps that is not even.
     """
-    if not 0 < t <= 1:
-        raise ValueError(f"the start time t must lie in (0, 1], got {t}")
-    if not scale > 0:
-        raise ValueError(f"the scale of the time grid must be positive, got {scale}")
-    if steps < 4 or steps % 2:
-        raise ValueError(f"the time grid needs an even number of steps, at least 4, got {steps}")
+    require(0 < t <= 1, f"the start time t must lie in (0, 1], got {t}")
+    require(scale > 0, f"the scale of the time grid must be positive, got {scale}")
+    require(steps >= 4 and steps % 2 == 0, f"the time grid needs an even number of steps, at least 4, got {steps}")
     # near s = 0 the exact field changes within a time of about `scale`, the width of the data's modes
     s = scale * torch.linspace(0, math.asinh(t / scale), steps + 1, dtype=torch.float64).sinh()
     s[-1] = t  # exactly: sinh(asinh(.)) rounds

@@ -8,6 +8,12 @@ class UserError(ValueError):
     """Options, files, data or folders that cannot be used. A command prints its first line and exits with status 2."""
 
 
+def require(true: bool, otherwise: str) -> None:
+    """Raise UserError with a message unless something holds."""
+    if not true:
+        raise UserError(otherwise)
+
+
 def first_line(error: BaseException) -> str:
     """Say in one line what went wrong; of a file, with its name. What would steer a terminal is escaped."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.errors import UserError, require, user_files
 
 
 def require_free(out: Path, marks: Sequence[str], what: str = "a run", ways: str = "", overwrite: bool = False) -> None:
@@ -20,16 +20,13 @@ def require_free(out: Path, marks: Sequence[str], what: str = "a run", ways: str
         overwrite: whether earlier results may be replaced.
     """
     place = next(path for path in (out, *out.absolute().parents) if path.exists())  # where it is, or will be made
-    if not place.is_dir():
-        raise UserError(f"{place} is a file, not a folder")
-    if not os.access(place, os.W_OK):
-        raise UserError(f"{place} cannot be written to: choose another --out")
+    require(place.is_dir(), f"{place} is a file, not a folder")
+    require(os.access(place, os.W_OK), f"{place} cannot be written to: choose another --out")
     if place != out or not any(out.iterdir()):
         return
-    if not all((out / mark).is_file() for mark in marks):
-        raise UserError(f"{out} holds something that is not {what}: choose another --out")
-    if not overwrite:
-        raise UserError(f"{out} already holds {what}: {ways + ', or' if ways else 'choose'} another --out")
+    held = all((out / mark).is_file() for mark in marks)
+    require(held, f"{out} holds something that is not {what}: choose another --out")
+    require(overwrite, f"{out} already holds {what}: {ways + ', or' if ways else 'choose'} another --out")
 
 
 def require_new(out: Path | None) -> None:
@@ -44,8 +41,7 @@ def require_new(out: Path | None) -> None:
 
 def require_suffix(path: Path, suffix: str) -> None:
     """Raise UserError unless a file that is to be written, and may be there, is named as its kind is."""
-    if path.suffix.lower() != suffix:
-        raise UserError(f"--out {path}: the file to write must end in {suffix}")
+    require(path.suffix.lower() == suffix, f"--out {path}: the file to write must end in {suffix}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

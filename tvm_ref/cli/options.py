@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from tvm_ref.cli.errors import UserError, first_line
+from tvm_ref.cli.errors import UserError, first_line, require
 from tvm_ref.cli.stopping import INTERRUPTED, is_first_rank
 
 
@@ -217,8 +217,7 @@ def _check_type(option: str, value: Any, kind: type, choices: tuple[str, ...] | 
 def require_at_least(least: float, **values: float) -> None:
     """Raise UserError, naming the option, for a value below `least` or NaN."""
     for name, value in values.items():
-        if not value >= least:
-            raise UserError(f"{flag(name)} must be at least {least}, got {value}")
+        require(value >= least, f"{flag(name)} must be at least {least}, got {value}")
 
 
 def require_device(name: str) -> torch.device:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.errors import UserError, require, user_files
 from tvm_ref.cli.files import require_free, write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, flag, given, require_at_least, run
 from tvm_ref.cli.stopping import INTERRUPTED
@@ -51,8 +51,7 @@ def folder_of(arguments: argparse.Namespace) -> Path:
         ValueError: bad options.
     """
     options = given(arguments, ToyConfig)
-    if "dist" in options and "data" in options:
-        raise UserError("--dist and --data: a run learns one of them")
+    require(not {"dist", "data"} <= {*options}, "--dist and --data: a run learns one of them")
     return arguments.out or Path("runs/toy") / ToyConfig(**options).name
 
 
@@ -105,8 +104,8 @@ def prepare(arguments: argparse.Namespace) -> tuple[Run, torch.Tensor | None]:
             print(f"{folder} keeps what the earlier run did not write: {', '.join(others)}")
         return new, None
     stored = require_same(arguments, folder, "--resume")
-    if not (folder / CHECKPOINT).is_file():
-        raise UserError(f"{folder} holds no checkpoint to resume from; start again with --overwrite")
+    held = (folder / CHECKPOINT).is_file()
+    require(held, f"{folder} holds no checkpoint to resume from; start again with --overwrite")
     old = Run(folder, stored, load_distribution(folder, stored))  # own points are those that the run has kept
     return old, old.load()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import UserError, require
 from tvm_ref.cli.options import check_types, flag, option, read_settings, require_at_least, require_device
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.objectives import OBJECTIVES, Objective
@@ -64,30 +64,24 @@ class ToyConfig:
         require_at_least(1, steps=self.steps, batch_size=self.batch_size, width=self.width, depth=self.depth)
         for name in ("lr", "w", "bandwidth"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"{flag(name)} must be positive and finite, got {value}")
+            require(value is None or 0 < value < float("inf"), f"{flag(name)} must be positive and finite, got {value}")
         for name in ("noise_share", "equal_share", "target_ema", "ema"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"{flag(name)} must lie in [0, 1], got {value}")
+            require(value is None or 0 <= value <= 1, f"{flag(name)} must lie in [0, 1], got {value}")
         kind = OBJECTIVES[self.objective]
         settings = read_settings(f"--settings of --objective {self.objective}", kind, self.settings, ("null_label",))
         object.__setattr__(self, "settings", settings)
-        if self.guided and not kind.has_guidance:
-            raise UserError(f"--objective {self.objective} has no guidance here: it goes with --w 1")
+        able = kind.has_guidance or not self.guided
+        require(able, f"--objective {self.objective} has no guidance here: it goes with --w 1")
         try:
             self.sampler()  # refuses fractions that exceed 1 together
             self.make_objective(FlowMap(torch.nn.Module()), null_label=None)  # refuses bad settings
         except ValueError as error:
             raise UserError(str(error)) from error
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed must lie in [0, 2^63), got {self.seed}")
-        if self.guided and not self.conditional:
-            raise UserError("--w needs --conditional")
-        if self.conditional and self.data is not None:
-            raise UserError("--conditional needs classes, and points of --data have none")
-        if self.bandwidth and self.data is None:
-            raise UserError("--bandwidth goes with --data")
+        require(0 <= self.seed < 2**63, f"--seed must lie in [0, 2^63), got {self.seed}")
+        require(self.conditional or not self.guided, "--w needs --conditional")
+        require(not (self.conditional and self.data), "--conditional needs classes, and points of --data have none")
+        require(self.bandwidth is None or self.data is not None, "--bandwidth goes with --data")
         require_device(self.device)
 
     @property

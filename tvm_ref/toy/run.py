@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tvm_ref.cli.errors import UserError, first_line
+from tvm_ref.cli.errors import UserError, first_line, require
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.cli.progress import progress
 from tvm_ref.cli.stopping import Interruption
@@ -185,8 +185,7 @@ def read_config(folder: Path) -> ToyConfig:
 
 def require_known_format(path: Path, version: int) -> None:
     """Raise UserError for a file of a later version than this program's."""
-    if version > FORMAT:
-        raise UserError(f"format {version} is of a later version of this program, which reads up to {FORMAT}: {path}")
+    require(version <= FORMAT, f"{path}: format {version} is of a later version of this program, which reads {FORMAT}")
 
 
 def load_run(folder: Path | str) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
@@ -200,8 +199,7 @@ def load_run(folder: Path | str) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
     """
     config, model, units = load_model(folder)
     distribution = load_distribution(Path(folder), config)
-    if units_of(distribution) != units:
-        raise UserError(f"{folder} was trained on other points than its {POINTS} has")
+    require(units_of(distribution) == units, f"{folder} was trained on other points than its {POINTS} has")
     return config, distribution, model
 
 
@@ -229,8 +227,7 @@ def load_model(folder: Path | str) -> tuple[ToyConfig, FlowMap, Units]:
     """
     folder = Path(folder)
     config = read_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder} holds no model yet; finish it with --resume")
+    require((folder / WEIGHTS).is_file(), f"{folder} holds no model yet; finish it with --resume")
     network = make_network(config, 2, config.make_distribution().num_classes if config.conditional else 0)
     model = FlowMap(network, scaled=config.guided)
     try:

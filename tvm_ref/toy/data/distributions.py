@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import require
 from tvm_ref.toy.data.mixture import GaussianMixture
 
 Drawn = tuple[Tensor, Tensor | None]  # centres [K, 2] and, if there are classes, labels [K]
@@ -97,8 +97,7 @@ def make_distribution(name: str) -> GaussianMixture:
     Raises:
         ValueError: an unknown name.
     """
-    if name not in DISTRIBUTIONS:
-        raise UserError(f"unknown distribution '{name}'; choose one of {', '.join(DISTRIBUTIONS)}")
+    require(name in DISTRIBUTIONS, f"unknown distribution '{name}'; choose one of {', '.join(DISTRIBUTIONS)}")
     draw, sigma = DISTRIBUTIONS[name]
     centres, labels = draw()
     return GaussianMixture(standardise(centres, sigma), sigma, labels=labels)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import require
 from tvm_ref.shapes import Sample
 from tvm_ref.toy.data.distributions import standardise
 from tvm_ref.toy.data.mixture import GaussianMixture
@@ -77,10 +77,8 @@ class OwnPoints(GaussianMixture):
             near = torch.ones(len(kept), dtype=torch.bool)
             near[far_points(kept)] = False  # a single such point would ask for the widest
             bandwidth = likely_bandwidth(standardise(kept, 0.0)[near])
-        if not MIN_BANDWIDTH <= bandwidth < 1:
-            raise UserError(
-                f"--bandwidth must lie in [{MIN_BANDWIDTH}, 1), in standard deviations of the data; got {bandwidth}"
-            )
+        good = MIN_BANDWIDTH <= bandwidth < 1
+        require(good, f"--bandwidth must lie in [{MIN_BANDWIDTH}, 1) standard deviations of the data; got {bandwidth}")
         super().__init__(standardise(kept, bandwidth), bandwidth)
         self.points = kept
         mean, deviation = kept.double().mean(0), kept.double().std(0, correction=0)

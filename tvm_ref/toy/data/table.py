@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvm_ref.cli.errors import UserError, first_line
+from tvm_ref.cli.errors import UserError, first_line, require
 
 TEXT = (".csv", ".tsv", ".txt", ".dat")
 
@@ -28,8 +28,7 @@ def read_table(path: Path) -> tuple[Tensor, tuple[str, ...]]:
     try:
         if kind == ".npy":
             points = np.load(path, allow_pickle=False)
-            if points.dtype.kind not in "fiu":
-                raise UserError(f"its type is {points.dtype}")
+            require(points.dtype.kind in "fiu", f"its type is {points.dtype}")
             points = points.astype(np.float64)
         else:
             points, columns = parse(path.read_text(encoding="utf-8-sig"))
@@ -49,8 +48,7 @@ def parse(text: str) -> tuple[np.ndarray, tuple[str, ...]]:
     header: tuple[str, ...] = ()
     lines = [(i, line) for i, line in enumerate(text.replace('"', "").splitlines(), 1) if line.strip(" \t,;")]
     lines = [(i, line) for i, line in lines if not line.lstrip().startswith("#")]
-    if not lines:
-        raise UserError("the file is empty")
+    require(bool(lines), "the file is empty")
     common = (mark for mark in ";\t," if 2 * sum(mark in line for _, line in lines) >= len(lines))
     separator = next(common, None)  # None: blanks
     for i, line in lines:
@@ -70,8 +68,7 @@ def parse(text: str) -> tuple[np.ndarray, tuple[str, ...]]:
     if rows[:1] == [[0, 1]] and "." in text and lines[0][1].split(separator) == ["0", "1"]:
         header = ("0", "1")
         del rows[0]
-    if not rows:
-        raise UserError("nothing but a header")
+    require(bool(rows), "nothing but a header")
     return np.array(rows), header
 
 
@@ -80,16 +77,13 @@ def check(path: Path, points: np.ndarray) -> None:
     if points.ndim != 2 or points.shape[1] != 2:
         shape = " x ".join(map(str, points.shape))
         raise UserError(f"{path}: points must be N x 2, got {shape}{_advice(points)}")
-    if len(points) < 10:
-        raise UserError(f"{path}: at least 10 points are needed, got {len(points)}")
+    require(len(points) >= 10, f"{path}: at least 10 points are needed, got {len(points)}")
     if not np.isfinite(points).all():
         bad = np.flatnonzero(~np.isfinite(points).all(1))
         raise UserError(f"{path}: points that are NaN or infinite: {len(bad)}, first point {bad[0] + 1}")
-    if np.abs(points).max() > 1e100:
-        raise UserError(f"{path}: numbers beyond 1e100 cannot be standardised")
+    require(bool(np.abs(points).max() <= 1e100), f"{path}: numbers beyond 1e100 cannot be standardised")
     for axis in range(2):
-        if np.ptp(points[:, axis]) == 0:
-            raise UserError(f"{path}: column {axis + 1} is constant")
+        require(bool(np.ptp(points[:, axis]) > 0), f"{path}: column {axis + 1} is constant")
 
 
 def _advice(points: np.ndarray) -> str:
