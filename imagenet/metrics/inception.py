@@ -43,7 +43,7 @@ class Inception:
     def __init__(self, weights: Path | None = None, device: str | torch.device = "cpu"):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another PyTorch
+        except ImportError as error:
             raise UserError(f"FID needs torch-fidelity: pip install -e '.[imagenet]' ({first_line(error)})") from None
         weights = weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
         check_weights(weights)

@@ -4,6 +4,7 @@ The package is imported in the fixtures, after --check-shapes has been read.
 """
 
 import multiprocessing
+import signal
 import time
 
 import numpy as np
@@ -11,16 +12,28 @@ import pytest
 from PIL import Image
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Let no test, with its fixtures, take more than ten minutes: it fails where it waits, and the others go on."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it took ten minutes"))
+    signal.alarm(600)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+
+
 @pytest.fixture(scope="session")
 def forks():
     """Processes that start in a moment, as a server that has imported everything forks them."""
     from tests.imagenet import workers
+    from tests.imagenet.commands import ended
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["imagenet.train", "tests.imagenet.workers"])
     process = context.Process(target=workers.quiet, args=(["--help"],))
     process.start()
-    process.join()
+    assert ended(process) == 0
     return context
 
 

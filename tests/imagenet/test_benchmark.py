@@ -8,7 +8,6 @@ from imagenet import benchmark
 from imagenet.benchmark import main
 from imagenet.config import PRESETS, Config, build_model
 from imagenet.cost.flops import least_step_flops
-from tests.imagenet.commands import status
 
 TINY = Config(hidden_size=16, depth=1, heads=2, batch_size=4)
 
@@ -37,20 +36,3 @@ def test_steps_are_timed_as_training_takes_them(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"[\d.]+ ms per step", printed)
     assert "of the least" not in printed
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--timed", "0"], "--timed must be at least 1"),
-        (["--batch-size", "3", "--accumulate", "2"], "--accumulate 2 does not divide"),
-        (["--device", "abacus"], "cannot be used here"),
-        (["imagenet"], "invalid choice"),
-    ],
-)
-def test_bad_input_ends_with_one_line(options, message, capsys):
-    assert status(main, options) == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert err.count("\n") == 1

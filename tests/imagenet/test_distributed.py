@@ -1,10 +1,6 @@
 """Two processes against one: the same losses, gradients, weights; NaN and failure stop both."""
 
-import os
-import subprocess
-import sys
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,19 +10,10 @@ from imagenet.distributed import World, process_group
 from imagenet.model.parallelize import check_version
 from imagenet.training.checkpoint import read_checkpoint
 from imagenet.weights import checkpoints
-from tests.imagenet.commands import same
+from tests.imagenet.commands import ROOT, same, torchrun
 from tests.imagenet.workers import needs_fsdp, steps
 
-ROOT = Path(__file__).parents[2]
 ALONE = World()
-
-
-def torchrun(*arguments, processes=2, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300, **options
-    )
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +54,6 @@ def test_two_processes_are_one(together, alone, kind):
 
 
 @pytest.mark.slow
-def test_what_one_process_is_asked_to_do_all_are(together):
-    assert together[1]["any"] == [True, True, False]
-
-
-@pytest.mark.slow
 def test_nan_on_one_rank_stops_both_with_its_name(together):
     texts = {(together[0] / f"nan-{rank}.txt").read_text() for rank in (0, 1)}
     assert len(texts) == 1
@@ -79,13 +61,11 @@ def test_nan_on_one_rank_stops_both_with_its_name(together):
 
 
 @pytest.mark.slow
-def test_tensors_are_summed_over_processes(together):
-    assert together[1]["sum"].tolist() == [2.0, 11.0]
-
-
-@pytest.mark.slow
-def test_a_failure_of_the_first_is_every_ones(together):
-    assert {(together[0] / f"raised-{rank}.txt").read_text() for rank in (0, 1)} == {"no space"}
+def test_flags_sums_and_failures_are_every_ones(together):
+    folder, results = together
+    assert results["any"] == [True, True, False]
+    assert results["sum"].tolist() == [2.0, 11.0]
+    assert {(folder / f"raised-{rank}.txt").read_text() for rank in (0, 1)} == {"no space"}
 
 
 @needs_fsdp

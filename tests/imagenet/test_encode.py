@@ -161,37 +161,12 @@ def test_nothing_is_overwritten(source, tmp_path, capsys):
     assert "holds something that is not latents" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("source_name", "more", "message"),
-    [
-        ("absent", (), "is not a folder"),
-        ("images/cat/deeper", (), "one folder of images per class"),
-        ("images", ("--batch-size", "0"), "--batch-size must be at least 1"),
-        ("images", ("--device", "abacus"), "cannot be used here"),
-        (".", ("--image-size", "16"), "lies inside"),
-    ],
-)
-def test_bad_input_ends_with_one_line(source, tmp_path, capsys, source_name, more, message):
-    assert status(main, [str(tmp_path / source_name), "--out", str(tmp_path / "out"), *more], vae=tiny_vae()) == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert err.count("\n") == 1
-
-
 def test_latents_that_are_not_finite_stop_the_encoding(source, tmp_path, capsys):
     vae = tiny_vae()
     vae.quant_conv.bias.data.fill_(1e6)  # beyond half precision
     assert encode(source, tmp_path / "out", vae=vae) == 1
     assert "not finite" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.npy"))
-
-
-def test_an_autoencoder_that_cannot_be_had_leaves_nothing_behind(source, tmp_path, capsys):
-    """Its folder used to be begun, and then refused another --vae."""
-    nowhere = ["--vae", str(tmp_path / "nowhere"), "--device", "cpu"]
-    assert status(main, [str(source), "--out", str(tmp_path / "out"), "--image-size", "16", *nowhere]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_encoding_continues_when_an_image_is_gone(source, tmp_path, capsys):

@@ -19,7 +19,6 @@ from imagenet.metrics.fid import metrics_of
 from imagenet.metrics.frechet import frechet_distance, gaussian_statistics, precision_recall
 from imagenet.metrics.inception import Features
 from imagenet.metrics.references import Reference
-from tests.imagenet.commands import status
 
 CONFIG = Config(hidden_size=16, depth=1, heads=2)
 
@@ -121,32 +120,3 @@ def test_a_model_is_measured_as_the_images_that_sample_draws(model, real, tmp_pa
         f, r = features(images), features(real)
         expected = frechet_distance(*gaussian_statistics(f.pool), *gaussian_statistics(r.pool))
         assert measured[f"{steps} NFE"]["fid"] == pytest.approx(expected)
-
-
-def test_digits_have_their_own_metrics(model, tmp_path):
-    """Noise has the figures of noise."""
-    pytest.importorskip("sklearn")
-    out = tmp_path / "report.json"
-    assert main([str(model), "--device", "cpu", "--out", str(out)]) == 0
-    figures = json.loads(out.read_text())["figures"]["1 NFE"]
-    assert figures["accuracy"] < 0.3
-    assert figures["frechet"] > 1
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ((), "--reference is needed"),
-        (("--reference", "real", "--count", "41"), "holds 40 images, fewer than --count 41"),
-        (("--reference", "real", "--count", "9"), "--count must be at least 10"),
-        (("--reference", "real", "--out", "real"), "exists already; choose another --out"),
-        (("--reference", "small.npz"), "small.npz holds statistics of 2 numbers, where features have 11"),
-    ],
-)
-def test_bad_input_ends_with_one_line(images, real, tmp_path, capsys, monkeypatch, more, message):
-    monkeypatch.chdir(tmp_path)
-    np.savez("small.npz", mu=np.zeros(2), sigma=np.eye(2))
-    assert status(main, [str(images), *more], extractor=linear) == 2
-    err = capsys.readouterr().err.splitlines()[-1]
-    assert err.startswith("evaluate.py: error: ")
-    assert message in err

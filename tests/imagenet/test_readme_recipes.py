@@ -23,7 +23,7 @@ def test_recipes_are_found():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_trains_on_its_machine(recipe):
     text = re.sub(r"\\\n\s*", "", recipe.read_text())
-    assert subprocess.run(["bash", "-n", recipe]).returncode == 0
+    assert subprocess.run(["bash", "-n", recipe], timeout=60).returncode == 0
     assert text.splitlines()[1].startswith("# ")  # says for which machine it is
     commands = list(COMMAND.finditer(text))
     assert commands

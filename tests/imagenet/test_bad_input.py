@@ -1,0 +1,87 @@
+"""What the person at the keyboard can mend ends every command with one line and status 2, and leaves nothing behind."""
+
+import importlib
+import pickle
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from imagenet.config import Config, build_model
+from imagenet.weights import save_weights
+from tests.commands import one_line
+
+CONFIG = Config(data="digits", hidden_size=16, depth=1, heads=2, w=2.0)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, pictures, vae):
+    """A folder with a model of digits, pictures, an autoencoder, and what is no weights."""
+    monkeypatch.chdir(tmp_path)
+    save_weights(tmp_path / "model.safetensors", build_model(CONFIG).network.state_dict(), CONFIG)
+    shutil.copytree(pictures, "pictures")
+    shutil.copytree(vae, "vae")
+    Path("im256_w2.pkl").write_bytes(pickle.dumps({"weights": 1}))
+    Path("im512_w2p5.pkl").write_bytes(b"PK\x03\x04")
+    return tmp_path
+
+
+# the values of a configuration are tested with it (test_config.py), what argparse refuses with it (tests/cli)
+BAD = [
+    ("train", "imagenet128", "invalid choice: 'imagenet128'"),
+    ("train", "--equal-share 1.5", "must not be negative, nor exceed 1"),
+    ("train", "--equal-share .6 --noise-share .6", "nor exceed 1 together"),
+    ("train", "--heads 5", "heads"),
+    ("train", "--w 2 --w-max 1", "--w must be positive and at most --w-max"),
+    ("train", "--accumulate 7", "--accumulate 7 does not divide --batch-size 128"),
+    ("train", "imagenet256-w2 --attention plain", "latents need data_path"),
+    ("train", "imagenet256-w2 --attention plain --data-path nowhere", "nowhere holds no latents"),
+    ("train", "--init nowhere.safetensors", "nowhere.safetensors cannot be read"),
+    ("train", "--init model.safetensors --hidden-size 32 --depth 1", "has hidden_size 16, this run 32"),
+    ("train", "--init model.safetensors --hidden-size 16 --depth 2", "has depth 1, this run 2"),
+    ("train", "--init model.safetensors --hidden-size 16 --depth 1 --no-scaled", "has scaled True, this run False"),
+    ("train", "--init model.safetensors --hidden-size 16 --depth 1 --norms no-qk", "has norms all, this run no-qk"),
+    ("train", "--evaluate-every -1", "--evaluate-every must be at least 0"),
+    ("train", "synthetic --attention plain --evaluate-every 1", "evaluate_every needs a reference"),
+    ("train", "--evaluate-every 1 --reference nowhere.npz", "nowhere.npz"),
+    ("train", "--device cuda:99", "--device cuda:99 cannot be used here"),
+    ("train", "--optimizer soap --parallel fsdp", "does not go with --parallel fsdp"),
+    ("train", "--objective fm --settings detach_jvp=true", "has no 'detach_jvp'"),
+    ("train", "--out /proc/none", "/proc"),
+    ("train", "--out /dev/null", "/dev/null is a file"),
+    ("sample", "model.safetensors --out a.png --count 0", "--count must be at least 1"),
+    ("sample", "model.safetensors --out a.png --steps 0", "--steps must be at least 1"),
+    ("sample", "model.safetensors --out a.png --classes 10", "classes must lie in 0 to 9, got [10]"),
+    ("sample", "model.safetensors --out a.png --seed -1", "seed must be at least 0"),
+    ("sample", "model.safetensors --out a.png --w 0", "w must be positive"),
+    ("sample", "model.safetensors --out a.png --device abacus", "--device abacus cannot be used here"),
+    (
+        "sample",
+        "model.safetensors --out a.JPEG",
+        "or be a folder; .JPEG is not written",
+    ),
+    ("evaluate", "pictures", "--reference is needed"),
+    ("evaluate", "pictures --reference pictures --count 13", "holds 12 images, fewer than --count 13"),
+    ("evaluate", "pictures --reference pictures --count 9", "--count must be at least 10"),
+    ("evaluate", "pictures --reference pictures --out vae", "exists already; choose another --out"),
+    ("encode", "absent --out out", "absent is not a folder"),
+    ("encode", "pictures/cat --out out --vae vae", "one folder of images per class"),
+    ("encode", "pictures --out out --batch-size 0", "--batch-size must be at least 1"),
+    ("encode", "pictures --out pictures/out", "lies inside"),
+    ("encode", "pictures --out out --vae ./nowhere", "no autoencoder ./nowhere here"),
+    ("convert", "absent.pkl out.safetensors", "say the preset with --preset"),
+    ("convert", "absent.pkl out.safetensors --preset imagenet256-w2", "No such file"),
+    ("convert", "im512_w2p5.pkl out.safetensors", "refers to something outside of it"),
+    ("convert", "im256_w2.pkl out.safetensors", "no network ('ema' or 'net') in it, only 'weights'"),
+    ("convert", "im256_w2.pkl model.safetensors", "exists already"),
+    ("benchmark", "--timed 0", "--timed must be at least 1"),
+    ("benchmark", "--batch-size 3 --accumulate 2", "--accumulate 2 does not divide"),
+]
+
+
+@pytest.mark.parametrize(("command", "options", "message"), BAD, ids=[f"{name} {words}" for name, words, _ in BAD])
+def test_bad_input_ends_with_one_line(here, capsys, command, options, message):
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    assert message in one_line(capsys, importlib.import_module(f"imagenet.{command}").main, shlex.split(options))
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
