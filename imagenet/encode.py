@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,14 +39,8 @@ from tvm_ref.cli.progress import progress
 
 LISTING = "images.txt"  # class and path of each image, as they were found at the start
 PLAN = "encode.json"  # how they are encoded; written after the listing
+Entry = tuple[int, str]  # an image of the source: its class, and its path below the source
 LONGEST = 8  # ratio of an image's sides beyond which its ends are cut off before it is resized
-
-
-class Entry(NamedTuple):
-    """An image of the source: its class, and its path below the source."""
-
-    label: int
-    path: str
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,7 @@ def list_images(source: Path) -> tuple[list[str], list[Entry]]:
         images, others = find_images(source / name)
         left_out += others
         if images:
-            entries += [Entry(len(classes), f"{name}/{path}") for path in images]
+            entries += [(len(classes), f"{name}/{path}") for path in images]
             classes.append(name)
         else:
             print(f"warning: {source / name} holds no images and is no class")
@@ -176,23 +170,23 @@ def encode_shard(
         FloatingPointError: latents that are not finite.
     """
     posteriors, labels = [], []
-    paths = [source / entry.path for entry in entries]
+    paths = [source / path for _, path in entries]
     batches = load_ahead(paths, settings.image_size, settings.batch_size, settings.workers)
     for i, results in enumerate(batches):
         batch = entries[i * settings.batch_size :][: len(results)]
         good = []
-        for e, image in zip(batch, results, strict=True):
+        for (label, path), image in zip(batch, results, strict=True):
             if isinstance(image, str):
-                print(f"{e.path} is skipped: {image}", file=sys.stderr)
+                print(f"{path} is skipped: {image}", file=sys.stderr)
             else:
-                good.append((e, image))
+                good.append((label, path, image))
         if good:
-            images = torch.from_numpy(np.stack([image for _, image in good])).permute(0, 3, 1, 2)
+            images = torch.from_numpy(np.stack([image for *_, image in good])).permute(0, 3, 1, 2)
             posterior = encode(vae, images.to(next(vae.parameters()).device)).half().cpu().numpy()
             if not np.isfinite(posterior).all():
-                raise FloatingPointError(f"latents that are not finite among {good[0][0].path} to {good[-1][0].path}")
+                raise FloatingPointError(f"latents that are not finite among {good[0][1]} to {good[-1][1]}")
             posteriors.append(posterior)
-            labels += [e.label for e, _ in good]
+            labels += [label for label, *_ in good]
         yield len(results)
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is gone")  # not each of its images
@@ -248,7 +242,7 @@ def encode_folder(
     decisive = {name: value for name, value in asdict(settings).items() if name != "workers"}
     plan = {"format": FORMAT, "source": str(source.resolve())}
     world.on_first(lambda: prepare(source, out, plan | decisive))
-    entries = [Entry(*json.loads(line)) for line in (out / LISTING).read_text().splitlines()]
+    entries = [tuple(json.loads(line)) for line in (out / LISTING).read_text().splitlines()]
     starts = range(0, len(entries), settings.shard_size)
     shards = {f"{i:05d}": entries[start : start + settings.shard_size] for i, start in enumerate(starts)}
     todo = world.broadcast([name for name in shards if not (out / f"{name}.json").exists()])

@@ -30,8 +30,7 @@ from imagenet.metrics.digits import SETS, measure_model
 from imagenet.metrics.fid import Candidates, measure
 from imagenet.metrics.inception import Extractor, Inception
 from imagenet.metrics.references import read_reference
-from imagenet.model_options import add_model_options, load_model
-from imagenet.sampler import Generator
+from imagenet.sampler import Generator, add_model_options, load_model
 from tvm_ref.cli.errors import UserError
 from tvm_ref.cli.files import require_new, write_atomically
 from tvm_ref.cli.options import OneLineParser, require_at_least, run

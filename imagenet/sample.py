@@ -27,8 +27,7 @@ from torch import nn
 
 from imagenet import distributed
 from imagenet.data.image_files import EXTENSIONS, ImageFiles, grid, save_png, write_npz
-from imagenet.model_options import add_model_options, load_model
-from imagenet.sampler import ROWS, Generator
+from imagenet.sampler import ROWS, Generator, add_model_options, load_model
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import require_free, require_new, write_atomically
 from tvm_ref.cli.options import OneLineParser, require_at_least, run

@@ -1,7 +1,9 @@
 """The sampler of a model: images as a function of their numbers, for commands, training and notebooks alike."""
 
+import argparse
 import contextlib
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from imagenet.data.image_files import Pixels, to_pixels
 from imagenet.data.noise import PRIOR, normal
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import LATENT_SIDE, NORMALISATION, VAE, Normalisation, decode, load_vae
+from imagenet.distributed import World
 from imagenet.weights import load_weights, read_provenance
 from tvm_ref import OBJECTIVES, Condition, FlowMap, sample
 from tvm_ref.cli.errors import UserError
@@ -162,3 +165,29 @@ def untrained_guidance(config: Config, w: float) -> str | None:
         return None
     trained = f"{config.w:g}" if config.w_max is None else f"{config.w:g} to {config.w_max:g}"
     return f"warning: this model was trained with w = {trained}; with w = {w:g} it does not work well"
+
+
+def add_model_options(p: argparse._ActionsContainer) -> None:
+    """Add the options of commands that decide how a model draws images."""
+    p.add_argument("--classes", type=int, nargs="+", help="numbers of classes, in turn (default: all)")
+    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--w", type=float, help="guidance weight in place of the one that the model was trained with")
+    p.add_argument("--batch-size", type=int, default=BATCH, help="images at a time, per process")
+    p.add_argument("--vae", help="the autoencoder of latents, by folder or name (default: the one that made them)")
+    p.add_argument("--device", help="cpu, cuda, ... (default: a GPU per process where there is one)")
+
+
+def load_model(o: argparse.Namespace, world: World, vae: nn.Module | None = None) -> Generator:
+    """Load the model of the positional argument `source` and the options above; `vae` replaces the one they name.
+
+    Prints a warning, in the first process, for a guidance weight that the model does not know.
+
+    Raises:
+        UserError: see load_generator.
+    """
+    vae_or_name = o.vae if vae is None else vae
+    generator = load_generator(o.source, device=world.device, classes=o.classes, w=o.w, seed=o.seed, vae=vae_or_name)
+    warning = untrained_guidance(generator.config, generator.guidance)
+    if warning is not None and world.first:
+        print(warning, file=sys.stderr)
+    return generator

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +45,8 @@ from tvm_ref.objectives import OBJECTIVES, TERMS
 GO_ON = "the same command with --resume continues"
 THREADS = 1  # on a CPU, unless OMP_NUM_THREADS is set: more help digits little and hurt much on busy cores
 MEASURED = 10_000  # images for each FID while training; published FIDs use 50,000, as evaluate.py does
+
+Plan = tuple[Config, bool, Provenance]  # of a run: whether it is resumed, and where its data are from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,27 +112,8 @@ def _check_steps(folder: Path, stored: Config, steps: int) -> None:
         raise UserError(f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
 
 
-def saved_nothing(folder: Path) -> bool:
-    """Tell whether a run's folder holds nothing to continue, as after a failure in its first step."""
-    return not checkpoints(folder) and not (folder / WEIGHTS).exists()
-
-
-class Plan(NamedTuple):
-    """The plan of a run.
-
-    Attributes:
-        config: its configuration.
-        resumed: it continues the run in its folder.
-        provenance: where its data are from.
-    """
-
-    config: Config
-    resumed: bool
-    provenance: Provenance
-
-
 def make_plan(preset: str, changes: dict[str, Any], out: Path, options: Options, world_size: int) -> tuple[Plan, Data]:
-    """Choose the configuration of a run and load its data, in the first process.
+    """Choose the configuration of a run and load its data, in the first process; tells whether it is resumed.
 
     Args:
         preset: a key of PRESETS.
@@ -150,7 +133,8 @@ def make_plan(preset: str, changes: dict[str, Any], out: Path, options: Options,
         kept = (*RESUMABLE, "steps", "init", "input_size", "in_channels", "classes")  # as stored, unless given
         config = stored_config(out, {k: v for k, v in of_preset.items() if k not in kept} | changes)
     else:
-        require_free(out, (CONFIG,), ways="--resume", overwrite=saved_nothing(out))
+        saved = checkpoints(out) or (out / WEIGHTS).exists()  # a failure in the first step leaves nothing to continue
+        require_free(out, (CONFIG,), ways="--resume", overwrite=not saved)
         if config.data == "latents" and options.data_path is not None:
             config = fit_to_latents(config, options.data_path)
     if config.batch_size % (world_size * config.accumulate):
@@ -165,7 +149,7 @@ def make_plan(preset: str, changes: dict[str, Any], out: Path, options: Options,
     earlier = str(out) if resumed else config.init  # of a run that is resumed, its checkpoint holds all that is needed
     if earlier is not None and (before := read_provenance(earlier)) is not None:
         before.check_latents(provenance, f"{earlier} was trained on other latents than --data-path holds")
-    return Plan(config, resumed, provenance), data
+    return (config, resumed, provenance), data
 
 
 def load_decoder(provenance: Provenance, world: World) -> nn.Module | None:
@@ -192,17 +176,17 @@ def begin(
     """
     out = Path(options.out or f"runs/imagenet/{preset}")
     made = world.on_first(lambda: make_plan(preset, changes, out, options, world.size))
-    plan: Plan = world.broadcast(made and made[0])
-    data = made[1] if made is not None else load_data(plan.config, options.data_path)
+    config, resumed, provenance = world.broadcast(made and made[0])
+    data = made[1] if made is not None else load_data(config, options.data_path)
     if options.evaluate_every and metric is None:
         reference = None if options.reference is None else Path(options.reference)
-        metric = make_metric(plan.config, reference, None, MEASURED - MEASURED % world.size, world)
-    vae = load_decoder(plan.provenance, world)
-    run = Run(out, Training(plan.config, world), plan.provenance, options.keep)
+        metric = make_metric(config, reference, None, MEASURED - MEASURED % world.size, world)
+    vae = load_decoder(provenance, world)
+    run = Run(out, Training(config, world), provenance, options.keep)
     run.vae, run.metric = vae, metric
     run.start()
     world.on_first(run.create)
-    if not plan.resumed and options.resume and world.first:
+    if not resumed and options.resume and world.first:
         print(f"{out} holds no run to resume: starting one")
     return run, data
 

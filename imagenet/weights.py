@@ -61,7 +61,10 @@ def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[Flo
         UserError: no weights there, damaged ones, or weights that do not fit their configuration.
     """
     path = weights_file(Path(path))
-    config, weights = _read(path)
+    metadata, weights = _open(path, tensors=True)
+    if "config" not in metadata:
+        raise UserError(f"{path} does not say which configuration its weights need (metadata 'config')")
+    config = _config(path, metadata["config"])
     try:
         check_weights(weights, config)
     except UserError as error:
@@ -150,17 +153,6 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, str], dict[str, 
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
 
 
-def _read(path: Path) -> tuple[Config, dict[str, Tensor]]:
-    """Read the configuration and the tensors of a .safetensors file."""
-    metadata, weights = _open(path, tensors=True)
-    if "config" not in metadata:
-        raise UserError(f"{path} does not say which configuration its weights need (metadata 'config')")
-    try:
-        return Config.from_json(metadata["config"]), weights
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def read_config(folder: Path) -> Config:
     """Read the configuration of a run.
 
@@ -169,7 +161,12 @@ def read_config(folder: Path) -> Config:
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} holds no run (no {CONFIG})")
+    return _config(folder / CONFIG, (folder / CONFIG).read_text(errors="replace"))
+
+
+def _config(path: Path, text: str) -> Config:
+    """Read a configuration, of which errors name the file."""
     try:
-        return Config.from_json((folder / CONFIG).read_text())
-    except (UserError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from None
+        return Config.from_json(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -13,12 +13,7 @@ TEST = 360  # images held out
 
 
 class Split(NamedTuple):
-    """Images float32 [N, 1, 8, 8] in [-1, 1] and labels [N], to learn from and held out.
-
-    Attributes:
-        train: images, labels.
-        test: images, labels.
-    """
+    """Images float32 [N, 1, 8, 8] in [-1, 1] and labels [N], to learn from and held out."""
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]

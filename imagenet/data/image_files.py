@@ -91,29 +91,23 @@ def write_npz(path: Path, count: int, batches: Iterable[Pixels], labels: NDArray
 def find_images(source: Path) -> tuple[list[str], int]:
     """Find the pictures below a folder, at any depth, and count the files that are none by their endings.
 
-    Hidden files and folders are ignored; links are followed. Each picture is found once, however many links lead to it,
-    as a path below the folder, in order of names; a link to nothing is a picture that cannot be read.
+    Hidden files and folders are ignored; links are followed, but into no folder twice. Pictures are paths below the
+    folder, in order of names; a link to nothing is a picture that cannot be read.
     """
-    real, links, left_out = {}, [], 0  # real: path by the real path
+    found, left_out = [], 0
     folders = {os.path.realpath(source)}  # entered so far: a link can lead back
     for folder, below, files in os.walk(source, followlinks=True):
-        at = os.path.realpath(folder)
         inside = {os.path.realpath(os.path.join(folder, name)): name for name in below if name[0] != "."}
         below[:] = [name for place, name in inside.items() if place not in folders]
         folders.update(inside)
         for name in files:
-            path = os.path.join(folder, name)
             if name[0] == ".":
                 continue
-            if os.path.splitext(name)[1].lower() not in EXTENSIONS:
-                left_out += 1
-            elif os.path.islink(path):
-                links.append(path)
+            if os.path.splitext(name)[1].lower() in EXTENSIONS:
+                found.append(os.path.relpath(os.path.join(folder, name), source))
             else:
-                real[os.path.join(at, name)] = path
-    for path in links:
-        real.setdefault(os.path.realpath(path), path)
-    return sorted(os.path.relpath(path, source) for path in real.values()), left_out
+                left_out += 1
+    return sorted(found), left_out
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
