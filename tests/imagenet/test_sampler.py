@@ -60,14 +60,6 @@ def test_a_sample_is_a_function_of_its_number(run):
     assert (other - apart).abs().max() > 0.1
 
 
-def test_guidance_is_the_model_s_own_unless_it_is_given():
-    config = Config(hidden_size=16, depth=1, w=2.0)
-    model = randomise(build_model(config))
-    plain, same, more = (Generator(model, config, w=w).samples([0], 1) for w in (None, 2.0, 3.0))
-    assert torch.equal(plain, same)
-    assert not torch.equal(plain, more)
-
-
 @pytest.mark.parametrize(
     ("w_max", "w", "warns"), [(None, 2.0, False), (None, 2.1, True), (3.0, 2.5, False), (3.0, 3.5, True)]
 )

@@ -53,15 +53,6 @@ def test_a_run_leaves_every_file(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_logged_losses_are_means_since_the_line_before(whole, tmp_path):
-    assert command(tmp_path / "fine", "--steps", 120, "--log-every", 1, "--save-every", 120) == 0
-    fine = losses(tmp_path / "fine")
-    for i, line in enumerate(losses(whole[0])):
-        for term in (1, 2):
-            assert line[term] == pytest.approx(sum(row[term] for row in fine[5 * i : 5 * i + 5]) / 5, rel=1e-9)
-
-
-@pytest.mark.slow
 def test_a_run_that_failed_before_it_saved_makes_way_for_another(tmp_path, monkeypatch):
     """Its folder could once be entered by --resume alone, which keeps the learning rate that was its fault."""
 

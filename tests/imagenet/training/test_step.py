@@ -13,6 +13,7 @@ from imagenet.data.image_sets import load_data
 from imagenet.distributed import World
 from imagenet.training.step import Training, learning_rate, make_optimizer
 from tests.imagenet import straight_line
+from tests.imagenet.commands import same
 from tests.imagenet.workers import SMALL, randomise
 from tvm_ref import TVM, Condition, TimeSampler
 
@@ -83,29 +84,20 @@ def test_two_micro_batches_are_one_batch():
 LEARNED = {"objective": "lsd", "w": 1.0, "settings": {"learned_weight": True}}
 
 
-@pytest.mark.parametrize(
-    "change", [{"optimizer": "adamw"}, {"optimizer": "soap"}, LEARNED], ids=["adamw", "soap", "learned weight"]
-)
 @pytest.mark.slow
-def test_a_loaded_state_goes_on_bit_for_bit(change):
-    config = replace(SMALL, **change)
+def test_a_loaded_state_with_a_learned_weight_goes_on_bit_for_bit():
+    config = replace(SMALL, **LEARNED)
     data = batches(config)
     whole, half, other = make(config), make(config), make(config, seed=7)
-    for step in range(25):
+    for step in range(6):
         whole.train_step(data[step])
-        if step < 13:
+        if step < 3:
             half.train_step(data[step])
     other.load_state_dict(half.state_dict())
-    for step in range(13, 25):
+    for step in range(3, 6):
         other.train_step(data[step])
-    for a, b in (
-        (whole.model, other.model),
-        (whole.weight, other.weight),
-        (whole.target.module, other.target.module),
-        (whole.ema.module, other.ema.module),
-    ):
-        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
-            assert torch.equal(x, y)
+    for part in ("model", "weight", "target", "ema"):
+        assert same(whole.state_dict()[part], other.state_dict()[part])
 
 
 def test_a_learned_weight_is_trained_beside_the_model():
