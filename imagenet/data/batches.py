@@ -8,13 +8,14 @@ independent numbers are, but without their clumps and gaps, which halves the var
 
 import math
 import signal
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from imagenet.config import LABEL_DROPOUT, Config
 from imagenet.data.image_sets import Data
@@ -39,26 +40,13 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to a device."""
-        return self._map(lambda a: a.to(device, non_blocking=True))
+        batch: Batch = tree_map(lambda a: a.to(device, non_blocking=True), self)
+        return batch
 
     def slice(self, start: int, stop: int) -> "Batch":
         """Return samples start to stop - 1."""
-        return self._map(lambda a: a[start:stop])
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """Apply `change` to every tensor."""
-        times, condition = Times(*map(change, self.times)), Condition(*map(change, self.condition))
-        return Batch(change(self.x0), change(self.x1), times, condition)
-
-
-def concatenate(parts: Sequence[Batch]) -> Batch:
-    """Concatenate batches."""
-    return Batch(
-        torch.cat([part.x0 for part in parts]),
-        torch.cat([part.x1 for part in parts]),
-        Times(*(torch.cat(a) for a in zip(*(part.times for part in parts), strict=True))),
-        Condition(*(torch.cat(a) for a in zip(*(part.condition for part in parts), strict=True))),
-    )
+        batch: Batch = tree_map(lambda a: a[start:stop], self)
+        return batch
 
 
 class Batches:
@@ -86,8 +74,9 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         # whole blocks are drawn, so that numbers do not depend on how many processes share the batch
         first, last = self.start // BLOCK, -(-self.stop // BLOCK)
-        blocks = concatenate([self._block(step, block) for block in range(first, last)])
-        return blocks.slice(self.start - first * BLOCK, self.stop - first * BLOCK)
+        blocks = [self._block(step, block) for block in range(first, last)]
+        batch: Batch = tree_map(lambda *parts: torch.cat(parts), *blocks)
+        return batch.slice(self.start - first * BLOCK, self.stop - first * BLOCK)
 
     def _block(self, step: int, block: int) -> Batch:
         """Draw samples block * BLOCK to (block + 1) * BLOCK - 1 of a step, fewer at its end."""

@@ -5,7 +5,7 @@ the module inside one trains without synchronising, silently.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,21 +50,17 @@ def wrap(objective: Objective, averages: list[EMA[FlowMap]], world: World, kind:
     return DistributedDataParallel(objective, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def no_sync(wrapped: nn.Module) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def no_sync(wrapped: Any) -> Iterator[None]:
     """Let a backward add only to this process's gradients: for all micro-batches but the last."""
     if isinstance(wrapped, DistributedDataParallel):
-        return wrapped.no_sync()
-    return _without_reduction(wrapped) if hasattr(wrapped, "set_requires_gradient_sync") else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _without_reduction(wrapped: Any) -> Any:
-    """FSDP's no_sync."""
-    wrapped.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        wrapped.set_requires_gradient_sync(True)
+        with wrapped.no_sync():
+            yield
+        return
+    synchronise = getattr(wrapped, "set_requires_gradient_sync", lambda _: None)  # FSDP's
+    synchronise(False)
+    yield
+    synchronise(True)  # after an error nothing is trained further
 
 
 def full_state(state: Any) -> Any:
