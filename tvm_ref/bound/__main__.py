@@ -71,7 +71,7 @@ def measure_run(folder: Path, finished: Finished, measuring: Measuring) -> dict[
     config, distribution, model = finished
     print(f"measuring {folder}: {measuring.points:,} points at {measuring.grid + 1} times")
     draws, s = measuring.draw(distribution, conditional=config.conditional), measuring.times(distribution)
-    bound = measure(model.cpu(), distribution, draws, s, distribution.time_scale, PAIRINGS)
+    bound = measure(model, distribution, draws, s, distribution.time_scale, PAIRINGS)
     report = summary(bound) | {"points": measuring.points, "grid": measuring.grid}
     report["w2_data"], report["w2_floor"], report["w2_floor_deviation"] = against_data(bound, distribution)
     write_atomically(folder / "bound.json", to_json(report))

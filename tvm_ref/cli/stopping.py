@@ -2,7 +2,7 @@
 
 import os
 import signal
-from typing import Any
+from typing import Any, Self
 
 INTERRUPTED = 130  # exit status
 SAVE_SIGNALS = tuple(s for s in signal.Signals if s.name == "SIGUSR1")  # none on Windows
@@ -13,46 +13,42 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-class Interruption:
-    """Ctrl-C or SIGTERM, noted instead of raised, so that the step under way is finished. A second one is raised."""
+class _Noted:
+    """Signals, noted instead of raised while this is entered."""
+
+    signals: tuple[signal.Signals, ...] = ()
 
     def __init__(self) -> None:
         self.requested = False
 
-    def __enter__(self) -> "Interruption":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> Self:
+        self._before = {s: signal.signal(s, self._note) for s in self.signals}
         return self
 
     def _note(self, *_: Any) -> None:
         self.requested = True
-        self._restore()
 
-    def _restore(self) -> None:
+    def __exit__(self, *_: Any) -> None:
         for s, handler in self._before.items():
             signal.signal(s, handler)
 
-    def __exit__(self, *_: Any) -> None:
-        self._restore()
 
+class Interruption(_Noted):
+    """Ctrl-C or SIGTERM, noted instead of raised, so that the step under way is finished. A second one is raised."""
 
-class SaveRequests:
-    """SIGUSR1, noted: a scheduler sends it some time before it ends a job, to save and go on."""
-
-    def __init__(self) -> None:
-        self._noted = False
-
-    def __enter__(self) -> "SaveRequests":
-        self._before = {s: signal.signal(s, self._note) for s in SAVE_SIGNALS}
-        return self
+    signals = (signal.SIGINT, signal.SIGTERM)
 
     def _note(self, *_: Any) -> None:
-        self._noted = True
+        self.requested = True
+        self.__exit__()
+
+
+class SaveRequests(_Noted):
+    """SIGUSR1, noted: a scheduler sends it some time before it ends a job, to save and go on."""
+
+    signals = SAVE_SIGNALS
 
     def take(self) -> bool:
         """Tell whether a signal came since this was last asked."""
-        noted, self._noted = self._noted, False
+        noted, self.requested = self.requested, False
         return noted
-
-    def __exit__(self, *_: Any) -> None:
-        for s, handler in self._before.items():
-            signal.signal(s, handler)

@@ -2,7 +2,7 @@
 
     python -m tvm_ref.toy --dist moons                    two moons: a minute or two on a laptop
     python -m tvm_ref.toy --data points.csv               your own points: two columns, and samples in their units
-    python -m tvm_ref.toy --data points.csv --sample 1000 that many more samples of that run, without training again
+    python -m tvm_ref.toy --data points.csv --resume --points 1000    measure that run on 1,000 samples, and write them
     python -m tvm_ref.toy --dist moons --objective fm     flow matching, for comparison
     python -m tvm_ref.toy --dist circles --conditional --w 2
     python -m tvm_ref.toy --dist moons --resume           go on after Ctrl-C, bit for bit
@@ -17,30 +17,28 @@ from pathlib import Path
 import torch
 
 from tvm_ref.cli.errors import UserError, require, user_files
-from tvm_ref.cli.files import require_free, write_atomically
+from tvm_ref.cli.files import require_free
 from tvm_ref.cli.options import OneLineParser, add_options, flag, given, require_at_least, run
 from tvm_ref.cli.stopping import INTERRUPTED
 from tvm_ref.objectives import OBJECTIVES
-from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.points import OwnPoints
 from tvm_ref.toy.report.metrics import POINTS, table
-from tvm_ref.toy.report.report import samples_table, write_report
-from tvm_ref.toy.run import CHECKPOINT, MARKS, OWN_FILES, Run, load_distribution, load_model, read_config
+from tvm_ref.toy.report.report import write_report
+from tvm_ref.toy.run import CHECKPOINT, MARKS, OWN_FILES, Run, load_distribution, read_config
 
 
 def parser() -> OneLineParser:
     """Make the command line."""
     p = OneLineParser("python -m tvm_ref.toy", __doc__)
     add_options(p, ToyConfig)
-    p.add_argument("--points", type=int, default=POINTS, help="samples that errors are measured on")
+    p.add_argument(
+        "--points", type=int, default=POINTS, help="samples that errors are measured on, and of own points written"
+    )
     p.add_argument("--out", type=Path, help="folder of the run (default: runs/toy/NAME, NAME after the options)")
     existing = p.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace a run that is already there")
     existing.add_argument("--resume", action="store_true", help="go on with the run that is there, with its options")
-    existing.add_argument(
-        "--sample", type=int, metavar="N", help="only write N samples of the run that is there, as samples-N.csv"
-    )
     return p
 
 
@@ -55,7 +53,7 @@ def folder_of(arguments: argparse.Namespace) -> Path:
     return arguments.out or Path("runs/toy") / ToyConfig(**options).name
 
 
-def require_same(arguments: argparse.Namespace, folder: Path, way: str) -> ToyConfig:
+def require_same(arguments: argparse.Namespace, folder: Path) -> ToyConfig:
     """Read the configuration of the run that is there.
 
     Raises:
@@ -66,25 +64,8 @@ def require_same(arguments: argparse.Namespace, folder: Path, way: str) -> ToyCo
         if name == "settings":  # words of the command line become values
             value = dataclasses.replace(stored, settings=value).settings
         if getattr(stored, name) != value:
-            raise UserError(f"{way} keeps a run's options: {folder} has {flag(name)} {getattr(stored, name)}")
+            raise UserError(f"--resume keeps a run's options: {folder} has {flag(name)} {getattr(stored, name)}")
     return stored
-
-
-def write_samples(arguments: argparse.Namespace) -> Path:
-    """Write samples of a finished run, of other noise than that of samples.csv, and return the path of the table.
-
-    Raises:
-        ValueError, OSError: no finished run there, options that are not its own, fewer than one sample.
-    """
-    require_at_least(1, sample=arguments.sample)
-    folder = folder_of(arguments)
-    require_same(arguments, folder, "--sample")
-    config, model, units = load_model(folder)
-    classes = config.make_distribution() if config.conditional else None
-    jump = OBJECTIVES[config.objective].stepper(model)
-    path = folder / f"samples-{arguments.sample}.csv"
-    write_atomically(path, samples_table(config, jump, units, arguments.sample, SAMPLING + 1, classes))
-    return path
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Run, torch.Tensor | None]:
@@ -103,7 +84,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Run, torch.Tensor | None]:
         if others:  # results of other commands, or the user's own
             print(f"{folder} keeps what the earlier run did not write: {', '.join(others)}")
         return new, None
-    stored = require_same(arguments, folder, "--resume")
+    stored = require_same(arguments, folder)
     held = (folder / CHECKPOINT).is_file()
     require(held, f"{folder} holds no checkpoint to resume from; start again with --overwrite")
     old = Run(folder, stored, load_distribution(folder, stored))  # own points are those that the run has kept
@@ -116,9 +97,6 @@ def main(argv: list[str] | None = None) -> int:
     arguments = command.parse_args(argv)
     use_one_thread()
     with command.errors(), user_files():
-        if arguments.sample is not None:
-            print(f"{arguments.sample:,} samples, in the units of the data: {write_samples(arguments)}")
-            return 0
         this, sums = prepare(arguments)
     if isinstance(this.distribution, OwnPoints):
         print("\n".join(this.distribution.describe()))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tvm_ref.cli.errors import UserError, require
-from tvm_ref.cli.options import check_types, flag, option, read_settings, require_at_least, require_device
+from tvm_ref.cli.options import check_types, flag, option, read_settings, require_at_least
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.objectives import OBJECTIVES, Objective
 from tvm_ref.time_samplers import TIME_SAMPLERS, TimeSampler
@@ -57,7 +57,6 @@ class ToyConfig:
     target_ema: float = option(0.99, "decay of the target's weights (paper, table 4b)")
     ema: float = option(0.998, "decay of the weights that are evaluated")
     seed: int = option(0, "seed of the initial weights and of the data")
-    device: str = option("cpu", "where to train: cpu, cuda, ... (networks this small are fastest on a CPU)")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -82,7 +81,6 @@ class ToyConfig:
         require(self.conditional or not self.guided, "--w needs --conditional")
         require(not (self.conditional and self.data), "--conditional needs classes, and points of --data have none")
         require(self.bandwidth is None or self.data is not None, "--bandwidth goes with --data")
-        require_device(self.device)
 
     @property
     def guided(self) -> bool:

@@ -7,7 +7,7 @@ checkpoint.pt                   what --resume goes on from
 weights.safetensors             the evaluation weights, and the units of the data
 snapshots.safetensors           what they were after 0, 1, 3, 10 and 30 % of the steps
 metrics.json                    metrics by number of function evaluations (NFE), seconds, steps
-samples.csv                     of own points: samples in their units; samples-N.csv, by --sample
+samples.csv                     of own points: samples in their units
 samples, trajectories, map, losses.png
 
 report/report.py writes the last three; other commands put results of theirs into the folder, which --overwrite leaves.
@@ -80,8 +80,8 @@ class Run:
         for name in OWN_FILES:
             if (self.folder / name).is_dir():
                 raise UserError(f"{self.folder / name} is a folder, where a run writes a file: choose another --out")
-        for path in (*(self.folder / name for name in OWN_FILES), *self.folder.glob("samples-[0-9]*.csv")):
-            path.unlink(missing_ok=True)
+        for name in OWN_FILES:
+            (self.folder / name).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         options = {"format": FORMAT} | dataclasses.asdict(self.config)
         if isinstance(self.distribution, OwnPoints):
@@ -160,7 +160,7 @@ class Run:
 
     def write_weights(self) -> None:
         """Write the evaluation weights, and the units of the data, as weights.safetensors."""
-        weights = {name: a.cpu().contiguous() for name, a in self.training.ema.module.network.state_dict().items()}
+        weights = {name: a.contiguous() for name, a in self.training.ema.module.network.state_dict().items()}
         known = {"format": FORMAT, "units": dataclasses.asdict(units_of(self.distribution))}
         # one entry, as safetensors writes several in an order of chance, and equal runs give equal files
         write_atomically(self.folder / WEIGHTS, save(weights, {"toy": json.dumps(known)}))
@@ -176,6 +176,7 @@ def read_config(folder: Path) -> ToyConfig:
     try:
         stored = json.loads(path.read_text())
         require_known_format(path, stored.pop("format", 0))
+        stored.pop("device", None)  # earlier runs had a choice
         return ToyConfig(**stored)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no run (no {CONFIG}); train one first") from None
@@ -268,7 +269,7 @@ def add_snapshot(folder: Path, step: int, weights: dict[str, Tensor]) -> None:
         OSError: a file that cannot be read or written.
     """
     snapshots = {k: earlier for k, earlier in load_snapshots(folder).items() if k < step} | {step: weights}
-    tensors = {f"{k}/{name}": a.cpu().contiguous() for k, weights in snapshots.items() for name, a in weights.items()}
+    tensors = {f"{k}/{name}": a.contiguous() for k, weights in snapshots.items() for name, a in weights.items()}
     write_atomically(folder / SNAPSHOTS, save(tensors))
 
 

@@ -33,11 +33,10 @@ class Batch(NamedTuple):
     times: Times
     condition: Condition | None
 
-    def rows(self, part: slice, device: str) -> "Batch":
-        """Return some samples, on a device."""
-        condition = None if self.condition is None else Condition(*(a[part].to(device) for a in self.condition))
-        times = Times(*(a[part].to(device) for a in self.times))
-        return Batch(self.x0[part].to(device), self.x1[part].to(device), times, condition)
+    def rows(self, part: slice) -> "Batch":
+        """Return some samples."""
+        condition = None if self.condition is None else Condition(*(a[part] for a in self.condition))
+        return Batch(self.x0[part], self.x1[part], Times(*(a[part] for a in self.times)), condition)
 
 
 def draw_block(config: ToyConfig, distribution: GaussianMixture, block: int) -> list[Batch]:
@@ -58,7 +57,7 @@ def draw_block(config: ToyConfig, distribution: GaussianMixture, block: int) -> 
         condition = drop_labels(condition, distribution.num_classes, LABEL_DROPOUT, generator=generator)
 
     whole = Batch(x0, x1, Times(*times), condition)
-    return [whole.rows(slice(i, i + config.batch_size), config.device) for i in range(0, n, config.batch_size)]
+    return [whole.rows(slice(i, i + config.batch_size)) for i in range(0, n, config.batch_size)]
 
 
 def learning_rate(config: ToyConfig, step: int) -> float:
@@ -82,10 +81,8 @@ class Training:
         self.distribution = distribution
         torch.manual_seed(config.seed)
         network = make_network(config, distribution.dim, distribution.num_classes)
-        self.model = FlowMap(network, scaled=config.guided).to(config.device)
-        self.objective = config.make_objective(self.model, distribution.num_classes if config.guided else None).to(
-            config.device
-        )
+        self.model = FlowMap(network, scaled=config.guided)
+        self.objective = config.make_objective(self.model, distribution.num_classes if config.guided else None)
         self.weight = self.objective.learned_weight
         self.target = EMA(self.model, config.target_ema)
         self.ema = EMA(self.model, config.ema)
@@ -128,7 +125,7 @@ class Training:
         self.target.update(self.model)
         self.ema.update(self.model)
         self.step += 1
-        return torch.stack([getattr(terms, name).detach().mean() for name in TERMS]).cpu()
+        return torch.stack([getattr(terms, name).detach().mean() for name in TERMS])
 
     def _require_finite(self, terms: LossTerms) -> None:
         try:
@@ -159,5 +156,5 @@ class Training:
 
     @property
     def evaluated(self) -> Jump:
-        """The evaluation weights on the CPU, as they take a step: a jump, or, as flow matching learns none, Euler's."""
-        return type(self.objective).stepper(copy.deepcopy(self.ema.module).cpu())
+        """A copy of the evaluation weights, as they take a step: a jump, or, as flow matching learns none, Euler's."""
+        return type(self.objective).stepper(copy.deepcopy(self.ema.module))

@@ -1,6 +1,5 @@
 """The report of a run: measure its evaluation weights, draw them, and write samples as a table."""
 
-import dataclasses
 import json
 import sys
 import time
@@ -10,13 +9,11 @@ import torch
 
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.cli.progress import progress
-from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import interpolate
 from tvm_ref.objectives import OBJECTIVES, ResidualObjective
 from tvm_ref.sampling import Jump, sample
 from tvm_ref.seeding import SAMPLING
 from tvm_ref.toy.config import ToyConfig
-from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.data.points import OwnPoints, Units, units_of
 from tvm_ref.toy.report.metrics import EULER_STEPS, NFES, evaluate, make_reference
 from tvm_ref.toy.run import METRICS, PICTURES, SAMPLES, Run
@@ -75,20 +72,13 @@ def least_flow_matching_loss(run: Run) -> float | None:
     if isinstance(run.training.objective, ResidualObjective):
         return None
     variances = []
-    for batch in draw_block(dataclasses.replace(run.config, device="cpu"), run.distribution, 0):
+    for batch in draw_block(run.config, run.distribution, 0):
         x, label = interpolate(batch.x0, batch.x1, batch.times.s_prime), batch.condition and batch.condition.label
         variances.append(run.distribution.velocity_variance(x, batch.times.s_prime, label).mean())
     return float(torch.stack(variances).mean())
 
 
-def samples_table(
-    config: ToyConfig,
-    jump: Jump,
-    units: Units,
-    points: int,
-    seed: int = SAMPLING,
-    classes: GaussianMixture | None = None,
-) -> str:
+def samples_table(config: ToyConfig, jump: Jump, units: Units, points: int) -> str:
     """Draw samples in one step (in 64 Euler steps where no jumps were learned) and write them as comma-separated text.
 
     Args:
@@ -96,17 +86,8 @@ def samples_table(
         jump: how it takes a step.
         units: of the data.
         points: rows of the table, next to the line of names.
-        seed: of the noise.
-        classes: the distribution whose classes a conditional model is asked for, and which become a last column.
     """
-    generator = torch.Generator().manual_seed(seed)
-    noise, names, label, condition = torch.randn(points, 2, generator=generator), [*units.columns], None, None
-    if classes is not None:
-        label = classes.sample(points, generator)[1]
-        condition, names = Condition(label, torch.full((points,), 1 / config.w)), [*names, "class"]
-    steps = 1 if OBJECTIVES[config.objective].learns_jumps else EULER_STEPS
-    x = units.restore(sample(jump, noise, steps, condition))
+    noise = torch.randn(points, 2, generator=torch.Generator().manual_seed(SAMPLING))
+    x = units.restore(sample(jump, noise, 1 if OBJECTIVES[config.objective].learns_jumps else EULER_STEPS))
     rows = [",".join(f"{a:.10g}" for a in row) for row in x.tolist()]
-    if label is not None:
-        rows = [f"{row},{c}" for row, c in zip(rows, label.tolist(), strict=True)]
-    return "\n".join([",".join(names), *rows]) + "\n"
+    return "\n".join([",".join(units.columns), *rows]) + "\n"
