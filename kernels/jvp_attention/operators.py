@@ -45,6 +45,7 @@ GIVEN = (
     "Tensor q, Tensor k, Tensor v, Tensor? dq, Tensor? dk, Tensor? dv, "
     "Tensor? lengths, Tensor? mask, float scale, bool causal"
 )
+OLDER_VMAP = torch._C._parse_dispatch_key("Batched")  # of gradcheck and torch.autograd.functional.jacobian
 MASK = Given._fields.index("mask")
 RESULTS = "Tensor o, Tensor do, Tensor o_residual, Tensor do_residual, Tensor lse, Tensor mu"
 FORWARD_ARGUMENTS = f"{GIVEN}, bool keep"  # keep: also the residuals, for a backward
@@ -228,7 +229,12 @@ def _forward_derivatives(keys: Any, *arguments: Any) -> Six:
         return _second(fallback.written_out, arguments)
     # PyTorch's rule for a number of no axes makes tangents of another dtype (pytorch 160513)
     dq, dk, dv = (None if dx is None else dx.to(given.q.dtype) for dx in tangents[:3])
-    results = Results(*_record(_Attention, below, (*given._replace(dq=dq, dk=dk, dv=dv), keep)))
+    dual = given._replace(dq=dq, dk=dk, dv=dv)
+    if any(torch._C._dispatch_keys(dx).has(OLDER_VMAP) for dx in (dq, dk, dv) if dx is not None):
+        # o is computed without it, since what it maps cannot be given a tangent; the others slice by slice
+        _, do, *others = FORWARD(*dual, keep)
+        return forward_ad.make_dual(FORWARD(*given, keep)[0], do, level=0), do, *others
+    results = Results(*_record(_Attention, below, (*dual, keep)))
     return results._replace(o=forward_ad.make_dual(results.o, results.do, level=0))
 
 

@@ -1,6 +1,7 @@
 """The reference is attention and its derivative; and it stands in where the kernels cannot run."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -64,6 +65,9 @@ def test_gradients_through_value_and_tangent_by_finite_differences(causal):
         return torch.func.jvp(lambda *x: jvp_attention.attention(*x, causal=causal), (q, k, v), (dq, dk, dv))
 
     assert torch.autograd.gradcheck(dual, inputs)
+    once = partial(jvp_attention.attention, causal=causal)
+    batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(once, inputs[:3], check_forward_ad=True, **batched)
 
 
 def test_the_cpu_falls_back_and_says_so_once(monkeypatch, caplog):
@@ -83,7 +87,6 @@ def test_the_cpu_falls_back_and_says_so_once(monkeypatch, caplog):
 def test_works_without_triton():
     """As on macOS, where triton cannot be installed."""
     code = """
-import sys
 sys.modules["triton"] = None  # import triton raises ImportError
 import torch, jvp_attention
 x = torch.randn(6, 1, 1, 3, 4)

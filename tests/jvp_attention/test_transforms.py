@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import func
 from torch.autograd import forward_ad
+from torch.autograd.functional import jacobian
 
 import jvp_attention
 from jvp_attention import reference
@@ -36,6 +37,8 @@ TRANSFORMS: dict[str, Callable] = {
     "vmap of vmap": lambda A, D, x: func.vmap(func.vmap(lambda q: A(q, x.k, x.v)))(pairs(x)[0][:, None]),
     "jacfwd": lambda A, D, x: func.jacfwd(lambda q: A(q, x.k, x.v).sum(2))(x.q),
     "jacrev": lambda A, D, x: func.jacrev(lambda q: A(q, x.k, x.v).sum(2))(x.q),
+    "older jacfwd": lambda A, D, x: jacobian(lambda *y: A(*y), x.qkv, vectorize=True, strategy="forward-mode"),
+    "older jacrev": lambda A, D, x: jacobian(lambda *y: A(*y), x.qkv, vectorize=True),
     "hessian": lambda A, D, x: func.hessian(lambda q: A(q, x.k, x.v).sin().sum())(x.q),
     "jacrev of jacfwd": lambda A, D, x: func.jacrev(func.jacfwd(lambda q: A(q, x.k, x.v).sin().sum()))(x.q),
     "jacfwd of jacfwd": lambda A, D, x: func.jacfwd(func.jacfwd(lambda q: A(q, x.k, x.v).sin().sum()))(x.q),
