@@ -2,14 +2,17 @@
 
 Without tangents PyTorch's own fused attention answers. With tangents the kernels' formulas are written out, in chunks
 of queries: only a chunk's rows of the N x M matrices are held at a time, so memory grows with N and M, not with their
-product. Half precision is computed in float32. A tangent or gradient that is absent is zeros expanded from one row.
+product. Half precision is computed in float32, but for matmuls of bfloat16 that need no more. A tangent or gradient
+that is absent is zeros expanded from one row.
 
-What is written out changes nothing in place and computes what it needs from the inputs, not from what a forward left,
-so that PyTorch can differentiate it: that is how derivatives are found that the kernels do not know.
+What is written out computes what it needs from the inputs, not from what a forward left, and changes nothing in place
+where PyTorch is to differentiate it: that is how derivatives are found that the kernels do not know.
 """
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +23,15 @@ from jvp_attention.layout import Results, nothing, number_type, rows_in_order, z
 from jvp_attention.reference import hidden_keys, one_per_query_head, to_length
 from jvp_attention.shapes import Given
 
-CHUNK = 2**18  # elements of each of a chunk's matrices, over all batch elements and heads, so that they fit a cache
-FEWEST_ROWS = 32  # of a chunk: matmuls of fewer are slow
+CHUNK = 2**19  # elements of each of a chunk's matrices, so that they fit a cache
+FEWEST_ROWS = 64  # of a chunk: matmuls of fewer are slow
 LOG2_E = math.log2(math.e)
 
 
 def forward(given: Given, keep: bool) -> Results:
     """Compute attention, and its derivative if there is a tangent."""
     given = trim(given)
-    return written_out(given, keep) if given.has_tangent else _pytorchs_attention(given)
+    return _dual(_problem(given), given, keep) if given.has_tangent else _pytorchs_attention(given)
 
 
 def backward(given: Given, results: Results, go: Tensor | None, gdo: Tensor | None, wanted: list[bool]) -> list[Tensor]:
@@ -36,7 +39,7 @@ def backward(given: Given, results: Results, go: Tensor | None, gdo: Tensor | No
     if gdo is None and go is not None and _tells_lse(given.q):  # the tangents have no part in o
         found = _pytorchs_gradients(trim(given), results, go)
     else:
-        found = _gradients(trim(given), go, gdo, wanted)
+        found = _gradients(_problem(trim(given), go, gdo), wanted)
     return _like_inputs(found, given, wanted)
 
 
@@ -74,10 +77,10 @@ def _plain(given: Given) -> _Plain:
     factor, scale = (1.0, given.scale) if given.scale > 0 else (given.scale, 1.0)
     q = rows_in_order(given.q if given.scale > 0 else given.scale * given.q)
     k, v = (rows_in_order(one_per_query_head(to_length(x, given.lengths), q)) for x in (given.k, given.v))
+    if given.lengths is None and given.mask is None:
+        return _Plain(q, k, v, None, None, scale, factor)
     rows = torch.arange(q.shape[2], device=q.device)
     hidden = hidden_keys(rows, k.shape[2], False, given.lengths, given.mask)
-    if hidden is None:
-        return _Plain(q, k, v, None, None, scale, factor)
     causal = given.causal and given.mask is not None  # with lengths alone a query that sees any key sees the first
     causally = hidden_keys(rows, k.shape[2], causal, given.lengths, given.mask)
     blind = (hidden if causally is None else causally).all(-1, keepdim=True)
@@ -115,14 +118,18 @@ def _pytorchs_gradients(given: Given, results: Results, go: Tensor) -> list[Tens
         attn_mask=x.bias,
         scale=x.scale,
     )
-    return [x.factor * gq, gk, gv, None, None, None]
+    return [gq if x.factor == 1 else x.factor * gq, gk, gv, None, None, None]
 
 
 # Written out
 
 
 class _Problem(NamedTuple):
-    """Inputs and tangents, zeros if absent, in float32 at least and with as many heads of keys as of queries."""
+    """What the formulas take, zeros where it is absent, in float32 at least and with as many heads of k as of q.
+
+    P, P * U and the gradients of S and T are rounded to `low` for the matmuls that follow, as in the kernels: bfloat16
+    where the inputs are. S, T, A and C, of which means are subtracted, are not rounded.
+    """
 
     q: Tensor
     k: Tensor
@@ -130,52 +137,93 @@ class _Problem(NamedTuple):
     dq: Tensor
     dk: Tensor
     dv: Tensor
+    go: Tensor
+    gdo: Tensor
     lengths: Tensor | None
     mask: Tensor | None
     scale: float
     causal: bool
+    low: torch.dtype
+    differentiated: bool
+
+    def part(self, axis: int, at: slice) -> "_Problem":
+        """Take some of the batch elements (axis 0) or of the heads (axis 1)."""
+        index = (slice(None),) * axis + (at,)
+        tensors, lengths, mask, options = self[:8], self.lengths, self.mask, self[10:]
+        if lengths is not None and axis == 0:
+            lengths = lengths[at]
+        if mask is not None and mask.shape[axis] > 1:
+            mask = mask[index]
+        return _Problem(*(x[index] for x in tensors), lengths, mask, *options)  # type: ignore[arg-type, call-arg]
+
+    def rows(self) -> int:
+        """Return how many queries a chunk has."""
+        return min(self.q.shape[2], max(FEWEST_ROWS, CHUNK // self.k.shape[2]))
 
     def chunks(self) -> Iterator[tuple[slice, slice]]:
         """Cut the queries into chunks, each with the keys that are visible to any of them."""
-        (b, h, n, _), m = self.q.shape, self.k.shape[2]
-        size = max(FEWEST_ROWS, CHUNK // max(1, b * h * m))
+        (n, m), size = (self.q.shape[2], self.k.shape[2]), self.rows()
         for start in range(0, n, size):
             stop = min(start + size, n)
             yield slice(start, stop), slice(0, min(stop, m) if self.causal else m)
 
 
+def _in_parts(x: _Problem, compute: Callable[[_Problem], list[Any]]) -> list[Any]:
+    """Compute results [B, H, ...], or None, for as many batch elements or heads at a time as a chunk has space for."""
+    batch, heads = x.q.shape[:2]
+    axis, matrices = (0, heads) if batch > 1 else (1, 1)
+    size = max(1, CHUNK // max(1, matrices * x.rows() * x.k.shape[2]))
+    count = x.q.shape[axis]
+    if count <= size:
+        return compute(x)
+    parts = [_in_parts(x.part(axis, slice(i, i + size)), compute) for i in range(0, count, size)]
+    return [None if part[0] is None else torch.cat(part, axis) for part in zip(*parts, strict=True)]
+
+
 def written_out(given: Given, keep: bool) -> Results:
-    """Compute attention and its derivative, formula by formula."""
-    x = _problem(given)
-    parts = []
-    for rows, keys in x.chunks():
-        p, u, lse, mu = _weights(x, rows, keys)
-        v, dv = x.v[:, :, keys], x.dv[:, :, keys]
-        parts.append((p @ v, (p * u) @ v + p @ dv, lse * LOG2_E, mu))  # o; do = (P * (T - mu)) v + P dv
-    o, do, lse, mu = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+    """Compute attention and its derivative so that PyTorch can differentiate both."""
+    return _dual(_problem(given, differentiated=True), given, keep)
+
+
+def _dual(x: _Problem, given: Given, keep: bool) -> Results:
+    o, do, lse = _in_parts(x, _value_and_tangent)
     dtype = given.q.dtype
     if not given.has_tangent:
         return Results.plain(o.to(dtype), lse)
     rounded = keep and dtype.itemsize < 4
     o_residual, do_residual = ((y - y.to(dtype)).to(dtype) if rounded else nothing(given.q) for y in (o, do))
-    mu = mu if given.logits_have_tangent else nothing(lse)
+    mu = torch.zeros_like(lse) if given.logits_have_tangent else nothing(lse)  # which nothing reads
     return Results(o.to(dtype), do.to(dtype), o_residual, do_residual, lse, mu)
 
 
+def _value_and_tangent(x: _Problem) -> list[Tensor]:
+    """Compute o = P v, do = (P * U) v + P dv, and lse in base 2."""
+    parts = []
+    v_dv, v = _side_by_side(x.v, x.dv).to(x.low), _less_mean(x.v).to(x.low)
+    for rows, keys in x.chunks():
+        p, t, s = _probabilities(x, rows, keys)
+        lse = s.amax(-1) - p.amax(-1).clamp(min=1e-30).log()  # zero where a query sees no key
+        o, do = (p.to(x.low) @ v_dv[:, :, keys]).to(p.dtype).chunk(2, -1)
+        do = do + _softmax_vjp(x, p, t).to(x.low) @ v[:, :, keys]
+        parts.append((o, do, lse * LOG2_E))
+    return [torch.cat(part, 2) for part in zip(*parts, strict=True)]
+
+
 def gradients_written_out(given: Given, *others: Any) -> list[Tensor]:
-    """Compute what `backward` does, formula by formula, from its arguments."""
+    """Compute what `backward` does, from its arguments, so that PyTorch can differentiate it."""
     *_, go, gdo, wanted = others
-    return _like_inputs(_gradients(given, go, gdo, wanted), given, wanted)
+    return _like_inputs(_gradients(_problem(given, go, gdo, differentiated=True), wanted), given, wanted)
 
 
-def _gradients(given: Given, go: Tensor | None, gdo: Tensor | None, wanted: list[bool]) -> list[Tensor | None]:
-    x = _problem(given)
-    upstream = [zero_rows(x.q) if g is None else g.to(x.q.dtype) for g in (go, gdo)]
+def _gradients(x: _Problem, wanted: list[bool]) -> list[Tensor | None]:
+    return _in_parts(x, partial(_gradients_of_part, wanted=wanted))
+
+
+def _gradients_of_part(x: _Problem, wanted: list[bool]) -> list[Tensor | None]:
     of_queries: list[list[Tensor | None]] = []
     of_keys: list[Tensor | None] = [None] * 4
     for rows, keys in x.chunks():
-        a, b = (g[:, :, rows] for g in upstream)
-        gq, gk, gv, gdq, gdk, gdv = _gradients_of_chunk(x, rows, keys, a, b, wanted)
+        gq, gk, gv, gdq, gdk, gdv = _gradients_of_chunk(x, rows, keys, wanted)
         of_queries.append([gq, gdq])  # rows of this chunk only, while to the keys all chunks add
         of_keys = [_add(total, part, x.k) for total, part in zip(of_keys, (gk, gv, gdk, gdv), strict=True)]
     gq, gdq = (None if parts[0] is None else torch.cat(parts, 2) for parts in zip(*of_queries, strict=True))
@@ -187,33 +235,67 @@ def _add(total: Tensor | None, part: Tensor | None, k: Tensor) -> Tensor | None:
     """Add a chunk's gradient of the first keys to the total; both are None where they are not wanted."""
     if part is None:
         return None
-    part = pad(part, (0, 0, 0, k.shape[2] - part.shape[2]))
+    part = _pad_keys(part, k.shape[2])
     return part if total is None else total + part
 
 
-def _gradients_of_chunk(
-    x: _Problem, rows: slice, keys: slice, go: Tensor, gdo: Tensor, wanted: list[bool]
-) -> list[Tensor | None]:
+def _gradients_of_chunk(x: _Problem, rows: slice, keys: slice, wanted: list[bool]) -> list[Tensor | None]:
     """Compute what some queries' rows of go and gdo add to the gradients of q, k, v, dq, dk, dv."""
-    q, dq, k, dk, v, dv = x.q[:, :, rows], x.dq[:, :, rows], *(y[:, :, keys] for y in (x.k, x.dk, x.v, x.dv))
-    p, u, *_ = _weights(x, rows, keys)
-    a = go @ v.mT + gdo @ dv.mT  # A, the gradient of P at a fixed T
+    q, dq, go, gdo = (y[:, :, rows] for y in (x.q, x.dq, x.go, x.gdo))
+    k, dk, v, dv = (y[:, :, keys] for y in (x.k, x.dk, x.v, x.dv))
+    p, t, _ = _probabilities(x, rows, keys)
+    pu, u = _centre(x, p, t)
+    a = _side_by_side(go, gdo) @ _side_by_side(v, dv).mT  # A, the gradient of P at a fixed T
     c = gdo @ v.mT  # C, the gradient of P * U
-    gt = p * (c - (p * c).sum(-1, keepdim=True))  # of T
-    gs = gt * u + p * (a - (p * (a + u * c)).sum(-1, keepdim=True))  # of S
-    formulas = (
-        lambda: x.scale * (gs @ k + gt @ dk),
-        lambda: x.scale * (gs.mT @ q + gt.mT @ dq),
-        lambda: p.mT @ go + (p * u).mT @ gdo,
-        lambda: x.scale * (gt @ k),
-        lambda: x.scale * (gt.mT @ q),
-        lambda: p.mT @ gdo,
+    gt, c = _centre(x, p, c)  # of T
+    gs = _softmax_vjp(x, p, torch.addcmul(a, c, u) if x.differentiated else a.addcmul_(c, u))  # of S
+
+    p, pu, gt, gs = (y.to(x.low) for y in (p, pu, gt, gs))
+    gq, gdq = (
+        _two_matmuls(operator.matmul, gs, gt, _less_mean(k), _less_mean(dk)) if wanted[0] or wanted[3] else (None, None)
     )
-    return [formula() if want else None for formula, want in zip(formulas, wanted, strict=True)]
+    gk, gdk = _two_matmuls(_transposed_matmul, gs, gt, q, dq) if wanted[1] or wanted[4] else (None, None)
+    gv, gdv = _two_matmuls(_transposed_matmul, pu, p, gdo, go) if wanted[2] or wanted[5] else (None, None)
+    gq, gdq, gk, gdk = (None if g is None else x.scale * g for g in (gq, gdq, gk, gdk))
+    return [g if want else None for g, want in zip((gq, gk, gv, gdq, gdk, gdv), wanted, strict=True)]
 
 
-def _weights(x: _Problem, rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute P and U = T - mu [B, H, n, m], lse and mu [B, H, n] of some queries."""
+def _two_matmuls(
+    matmul: Callable[[Tensor, Tensor], Tensor], m: Tensor, n: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute M a + N b and N a."""
+    of_a, of_b = matmul(n, _side_by_side(a, b).to(n.dtype)).to(a.dtype).chunk(2, -1)
+    return matmul(m, a.to(m.dtype)) + of_b, of_a
+
+
+def _transposed_matmul(m: Tensor, a: Tensor) -> Tensor:
+    """Compute M^T a, which as (a^T M)^T is faster on a CPU."""
+    return (a.mT @ m).mT
+
+
+def _less_mean(x: Tensor) -> Tensor:
+    """Take the mean off rows that rows of zero sum are multiplied with, whose rounding it would enlarge."""
+    return x - x.mean(2, keepdim=True)
+
+
+def _side_by_side(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a, b], -1)
+
+
+def _centre(x: _Problem, p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute P * (Y - m) and Y - m for a new matrix Y, with m the row sums of P * Y."""
+    mean = (p * y).sum(-1, keepdim=True)
+    y = y - mean if x.differentiated else y.sub_(mean)
+    return p * y, y
+
+
+def _softmax_vjp(x: _Problem, p: Tensor, y: Tensor) -> Tensor:
+    """Compute P * (Y - m) in one pass, for which PyTorch has no forward-mode rule."""
+    return _centre(x, p, y)[0] if x.differentiated else torch._softmax_backward_data(y, p, -1, p.dtype)
+
+
+def _probabilities(x: _Problem, rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute P, T and S [B, H, n, m] of some queries."""
     q, dq = x.scale * x.q[:, :, rows], x.scale * x.dq[:, :, rows]
     k, dk = x.k[:, :, keys], x.dk[:, :, keys]
     s = q @ k.mT
@@ -224,20 +306,22 @@ def _weights(x: _Problem, rows: slice, keys: slice) -> tuple[Tensor, Tensor, Ten
         blind = hidden.all(-1, keepdim=True)
         s = s.masked_fill(hidden & ~blind, float("-inf"))
     p = s.softmax(-1)
-    lse = s.amax(-1) - p.amax(-1).log()
     if hidden is not None:
         p = p.masked_fill(blind, 0)
-    t = dq @ k.mT + q @ dk.mT
-    mu = (p * t).sum(-1, keepdim=True)
-    return p, t - mu, lse, mu.squeeze(-1)
+    return p, _side_by_side(dq, q) @ _side_by_side(k, dk).mT, s
 
 
-def _problem(given: Given) -> _Problem:
+def _problem(
+    given: Given, go: Tensor | None = None, gdo: Tensor | None = None, *, differentiated: bool = False
+) -> _Problem:
     dtype, lengths = number_type(given.q), given.lengths
     q, k, v = given.q.to(dtype), given.k, given.v
     dq, dk, dv = (zero_rows(x) if dx is None else dx for x, dx in ((q, given.dq), (k, given.dk), (v, given.dv)))
     k, v, dk, dv = (one_per_query_head(to_length(x, lengths), q).to(dtype) for x in (k, v, dk, dv))
-    return _Problem(q, k, v, dq.to(dtype), dk, dv, lengths, given.mask, given.scale, given.causal)
+    go, gdo = (zero_rows(q) if g is None else g.to(dtype) for g in (go, gdo))
+    low = torch.bfloat16 if given.q.dtype == torch.bfloat16 else dtype
+    options = (lengths, given.mask, given.scale, given.causal, low, differentiated)
+    return _Problem(q, k, v, dq.to(dtype), dk, dv, go, gdo, *options)
 
 
 def _like_inputs(gradients: list[Tensor | None], given: Given, wanted: list[bool]) -> list[Tensor]:
@@ -251,4 +335,9 @@ def _like_inputs(gradients: list[Tensor | None], given: Given, wanted: list[bool
 def _like_input(gradient: Tensor, x: Tensor) -> Tensor:
     if gradient.shape[1] != x.shape[1]:  # heads that share keys add to their gradient
         gradient = gradient.unflatten(1, (x.shape[1], -1)).sum(2)
-    return pad(gradient, (0, 0, 0, x.shape[2] - gradient.shape[2])).to(x.dtype)
+    return _pad_keys(gradient, x.shape[2]).to(x.dtype)
+
+
+def _pad_keys(x: Tensor, count: int) -> Tensor:
+    """Append rows of zeros up to a count; returns x itself where it has them, which `pad` copies."""
+    return x if x.shape[2] == count else pad(x, (0, 0, 0, count - x.shape[2]))

@@ -26,9 +26,13 @@ class Results(NamedTuple):
 
 def empty_rows(like: Tensor) -> Tensor:
     """Make an empty tensor of the shape of `like` [B, H, rows, D] that lies in memory as [B, rows, H, D]."""
+    return torch.empty_strided(like.shape, row_strides(like), dtype=like.dtype, device=like.device)
+
+
+def row_strides(like: Tensor) -> tuple[int, ...]:
+    """Return the strides of a tensor of the shape of `like` that lies in memory as [B, rows, H, D]."""
     _, heads, rows, channels = like.shape
-    strides = (rows * heads * channels, channels, heads * channels, 1)
-    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
+    return rows * heads * channels, channels, heads * channels, 1
 
 
 def empty_results(given: Given, keep: bool) -> Results:
@@ -45,8 +49,8 @@ def empty_results(given: Given, keep: bool) -> Results:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Return x [B, H, rows, D] in the memory order of `empty_rows`; a placeholder as it is."""
-    return empty_rows(x).copy_(x) if x.ndim == 4 else x
+    """Return x [B, H, rows, D] in the memory order of `empty_rows`, itself if it lies so; a placeholder as it is."""
+    return x if x.ndim != 4 or x.stride() == row_strides(x) else empty_rows(x).copy_(x)
 
 
 def empty_numbers(like: Tensor) -> Tensor:

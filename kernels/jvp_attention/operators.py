@@ -45,7 +45,7 @@ GIVEN = (
     "Tensor q, Tensor k, Tensor v, Tensor? dq, Tensor? dk, Tensor? dv, "
     "Tensor? lengths, Tensor? mask, float scale, bool causal"
 )
-OLDER_VMAP = torch._C._parse_dispatch_key("Batched")  # of gradcheck and torch.autograd.functional.jacobian
+OLDER_VMAP = torch._C._parse_dispatch_key("Batched") or ""  # of gradcheck and torch.autograd.functional.jacobian
 MASK = Given._fields.index("mask")
 RESULTS = "Tensor o, Tensor do, Tensor o_residual, Tensor do_residual, Tensor lse, Tensor mu"
 FORWARD_ARGUMENTS = f"{GIVEN}, bool keep"  # keep: also the residuals, for a backward
