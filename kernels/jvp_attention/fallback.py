@@ -77,10 +77,10 @@ def _plain(given: Given) -> _Plain:
     factor, scale = (1.0, given.scale) if given.scale > 0 else (given.scale, 1.0)
     q = rows_in_order(given.q if given.scale > 0 else given.scale * given.q)
     k, v = (rows_in_order(one_per_query_head(to_length(x, given.lengths), q)) for x in (given.k, given.v))
-    if given.lengths is None and given.mask is None:
-        return _Plain(q, k, v, None, None, scale, factor)
     rows = torch.arange(q.shape[2], device=q.device)
     hidden = hidden_keys(rows, k.shape[2], False, given.lengths, given.mask)
+    if hidden is None:
+        return _Plain(q, k, v, None, None, scale, factor)
     causal = given.causal and given.mask is not None  # with lengths alone a query that sees any key sees the first
     causally = hidden_keys(rows, k.shape[2], causal, given.lengths, given.mask)
     blind = (hidden if causally is None else causally).all(-1, keepdim=True)
@@ -131,14 +131,10 @@ class _Problem(NamedTuple):
     where the inputs are. S, T, A and C, of which means are subtracted, are not rounded.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    go: Tensor
-    gdo: Tensor
+    q: Tensor  # q and dq side by side [B, H, N, 2 D]
+    k: Tensor  # dk, k: q, dq times their transpose is T / scale
+    v: Tensor  # dv, v
+    g: Tensor  # gdo, go: times their transpose it is A
     lengths: Tensor | None
     mask: Tensor | None
     scale: float
@@ -149,12 +145,18 @@ class _Problem(NamedTuple):
     def part(self, axis: int, at: slice) -> "_Problem":
         """Take some of the batch elements (axis 0) or of the heads (axis 1)."""
         index = (slice(None),) * axis + (at,)
-        tensors, lengths, mask, options = self[:8], self.lengths, self.mask, self[10:]
+        tensors = (x[index] for x in self[:4])
+        lengths, mask, options = self.lengths, self.mask, self[6:]
         if lengths is not None and axis == 0:
             lengths = lengths[at]
         if mask is not None and mask.shape[axis] > 1:
             mask = mask[index]
-        return _Problem(*(x[index] for x in tensors), lengths, mask, *options)  # type: ignore[arg-type, call-arg]
+        return _Problem(*tensors, lengths, mask, *options)  # type: ignore[arg-type, call-arg]
+
+    @property
+    def channels(self) -> int:
+        """Return D."""
+        return self.k.shape[-1] // 2
 
     def rows(self) -> int:
         """Return how many queries a chunk has."""
@@ -199,12 +201,12 @@ def _dual(x: _Problem, given: Given, keep: bool) -> Results:
 def _value_and_tangent(x: _Problem) -> list[Tensor]:
     """Compute o = P v, do = (P * U) v + P dv, and lse in base 2."""
     parts = []
-    v_dv, v = _side_by_side(x.v, x.dv).to(x.low), _less_mean(x.v).to(x.low)
+    low_v, centred_v = x.v.to(x.low), _less_mean(x.v[..., x.channels :]).to(x.low)
     for rows, keys in x.chunks():
         p, t, s = _probabilities(x, rows, keys)
         lse = s.amax(-1) - p.amax(-1).clamp(min=1e-30).log()  # zero where a query sees no key
-        o, do = (p.to(x.low) @ v_dv[:, :, keys]).to(p.dtype).chunk(2, -1)
-        do = do + _softmax_vjp(x, p, t).to(x.low) @ v[:, :, keys]
+        do, o = (p.to(x.low) @ low_v[:, :, keys]).to(p.dtype).chunk(2, -1)
+        do = do + _softmax_vjp(x, p, t).to(x.low) @ centred_v[:, :, keys]
         parts.append((o, do, lse * LOG2_E))
     return [torch.cat(part, 2) for part in zip(*parts, strict=True)]
 
@@ -222,8 +224,10 @@ def _gradients(x: _Problem, wanted: list[bool]) -> list[Tensor | None]:
 def _gradients_of_part(x: _Problem, wanted: list[bool]) -> list[Tensor | None]:
     of_queries: list[list[Tensor | None]] = []
     of_keys: list[Tensor | None] = [None] * 4
+    dk, k = x.k.chunk(2, -1)
+    low = (x.q.to(x.low), _beside(_less_mean(k), _less_mean(dk)).to(x.low), x.g.to(x.low))
     for rows, keys in x.chunks():
-        gq, gk, gv, gdq, gdk, gdv = _gradients_of_chunk(x, rows, keys, wanted)
+        gq, gk, gv, gdq, gdk, gdv = _gradients_of_chunk(x, low, rows, keys, wanted)
         of_queries.append([gq, gdq])  # rows of this chunk only, while to the keys all chunks add
         of_keys = [_add(total, part, x.k) for total, part in zip(of_keys, (gk, gv, gdk, gdv), strict=True)]
     gq, gdq = (None if parts[0] is None else torch.cat(parts, 2) for parts in zip(*of_queries, strict=True))
@@ -239,33 +243,31 @@ def _add(total: Tensor | None, part: Tensor | None, k: Tensor) -> Tensor | None:
     return part if total is None else total + part
 
 
-def _gradients_of_chunk(x: _Problem, rows: slice, keys: slice, wanted: list[bool]) -> list[Tensor | None]:
+def _gradients_of_chunk(
+    x: _Problem, low: tuple[Tensor, Tensor, Tensor], rows: slice, keys: slice, wanted: list[bool]
+) -> list[Tensor | None]:
     """Compute what some queries' rows of go and gdo add to the gradients of q, k, v, dq, dk, dv."""
-    q, dq, go, gdo = (y[:, :, rows] for y in (x.q, x.dq, x.go, x.gdo))
-    k, dk, v, dv = (y[:, :, keys] for y in (x.k, x.dk, x.v, x.dv))
+    g, v, d = x.g[:, :, rows], x.v[:, :, keys], x.channels
     p, t, _ = _probabilities(x, rows, keys)
     pu, u = _centre(x, p, t)
-    a = _side_by_side(go, gdo) @ _side_by_side(v, dv).mT  # A, the gradient of P at a fixed T
-    c = gdo @ v.mT  # C, the gradient of P * U
+    a = g @ v.mT  # A = go v^T + gdo dv^T, the gradient of P at a fixed T
+    c = g[..., :d] @ v[..., d:].mT  # C = gdo v^T, the gradient of P * U
     gt, c = _centre(x, p, c)  # of T
     gs = _softmax_vjp(x, p, torch.addcmul(a, c, u) if x.differentiated else a.addcmul_(c, u))  # of S
 
     p, pu, gt, gs = (y.to(x.low) for y in (p, pu, gt, gs))
-    gq, gdq = (
-        _two_matmuls(operator.matmul, gs, gt, _less_mean(k), _less_mean(dk)) if wanted[0] or wanted[3] else (None, None)
-    )
-    gk, gdk = _two_matmuls(_transposed_matmul, gs, gt, q, dq) if wanted[1] or wanted[4] else (None, None)
-    gv, gdv = _two_matmuls(_transposed_matmul, pu, p, gdo, go) if wanted[2] or wanted[5] else (None, None)
-    gq, gdq, gk, gdk = (None if g is None else x.scale * g for g in (gq, gdq, gk, gdk))
-    return [g if want else None for g, want in zip((gq, gk, gv, gdq, gdk, gdv), wanted, strict=True)]
+    low_q, low_k, low_g = low[0][:, :, rows], low[1][:, :, keys], low[2][:, :, rows]
+    gq, gdq = _two_matmuls(operator.matmul, gs, gt, low_k) if wanted[0] or wanted[3] else (None, None)
+    gk, gdk = _two_matmuls(_transposed_matmul, gs, gt, low_q) if wanted[1] or wanted[4] else (None, None)
+    gv, gdv = _two_matmuls(_transposed_matmul, pu, p, low_g) if wanted[2] or wanted[5] else (None, None)
+    gq, gdq, gk, gdk = (None if y is None else x.scale * y for y in (gq, gdq, gk, gdk))
+    return [y if want else None for y, want in zip((gq, gk, gv, gdq, gdk, gdv), wanted, strict=True)]
 
 
-def _two_matmuls(
-    matmul: Callable[[Tensor, Tensor], Tensor], m: Tensor, n: Tensor, a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute M a + N b and N a."""
-    of_a, of_b = matmul(n, _side_by_side(a, b).to(n.dtype)).to(a.dtype).chunk(2, -1)
-    return matmul(m, a.to(m.dtype)) + of_b, of_a
+def _two_matmuls(matmul: Callable[[Tensor, Tensor], Tensor], m: Tensor, n: Tensor, ab: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute M a + N b and N a, in float32 at least, for a and b side by side."""
+    of_a, of_b = matmul(n, ab).to(number_type(ab)).chunk(2, -1)
+    return matmul(m, ab.chunk(2, -1)[0]) + of_b, of_a
 
 
 def _transposed_matmul(m: Tensor, a: Tensor) -> Tensor:
@@ -274,12 +276,8 @@ def _transposed_matmul(m: Tensor, a: Tensor) -> Tensor:
 
 
 def _less_mean(x: Tensor) -> Tensor:
-    """Take the mean off rows that rows of zero sum are multiplied with, whose rounding it would enlarge."""
+    """Take the mean off keys or values that rows of zero sum are multiplied with, whose rounding it would enlarge."""
     return x - x.mean(2, keepdim=True)
-
-
-def _side_by_side(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cat([a, b], -1)
 
 
 def _centre(x: _Problem, p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,9 +294,8 @@ def _softmax_vjp(x: _Problem, p: Tensor, y: Tensor) -> Tensor:
 
 def _probabilities(x: _Problem, rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Compute P, T and S [B, H, n, m] of some queries."""
-    q, dq = x.scale * x.q[:, :, rows], x.scale * x.dq[:, :, rows]
-    k, dk = x.k[:, :, keys], x.dk[:, :, keys]
-    s = q @ k.mT
+    q, k, d = x.scale * x.q[:, :, rows], x.k[:, :, keys], x.channels
+    s = q[..., :d] @ k[..., d:].mT
     indices = torch.arange(rows.start, rows.stop, device=q.device)
     mask = None if x.mask is None else x.mask[..., keys]
     hidden = hidden_keys(indices, k.shape[2], x.causal, x.lengths, mask)
@@ -308,7 +305,7 @@ def _probabilities(x: _Problem, rows: slice, keys: slice) -> tuple[Tensor, Tenso
     p = s.softmax(-1)
     if hidden is not None:
         p = p.masked_fill(blind, 0)
-    return p, _side_by_side(dq, q) @ _side_by_side(k, dk).mT, s
+    return p, q @ k.mT, s
 
 
 def _problem(
@@ -319,9 +316,13 @@ def _problem(
     dq, dk, dv = (zero_rows(x) if dx is None else dx for x, dx in ((q, given.dq), (k, given.dk), (v, given.dv)))
     k, v, dk, dv = (one_per_query_head(to_length(x, lengths), q).to(dtype) for x in (k, v, dk, dv))
     go, gdo = (zero_rows(q) if g is None else g.to(dtype) for g in (go, gdo))
+    pairs = (_beside(q, dq.to(dtype)), _beside(dk, k), _beside(dv, v), _beside(gdo, go))
     low = torch.bfloat16 if given.q.dtype == torch.bfloat16 else dtype
-    options = (lengths, given.mask, given.scale, given.causal, low, differentiated)
-    return _Problem(q, k, v, dq.to(dtype), dk, dv, go, gdo, *options)
+    return _Problem(*pairs, lengths, given.mask, given.scale, given.causal, low, differentiated)
+
+
+def _beside(*tensors: Tensor) -> Tensor:
+    return torch.cat(tensors, -1)
 
 
 def _like_inputs(gradients: list[Tensor | None], given: Given, wanted: list[bool]) -> list[Tensor]:
