@@ -23,7 +23,7 @@ from jvp_attention.layout import Results, nothing, number_type, rows_in_order, z
 from jvp_attention.reference import hidden_keys, one_per_query_head, to_length
 from jvp_attention.shapes import Given
 
-CHUNK = 2**19  # elements of each of a chunk's matrices, so that they fit a cache
+CHUNK = 2**20  # elements of each of a chunk's matrices, so that they fit a cache
 FEWEST_ROWS = 64  # of a chunk: matmuls of fewer are slow
 LOG2_E = math.log2(math.e)
 
@@ -160,7 +160,8 @@ class _Problem(NamedTuple):
 
     def rows(self) -> int:
         """Return how many queries a chunk has."""
-        return min(self.q.shape[2], max(FEWEST_ROWS, CHUNK // self.k.shape[2]))
+        rows = CHUNK // self.k.shape[2] // (4 if self.causal else 1)  # fewer skip more keys that no query sees
+        return min(self.q.shape[2], max(FEWEST_ROWS, rows))
 
     def chunks(self) -> Iterator[tuple[slice, slice]]:
         """Cut the queries into chunks, each with the keys that are visible to any of them."""

@@ -203,3 +203,18 @@ def test_compiled_code_is_right_or_refuses(name):
         assert name not in COMPILES
         return
     check(lambda: found, exact, 1e-10)
+
+
+@pytest.mark.compiles
+@pytest.mark.slow
+def test_a_compiled_jvp_where_inputs_are_views_of_one_tensor():
+    """Attention's is right; PyTorch fails where the function views them again."""
+    x = torch.randn(6, 1, 2, 5, 8).unbind()
+
+    def dual(function, *x):
+        return func.jvp(function, x[:3], x[3:])
+
+    compiled = torch.compile(dual, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(jvp_attention.attention, *x), dual(jvp_attention.attention, *x))
+    with pytest.raises(RuntimeError, match="tangent have the same layout"):
+        compiled(lambda q, k, v: q @ k.mT @ v, *x)
