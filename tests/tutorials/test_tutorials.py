@@ -51,10 +51,6 @@ def complaints(notebook: NotebookNode) -> list[str]:
     return found
 
 
-def test_there_are_nine():
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{i}" for i in range(1, 10)]
-
-
 @each
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the Jupyter client; the kernel has filters of its own
 @pytest.mark.slow

@@ -91,19 +91,9 @@ def against_data(bound: Bound, distribution: GaussianMixture) -> tuple[float, fl
 
 def summary(bound: Bound) -> dict[str, Any]:
     """List what bound.json holds: every term as a distance, and how sure each is."""
-    return {
-        "t": bound.t,
-        **bound.values,
-        "quadrature_error": bound.quadrature_error,
-        "quadrature_errors": bound.errors,
-        "medians": bound.medians,
-        "standard_error": bound.standard_error,
-        "path_lipschitz": bound.path_length,
-        "loss": bound.loss,
-        "loss_minimum": bound.loss_minimum,
-        "constant": bound.constant,
-        "violations": bound.violations(),
-    }
+    names = ("t", "quadrature_error", "medians", "standard_error", "loss", "loss_minimum", "constant")
+    known = {name: getattr(bound, name) for name in names} | {"quadrature_errors": bound.errors}
+    return known | bound.values | {"path_lipschitz": bound.path_length, "violations": bound.violations()}
 
 
 def table(bound: Bound, report: dict[str, Any]) -> str:

@@ -113,9 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         print("flow matching learns no jumps: its steps are Euler's, of which it needs many")
     elif kind.one_step_only:
         print("a consistency model is trained for one step only; ignore the pictures of other jumps")
-    seconds = metrics["seconds"]
-    spent = f"{seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all"
-    print(f"{spent}; pictures and metrics: {this.folder}")
+    print(f"{this.training.seconds:.0f} s of training; pictures and metrics: {this.folder}")
     if not finished:
         print("go on: the same command with --resume")
         return INTERRUPTED

@@ -62,24 +62,18 @@ class Run:
     """
 
     def __init__(self, folder: Path, config: ToyConfig, distribution: GaussianMixture | None = None):
-        self.started = time.perf_counter()
         self.folder = folder
         self.config = config
         self.distribution = config.make_distribution() if distribution is None else distribution
         self.training = Training(config, self.distribution)
         self.log: list[dict[str, float]] = []
-        self.earlier = 0.0  # seconds of training in earlier programs
 
     def create(self) -> None:
         """Make the folder, or clear it of an earlier run, and write config.json.
 
         Raises:
-            UserError: a folder in place of one of a run's files; nothing has been removed.
             OSError: files that cannot be written or removed.
         """
-        for name in OWN_FILES:
-            if (self.folder / name).is_dir():
-                raise UserError(f"{self.folder / name} is a folder, where a run writes a file: choose another --out")
         for name in OWN_FILES:
             (self.folder / name).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +109,6 @@ class Run:
             sums: Tensor = state["sums"]
         except (RuntimeError, KeyError, TypeError) as error:  # the weights of another network, or something else
             raise UserError(f"{path} cannot be used: {first_line(error)}") from None
-        self.earlier = self.training.seconds
         load_snapshots(self.folder)  # a damaged file is named now rather than in the middle of training
         try:
             lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from typing import Any
 
 import torch
@@ -51,11 +50,9 @@ def write_report(run: Run, points: int) -> dict[str, Any]:
         }.items():
             plots.save_figure(draw(), run.folder / name)
             bar.update()
-    training = run.training.seconds
-    total = time.perf_counter() - run.started + run.earlier
     metrics = {
         "nfe": nfe,
-        "seconds": {"training": round(training, 2), "total": round(total, 2)},
+        "seconds": {"training": round(run.training.seconds, 2)},
         "steps": {"done": run.training.step, "planned": config.steps},
         "points": points,
     }
