@@ -96,10 +96,10 @@ class ToyConfig:
         if self.data is not None:
             return load_points(Path(self.data), self.bandwidth)
         distribution = make_distribution(self.dist)
-        if self.conditional and not distribution.num_classes:
-            raise UserError(
-                f"--conditional needs classes, and {self.dist} has none (moons, circles, eight_gaussians do)"
-            )
+        able = distribution.num_classes or not self.conditional
+        require(
+            bool(able), f"--conditional needs classes, and {self.dist} has none (moons, circles, eight_gaussians do)"
+        )
         return distribution
 
     def sampler(self) -> TimeSampler:

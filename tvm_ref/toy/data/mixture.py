@@ -41,10 +41,8 @@ class GaussianMixture:
         require(good, f"centres must be finite and of shape [K, D], got {tuple(centres.shape)}")
         require(math.isfinite(sigma) and sigma > 0, f"sigma must be positive and finite, got {sigma}")
         weights = torch.ones(len(centres)) if weights is None else weights
-        good = weights.shape == centres.shape[:1] and bool((weights > 0).all())
-        require(good, f"weights must be {len(centres)} positive numbers")
-        good = labels is None or labels.shape == centres.shape[:1]
-        require(good, f"labels must be of shape [{len(centres)}]")
+        good = all(a is None or len(a) == len(centres) for a in (weights, labels)) and bool((weights > 0).all())
+        require(good, f"weights must be {len(centres)} positive numbers, and labels as many")
         self.centres = centres.double()
         self.sigma = float(sigma)
         self.log_weights = (weights.double() / weights.sum()).log()

@@ -23,7 +23,7 @@ from tvm_ref.guidance import Condition
 from tvm_ref.sampling import EulerStep, Jump, sample, sample_path
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.data.points import OwnPoints, units_of
-from tvm_ref.toy.report.metrics import EULER_STEPS, Reference
+from tvm_ref.toy.report.metrics import EULER_STEPS, Reference, exact_samples
 
 # Okabe and Ito's palette, distinguishable with every common colour blindness
 BLUE, ORANGE, GREEN, PINK, SKY, GREY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#D55E00"
@@ -67,10 +67,6 @@ def scatter(ax: Axes, x: Tensor, **options: Any) -> None:
 def dot_size(x: Tensor) -> float:
     """Choose the area of the dots of a cloud [N, 2], so that few are visible and many do not run together."""
     return min(40.0, max(4.0, 4.0 * math.sqrt(4000 / len(x))))
-
-
-def _ones(x: Tensor, value: float = 1.0) -> Tensor:
-    return x.new_full((len(x),), value)
 
 
 def name_steps(jump: Jump, steps: int) -> str:
@@ -120,7 +116,7 @@ def plot_samples(
     if reference.condition is not None:
         condition = Condition(label, reference.condition.beta[:1].expand(points))
     if condition is not None and reference.guided:
-        data = distribution.jump(noise, _ones(noise), _ones(noise, 0.0), condition)
+        data = exact_samples(distribution, noise, condition)
         name = f"exact flow, w = {1 / float(condition.beta[0]):g}"
     if isinstance(distribution, OwnPoints):
         name, data = f"your {len(distribution.centres):,} points", distribution.centres
@@ -173,7 +169,7 @@ def plot_trajectories(distribution: GaussianMixture, jump: Jump, reference: Refe
         panels[f"model: {EULER_STEPS} Euler steps"] = torch.stack(sample_path(jump, noise, grid.tolist(), first))
     else:
         with torch.no_grad():
-            panels["model: one jump from t = 1 to each s"] = jump(x1, _ones(x1), s, many).view(-1, n, 2)
+            panels["model: one jump from t = 1 to each s"] = jump(x1, torch.ones(len(x1)), s, many).view(-1, n, 2)
     figure, axes = make_figure(2, 5.0)
     set_window(axes, reference.data)
     colours = colours_of(first, n)
