@@ -89,13 +89,6 @@ def measure(candidates: Candidates, reference: Reference, extractor: Extractor, 
     return {"reference": about, "figures": measured}
 
 
-def digit_scores(generator: Generator, steps: int, world: World) -> dict[str, float]:
-    """Measure a model of digits by their own metrics (digits.py)."""
-    from imagenet.metrics.digits import measure_model
-
-    return measure_model(generator, [steps])[steps]
-
-
 class Fid:
     """The Frechet distance of a model's images to a reference; all processes draw and measure a part of them.
 
@@ -147,7 +140,9 @@ def make_metric(config: Config, reference: Path | None, inception: Path | None, 
     if reference is None:
         if config.data != "digits":
             raise UserError("evaluate_every needs a reference: mu and sigma of real images (.npz, .pkl)")
-        return digit_scores
+        from imagenet.metrics.digits import measure_model
+
+        return lambda generator, steps, _: measure_model(generator, [steps])[steps]
     if count % world.size:  # else sharded weights would be asked for by some processes alone
         raise UserError(f"evaluate_count {count} is no multiple of {world.size} processes")
     return Fid(read_reference(reference), Inception(inception, world.device), count)
