@@ -1,7 +1,7 @@
 """Ask the paper's figure 4 in the small: is it the usual norms that make a DiT explode under TVM.
 
     python imagenet/norms.py                                                  the measurements of the documentation
-    python imagenet/norms.py --cases 64:0.02 256:0.02 --steps 1000 --seeds 5  width:learning rate, longer
+    python imagenet/norms.py --cases 64:0.02 256:0.02:bfloat16 --steps 1000   width:rate[:precision], longer
 
 Trains small DiTs on the digits (AdamW, constant rate, no clipping) from the same weights, on the same batches:
 
@@ -11,6 +11,7 @@ Trains small DiTs on the digits (AdamW, constant rate, no clipping) from the sam
 
 Recorded every ten steps are the means of both loss terms and the maxima of the gradient's norm and of the root mean
 square of the embedding of t - s. A training ends where a loss or a gradient is not finite (`broken_at` in the JSON).
+The file is written after each training; with a file that exists the command adds the trainings that it lacks.
 """
 
 import json
@@ -27,13 +28,14 @@ from imagenet.data.image_sets import load_data
 from imagenet.distributed import World
 from imagenet.model.dit import EPS
 from imagenet.training.step import Training
-from tvm_ref.cli.errors import user_files
-from tvm_ref.cli.files import require_new, require_suffix, write_atomically
+from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.files import read_json, require_suffix, write_atomically
 from tvm_ref.cli.options import OneLineParser, require_at_least, run
 from tvm_ref.cli.progress import progress
 
 VARIANTS = ("pytorch", "exact", "semi-lipschitz")
 CURVES = ("jump", "flow_matching", "gradient_norm", "embedding")
+CASES = ("64:0.02", "64:0.04", "64:0.08", "128:0.02", "128:0.04", "128:0.08")
 EVERY = 10  # steps per recorded point
 BASE = Config(patch_size=2, heads=4, optimizer="adamw", warmup=0, schedule="constant", clip=0.0)
 
@@ -41,20 +43,34 @@ BASE = Config(patch_size=2, heads=4, optimizer="adamw", warmup=0, schedule="cons
 def parser() -> OneLineParser:
     """Build the command line."""
     p = OneLineParser("norms.py", __doc__)
-    case = "width and learning rate (default: 64:0.02 64:0.08)"
-    p.add_argument("--cases", nargs="+", type=width_and_rate, default=[(64, 0.02), (64, 0.08)], help=case)
+    case = "width, learning rate, perhaps bfloat16 (default: CASES)"
+    p.add_argument("--cases", nargs="+", type=read_case, default=list(map(read_case, CASES)), help=case)
     p.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    p.add_argument("--steps", type=int, default=80, help="steps of each training")
+    p.add_argument("--steps", type=int, default=100, help="steps of each training")
     p.add_argument("--batch-size", type=int, default=32, help="images per step")
     p.add_argument("--depth", type=int, default=3, help="number of blocks")
     p.add_argument("--out", type=Path, default=Path("runs/imagenet/norms.json"), help="file; its figure is beside it")
     return p
 
 
-def width_and_rate(case: str) -> tuple[int, float]:
-    """Read a case as 64:0.02."""
-    width, rate = case.split(":")
-    return int(width), float(rate)
+def read_case(case: str) -> tuple[int, float, str]:
+    """Read a case as 64:0.02, in float32, or 64:0.02:bfloat16."""
+    width, rate, precision = (case if case.count(":") > 1 else f"{case}:float32").split(":")
+    return int(width), float(rate), precision
+
+
+def case_name(config: Config) -> str:
+    """Write the case of a configuration as read_case reads it."""
+    return f"{config.hidden_size}:{config.lr:g}" + f":{config.precision}" * (config.precision != "float32")
+
+
+def read_results(path: Path, sizes: dict[str, int]) -> list[dict[str, Any]]:
+    """Read the trainings of a file that an earlier command wrote, with the same sizes."""
+    stored = read_json(path, "measurement of norms", ("runs",))
+    if any(stored.get(name) != size for name, size in sizes.items()):
+        raise UserError(f"{path} holds trainings with other sizes: choose another --out")
+    runs: list[dict[str, Any]] = stored["runs"]
+    return runs
 
 
 def pytorch_layer_norm(x: Tensor) -> Tensor:
@@ -90,21 +106,33 @@ def follow(training: Training, batches: Batches) -> dict[str, Any]:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw a row per case, a column per curve, a line per variant and seed."""
+    """Draw two rows per width, gradient norm and embedding, a column per rate, a line per variant and seed."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     from tvm_ref.toy.report.plots import BLUE, ORANGE, RED, save_figure
 
-    cases = list(dict.fromkeys(one["case"] for one in results))
-    styles = dict(zip(VARIANTS, ({"color": RED}, {"color": ORANGE, "ls": "--"}, {"color": BLUE}), strict=True))
-    figure = Figure(figsize=(13, 3 * len(cases)), layout="constrained")
-    axes = figure.subplots(len(cases), len(CURVES), squeeze=False)
+    cases = {one["case"]: one["case"].split(":", 2) for one in results}
+    rates = sorted({rate for _, rate, *_ in cases.values()}, key=float)
+    networks = list(dict.fromkeys((width, *precision) for width, _, *precision in cases.values()))
+    rows = [(network, name) for network in networks for name in ("gradient_norm", "embedding")]
+    styles: dict[str, Any] = dict(
+        zip(VARIANTS, ({"color": RED}, {"color": ORANGE, "ls": "--"}, {"color": BLUE}), strict=True)
+    )
+    figure = Figure(figsize=(4 * len(rates) + 1, 2.6 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(rates), sharex=True, sharey="row", squeeze=False)
     for one in results:
-        for ax, name in zip(axes[cases.index(one["case"])], CURVES, strict=True):
-            steps = range(EVERY, EVERY * len(one[name]) + 1, EVERY)
-            ax.semilogy(steps, one[name], label=one["variant"] if one["seed"] == 0 else None, **styles[one["variant"]])
-            ax.set(title=name.replace("_", " "), xlabel="step (width {}, rate {})".format(*one["case"].split(":")))
-    axes[0, 0].legend()
+        width, rate, *precision = cases[one["case"]]
+        for (network, name), ax in zip(rows, axes[:, rates.index(rate)], strict=True):
+            if network == (width, *precision):
+                steps = range(EVERY, EVERY * len(one[name]) + 1, EVERY)
+                ax.semilogy(steps, one[name], **styles[one["variant"]])
+    for ax, (network, name) in zip(axes[:, 0], rows, strict=True):
+        ax.set_ylabel(f"{name.replace('_', ' ')}, width {' '.join(network)}")
+    for column, rate in zip(axes.T, rates, strict=True):
+        column[0].set_title(f"rate {rate}")
+        column[-1].set_xlabel("step")
+    axes[0, -1].legend(handles=[Line2D([], [], label=variant, **style) for variant, style in styles.items()])
     save_figure(figure, path)
 
 
@@ -115,16 +143,19 @@ def main(argv: list[str] | None = None) -> int:
     with command.errors():
         require_at_least(1, seeds=options.seeds)
         require_suffix(options.out, ".json")
-        require_new(options.out)
         sizes = {name: getattr(options, name) for name in ("steps", "batch_size", "depth")}
-        configs = [replace(BASE, **sizes, hidden_size=width, lr=rate) for width, rate in options.cases]
-        trainings = [(replace(c, seed=k), v) for k in range(options.seeds) for c in configs for v in VARIANTS]
-        results: list[dict[str, Any]] = []
+        configs = [replace(BASE, **sizes, hidden_size=w, lr=rate, precision=p) for w, rate, p in options.cases]
+        trainings = [(replace(c, seed=k), v) for c in configs for k in range(options.seeds) for v in VARIANTS]
+        results = read_results(options.out, sizes) if options.out.exists() else []
+        done = [{key: one[key] for key in ("case", "variant", "seed")} for one in results]
         for config, variant in progress(trainings, "trainings", unit="run"):
-            name = {"case": f"{config.hidden_size}:{config.lr:g}", "variant": variant, "seed": config.seed}
+            name = {"case": case_name(config), "variant": variant, "seed": config.seed}
+            if name in done:
+                continue
             results.append(name | follow(make_training(config, variant), Batches(config, load_data(config))))
+            with user_files():
+                write_atomically(options.out, json.dumps(sizes | {"every": EVERY, "runs": results}) + "\n")
         with user_files():
-            write_atomically(options.out, json.dumps(sizes | {"every": EVERY, "runs": results}) + "\n")
             draw(results, options.out.with_suffix(".png"))
     return 0
 

@@ -82,20 +82,35 @@ def test_a_training_that_breaks_is_recorded_up_to_there():
     assert len(curves["jump"]) == curves["broken_at"] // norms.EVERY
 
 
-def test_the_command_writes_curves_and_a_picture(tmp_path):
+def test_the_command_writes_curves_and_a_picture_and_adds_what_the_file_lacks(tmp_path, monkeypatch, capsys):
     out = tmp_path / "norms.json"
-    options = ["--cases", "8:0.001", "12:0.01", "--seeds", "1", "--steps", "10", "--batch-size", "2", "--depth", "1"]
-    assert norms.main([*options, "--out", str(out)]) == 0
+    options = ["--seeds", "1", "--steps", "10", "--batch-size", "2", "--depth", "1", "--out", str(out)]
+    assert norms.main(["--cases", "8:0.001", *options]) == 0
+    first = json.loads(out.read_text())["runs"]
+    trained, follow = [], norms.follow
+    monkeypatch.setattr(norms, "follow", lambda training, batches: trained.append(1) or follow(training, batches))
+    cases = ["8:0.001", "12:0.01:bfloat16"]
+    assert norms.main(["--cases", *cases, *options]) == 0
     runs = json.loads(out.read_text())["runs"]
-    assert [(r["case"], r["variant"]) for r in runs] == [(c, v) for c in ("8:0.001", "12:0.01") for v in norms.VARIANTS]
+    assert len(trained) == 3
+    assert runs[:3] == first
+    assert [(r["case"], r["variant"]) for r in runs] == [(c, v) for c in cases for v in norms.VARIANTS]
     assert all(
         len(r[name]) == 1 and min(r[name]) > 0 for r in runs for name in ("flow_matching", "gradient_norm", "embedding")
     )
     assert imread(tmp_path / "norms.png").std() > 0.01
+    assert status(norms.main, ["--cases", *cases, *options, "--steps", "20"]) == 2
+    assert "other sizes" in capsys.readouterr().err
 
 
 def test_bad_options(tmp_path, capsys):
-    for options in (["--cases", "64"], ["--cases", "10:0.1"], ["--seeds", "0"], ["--out", str(tmp_path / "a.txt")]):
+    for options in (
+        ["--cases", "64"],
+        ["--cases", "8:0.1:float8"],
+        ["--cases", "10:0.1"],
+        ["--seeds", "0"],
+        ["--out", str(tmp_path / "a.txt")],
+    ):
         where = [] if "--out" in options else ["--out", str(tmp_path / "a.json")]
         assert status(norms.main, [*options, *where]) == 2
         assert capsys.readouterr().err.count("\n") == 1
