@@ -37,6 +37,9 @@ TRANSFORMS: dict[str, Callable] = {
     "vmap of vmap": lambda A, D, x: func.vmap(func.vmap(lambda q: A(q, x.k, x.v)))(pairs(x)[0][:, None]),
     "jacfwd": lambda A, D, x: func.jacfwd(lambda q: A(q, x.k, x.v).sum(2))(x.q),
     "jacrev": lambda A, D, x: func.jacrev(lambda q: A(q, x.k, x.v).sum(2))(x.q),
+    "jvp of grad of jvp": lambda A, D, x: func.jvp(
+        func.grad(lambda q: func.jvp(lambda r: A(r, x.k, x.v), (q,), (x.dq,))[1].sin().sum()), (x.q,), (x.t,)
+    ),
     "older jacfwd": lambda A, D, x: jacobian(lambda *y: A(*y), x.qkv, vectorize=True, strategy="forward-mode"),
     "older jacrev": lambda A, D, x: jacobian(lambda *y: A(*y), x.qkv, vectorize=True),
     "hessian": lambda A, D, x: func.hessian(lambda q: A(q, x.k, x.v).sin().sum())(x.q),
@@ -86,7 +89,7 @@ TRANSFORMS: dict[str, Callable] = {
     "vmap of dual": lambda A, D, x: func.vmap(lambda dq: D(*x.qkv, dq, x.dk, x.dv))(pairs(x)[0]),
     "jacrev of dual": lambda A, D, x: func.jacrev(lambda dq: D(*x.qkv, dq, x.dk, x.dv)[1].sum(2))(x.dq),
 }
-LONG = {"hessian", "jacrev of jacfwd", "linearize", "vmap of grad of jvp"}  # in the interpreter
+LONG = {"hessian", "jvp of grad of jvp", "jacrev of jacfwd", "linearize", "vmap of grad of jvp"}  # in the interpreter
 REFUSED = {"grad of grad"}  # reverse mode of a reverse mode
 COMPILES = {"jvp", "jvp of q", "jvp of v", "grad", "vjp", "vmap", "dual", "dual_level", "grad of dual"}
 COMPILES |= {"jvp of dual, a tangent"}  # which was silently zero
