@@ -92,6 +92,13 @@ def dyadic(u: Tensor, first: Normal, second: Normal) -> Times:
     return Times(start, start - 1 / jumps, ((u[2] * DYADIC_STEPS).floor() + 1) / DYADIC_STEPS)
 
 
+def soflow(u: Tensor, t: Normal, s: Normal) -> Times:
+    """Draw as clamp does, with s at most t - 1e-4, and s' on its own (SoFlow, 2512.15657, its authors' code)."""
+    start = logit_normal(u[0], t)
+    end = torch.minimum(logit_normal(u[1], s), start - 1e-4).clamp_min(0.0)
+    return Times(start, end, logit_normal(u[2], (-0.2, 1.0)))
+
+
 DYADIC_STEPS = 128  # shortcut models count jumps shorter than 1/128 as velocities
 NO_NORMAL = (math.nan, math.nan)
 
@@ -102,6 +109,7 @@ TIME_SAMPLERS = {
     "gap": (gap, (-0.8, 1.0), (-0.4, 1.0)),
     "gap*": (gap_star, (-0.8, 1.0), (-0.4, 1.0)),
     "sorted": (sorted_pair, (-0.4, 1.0), (-0.4, 1.0)),
+    "soflow": (soflow, (0.2, 0.8), (-1.0, 0.8)),
     "triangle": (triangle, NO_NORMAL, NO_NORMAL),
     "dyadic": (dyadic, NO_NORMAL, NO_NORMAL),
 }

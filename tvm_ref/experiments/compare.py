@@ -1,24 +1,27 @@
-"""Compare TVM with its relatives on equal terms: one network, one optimizer, equal training time.
+"""Compare TVM with its relatives on equal terms: one network, one optimizer, one budget.
 
     python -m tvm_ref.experiments.compare --dist moons                                          all, an hour of one core
     python -m tvm_ref.experiments.compare --dist moons --methods TVM MeanFlow "flow matching"   some
-    python -m tvm_ref.experiments.compare --dist moons --ablation                               from MeanFlow to TVM
+    python -m tvm_ref.experiments.compare --dist moons --budget time                            equal time
 
-Each method trains as long as TVM takes for --steps steps: step times are measured side by side first. A load on the
-machine changes their ratios, by up to 45 % with three other busy programs: compare on an idle one. Each method has its
-own distribution of times and its own sweep, of learning rates and of the one setting that its paper stresses, on a seed
-of its own, measured at the NFE that it is for (1; 64 for flow matching). While a method's best rate is the lowest or
-highest tried, one beyond it is tried as well; if it still is after four, an asterisk marks it. With the best rate and
-setting the method is then trained on --seeds seeds.
+The budget is what TVM spends in --steps steps: matrix products of losses and gradients, which are counted and depend on
+no machine, or time. The table has both for each method, as multiples of TVM's. Step times are measured side by side
+first; a load on the machine changes their ratios, by up to 45 % with three other busy programs.
+Each method has its own distribution of times and its own sweep, of learning rates and of the settings that its paper
+stresses, on a seed of its own, measured at the NFE that it is for (1; 64 for flow matching). While a method's best rate
+is the lowest or highest tried, one beyond it is tried as well; if it still is after four, an asterisk marks it. With
+the best rate and setting the method is then trained on --seeds seeds, and on two more if its median error at one step
+is within 1.5 times the least.
 Writes into a folder of its own results.json, which holds every training, and error.png: error against the number of
-function evaluations (NFE).
+function evaluations (NFE). An interrupted comparison continues with the same command: each training is kept in
+trainings/.
 """
 
 import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,8 @@ from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import require_free, write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, check_types, given, option, require_at_least, run
 from tvm_ref.cli.progress import progress
-from tvm_ref.experiments.methods import ABLATION, METHODS, SETTINGS, family_of, method_named, named
+from tvm_ref.experiments.family_measures import step_products
+from tvm_ref.experiments.methods import METHODS, SETTINGS, family_of, method_named, named
 from tvm_ref.experiments.sweep import train_many
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.toy.config import ToyConfig, use_one_thread
@@ -35,8 +39,10 @@ from tvm_ref.toy.report.metrics import POINTS, Reference, paired_errors
 from tvm_ref.toy.training import Training
 
 NFES = (1, 2, 4, 8, 16, 32, 64)
+BUDGETS = ("products", "time")
 UNIT = "a TVM step"  # in which the budget is counted
 FILES = ("results.json", "error.png")
+CLOSE, MORE_SEEDS = 1.5, 2  # methods within this factor of the best at one step are trained on more seeds
 SWEEP_SEED = 1000  # apart from the seeds that are reported
 ROUNDS, REPEATS = 8, 20  # of step times: turns of each method, and steps in a turn
 EXTRA = 4  # rates that a sweep is extended by at most
@@ -46,7 +52,7 @@ LADDER = [float(f"{digit}e{exponent}") for exponent in range(-9, 3) for digit in
 
 @dataclass(frozen=True)
 class Plan:
-    """The methods to compare, and for how long.
+    """The methods to compare, and the budget of each training.
 
     Raises:
         ValueError: a bad value, named by its option.
@@ -56,10 +62,10 @@ class Plan:
         tuple(METHODS), "of " + ", ".join(map(repr, METHODS)) + ", or names of --objective (default: all)",
         choices=tuple(METHODS), nargs="+", metavar="METHOD", type=method_named,
     )  # fmt: skip
-    ablation: bool = option(False, f"instead of methods, from MeanFlow to TVM: {', '.join(ABLATION)}")
-    steps: int = option(1200, "training time of each run, in steps of TVM")
+    budget: str = option("products", "what is equal", choices=BUDGETS)
+    steps: int = option(1200, "budget of each training, in steps of TVM")
     seeds: int = option(3, "seeds per method")
-    rates: tuple[float, ...] = option((0.003, 0.01, 0.03), "learning rates to sweep first", nargs="+")
+    rates: tuple[float, ...] = option((0.003, 0.01), "learning rates to sweep first", nargs="+")
     points: int = option(POINTS, "samples that errors are measured on")
 
     def __post_init__(self) -> None:
@@ -69,16 +75,11 @@ class Plan:
         if not all(0 < rate < float("inf") for rate in self.rates):
             raise UserError("--rates must be positive and finite")
 
-    @property
-    def changes(self) -> dict[str, dict[str, Any]]:
-        """Options that each method changes."""
-        return ABLATION if self.ablation else {name: METHODS[name] for name in self.methods}
-
     def configs(self, base: ToyConfig) -> dict[str, ToyConfig]:
         """Make the configuration of each method with each of its settings, by name, from what all have in common."""
         return {
-            named(name, setting): replace(base, **changes | setting)
-            for name, changes in self.changes.items()
+            named(name, setting): replace(base, **METHODS[name] | setting)
+            for name in self.methods
             for setting in SETTINGS.get(name, ({},))
         }
 
@@ -131,9 +132,10 @@ def beyond(results: Sequence[dict[str, Any]]) -> float | None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Format the median paired RMSE over seeds, and the range, per method and NFE."""
+    """Format per method the two costs over TVM's, and the median paired RMSE over seeds, with the range, per NFE."""
     columns = (1, 2, 4, 16, 64)
-    lines = [f"{'method':<21} {'lr':>7} {'steps':>6}  " + " ".join(f"{f'NFE {n}':^21}" for n in columns) + "  setting"]
+    head = f"{'method':<21} {'lr':>7} {'steps':>6} {'products':>8} {'time':>5} {'seeds':>5}  "
+    lines = [head + " ".join(f"{f'NFE {n}':^21}" for n in columns) + "  setting"]
     for name, method in report["methods"].items():
         cells = []
         for n in columns:
@@ -141,8 +143,12 @@ def table(report: dict[str, Any]) -> str:
             cell = f"{statistics.median(values):.3f} ({values[0]:.3f}-{values[-1]:.3f})"
             cells.append("" if any(a != a for a in values) else cell)
         rate = f"{method['lr']:g}" + "*" * method["at_edge"]
+        spent = [
+            method["steps"] * each[named(name, method["setting"])] / (report["tvm_steps"] * each[UNIT])
+            for each in (report["step_products"], report["step_milliseconds"])
+        ]
         lines.append(
-            f"{name:<21} {rate:>7} {method['steps']:>6}  "
+            f"{name:<21} {rate:>7} {method['steps']:>6} {spent[0]:>8.2f} {spent[1]:>5.2f} {len(method['runs']):>5}  "
             + " ".join(f"{c:^21}" for c in cells)
             + f"  {named('', method['setting'])}"
         )
@@ -150,28 +156,31 @@ def table(report: dict[str, Any]) -> str:
 
 
 class Comparison:
-    """Trainings of equal time, and the report of their results.
+    """Trainings of one budget, and the report of their results.
 
     Args:
         base: what all trainings have in common.
         plan: what is compared.
-        step_seconds: measured CPU seconds of a training step, of each configuration and of UNIT.
+        costs: of a step of each configuration and of UNIT, by BUDGETS: matmuls, and CPU seconds.
+        out: folder that keeps the trainings.
         jobs: trainings at a time, one thread each.
     """
 
-    def __init__(self, base: ToyConfig, plan: Plan, step_seconds: dict[str, float], *, jobs: int):
-        self.plan, self.jobs = plan, jobs
-        self.settings = {name: SETTINGS.get(name, ({},)) for name in plan.changes}
-        self.seconds = plan.steps * step_seconds[UNIT]
+    def __init__(self, base: ToyConfig, plan: Plan, costs: dict[str, dict[str, float]], out: Path, *, jobs: int):
+        self.plan, self.out, self.jobs = plan, out, jobs
+        self.settings = {name: SETTINGS.get(name, ({},)) for name in plan.methods}
+        self.seconds, cost = costs["time"], costs[plan.budget]
         self.configs = {
-            name: replace(config, steps=max(1, round(self.seconds / step_seconds[name])))
+            name: replace(config, steps=max(1, round(plan.steps * cost[UNIT] / cost[name])))
             for name, config in plan.configs(base).items()
         }
         self.report: dict[str, Any] = {
             "dist": base.name,
+            "budget": plan.budget,
             "tvm_steps": plan.steps,
-            "step_milliseconds": {name: round(1e3 * value, 3) for name, value in step_seconds.items()},
-            "sweeps": {name: [] for name in plan.changes},
+            "step_products": {name: round(value, 3) for name, value in costs["products"].items()},
+            "step_milliseconds": {name: round(1e3 * value, 3) for name, value in costs["time"].items()},
+            "sweeps": {name: [] for name in plan.methods},
             "methods": {},
         }
 
@@ -180,10 +189,10 @@ class Comparison:
         configs = [
             replace(self.configs[named(name, setting)], lr=rate, seed=seed) for name, setting, rate, seed in runs
         ]
-        minutes = len(runs) * self.seconds / self.jobs / 60
-        each = f"{len(runs)} trainings of {self.seconds:.2g} s"
-        print(f"{label}: {each}, {self.jobs} at a time: {minutes:.0f} minutes")
-        results = train_many(configs, errors, jobs=self.jobs, points=self.plan.points, label=label)
+        names = [named(name, setting) for name, setting, *_ in runs]
+        minutes = sum(self.configs[name].steps * self.seconds[name] for name in names) / self.jobs / 60
+        print(f"{label}: {len(runs)} trainings, {self.jobs} at a time: {minutes:.0f} minutes")
+        results = train_many(configs, errors, jobs=self.jobs, points=self.plan.points, label=label, keep=self.out)
         for (name, setting, _, _), result in zip(runs, results, strict=True):
             into[name].append(result | {"setting": setting})
 
@@ -213,10 +222,17 @@ class Comparison:
             }
 
     def run(self) -> None:
-        """Train each method on seeds 0, 1, ... with what the sweep chose."""
-        methods = self.report["methods"]
-        runs = [(name, m["setting"], m["lr"], seed) for name, m in methods.items() for seed in range(self.plan.seeds)]
-        self.train(runs, {name: m["runs"] for name, m in methods.items()}, "training")
+        """Train each method on seeds 0, 1, ... with what the sweep chose; those close to the best on more."""
+        methods, seeds = self.report["methods"], self.plan.seeds
+        into = {name: m["runs"] for name, m in methods.items()}
+
+        def runs(names: Iterable[str], seeds: range) -> list[tuple[str, dict[str, Any], float, int]]:
+            return [(name, methods[name]["setting"], methods[name]["lr"], seed) for name in names for seed in seeds]
+
+        self.train(runs(methods, range(seeds)), into, "training")
+        one_step = {name: statistics.median(error(result, 1) for result in m["runs"]) for name, m in methods.items()}
+        close = [name for name in methods if one_step[name] <= CLOSE * min(one_step.values())]
+        self.train(runs(close, range(seeds, seeds + MORE_SEEDS)), into, "more seeds")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -227,10 +243,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
         name: [[error(result, n) for result in method["runs"]] for n in NFES]
         for name, method in report["methods"].items()
     }
-    seeds = len(next(iter(report["methods"].values()))["runs"])
-    title = f"{report['dist']}: each trained as long as {report['tvm_steps']} steps of TVM, seeds: {seeds}"
-    families = None if set(values) <= set(ABLATION) else family_of(values)
-    plots.save_figure(plots.plot_errors(values, NFES, title, families), path)
+    equal = {"products": "as many products as", "time": "the time of"}[report["budget"]]
+    title = f"{report['dist']}: each trained with {equal} {report['tvm_steps']} steps of TVM"
+    plots.save_figure(plots.plot_errors(values, NFES, title, family_of(values)), path)
 
 
 def parser() -> OneLineParser:
@@ -239,7 +254,7 @@ def parser() -> OneLineParser:
     add_options(p, ToyConfig, SHARED)
     add_options(p, Plan)
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-compare, or NAME-ablation)")
+    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-compare)")
     p.add_argument("--overwrite", action="store_true", help="replace a comparison that is already there")
     return p
 
@@ -253,13 +268,18 @@ def main(argv: list[str] | None = None) -> int:
         require_at_least(1, jobs=arguments.jobs)
         base = ToyConfig(**{name: value for name, value in given(arguments, ToyConfig).items() if name in SHARED})
         plan = Plan(**given(arguments, Plan))
-        out = arguments.out or Path("runs/toy") / f"{base.name}-{'ablation' if plan.ablation else 'compare'}"
-        require_free(out, FILES, "a comparison", "--overwrite", overwrite=arguments.overwrite)
+        out = arguments.out or Path("runs/toy") / f"{base.name}-compare"
+        trainings = out / "trainings"
+        finished = (out / FILES[0]).exists() or not trainings.is_dir()
+        if finished:
+            require_free(out, FILES, "a comparison", "--overwrite", overwrite=arguments.overwrite)
         base.make_distribution()  # refuses points that cannot be used
-        out.mkdir(parents=True, exist_ok=True)
+        trainings.mkdir(parents=True, exist_ok=True)
     with command.errors():
-        seconds = step_seconds({UNIT: base, **plan.configs(base)})
-        comparison = Comparison(base, plan, seconds, jobs=arguments.jobs)
+        configs = {UNIT: base, **plan.configs(base)}
+        products = {name: step_products(config) for name, config in configs.items()}
+        costs = {"products": products, "time": step_seconds(configs)}
+        comparison = Comparison(base, plan, costs, trainings, jobs=arguments.jobs)
         comparison.sweep()
         comparison.run()
         write_atomically(out / FILES[0], json.dumps(comparison.report, indent=2) + "\n")

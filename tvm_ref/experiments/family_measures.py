@@ -17,8 +17,9 @@ from tvm_ref.objectives import OBJECTIVES, Objective, ResidualObjective
 from tvm_ref.seeding import EVALUATION, generator, uniform_numbers
 from tvm_ref.shapes import Sample, Time, over
 from tvm_ref.time_samplers import Times, TimeSampler
+from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.data.mixture import GaussianMixture
-from tvm_ref.toy.network import ToyNetwork
+from tvm_ref.toy.training import make_network
 
 # What is measured: name, key of OBJECTIVES, settings
 MEMBERS = tuple((name, key, settings) for key, kind in OBJECTIVES.items() for name, settings in kind.method.measured_as)
@@ -94,30 +95,34 @@ def count_products(work: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def step_flops(objective: Objective, target: FlowMap, x0: Tensor, x1: Tensor, times: Times) -> int:
-    """Count the products of forward and backward of a loss."""
-    return count_products(lambda: objective(x0, x1, times, target=target).total.mean().backward())
+def step_products(config: ToyConfig) -> float:
+    """Return the matmuls of a loss and its gradient, in plain forwards of the same batch; without the optimizer's.
+
+    Times are the configuration's, of evenly spread numbers, so that its fraction with t = s is met; a curriculum is
+    averaged over.
+    """
+    x0, x1, u = torch.randn(64, 2), torch.randn(64, 2), uniform_numbers(64, 4, EVALUATION)
+    model = FlowMap(make_network(config, 2, 0))
+    target = copy.deepcopy(model).requires_grad_(False)
+    objective, times = config.make_objective(model, None), config.sampler().from_uniform(u.T)
+    with torch.no_grad():
+        forward = count_products(lambda: model.velocity(x0, times.t))
+    stages = [(i + 0.5) / 20 for i in range(20)] if objective.has_curriculum else [0.0]
+    flops = 0
+    for progress in stages:
+        objective.set_progress(progress)
+        flops += count_products(lambda: objective(x0, x1, times, target=target).total.mean().backward())
+    return flops / len(stages) / forward
 
 
 def cost(width: int = 64, depth: int = 4) -> dict[str, float]:
-    """Return the matmuls of a training step of every objective in plain forwards of the same batch, toy network.
-
-    Times are each method's own, of evenly spread numbers, so that its fraction with t = s is met.
-    """
-    x0, x1, u = torch.randn(64, 2), torch.randn(64, 2), uniform_numbers(64, 4, EVALUATION)
-    model = FlowMap(ToyNetwork(2, 0, width, depth))
-    target = copy.deepcopy(model).requires_grad_(False)
-    with torch.no_grad():
-        forward = count_products(lambda: model.velocity(x0, u[:, 0].float()))
+    """Return step_products of every objective, with its own times."""
     members = [("flow matching", "fm", {}), *MEMBERS]
     members.insert(2, ("TVM, JVP detached", "tvm", {"detach_jvp": True}))
-    flops = {
-        name: step_flops(
-            OBJECTIVES[key](model, **settings), target, x0, x1, OBJECTIVES[key].default_times.from_uniform(u.T)
-        )
+    return {
+        name: step_products(ToyConfig(objective=key, settings=settings, width=width, depth=depth))
         for name, key, settings in members
     }
-    return {name: value / forward for name, value in flops.items()}
 
 
 def adaptive_minimiser(v: Tensor, p: Tensor, eps: float, iterations: int = 300) -> Tensor:

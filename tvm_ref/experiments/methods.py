@@ -1,4 +1,4 @@
-"""The methods and ablations that compare.py compares, by name, and what is swept in addition to the learning rate."""
+"""The methods that compare.py compares, by name, and what is swept in addition to the learning rate."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,21 +10,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "TVM, noise 1/4": {"noise_share": 0.25},
     "TVM, JVP detached": {"settings": {"detach_jvp": True}},
     **{kind.method.title: {"objective": key} for key, kind in OBJECTIVES.items() if key != "tvm"},
+    "LSD, EMA target": {"objective": "lsd", "target_ema": 0.99},
 }
 # what is swept in addition to the rate; the first is the method's default
 SETTINGS = {kind.method.title: kind.method.sweeps for kind in OBJECTIVES.values()}
-# From MeanFlow to TVM, one change at a time. With target_ema 0 the target is the model itself, stopped.
-_QUARTER = {"time_sampler": "sorted", "equal_share": 0.75}  # MeanFlow's law of times
-ABLATION: dict[str, dict[str, Any]] = {
-    "MeanFlow as published": {"objective": "meanflow"},
-    "- its weight": {"objective": "meanflow", "settings": {"power": 0.0}},
-    "v to u": {"objective": "esd", "settings": {"stops": "all"}, "target_ema": 0.0, **_QUARTER},
-    "fewer stops": {"objective": "esd", "target_ema": 0.0, **_QUARTER},
-    "Lagrangian": {"objective": "lsd", "target_ema": 0.0, **_QUARTER},
-    "target EMA": {"objective": "lsd", **_QUARTER},
-    "gap*": {"objective": "lsd", "time_sampler": "gap*", "equal_share": 0.75},
-    "TVM: both terms": {},
-}
 
 
 def named(name: str, setting: dict[str, Any]) -> str:

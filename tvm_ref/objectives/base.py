@@ -105,6 +105,7 @@ class Objective(nn.Module):
         has_guidance: whether guidance (classifier-free, inside the target) is implemented for the method.
         has_curriculum: whether set_progress changes the loss during training.
         default_times: the distribution of times that the method's paper trains with.
+        default_target_ema: decay of the target's weights in the method's paper; 0 is the model itself.
         needs_equal_times: whether the method meets the data only where t = s; without such samples it learns nothing.
 
     Raises:
@@ -118,6 +119,7 @@ class Objective(nn.Module):
     has_guidance: ClassVar[bool] = True
     has_curriculum: ClassVar[bool] = False
     default_times: ClassVar[TimeSampler] = TimeSampler()
+    default_target_ema: ClassVar[float] = 0.99
     needs_equal_times: ClassVar[bool] = False
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None):
@@ -210,8 +212,9 @@ class Jumps(NamedTuple):
 class ResidualObjective(Objective):
     """An objective with one weighted squared residual per sample: the method's equation if s < t, else flow matching.
 
-    A subclass defines `sides`, with its stop-gradients, `default_times` and a `weight`. With a condition the square is
-    multiplied by beta^2, which is the weight 1/w^2 of eq. 15, and guided_target stands for v.
+    A subclass defines `sides`, with its stop-gradients, `default_times` and a `weight`. With a condition guided_target
+    stands for v. Its unconditional velocity is the model's own, and the square has no weight 1/w^2: so it is in the
+    papers of the methods that have guidance here; TVM has the target's, and the weight.
 
     Args:
         flow_map: the model.
@@ -242,11 +245,8 @@ class ResidualObjective(Objective):
         t, s, s_prime = times
         # each sample is either a jump or flow matching, at one x_t; TVM does both, at two points
         x = interpolate(x0, x1, t)
-        v = guided_target(conditional_velocity(x0, x1), x, t, condition, self.null_label, target)
-        square = self.square(Jumps(x, v, t, s, s_prime, condition, cast(FlowMap, target)))
-        if condition is not None:
-            square = condition.beta**2 * square  # 1/w^2 (eq. 15)
-        loss = self.weigh(square, t, s)
+        v = guided_target(conditional_velocity(x0, x1), x, t, condition, self.null_label, self.flow_map)
+        loss = self.weigh(self.square(Jumps(x, v, t, s, s_prime, condition, cast(FlowMap, target))), t, s)
         if self.one_term:
             return LossTerms(loss, torch.zeros_like(loss))
         # each sample contributes to one term and has zero in the other, so that their means add up to the loss
@@ -289,13 +289,15 @@ class ResidualObjective(Objective):
 class SelfDistillation(ResidualObjective):
     """A residual of the flow map whose velocity or shorter jumps come from a frozen target (2505.18825).
 
-    Three quarters of a batch have t = s; for the rest (t, s) is uniform on s <= t, as in the authors' code.
+    Three quarters of a batch have t = s; for the rest (t, s) is uniform on s <= t, as in the authors' code. The target
+    there is the network itself, stopped (default_target_ema is 0): an average gained nothing and was sometimes unstable
+    (their sec. F.4).
 
     Args:
         flow_map: the model.
         null_label: refused, as there is no guidance; TVM, whose first term is LSD's, has it.
         stops: where gradients are stopped, one of STOPS.
-        learned_weight: weigh by LearnedWeight, as the paper does; then optimise the objective's parameters.
+        learned_weight: weigh by LearnedWeight, as the paper does for images; then optimise the objective's parameters.
 
     Raises:
         ValueError: stops that the method does not have; a null label.
@@ -305,11 +307,11 @@ class SelfDistillation(ResidualObjective):
     has_guidance = False
     needs_equal_times = True
     default_times = TimeSampler("triangle", share_equal=0.75)
+    default_target_ema = 0.0
 
     def __init__(
         self, flow_map: Flow, *, null_label: int | None = None, stops: str = "convex", learned_weight: bool = False
     ):
         require_one_of("stops", stops, self.STOPS)
-        # the paper learns the weight in its image runs; experiments/compare.py tries both
         super().__init__(flow_map, null_label=null_label, weight=LearnedWeight() if learned_weight else None)
         self.stops = stops

@@ -57,6 +57,8 @@ class AlphaFlow(FiniteStep):
     alpha falls from 1 ("trajectory flow matching") to 0 (MeanFlow) by their algorithm 2, a sigmoid over training that
     is clamped to 1 above 1 - clamp and to 0 below clamp; set_progress moves it. At t = s it is flow matching.
     Guidance: their v~ with kappa = 0, which is eq. 14. The stopped F is the model's own, not its EMA (their table 5a).
+    Half of the samples have t = s, as in their runs without guidance; their B/2 with guidance has a quarter, and their
+    XL start=0.5, end=0.83 and targets clipped at 4, which are not clipped here.
 
     Args:
         flow_map: the model.
@@ -77,13 +79,13 @@ class AlphaFlow(FiniteStep):
         "alphaflow",
         "alpha-Flow",
         "alpha-Flow trains a jump by one from a point a part of the way on; the part shrinks.",
-        sweeps=({}, {"settings": {"power": 0.0}}),
+        sweeps=({}, {"settings": {"power": 0.0}}, {"settings": {"power": 0.0}, "equal_share": 0.25}),
         measured_as=(
             ("alpha-Flow, alpha 0.5", {"alpha": 0.5, "power": 0}),
             ("alpha-Flow, alpha 0.05", {"alpha": 0.05, "power": 0}),
         ),
     )
-    default_times = TimeSampler("sorted", share_equal=0.25)  # their table 2b; three quarters in MeanFlow
+    default_times = TimeSampler("sorted", share_equal=0.5)
 
     def __init__(
         self,
@@ -108,6 +110,8 @@ class AlphaFlow(FiniteStep):
         """Return alpha after a fraction of training (their algorithm 2)."""
         if self.constant is not None:
             return self.constant
+        if not self.start < progress < self.end:
+            return float(progress <= self.start)
         # a sigmoid, from trajectory flow matching (easy, biased) to MeanFlow (unbiased, noisy)
         centred = (progress - (self.start + self.end) / 2) / (self.end - self.start)
         alpha = 1 - 1 / (1 + math.exp(-self.temperature * centred))
@@ -136,8 +140,10 @@ class SoFlow(FiniteStep):
 
     Over (t - l)(t - s), as its authors train it, this is alpha-Flow's loss alpha^-1 ||.||^2. alpha falls from `first`
     to `last` exponentially. Three quarters of the paper's data are flow matching, with the same adaptive weight
-    1 / sg(||Q||^2 + eps)^power, Q = (X(x_t, t, s) - X(x_l, l, s)) / (t - l).
-    Guidance: eq. 14, without its authors' mixing with the model's own velocity.
+    1 / sg(||Q||^2 + eps)^power, Q = (X(x_t, t, s) - X(x_l, l, s)) / (t - l). Times are those of its authors' code, in
+    which a jump's gradient is half of the square's. Guidance: eq. 14, without its authors' mixing with the model's own
+    velocity, which fades above t = .8. They sample n steps by jumping to 0 and adding new noise; here jumps are
+    composed.
 
     Args:
         flow_map: the model.
@@ -158,7 +164,7 @@ class SoFlow(FiniteStep):
         sweeps=({}, {"settings": {"power": 0.0}}),
         measured_as=(("SoFlow, alpha 0.002", {"first": 0.002, "last": 0.002, "power": 0}),),
     )
-    default_times = TimeSampler("sorted", first=(0.2, 0.8), second=(-1.0, 0.8), share_equal=0.75)
+    default_times = TimeSampler("soflow", share_equal=0.75)
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ class PSD(SelfDistillation):
         "psd",
         "PSD",
         "Progressive self-distillation trains a jump by two shorter ones, one after the other.",
-        sweeps=({}, {"settings": {"split": "uniform"}}),
+        sweeps=({}, {"settings": {"split": "uniform"}}, {"target_ema": 0.99}),
         measured_as=(("PSD, midpoint", {}), ("PSD, uniform (SplitMeanFlow)", {"split": "uniform"})),
     )
     SPLITS: ClassVar[tuple[str, ...]] = ("midpoint", "uniform")
@@ -74,8 +74,10 @@ class Shortcut(PSD):
     """Shortcut models (Frans and others, 2410.12557): PSD at the midpoint, for jumps that halve from 1 to 2/M.
 
     Jumps of 1/M and shorter count as velocities: for them F(x, t, t) stands, the only place where the exact flow map
-    is not a minimum (its error is of the order of 1/M). The paper draws three quarters of a batch on the diagonal. Its
-    guidance, by one fixed weight only at the shortest jumps, is left out.
+    is not a minimum (its error is of the order of 1/M). Times are the paper's: three quarters of a batch on the
+    diagonal, levels uniform; in its code seven eighths, levels not uniform, and targets clipped at 4. The target is an
+    EMA, as in the code. Its guidance, by one fixed weight only at the shortest jumps, is left out. A model sampled in M
+    steps or more takes jumps here, where the code takes F(x, t, t).
 
     Args:
         flow_map: the model.
@@ -87,10 +89,11 @@ class Shortcut(PSD):
         "shortcut",
         "shortcut",
         "A shortcut model trains a jump by two of half its length; lengths are powers of 1/2.",
-        sweeps=({}, {"equal_share": 0.5}),
+        sweeps=({}, {"target_ema": 0.99}, {"target_ema": 0.99, "equal_share": 0.5}),
         measured_as=(("shortcut", {}),),
     )
     default_times = TimeSampler("dyadic", share_equal=0.75)
+    default_target_ema = 0.999
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None, steps: int = DYADIC_STEPS):
         super().__init__(flow_map, null_label=null_label)

@@ -54,7 +54,9 @@ class ToyConfig:
     equal_share: float | None = option(
         None, "fraction of samples with t = s, table 4d of the paper (default: the objective's own; 0 in TVM)"
     )
-    target_ema: float = option(0.99, "decay of the target's weights (paper, table 4b)")
+    target_ema: float | None = option(
+        None, "decay of the target's weights (default: the objective's own; 0.99 in TVM, paper, table 4b)"
+    )
     ema: float = option(0.998, "decay of the weights that are evaluated")
     seed: int = option(0, "seed of the initial weights and of the data")
 

@@ -84,7 +84,8 @@ class Training:
         self.model = FlowMap(network, scaled=config.guided)
         self.objective = config.make_objective(self.model, distribution.num_classes if config.guided else None)
         self.weight = self.objective.learned_weight
-        self.target = EMA(self.model, config.target_ema)
+        decay = self.objective.default_target_ema if config.target_ema is None else config.target_ema
+        self.target = EMA(self.model, decay)
         self.ema = EMA(self.model, config.ema)
         self.optimizer = SOAP(
             self.objective.parameters(), config.lr, (0.95, 0.95), weight_decay=0, precondition_frequency=10
