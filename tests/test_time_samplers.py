@@ -48,6 +48,14 @@ def test_clamp_has_its_exact_density():
     assert is_uniform((logit_normal_cdf(s, -0.2, 1.3) / logit_normal_cdf(t, -0.2, 1.3))[below])
 
 
+def test_soflow_is_clamp_with_a_shortest_jump_and_times_of_its_own_for_flow_matching():
+    normals = {"first": (0.7, 0.9), "second": (-0.2, 1.3)}
+    (t, s, s_prime), (start, end, _) = draw("soflow", **normals), draw("clamp", **normals)
+    assert np.array_equal(t, start)
+    assert np.allclose(s, np.minimum(end, np.maximum(t - 1e-4, 0)), rtol=0, atol=1e-6)
+    assert is_uniform(logit_normal_cdf(s_prime, -0.2, 1.0))
+
+
 @pytest.mark.parametrize("kind", ["gap", "gap*"])
 def test_gap_has_its_exact_density(kind):
     t, s, s_prime = draw(kind)

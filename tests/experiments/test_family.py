@@ -1,15 +1,17 @@
 """The measurements of the family, on cases where their values are known or can be had another way."""
 
+import functools
 import itertools
 import json
 import math
+import operator
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
-from tvm_ref.experiments import compare, family, family_measures
+from tvm_ref.experiments import causes, compare, family, family_measures, family_plots
 from tvm_ref.experiments.family_measures import (
     MEMBERS,
     ExactNetwork,
@@ -17,14 +19,17 @@ from tvm_ref.experiments.family_measures import (
     adaptive_minimiser,
     batch,
     cost,
+    flat_gradient,
     gradient_at_the_solution,
+    gradients_of_jumps,
     jump_errors,
     length_shares,
+    line_with_velocity,
     noise_at_the_solution,
-    signal_to_noise,
 )
 from tvm_ref.flow_map import FlowMap
-from tvm_ref.objectives import OBJECTIVES
+from tvm_ref.interpolant import interpolate
+from tvm_ref.objectives import OBJECTIVES, mean_square
 from tvm_ref.time_samplers import Times, TimeSampler
 from tvm_ref.toy.data.distributions import make_distribution
 from tvm_ref.toy.data.mixture import GaussianMixture
@@ -46,12 +51,13 @@ def test_the_exact_network_is_the_exact_flow():
 
 @pytest.mark.slow
 def test_lagrangian_and_semigroup_losses_are_silent_at_the_solution_and_the_random_velocity_is_heard(monkeypatch):
-    silent = ("TVM", "LSD", "ESD, stops convex", "PSD, midpoint")
+    silent = ("TVM", "LSD", "ESD", "ESD, stops convex", "PSD, midpoint")
     shown = [member for member in MEMBERS if member[0] in (*silent, "improved MeanFlow", "MeanFlow")]
     monkeypatch.setattr(family_measures, "MEMBERS", shown)
     noise = noise_at_the_solution(make_distribution("moons"), 20)
     for name in silent:
         assert noise[name]["mean"] < 1e-8, name
+    assert noise["TVM"]["whole loss"] == pytest.approx(1, abs=1e-6)  # its other term is flow matching
     assert noise["improved MeanFlow"]["mean"] == pytest.approx(1, abs=1e-6)  # its residual is u - v: flow matching's
     assert noise["MeanFlow"]["mean"] > 0.1
 
@@ -84,7 +90,7 @@ def test_costs_are_ordered_as_their_products_are():
         ("LSD", tvm - velocity, 0.75),
         ("MeanFlow", velocity + 1, 0.75),
         ("improved MeanFlow", velocity + 2, 0.5),
-        ("alpha-Flow, alpha 0.5", velocity + 1, 0.25),
+        ("alpha-Flow, alpha 0.5", velocity + 1, 0.5),
         ("PSD, midpoint", velocity + 2, 0.75),
         ("sCT", velocity + 1, 0),
     ):
@@ -125,6 +131,52 @@ def test_shares_of_jumps_are_those_of_the_law():
     assert length_shares(TimeSampler(), bins=10)[9] < 3e-3  # gap* rarely draws long jumps
 
 
+def exact_lines(oracle, gap, n):
+    """Samples twice over, whose v is the exact average velocity of their jumps, and a network."""
+    torch.manual_seed(0)
+    model = FlowMap(ToyNetwork(2, 0, width=8, depth=1))
+    torch.nn.init.normal_(model.network.output.weight, std=0.3)
+    x, s = torch.randn(n, 2), 0.1 + 0.8 * (1 - gap) * torch.rand(n)
+    x0, x1 = line_with_velocity(x, s + gap, oracle.displacement(x, s + gap, s) / -gap)
+    return model, x, torch.cat([x0, x0]), torch.cat([x1, x1]), Times(*(torch.cat([a, a]) for a in (s + gap, s, s)))
+
+
+def test_a_line_passes_its_point_with_its_velocity():
+    x, velocity, t = (*torch.randn(2, 5, 2), torch.rand(5))
+    x0, x1 = line_with_velocity(x, t, velocity)
+    torch.testing.assert_close(interpolate(x0, x1, t), x)
+    torch.testing.assert_close(x1 - x0, velocity)
+
+
+def test_the_gradient_of_regression_on_the_exact_map_points_where_the_true_error_falls():
+    """Of one length, X - psi is that length times F less its exact value. Its negative points the other way."""
+    oracle = make_distribution("moons")
+    model, x, x0, x1, times = exact_lines(oracle, gap := 0.4, 32)
+    t, s, _ = (a[:32] for a in times)
+    true = flat_gradient(mean_square(model.jump(x, t, s) - oracle.jump(x, t, s)), model)
+    regression = OBJECTIVES["alphaflow"](model, alpha=1.0, power=0)
+    found = family_measures._compare(regression, oracle, (x0, x1), times, true, 32)  # two equal halves: no noise
+    assert found.cosine == pytest.approx(1, abs=1e-4)
+    assert found.noise_scale == pytest.approx(0, abs=1e-6)
+    assert family_measures._compare(regression, oracle, (x0, x1), times, -true, 32).cosine == pytest.approx(
+        -1, abs=1e-4
+    )
+    terms = regression(x0[:32], x1[:32], Times(t, s, s))
+    torch.testing.assert_close(flat_gradient(terms.jump, model), true / gap**2, rtol=1e-3, atol=1e-5)
+
+
+def test_with_the_exact_velocity_for_v_mean_flow_has_the_gradient_of_stopped_esd():
+    oracle = make_distribution("moons")
+    model, x, *_ = exact_lines(oracle, 0.4, 64)
+    t, s = torch.rand(2, 64).sort(dim=0).values.flip(0)
+    lines, times = line_with_velocity(x, t, oracle.velocity(x, t)), Times(t, s, s)
+    esd = OBJECTIVES["esd"](model, stops="all")(*lines, times, target=oracle)
+    mean_flow = OBJECTIVES["meanflow"](model, power=0)(*lines, times)
+    torch.testing.assert_close(
+        flat_gradient(esd.jump, model), flat_gradient(mean_flow.jump, model), rtol=1e-4, atol=1e-6
+    )
+
+
 @pytest.mark.slow
 def test_the_noise_scale_is_that_of_gradients_sample_by_sample():
     """Mean and covariance of single samples' gradients, for one method; the estimates agree within their errors."""
@@ -133,19 +185,17 @@ def test_the_noise_scale_is_that_of_gradients_sample_by_sample():
     model = FlowMap(ToyNetwork(2, 0, width=8, depth=1))
     torch.nn.init.normal_(model.network.output.weight, std=0.3)
     gap, size, chunks = 0.5, 16, 64
-    scale = signal_to_noise(model, oracle, [gap], chunks=chunks, size=size)["TVM"][0]
+    scale = gradients_of_jumps(model, oracle, [gap], chunks=chunks, size=size)["TVM"][0].noise_scale
     x0, x1, (u, _, fraction) = batch(oracle, 512, TimeSampler("triangle"), 3, dtype=torch.float32)
     s = u.square() * (1 - gap)
     times = Times(s + gap, s, fraction)
     objective = family_measures.OBJECTIVES["tvm"](model)
     single = torch.stack(
         [
-            family_measures._gradient(
-                objective, model, x0[i : i + 1], x1[i : i + 1], Times(*(a[i : i + 1] for a in times))
-            )
+            flat_gradient(objective(x0[i : i + 1], x1[i : i + 1], Times(*(a[i : i + 1] for a in times))).jump, model)
             for i in range(512)
         ]
-    ).double()
+    )
     expected = single.var(0).sum() / (single.mean(0).square().sum() - single.var(0).sum() / 512)
     assert scale == pytest.approx(float(expected), rel=0.5)
 
@@ -154,14 +204,16 @@ def test_the_noise_scale_is_that_of_gradients_sample_by_sample():
 def test_the_command_writes_its_parts(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(family_measures, "MEMBERS", MEMBERS[:2])
     monkeypatch.setattr(family, "GAPS", (0.2, 0.8))
+    monkeypatch.setattr(family_plots, "COSINES", {"TVM": ("black", "-"), "TVM, exact u": ("black", "--")})
     out = tmp_path / "family"
     options = ["--out", str(out), "--steps", "3", "--batch-size", "8", "--width", "8", "--depth", "2"]
     assert family.main([*options, "--samples", "4", "--dims", "1", "4"]) == 0
     report = json.loads((out / "results.json").read_text())
-    measured = {"noise", "cost", "adaptive_bias", "jumps", "noise_scale"}
+    measured = {"noise", "cost", "adaptive_bias", "jumps", "gradients"}
     assert set(report) == {"dist", "made_with", "options", *measured}
     assert set(report["noise"]) == {name for name, _, _ in MEMBERS[:2]}
     assert (out / "family.png").is_file()
+    assert (out / "cosines.png").is_file()
     printed = capsys.readouterr().out
     assert "noise at the solution" in printed
     assert "batch where noise = signal" in printed
@@ -182,18 +234,18 @@ def test_chosen_parts_have_a_folder_of_their_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("table", "page"),
+    ("table", "stored", "page"),
     [
-        (compare.table(STORED["compare"]), (SITE / "toy_measurements.md").read_text()),
-        (compare.table(STORED["ablation"]), PAGE),
-        (family.jump_table(STORED["family"]["jumps"]), PAGE),
-        (family.scale_table(STORED["family"]["noise_scale"]), PAGE),
+        (compare.table, ["compare"], "toy_measurements.md"),
+        (causes.table, ["causes"], "objectives_measurements.md"),
+        (family.jump_table, ["family", "jumps"], "objectives_measurements.md"),
+        (family.gradient_table, ["family", "gradients"], "objectives_measurements.md"),
     ],
-    ids=["compare", "ablation", "jumps", "scale"],
 )
-def test_tables_of_the_pages_are_those_of_the_stored_results(table, page):
-    lines = [line.rstrip() for line in page.splitlines()]
-    assert all(row.rstrip() in lines for row in table.splitlines()[1:])
+def test_tables_of_the_pages_are_those_of_the_stored_results(table, stored, page):
+    lines = [line.rstrip() for line in (SITE / page).read_text().splitlines()]
+    text = table(functools.reduce(operator.getitem, stored, STORED))
+    assert all(row.rstrip() in lines for row in text.splitlines()[1:])
 
 
 def test_costs_and_errors_of_the_one_table_are_stored():

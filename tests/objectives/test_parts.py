@@ -36,10 +36,9 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(kind, which):
     null_label = 3 if kind.has_guidance else None
     objective = kind(model, null_label=null_label)
     (t, s, _), x = times, interpolate(x0, x1, times.t)
-    v = guided_target(x1 - x0, x, t, condition, null_label, target)
+    v = guided_target(x1 - x0, x, t, condition, null_label, model)
     left, right = objective.sides(Jumps(x, v, *times, condition, target))
-    residual = over(condition.beta, v) * (left - torch.where(over(t == s, v), v, right))
-    whole = objective.weigh(mean_square(residual), t, s)
+    whole = objective.weigh(mean_square(left - torch.where(over(t == s, v), v, right)), t, s)
     parts = objective(x0, x1, times, condition, target).total
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(per_sample(parts, model), per_sample(whole, model), rtol=1e-12, atol=1e-12)

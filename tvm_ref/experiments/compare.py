@@ -131,17 +131,22 @@ def beyond(results: Sequence[dict[str, Any]]) -> float | None:
     return None
 
 
+def cells(runs: Sequence[dict[str, Any]], columns: Sequence[int]) -> str:
+    """Format the median paired RMSE of some trainings, and the range, at some NFEs; blank where there is none."""
+    texts = []
+    for n in columns:
+        values = sorted(error(result, n) for result in runs)
+        text = f"{statistics.median(values):.3f} ({values[0]:.3f}-{values[-1]:.3f})"
+        texts.append("" if any(map(math.isnan, values)) else text)
+    return " ".join(f"{text:^21}" for text in texts)
+
+
 def table(report: dict[str, Any]) -> str:
     """Format per method the two costs over TVM's, and the median paired RMSE over seeds, with the range, per NFE."""
     columns = (1, 2, 4, 16, 64)
     head = f"{'method':<21} {'lr':>7} {'steps':>6} {'products':>8} {'time':>5} {'seeds':>5}  "
     lines = [head + " ".join(f"{f'NFE {n}':^21}" for n in columns) + "  setting"]
     for name, method in report["methods"].items():
-        cells = []
-        for n in columns:
-            values = sorted(error(result, n) for result in method["runs"])
-            cell = f"{statistics.median(values):.3f} ({values[0]:.3f}-{values[-1]:.3f})"
-            cells.append("" if any(a != a for a in values) else cell)
         rate = f"{method['lr']:g}" + "*" * method["at_edge"]
         spent = [
             method["steps"] * each[named(name, method["setting"])] / (report["tvm_steps"] * each[UNIT])
@@ -149,8 +154,7 @@ def table(report: dict[str, Any]) -> str:
         ]
         lines.append(
             f"{name:<21} {rate:>7} {method['steps']:>6} {spent[0]:>8.2f} {spent[1]:>5.2f} {len(method['runs']):>5}  "
-            + " ".join(f"{c:^21}" for c in cells)
-            + f"  {named('', method['setting'])}"
+            f"{cells(method['runs'], columns)}  {named('', method['setting'])}"
         )
     return "\n".join(lines)
 

@@ -4,16 +4,19 @@
     python -m tvm_ref.experiments.family --parts picture noise cost  chosen parts
 
     picture   who matches what where in the triangle of (t, s): family.png
-    noise     ||dL/dF||^2 of every objective at the exact flow map, over that of flow matching
+    noise     ||dL/dF||^2 of every objective at the exact flow map, of its jumps and in all, over that of flow matching
     cost      products of a training step, in plain forwards
     bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
     jumps     which jumps four distributions of times draw, and the errors of the jumps of the default run
-    scale     at that run's network, by t - s: the batch at which a gradient's noise equals its signal
-Writes results.json and, with `picture`, family.png into a folder of its own; parts that are measured with other options
-go into another folder.
+    gradients at that run's network, early and late, by t - s: the batch at which a gradient's noise equals its signal,
+              and the cosine between it and the gradient of the true error
+Writes results.json and, with `picture`, family.png, with `gradients`, cosines.png into a folder of its own; parts that
+are measured with other options go into another folder.
 """
 
+import copy
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +33,8 @@ from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.training import Training
 
-PARTS = ("picture", "noise", "cost", "bias", "jumps", "scale")
+PARTS = ("picture", "noise", "cost", "bias", "jumps", "gradients")
+STAGES = (0.1, 0.3, 1.0)  # of a training, where gradients are measured
 COORDINATES = {"masses 0.8 and 0.2": 0.8, "masses 0.5 and 0.5": 0.5}  # of a coordinate's two values
 LAWS = {
     "gap*": TimeSampler(), "gap*, 1/4 at t = 1": TimeSampler(share_noise=0.25),
@@ -40,12 +44,14 @@ DIMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GAPS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
 
 
-def trained(config: ToyConfig) -> FlowMap:
-    """Train a network and return its evaluation weights."""
-    training = Training(config, config.make_distribution())
-    for _ in progress(range(config.steps), unit="step", desc="training"):
+def trained(config: ToyConfig) -> dict[int, FlowMap]:
+    """Train a network and return its evaluation weights at STAGES, by step."""
+    training, kept = Training(config, config.make_distribution()), {}
+    for step in progress(range(1, config.steps + 1), unit="step", desc="training"):
         training.train_step()
-    return training.ema.module
+        if step in [math.ceil(stage * config.steps) for stage in STAGES]:
+            kept[step] = copy.deepcopy(training.ema.module)
+    return kept
 
 
 def measure(
@@ -68,20 +74,22 @@ def measure(
         for name, values in bias.items():
             print(column(f"bias of the adaptive weight by dimension, {name}", values, ".4f"))
         yield "adaptive_bias", bias
-    if "jumps" in parts or "scale" in parts:
-        model = trained(config)
+    if "jumps" in parts or "gradients" in parts:
+        stages = trained(config)
     if "jumps" in parts:
         jumps = {
             "shares": {name: family_measures.length_shares(times) for name, times in LAWS.items()},
-            "error": family_measures.jump_errors(model, distribution, 20 * samples),
+            "error": family_measures.jump_errors(stages[config.steps], distribution, 20 * samples),
         }
         print(jump_table(jumps))
         yield "jumps", jumps
-    if "scale" in parts:
-        scale = family_measures.signal_to_noise(model, distribution, GAPS, size=max(2, samples // 2))
-        measured = {"gaps": list(GAPS), "scale": scale}
-        print(scale_table(measured))
-        yield "noise_scale", measured
+    if "gradients" in parts:
+        measured: dict[str, Any] = {"gaps": list(GAPS), "steps": {}}
+        for step, model in progress(stages.items(), unit="stage", desc="gradients"):
+            found = family_measures.gradients_of_jumps(model, distribution, GAPS, size=max(2, samples // 2))
+            measured["steps"][str(step)] = {name: [g._asdict() for g in row] for name, row in found.items()}
+        print(gradient_table(measured))
+        yield "gradients", measured
 
 
 def column(title: str, values: dict[str, float], form: str) -> str:
@@ -91,7 +99,7 @@ def column(title: str, values: dict[str, float], form: str) -> str:
 
 def noise_table(noise: dict[str, dict[str, float]]) -> str:
     """Format the noise at the solution."""
-    lines = [f"{'noise at the solution, over flow matching':<44} {'mean':>9} {'error':>9} {'median':>9}"]
+    lines = [f"{'noise at the solution, over flow matching':<44} {'mean':>9} {'error':>9} {'median':>9} {'whole':>9}"]
     lines += [f"  {name:<42} " + " ".join(f"{value:>9.2g}" for value in row.values()) for name, row in noise.items()]
     return "\n".join(lines)
 
@@ -106,11 +114,17 @@ def jump_table(jumps: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def scale_table(measured: dict[str, Any]) -> str:
-    """Format the noise scale by t - s."""
-    lines = [f"{'batch where noise = signal, t - s':<34}" + " ".join(f"{gap:>8}" for gap in measured["gaps"])]
-    for name, values in measured["scale"].items():
-        lines.append(f"{name:<34}" + " ".join(f"{'none' if v is None else f'{v:.3g}':>8}" for v in values))
+def gradient_table(measured: dict[str, Any]) -> str:
+    """Format cosine and noise scale of the last step by t - s."""
+    lines = []
+    for title, quantity, form in (
+        ("cosine with the true gradient, t - s", "cosine", ".2f"),
+        ("batch where noise = signal, t - s", "noise_scale", ".3g"),
+    ):
+        lines.append(f"{title:<38}" + " ".join(f"{gap:>8}" for gap in measured["gaps"]))
+        for name, row in list(measured["steps"].values())[-1].items():
+            values = [gradients[quantity] for gradients in row]
+            lines.append(f"{name:<38}" + " ".join(f"{'none' if v is None else f'{v:{form}}':>8}" for v in values))
     return "\n".join(lines)
 
 
@@ -123,7 +137,7 @@ def parser() -> OneLineParser:
     )
     p.add_argument(
         "--samples", type=int, default=500,
-        help="samples at the exact flow map; 20 times as many for jumps, 16 times as many for scale",
+        help="samples at the exact flow map; 20 times as many for jumps, 16 times as many for gradients",
     )  # fmt: skip
     p.add_argument("--dims", type=int, nargs="+", default=DIMS, help="dimensions of the part bias")
     p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-family-PARTS)")
@@ -145,16 +159,18 @@ def main(argv: list[str] | None = None) -> int:
         require_free(out, ["results.json"], "measurements")
         out.mkdir(parents=True, exist_ok=True)
     options = {"samples": arguments.samples, "dims": list(arguments.dims)}
-    report = {"dist": config.name, "made_with": asdict(config), "options": options}
+    report: dict[str, Any] = {"dist": config.name, "made_with": asdict(config), "options": options}
     with command.errors(f"{out} holds the parts that were printed"):
         for key, numbers in measure(arguments.parts, config, distribution, arguments.samples, tuple(arguments.dims)):
             report[key] = numbers
             write_atomically(out / "results.json", json.dumps(report, indent=2) + "\n")
-        if "picture" in arguments.parts:
-            from tvm_ref.experiments.family_plots import plot_family  # matplotlib, which --help need not wait for
-            from tvm_ref.toy.report.plots import save_figure
+        from tvm_ref.experiments import family_plots  # matplotlib, which --help need not wait for
+        from tvm_ref.toy.report.plots import save_figure
 
-            save_figure(plot_family(), out / "family.png")
+        if "picture" in arguments.parts:
+            save_figure(family_plots.plot_family(), out / "family.png")
+        if "gradients" in arguments.parts:
+            save_figure(family_plots.plot_cosines(report["gradients"]), out / "cosines.png")
     print(out)
     return 0
 

@@ -6,14 +6,15 @@ Residuals and gradients are those of the objectives' own code; nothing here know
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tvm_ref.flow_map import FlowMap
+from tvm_ref.flow_map import Flow, FlowMap
 from tvm_ref.guidance import Condition
-from tvm_ref.objectives import OBJECTIVES, Objective, ResidualObjective
+from tvm_ref.interpolant import interpolate
+from tvm_ref.objectives import OBJECTIVES, Objective, ResidualObjective, mean_square
 from tvm_ref.seeding import EVALUATION, generator, uniform_numbers
 from tvm_ref.shapes import Sample, Time, over
 from tvm_ref.time_samplers import Times, TimeSampler
@@ -58,31 +59,58 @@ def batch(
 
 
 def gradient_at_the_solution(
-    key: str, settings: dict[str, Any], distribution: GaussianMixture, x0: Tensor, x1: Tensor, times: Times
+    key: str,
+    settings: dict[str, Any],
+    distribution: GaussianMixture,
+    x0: Tensor,
+    x1: Tensor,
+    times: Times,
+    whole: bool = False,
 ) -> Tensor:
-    """Return dL/dF [B, D] of every sample's loss, the model and the target being the exact flow map."""
+    """Return dL/dF [B, D] of every sample's loss, the model and the target being the exact flow map.
+
+    L is the term of the jumps, or the whole loss if `whole`. A method of one residual wants jumps only, or none.
+    """
     offset = torch.zeros_like(x0, requires_grad=True)
     objective = OBJECTIVES[key](FlowMap(ExactNetwork(distribution, offset)), **settings)
     terms = objective(x0, x1, times, target=FlowMap(ExactNetwork(distribution)))
-    loss = terms.jump if bool((times.t != times.s).any()) else terms.total
+    loss = terms.total if whole else terms.jump
     return torch.autograd.grad(loss.sum(), offset)[0]
 
 
-def noise_at_the_solution(distribution: GaussianMixture, samples: int) -> dict[str, dict[str, float]]:
-    """Measure ||dL/dF||^2 of the jump term at the exact flow map, over flow matching's mean at the same x_t.
+def noise_of_the_loss(key: str, settings: dict[str, Any], distribution: GaussianMixture, samples: int) -> float:
+    """Measure the mean ||dL/dF||^2 of the whole loss at the exact flow map, under the method's own times."""
+    x0, x1, times = batch(distribution, samples, OBJECTIVES[key].default_times)
+    total = 0.0
+    for rows in (times.t != times.s, times.t == times.s):
+        part = Times(*(a[rows] for a in times))
+        if bool(rows.any()):
+            gradient = gradient_at_the_solution(key, settings, distribution, x0[rows], x1[rows], part, whole=True)
+            total += float(gradient.square().sum())
+    return total / samples
 
-    Jumps are TVM's (gap*) for all. The expectation of dL/dF is zero for a method whose solution this is; what is
-    measured is what single samples add. Returns mean, its standard error, and median of every member: where a jump
-    tears modes apart its derivative in x is large, and so are the few samples that decide MeanFlow's mean.
+
+def noise_at_the_solution(distribution: GaussianMixture, samples: int) -> dict[str, dict[str, float]]:
+    """Measure ||dL/dF||^2 at the exact flow map, of the jump term and of the whole loss, over flow matching's.
+
+    Jumps are TVM's (gap*) for all, and flow matching is at the same x_t; the whole loss has the method's own times. The
+    expectation of dL/dF is zero for a method whose solution this is; what is measured is what single samples add.
+    Returns mean, its standard error, and median of every member's jump term, and the mean of its whole loss: where a
+    jump tears modes apart its derivative in x is large, and so are the few samples that decide MeanFlow's mean.
     """
     x0, x1, times = batch(distribution, samples, TimeSampler())
     diagonal = Times(times.t, times.t, times.t)
-    unit = gradient_at_the_solution("fm", {}, distribution, x0, x1, diagonal).square().sum(1).mean()
+    unit = gradient_at_the_solution("fm", {}, distribution, x0, x1, diagonal, whole=True).square().sum(1).mean()
+    whole = noise_of_the_loss("fm", {}, distribution, samples)
     noise = {}
     for name, key, settings in MEMBERS:
         square = gradient_at_the_solution(key, settings, distribution, x0, x1, times).square().sum(1) / unit
-        error = square.std() / math.sqrt(samples)
-        noise[name] = {"mean": float(square.mean()), "error": float(error), "median": float(square.median())}
+        noise[name] = {
+            "mean": float(square.mean()),
+            "error": float(square.std() / math.sqrt(samples)),
+            "median": float(square.median()),
+            "whole loss": noise_of_the_loss(key, settings, distribution, samples) / whole,
+        }
     return noise
 
 
@@ -117,11 +145,9 @@ def step_products(config: ToyConfig) -> float:
 
 def cost(width: int = 64, depth: int = 4) -> dict[str, float]:
     """Return step_products of every objective, with its own times."""
-    members = [("flow matching", "fm", {}), *MEMBERS]
-    members.insert(2, ("TVM, JVP detached", "tvm", {"detach_jvp": True}))
     return {
         name: step_products(ToyConfig(objective=key, settings=settings, width=width, depth=depth))
-        for name, key, settings in members
+        for name, key, settings in (("flow matching", "fm", {}), *MEMBERS)
     }
 
 
@@ -185,17 +211,35 @@ def length_shares(times: TimeSampler, bins: int = 10, n: int = 1_000_000) -> lis
     return (torch.histc(gap, bins, 0, 1) / len(gap)).tolist()
 
 
-def signal_to_noise(
-    model: FlowMap, distribution: GaussianMixture, gaps: Sequence[float], chunks: int = 32, size: int = 256
-) -> dict[str, list[float | None]]:
-    """Return, by t - s, the batch at which a gradient's noise is as large as its signal.
+def line_with_velocity(x: Sample, t: Time, velocity: Sample) -> tuple[Sample, Sample]:
+    """Return x0 and x1 [B, D] whose line passes x at time t with a given velocity: x_t = x and x1 - x0 = velocity.
 
-    That is tr(covariance of one sample's gradient) / ||mean gradient||^2 (the simple noise scale of McCandlish and
-    others, 1812.06162), of the term of the jumps, the model being its own target. Both are estimated without bias from
-    the gradients of `chunks` batches of `size`; None where it is as many samples as these, or more.
+    For a method that meets the data at one x_t this puts an exact velocity in the place of the random v.
+    """
+    return x - over(t, x) * velocity, x + over(1 - t, x) * velocity
+
+
+class Gradients(NamedTuple):
+    """What the gradients of some jumps' loss are like, see gradients_of_jumps."""
+
+    noise_scale: float | None
+    cosine: float | None
+
+
+def gradients_of_jumps(
+    model: FlowMap, distribution: GaussianMixture, gaps: Sequence[float], chunks: int = 32, size: int = 256
+) -> dict[str, list[Gradients]]:
+    """Measure, by t - s, noise and direction of the gradient of the term of the jumps, the model being its own target.
+
+    The noise scale is the batch at which noise is as large as signal: tr(covariance of one sample's gradient) /
+    ||mean gradient||^2 (McCandlish and others, 1812.06162). The cosine is that between the mean gradient and the
+    gradient of the true error E||X - psi||^2 of the same jumps: 1 if a step of the method lowers it as fast as can be.
+    Norms are estimated without bias from the gradients of `chunks` batches of `size`; None where noise and signal
+    would be equal with as many samples as these, or more. Under "exact u" the oracle's velocity stands for the
+    target's, or for v; the latter is MeanFlow's own gradient in the mean over v, which it is linear in.
 
     Args:
-        model: a trained flow map.
+        model: a flow map.
         distribution: the data.
         gaps: t - s of the jumps; s is uniform on what is left.
         chunks: batches.
@@ -203,32 +247,49 @@ def signal_to_noise(
     """
     model = copy.deepcopy(model).requires_grad_(True)
     target = copy.deepcopy(model).requires_grad_(False)
-    scales: dict[str, list[float | None]] = {}
-    for name, key, settings in MEMBERS:
-        if key in ("pid", "sct"):  # their jumps do not start, or end, where these do
-            continue
-        objective = OBJECTIVES[key](model, **settings)
-        scales[name] = []
-        for gap in gaps:
-            x0, x1, (u, _, fraction) = batch(
-                distribution, chunks * size, TimeSampler("triangle"), 3, dtype=torch.float32
-            )
-            s = u.square() * (1 - gap)  # u^2 is uniform: u is the larger of two uniform times
-            times = Times(s + gap, s, fraction)
-            gradients = torch.stack(
-                [
-                    _gradient(objective, target, x0[part], x1[part], Times(*(a[part] for a in times)))
-                    for part in torch.arange(chunks * size).split(size)
-                ]
-            ).double()
-            variance = gradients.var(0).sum()  # of a mean over `size` samples
-            signal = gradients.mean(0).square().sum() - variance / chunks
-            scales[name].append(float(size * variance / signal) if signal > variance / chunks else None)
-    return scales
+    members = [m for m in MEMBERS if m[1] not in ("pid", "sct", "lsd", "shortcut")]  # other jumps; TVM's; PSD's
+    found: dict[str, list[Gradients]] = {name: [] for name, *_ in members}
+    found |= {f"{name}, exact u": [] for name, key, settings in members if takes_exact_velocity(key, settings)}
+    for gap in gaps:
+        n, law = chunks * size, TimeSampler("triangle")
+        x0, x1, (u, _, fraction) = batch(distribution, n, law, 3, dtype=torch.float32)
+        s = u.square() * (1 - gap)  # u^2 is uniform: u is the larger of two uniform times
+        times = Times(s + gap, s, fraction)
+        x = interpolate(x0, x1, times.t)
+        lines = line_with_velocity(x, times.t, distribution.velocity(x, times.t))
+        error = mean_square(model.jump(x, times.t, s) - distribution.jump(x, times.t, s))
+        true = flat_gradient(error, model)
+        for name, key, settings in members:
+            objective = OBJECTIVES[key](model, **settings)
+            found[name].append(_compare(objective, target, (x0, x1), times, true, size))
+            if takes_exact_velocity(key, settings):
+                found[f"{name}, exact u"].append(_compare(objective, distribution, lines, times, true, size))
+    return found
 
 
-def _gradient(objective: Objective, target: FlowMap, x0: Tensor, x1: Tensor, times: Times) -> Tensor:
-    terms = objective(x0, x1, times, target=target)
-    loss = terms.total if isinstance(objective, ResidualObjective) else terms.jump
-    gradients = torch.autograd.grad(loss.mean(), list(objective.flow_map.parameters()), allow_unused=True)  # type: ignore[attr-defined]
-    return torch.cat([g.flatten() for g in gradients if g is not None])
+def takes_exact_velocity(key: str, settings: dict[str, Any]) -> bool:
+    """Return whether u is all that a method asks the target for, or its gradient linear in v."""
+    asks = key == "tvm" or (key == "esd" and settings.get("stops") in ("convex", "all"))
+    return asks or (key in ("meanflow", "imf") and settings.get("power") == 0)
+
+
+def flat_gradient(loss: Tensor, model: FlowMap) -> Tensor:
+    """Return the gradient of the mean of losses [B] with respect to all of the model's weights, as a vector."""
+    gradients = torch.autograd.grad(loss.mean(), list(model.parameters()), allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in gradients]).double()
+
+
+def _compare(
+    objective: Objective, target: Flow, ends: tuple[Tensor, Tensor], times: Times, true: Tensor, size: int
+) -> Gradients:
+    parts = torch.arange(len(times.t)).split(size)
+    losses = (objective(*(a[p] for a in ends), Times(*(a[p] for a in times)), target=target) for p in parts)
+    residual = isinstance(objective, ResidualObjective)
+    model: Any = objective.flow_map
+    gradients = torch.stack([flat_gradient(terms.total if residual else terms.jump, model) for terms in losses])
+    variance = gradients.var(0).sum()  # of a mean over `size` samples
+    mean = gradients.mean(0)
+    signal = mean.square().sum() - variance / len(parts)
+    if signal <= variance / len(parts):
+        return Gradients(None, None)
+    return Gradients(float(size * variance / signal), float(mean @ true / (signal.sqrt() * true.norm())))

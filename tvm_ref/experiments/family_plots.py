@@ -1,10 +1,38 @@
-"""Draw the family of objectives: who matches what in the triangle of (t, s)."""
+"""Draw the family of objectives: who matches what in the triangle of (t, s), and whose gradient points where."""
+
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tvm_ref.toy.report import plots
+
+COSINES = {  # what is drawn, and how
+    "TVM": (plots.BLUE, "-"),
+    "TVM, exact u": (plots.BLUE, "--"),
+    "TVM, JVP detached, exact u": (plots.SKY, "--"),
+    "ESD, stops convex": (plots.RED, "-"),
+    "ESD, stops convex, exact u": (plots.RED, "--"),
+    "ESD, only F learns, exact u": (plots.ORANGE, "--"),
+    "PSD, midpoint": (plots.GREEN, "-"),
+}
+
+
+@matplotlib.rc_context(plots.STYLE)
+def plot_cosines(measured: dict[str, Any]) -> Figure:
+    """Draw the cosine of each method's mean gradient with that of the true error by t - s, a panel per stage."""
+    figure, axes = plots.make_figure(len(measured["steps"]), 4.4, plane=False)
+    for ax, (step, found) in zip(axes, measured["steps"].items(), strict=True):
+        for name, (colour, dash) in COSINES.items():
+            cosines = [float("nan") if row["cosine"] is None else row["cosine"] for row in found[name]]
+            ax.plot(measured["gaps"], cosines, dash, color=colour, marker="o", ms=4, label=name)
+        ax.axhline(0, color="black", lw=0.8)
+        ax.set(title=f"step {step}", xlabel="length of the jump, t - s", ylim=(-1.05, 1.05))
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("cosine with the gradient\nof the true error")
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=10)
+    return figure
 
 
 def _triangle(ax: Axes, title: str, members: str) -> None:

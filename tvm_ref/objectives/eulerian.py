@@ -31,7 +31,11 @@ class ESD(SelfDistillation):
         "ESD",
         "Eulerian self-distillation keeps the landing point where it is while the start moves along the flow.",
         sweeps=({}, {"settings": {"stops": "convex"}}, {"settings": {"stops": "convex"}, "target_ema": 0.99}),
-        measured_as=(("ESD", {}), ("ESD, stops convex", {"stops": "convex"})),
+        measured_as=(
+            ("ESD", {}),
+            ("ESD, stops convex", {"stops": "convex"}),
+            ("ESD, only F learns", {"stops": "all"}),
+        ),
     )
     STOPS = ("full", "convex", "none", "all")
 

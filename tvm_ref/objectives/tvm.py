@@ -38,7 +38,7 @@ class TVM(Objective):
         "TVM",
         "Terminal Velocity Matching trains d/ds f towards u at the landing point, and u by flow matching.",
         sweeps=({}, {"time_sampler": "trunc"}),
-        measured_as=(("TVM", {}),),
+        measured_as=(("TVM", {}), ("TVM, JVP detached", {"detach_jvp": True})),
     )
 
     def __init__(

@@ -1,0 +1,224 @@
+"""Find the part of a method that its error comes from: train with the oracle in place of that part.
+
+    python -m tvm_ref.experiments.causes                                  all, some twenty minutes of one core
+    python -m tvm_ref.experiments.causes --variants TVM "TVM, exact u"    some
+
+The parts that the oracle takes the place of: the velocity that a jump is held against ("exact u", where it lands), the
+random velocity of the data ("u for v", at x_t), or all, as the network is regressed on the exact flow map ("network's
+floor"): what that leaves is no method's fault. Beside them, the same losses with other stop-gradients.
+Each training has the products of --steps steps of TVM (experiments/compare.py) and the rate of its method there.
+Writes results.json, with every training, into a folder of its own.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tvm_ref.cli.errors import user_files
+from tvm_ref.cli.files import require_free, write_atomically
+from tvm_ref.cli.options import OneLineParser, add_options, given, require_at_least, run
+from tvm_ref.cli.progress import progress
+from tvm_ref.exact_flow import exact_path
+from tvm_ref.experiments.compare import cells, errors
+from tvm_ref.experiments.family_measures import line_with_velocity, step_products
+from tvm_ref.interpolant import interpolate
+from tvm_ref.seeding import EVALUATION, uniform_numbers
+from tvm_ref.time_samplers import Times
+from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.data.mixture import GaussianMixture
+from tvm_ref.toy.report.metrics import make_reference
+from tvm_ref.toy.training import Batch, Training
+
+PATHS, TIMES = 20_000, 129  # exact paths that the network is regressed on, and times of each
+RATE = 0.01  # the best of compare.py, where a variant has no other
+COLUMNS = (1, 2, 4, 16)  # NFEs of the table
+
+
+class Variant(NamedTuple):
+    """A training: options of the toy, and what the oracle stands for.
+
+    Attributes:
+        options: of ToyConfig.
+        exact: "" for nothing, "target" for the target's velocity, "v" for the data's, "map" for the average velocity
+            of each jump in place of v.
+    """
+
+    options: dict[str, Any]
+    exact: str = ""
+
+
+def _without_weight(key: str) -> dict[str, Any]:
+    return {"objective": key, "settings": {"power": 0.0}}
+
+
+# regressing F on v is alpha-Flow's loss at alpha = 1, whatever v is
+_REGRESSION = {"objective": "alphaflow", "settings": {"alpha": 1.0, "power": 0.0}}
+_FLOOR = _REGRESSION | {"time_sampler": "gap*", "equal_share": 0.25}
+VARIANTS = {
+    "network's floor": Variant(_FLOOR, "map"),
+    "the same, 1/4 at t = 1": Variant(_FLOOR | {"noise_share": 0.25}, "map"),
+    "TVM": Variant({}),
+    "TVM, exact u": Variant({}, "target"),
+    "TVM, JVP detached": Variant({"settings": {"detach_jvp": True}, "lr": 0.003}),
+    "TVM, JVP detached, exact u": Variant({"settings": {"detach_jvp": True}, "lr": 0.003}, "target"),
+    "LSD": Variant({"objective": "lsd"}),
+    "LSD, exact u": Variant({"objective": "lsd"}, "target"),
+    "ESD, stops convex": Variant({"objective": "esd", "settings": {"stops": "convex"}}),
+    "ESD, stops full": Variant({"objective": "esd"}),
+    "ESD, only F learns": Variant({"objective": "esd", "settings": {"stops": "all"}}),
+    "MeanFlow": Variant(_without_weight("meanflow")),
+    "MeanFlow, u for v": Variant(_without_weight("meanflow"), "v"),
+    "improved MeanFlow": Variant(_without_weight("imf")),
+    "improved MeanFlow, u for v": Variant(_without_weight("imf"), "v"),
+    "alpha-Flow": Variant(_without_weight("alphaflow")),
+    "alpha-Flow, u for v": Variant(_without_weight("alphaflow"), "v"),
+}
+
+
+class ExactTarget:
+    """The oracle in the place of Training's target: it follows no weights."""
+
+    def __init__(self, distribution: GaussianMixture):
+        self.module = distribution
+
+    def update(self, model: torch.nn.Module) -> None:
+        """Stay as it is."""
+
+
+class ExactPaths(NamedTuple):
+    """Paths of the exact flow: where noise is at each of some times.
+
+    Attributes:
+        times: [T] from 0 to 1, finest near 0.
+        x: [T, N, D].
+    """
+
+    times: Tensor
+    x: Tensor
+
+    @classmethod
+    def of(cls, distribution: GaussianMixture, paths: int = PATHS, times: int = TIMES) -> "ExactPaths":
+        """Solve for the paths of evenly spread noise."""
+        noise = torch.special.ndtri(uniform_numbers(paths, distribution.dim, EVALUATION))
+        scale = distribution.time_scale
+        grid = scale * torch.linspace(0, 1, times, dtype=torch.float64).mul(torch.asinh(torch.tensor(1 / scale))).sinh()
+        grid[-1] = 1
+        return cls(grid, exact_path(distribution, noise, grid, scale))
+
+    def lines(self, times: Times, which: Tensor, distribution: GaussianMixture) -> tuple[Tensor, Tensor, Times]:
+        """Return x0 and x1 [B, D] of lines with the average velocity of jumps, at the nearest of the paths' times.
+
+        A line passes the path `which` [B] at t; its velocity is that with which the path goes from t to s in a straight
+        line, or u where t = s.
+        """
+        i, j = (torch.searchsorted(self.times, a.double()).clamp_max(len(self.times) - 1) for a in times[:2])
+        t, s, x = self.times[i], self.times[j], self.x[i, which]
+        average = (self.x[j, which] - x) / (s - t)[:, None]
+        velocity = torch.where((i == j)[:, None], distribution.velocity(x, t), average)
+        x0, x1 = line_with_velocity(x, t, velocity)
+        return x0.float(), x1.float(), Times(*(a.float() for a in (t, s, s)))
+
+
+class OracleTraining(Training):
+    """A training in which the oracle stands for a part of the method.
+
+    Args:
+        config: its configuration.
+        distribution: the data, and the oracle.
+        exact: see Variant.
+        paths: for "map".
+    """
+
+    def __init__(
+        self, config: ToyConfig, distribution: GaussianMixture, exact: str = "", paths: ExactPaths | None = None
+    ):
+        super().__init__(config, distribution)
+        self.exact, self.paths = exact, paths
+        if exact == "target":
+            self.target: Any = ExactTarget(distribution)
+
+    def batch(self, step: int) -> Batch:
+        """Return the data of a step; with lines of an exact velocity for "v" and "map"."""
+        batch = super().batch(step)
+        if self.exact == "v":
+            x, t = interpolate(batch.x0, batch.x1, batch.times.t), batch.times.t
+            x0, x1 = line_with_velocity(x, t, self.distribution.velocity(x, t))
+            return batch._replace(x0=x0, x1=x1)
+        if self.exact == "map" and self.paths is not None:
+            generator = torch.Generator().manual_seed(self.config.seed * 2**32 + step)
+            which = torch.randint(self.paths.x.shape[1], (len(batch.x0),), generator=generator)
+            x0, x1, times = self.paths.lines(batch.times, which, self.distribution)
+            return batch._replace(x0=x0, x1=x1, times=times)
+        return batch
+
+
+def configs(base: ToyConfig, names: Sequence[str]) -> dict[str, ToyConfig]:
+    """Make the configuration of each variant, with the steps that `base.steps` steps of TVM pay for."""
+    unit, made = step_products(base), {}
+    for name in names:
+        config = replace(base, **VARIANTS[name].options)
+        # the floor pays for one forward and backward, as flow matching does
+        cost = step_products(replace(base, objective="fm") if VARIANTS[name].exact == "map" else config)
+        made[name] = replace(config, steps=round(base.steps * unit / cost))
+    return made
+
+
+def table(report: dict[str, Any]) -> str:
+    """Format the median paired RMSE over seeds, and the range, per variant and NFE."""
+    lines = [f"{'variant':<27} {'lr':>6} {'steps':>6}  " + " ".join(f"{f'NFE {n}':^21}" for n in COLUMNS)]
+    for name, variant in report["variants"].items():
+        lines.append(f"{name:<27} {variant['lr']:>6g} {variant['steps']:>6}  {cells(variant['runs'], COLUMNS)}")
+    return "\n".join(lines)
+
+
+def parser() -> OneLineParser:
+    """Make the command line."""
+    p = OneLineParser("python -m tvm_ref.experiments.causes", __doc__)
+    add_options(p, ToyConfig, ["dist", "batch_size", "width", "depth"])
+    p.add_argument("--steps", type=int, default=500, help="budget of each training, in steps of TVM")
+    p.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS), help="(default: all)")
+    p.add_argument("--seeds", type=int, default=3, help="seeds per variant")
+    p.add_argument("--points", type=int, default=2000, help="samples that errors are measured on")
+    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-causes)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    command = parser()
+    arguments = command.parse_args(argv)
+    use_one_thread()
+    with command.errors(), user_files():
+        base = ToyConfig(**given(arguments, ToyConfig), lr=RATE)
+        require_at_least(1, seeds=arguments.seeds)
+        require_at_least(10, points=arguments.points)
+        out = arguments.out or Path("runs/toy") / f"{base.name}-causes"
+        require_free(out, ["results.json"], "measurements")
+        out.mkdir(parents=True, exist_ok=True)
+    with command.errors(f"{out} holds the trainings that were finished"):
+        distribution = base.make_distribution()
+        reference = make_reference(distribution, points=arguments.points)
+        paths = ExactPaths.of(distribution)
+        report: dict[str, Any] = {"dist": base.name, "tvm_steps": base.steps, "variants": {}}
+        made = configs(base, arguments.variants)
+        runs = [(name, seed) for name in made for seed in range(arguments.seeds)]
+        for name, seed in progress(runs, unit="run", desc="training"):
+            config = replace(made[name], seed=seed)
+            training = OracleTraining(config, distribution, VARIANTS[name].exact, paths)
+            for _ in range(config.steps):
+                training.train_step()
+            row = {"lr": config.lr, "steps": config.steps, "runs": []}
+            found = {"objective": config.objective, "seed": seed, "figures": errors(training, reference)}
+            report["variants"].setdefault(name, row)["runs"].append(found)
+            write_atomically(out / "results.json", json.dumps(report, indent=2) + "\n")
+    print(f"{table(report)}\n{out}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
