@@ -34,6 +34,7 @@ from tvm_ref.time_samplers import Times, TimeSampler
 from tvm_ref.toy.data.distributions import make_distribution
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.network import ToyNetwork
+from tvm_ref.toy.report.metrics import make_reference
 
 PACKAGE = Path(family.__file__).parents[1]
 SITE = PACKAGE.parent / "tutorials" / "site"
@@ -125,6 +126,25 @@ def test_jump_errors_are_zero_for_the_exact_map():
     assert max(jump_errors(model, oracle, 400, bins=4)) < 1e-4
 
 
+def test_the_bounds_of_gaussian_data_in_closed_form():
+    """The untrained network is the flow of N(0, I): rho = 0, and E||(grad_x X)(u - v)||^2 = D / var_t^2."""
+    reference = make_reference(GaussianMixture(torch.zeros(1, 2), 1.0), points=50)
+    bounds = family_measures.eulerian_bounds(FlowMap(ToyNetwork()), reference, 20_000)
+    assert bounds["paired_rmse"] < 1e-4
+    assert bounds["eulerian"] < 1e-4
+    assert bounds["meanflow"] == pytest.approx(math.sqrt(2 * (1 + math.pi / 2)), rel=0.02)  # var_t = (1 - t)^2 + t^2
+
+
+def test_the_bounds_hold_and_the_eulerian_one_is_the_tighter():
+    torch.manual_seed(0)
+    model = FlowMap(ToyNetwork(2, 0, width=8, depth=1))
+    torch.nn.init.normal_(model.network.output.weight, std=0.3)
+    w2, rmse, eulerian, mean_flow = family_measures.eulerian_bounds(
+        model, make_reference(make_distribution("moons"), points=500), 5000
+    ).values()
+    assert w2 <= rmse < eulerian < mean_flow
+
+
 def test_shares_of_jumps_are_those_of_the_law():
     triangle = length_shares(TimeSampler("triangle"), bins=5)
     assert triangle == pytest.approx([(1 - i / 5) ** 2 - (0.8 - i / 5) ** 2 for i in range(5)], abs=2e-3)
@@ -209,7 +229,7 @@ def test_the_command_writes_its_parts(tmp_path, capsys, monkeypatch):
     options = ["--out", str(out), "--steps", "3", "--batch-size", "8", "--width", "8", "--depth", "2"]
     assert family.main([*options, "--samples", "4", "--dims", "1", "4"]) == 0
     report = json.loads((out / "results.json").read_text())
-    measured = {"noise", "cost", "adaptive_bias", "jumps", "gradients"}
+    measured = {"noise", "cost", "adaptive_bias", "jumps", "bounds", "gradients"}
     assert set(report) == {"dist", "made_with", "options", *measured}
     assert set(report["noise"]) == {name for name, _, _ in MEMBERS[:2]}
     assert (out / "family.png").is_file()
@@ -239,6 +259,7 @@ def test_chosen_parts_have_a_folder_of_their_own(tmp_path, monkeypatch):
         (compare.table, ["compare"], "toy_measurements.md"),
         (causes.table, ["causes"], "objectives_measurements.md"),
         (family.jump_table, ["family", "jumps"], "objectives_measurements.md"),
+        (family.bound_table, ["family", "bounds"], "objectives_measurements.md"),
         (family.gradient_table, ["family", "gradients"], "objectives_measurements.md"),
     ],
 )

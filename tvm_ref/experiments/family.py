@@ -8,6 +8,7 @@
     cost      products of a training step, in plain forwards
     bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
     jumps     which jumps four distributions of times draw, and the errors of the jumps of the default run
+    bounds    on the one-step error of that run, early and late, by the Eulerian residual and by MeanFlow's loss
     gradients at that run's network, early and late, by t - s: the batch at which a gradient's noise equals its signal,
               and the cosine between it and the gradient of the true error
 Writes results.json and, with `picture`, family.png, with `gradients`, cosines.png into a folder of its own; parts that
@@ -31,9 +32,10 @@ from tvm_ref.flow_map import FlowMap
 from tvm_ref.time_samplers import TimeSampler
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.mixture import GaussianMixture
+from tvm_ref.toy.report.metrics import make_reference
 from tvm_ref.toy.training import Training
 
-PARTS = ("picture", "noise", "cost", "bias", "jumps", "gradients")
+PARTS = ("picture", "noise", "cost", "bias", "jumps", "bounds", "gradients")
 STAGES = (0.1, 0.3, 1.0)  # of a training, where gradients are measured
 COORDINATES = {"masses 0.8 and 0.2": 0.8, "masses 0.5 and 0.5": 0.5}  # of a coordinate's two values
 LAWS = {
@@ -74,7 +76,7 @@ def measure(
         for name, values in bias.items():
             print(column(f"bias of the adaptive weight by dimension, {name}", values, ".4f"))
         yield "adaptive_bias", bias
-    if "jumps" in parts or "gradients" in parts:
+    if {"jumps", "bounds", "gradients"} & {*parts}:
         stages = trained(config)
     if "jumps" in parts:
         jumps = {
@@ -83,6 +85,13 @@ def measure(
         }
         print(jump_table(jumps))
         yield "jumps", jumps
+    if "bounds" in parts:
+        reference = make_reference(distribution)
+        bounds = {
+            str(step): family_measures.eulerian_bounds(model, reference, 20 * samples) for step, model in stages.items()
+        }
+        print(bound_table(bounds))
+        yield "bounds", bounds
     if "gradients" in parts:
         measured: dict[str, Any] = {"gaps": list(GAPS), "steps": {}}
         for step, model in progress(stages.items(), unit="stage", desc="gradients"):
@@ -114,6 +123,16 @@ def jump_table(jumps: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def bound_table(bounds: dict[str, dict[str, float]]) -> str:
+    """Format errors and their bounds by step."""
+    lines = [f"{'step':<6} {'W2':>8} {'RMSE':>8} {'Eulerian':>9} {'MeanFlow':>9}"]
+    lines += [
+        f"{step:<6} {w2:>8.3f} {rmse:>8.3f} {e:>9.3f} {m:>9.3f}"
+        for step, (w2, rmse, e, m) in ((step, row.values()) for step, row in bounds.items())
+    ]
+    return "\n".join(lines)
+
+
 def gradient_table(measured: dict[str, Any]) -> str:
     """Format cosine and noise scale of the last step by t - s."""
     lines = []
@@ -137,7 +156,7 @@ def parser() -> OneLineParser:
     )
     p.add_argument(
         "--samples", type=int, default=500,
-        help="samples at the exact flow map; 20 times as many for jumps, 16 times as many for gradients",
+        help="samples at the exact flow map; 20 times as many for jumps and bounds, 16 times as many for gradients",
     )  # fmt: skip
     p.add_argument("--dims", type=int, nargs="+", default=DIMS, help="dimensions of the part bias")
     p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-family-PARTS)")
