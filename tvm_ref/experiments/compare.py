@@ -12,8 +12,8 @@ stresses, on a seed of its own, measured at the NFE that it is for (1; 64 for fl
 is the lowest or highest tried, one beyond it is tried as well; if it still is after four, an asterisk marks it. With
 the best rate and setting the method is then trained on --seeds seeds, and on two more if its median error at one step
 is within 1.5 times the least.
-Writes into a folder of its own results.json, which holds every training, and error.png: error against the number of
-function evaluations (NFE). An interrupted comparison continues with the same command: each training is kept in
+Writes into a folder of its own results.json, which holds every training, and error.png: cost of a step, and error in 1,
+4 and 64 function evaluations (NFE). An interrupted comparison continues with the same command: each training is kept in
 trainings/.
 """
 
@@ -240,16 +240,18 @@ class Comparison:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw error against NFE into a PNG file."""
-    from tvm_ref.toy.report import plots  # matplotlib, which --help need not wait for
+    """Draw cost and errors into a PNG file."""
+    from tvm_ref.experiments.family_plots import plot_comparison  # matplotlib, which --help need not wait for
+    from tvm_ref.toy.report.plots import save_figure
 
-    values = {
-        name: [[error(result, n) for result in method["runs"]] for n in NFES]
-        for name, method in report["methods"].items()
+    cost = report["step_products"]
+    rows = {
+        name: (cost[named(name, m["setting"])], {n: [error(result, n) for result in m["runs"]] for n in NFES})
+        for name, m in report["methods"].items()
     }
     equal = {"products": "as many products as", "time": "the time of"}[report["budget"]]
     title = f"{report['dist']}: each trained with {equal} {report['tvm_steps']} steps of TVM"
-    plots.save_figure(plots.plot_errors(values, NFES, title, family_of(values)), path)
+    save_figure(plot_comparison(rows, family_of(rows), title), path)
 
 
 def parser() -> OneLineParser:

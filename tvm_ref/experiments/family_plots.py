@@ -1,5 +1,8 @@
 """Draw the family of objectives: who matches what in the triangle of (t, s), and whose gradient points where."""
 
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -32,6 +35,49 @@ def plot_cosines(measured: dict[str, Any]) -> Figure:
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("cosine with the gradient\nof the true error")
     axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=10)
+    return figure
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(value if math.isfinite(value) else math.inf for value in values)
+
+
+@matplotlib.rc_context(plots.STYLE)
+def plot_comparison(
+    rows: Mapping[str, tuple[float, Mapping[int, Sequence[float]]]], families: Mapping[str, str], title: str
+) -> Figure:
+    """Draw a row per method, the best at one step on top: the cost of a step, and errors in 1, 4 and 64 NFE.
+
+    Args:
+        rows: by method, products of a step in plain forwards, and by NFE a paired RMSE per seed.
+        families: by method, the name of its family, whose methods share a colour.
+        title: of the figure.
+    """
+    figure, (left, right) = plots.make_figure(2, plane=False)
+    figure.set_size_inches(11, 0.36 * len(rows) + 1.6)
+    names = sorted(rows, key=lambda name: _median(rows[name][1][1]), reverse=True)
+    colours = dict(zip(dict.fromkeys(families.values()), plots.LINES, strict=False))
+    for y, name in enumerate(names):
+        cost, errors = rows[name]
+        colour = colours[families[name]]
+        left.barh(y, cost, color=colour, height=0.6)
+        left.text(cost, y, f" {cost:.1f}", va="center", fontsize=10)
+        right.hlines(y, min(errors[1]), max(errors[1]), color=colour, lw=5, alpha=0.4)
+        for nfe, marker, fill in ((64, "s", "white"), (4, "D", "white"), (1, "o", colour)):
+            label = f"{nfe} NFE" if y == 0 else None
+            right.scatter(
+                _median(errors[nfe]), y, marker=marker, s=50, c=fill, edgecolors=colour, label=label, zorder=3
+            )
+    left.set_yticks(range(len(names)), names)
+    left.set(xlabel="cost of a step, in forwards", xlim=(0, 11))
+    right.set_yticks(range(len(names)), [""] * len(names))
+    right.set(xscale="log", xlabel="paired RMSE: median, bar: range at 1 NFE", ylim=left.get_ylim())
+    right.minorticks_off()
+    ticks = [0.05, 0.1, 0.2, 0.5, 1]
+    right.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    right.grid(alpha=0.3)
+    right.legend(fontsize=10)
+    figure.suptitle(title, fontsize=14)
     return figure
 
 
