@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tvm_ref.experiments import causes
-from tvm_ref.experiments.causes import ExactPaths, OracleTraining, Variant
+from tvm_ref.experiments.causes import ExactPaths, OracleTraining
 from tvm_ref.interpolant import interpolate
 from tvm_ref.time_samplers import Times
 from tvm_ref.toy.config import ToyConfig
@@ -61,7 +61,7 @@ def test_every_variant_costs_what_the_steps_of_tvm_do():
 @pytest.mark.slow
 def test_the_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     shown = {name: causes.VARIANTS[name] for name in ("network's floor", "TVM, exact u")} | {
-        "FM": Variant({"objective": "fm"})
+        "FM": ({"objective": "fm"}, "")
     }
     monkeypatch.setattr(causes, "VARIANTS", shown)
     out = tmp_path / "out"

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tvm_ref.experiments import compare, methods, sweep
+from tvm_ref.experiments import compare, family_plots, methods, sweep
 
 TINY = ["--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60", "--jobs", "1", "--steps", "10"]
 
@@ -51,6 +51,23 @@ def test_compare_writes_results_table_and_figure(tmp_path, capsys, monkeypatch, 
         monkeypatch.setattr(sweep, "_trained", None)
         assert compare.main(options) == 0
         assert json.loads((tmp_path / "results.json").read_text())["methods"] == report["methods"]
+
+
+def test_the_picture_puts_the_best_at_one_step_on_top_and_gives_each_family_a_colour():
+    rows = {name: (3.0, {n: [0.1, 0.2 + i / 1e3, 0.3] for n in (1, 4, 64)}) for i, name in enumerate(methods.METHODS)}
+    rows["sCT"][1][4] = [float("nan")] * 3
+    rows["shortcut"] = (3.0, {n: [0.1, float("inf"), 0.01] for n in (1, 4, 64)})  # a seed diverged: its median is 0.1
+    families = methods.family_of(rows)
+    figure = family_plots.plot_comparison(rows, families, "")
+    figure.draw_without_rendering()
+    left, right = figure.axes
+    names = [text.get_text() for text in left.get_yticklabels()]
+    assert names[-1] == "shortcut"
+    assert [name for name in reversed(names) if name != "shortcut"] == [name for name in rows if name != "shortcut"]
+    colours = dict(zip(names, (bar.get_facecolor() for bar in left.patches), strict=True))
+    assert all((colours[a] == colours[b]) == (families[a] == families[b]) for a in names for b in names)
+    dots = [c.get_offsets()[0] for c in right.collections if len(c.get_offsets()) == 1]
+    assert [float(x) for x, y in dots if y == len(names) - 1] == pytest.approx([0.1] * 3)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,6 @@ from tvm_ref.experiments.family_measures import (
     flat_gradient,
     gradient_at_the_solution,
     gradients_of_jumps,
-    jump_errors,
-    length_shares,
     line_with_velocity,
     noise_at_the_solution,
 )
@@ -48,6 +46,9 @@ def test_the_exact_network_is_the_exact_flow():
     x, model = x0 + t[:, None] * (x1 - x0), FlowMap(ExactNetwork(oracle))
     torch.testing.assert_close(model.jump(x, t, s), oracle.jump(x, t, s), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(model.velocity(x, t), oracle.velocity(x, t), rtol=1e-12, atol=1e-12)
+    s[::2] = t[::2]  # also in one batch
+    expected = torch.where((t == s)[:, None], oracle.velocity(x, t), oracle.displacement(x, t, s) / (s - t)[:, None])
+    torch.testing.assert_close(model.F(x, t, s), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -120,12 +121,6 @@ def test_a_large_eps_is_no_weight_and_many_dimensions_make_the_bias_small():
     assert many < few / 5
 
 
-def test_jump_errors_are_zero_for_the_exact_map():
-    oracle = GaussianMixture(torch.zeros(1, 2), 1.0)
-    model = FlowMap(ToyNetwork())  # untrained: the exact flow of N(0, I)
-    assert max(jump_errors(model, oracle, 400, bins=4)) < 1e-4
-
-
 def test_the_bounds_of_gaussian_data_in_closed_form():
     """The untrained network is the flow of N(0, I): rho = 0, and E||(grad_x X)(u - v)||^2 = D / var_t^2."""
     reference = make_reference(GaussianMixture(torch.zeros(1, 2), 1.0), points=50)
@@ -143,12 +138,6 @@ def test_the_bounds_hold_and_the_eulerian_one_is_the_tighter():
         model, make_reference(make_distribution("moons"), points=500), 5000
     ).values()
     assert w2 <= rmse < eulerian < mean_flow
-
-
-def test_shares_of_jumps_are_those_of_the_law():
-    triangle = length_shares(TimeSampler("triangle"), bins=5)
-    assert triangle == pytest.approx([(1 - i / 5) ** 2 - (0.8 - i / 5) ** 2 for i in range(5)], abs=2e-3)
-    assert length_shares(TimeSampler(), bins=10)[9] < 3e-3  # gap* rarely draws long jumps
 
 
 def exact_lines(oracle, gap, n):
@@ -229,7 +218,7 @@ def test_the_command_writes_its_parts(tmp_path, capsys, monkeypatch):
     options = ["--out", str(out), "--steps", "3", "--batch-size", "8", "--width", "8", "--depth", "2"]
     assert family.main([*options, "--samples", "4", "--dims", "1", "4"]) == 0
     report = json.loads((out / "results.json").read_text())
-    measured = {"noise", "cost", "adaptive_bias", "jumps", "bounds", "gradients"}
+    measured = {"noise", "cost", "adaptive_bias", "bounds", "gradients"}
     assert set(report) == {"dist", "made_with", "options", *measured}
     assert set(report["noise"]) == {name for name, _, _ in MEMBERS[:2]}
     assert (out / "family.png").is_file()
@@ -258,7 +247,6 @@ def test_chosen_parts_have_a_folder_of_their_own(tmp_path, monkeypatch):
     [
         (compare.table, ["compare"], "toy_measurements.md"),
         (causes.table, ["causes"], "objectives_measurements.md"),
-        (family.jump_table, ["family", "jumps"], "objectives_measurements.md"),
         (family.bound_table, ["family", "bounds"], "objectives_measurements.md"),
         (family.gradient_table, ["family", "gradients"], "objectives_measurements.md"),
     ],

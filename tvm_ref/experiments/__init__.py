@@ -1,6 +1,6 @@
 """Experiments: many trainings, one question each. Commands, imported by nobody outside this folder.
 
-    compare                 which objective is best at equal arithmetic, or in equal time? (methods.py: what is compared)
+    compare                 which objective is best at equal arithmetic or time? (methods.py: what is compared)
     causes                  which part of a method does its error come from?
     family                  noise, cost, bias and gradients of every objective (family_measures.py, family_plots.py)
     bound_over_training     does lowering the loss lower W2?

@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,19 +40,6 @@ RATE = 0.01  # the best of compare.py, where a variant has no other
 COLUMNS = (1, 2, 4, 16)  # NFEs of the table
 
 
-class Variant(NamedTuple):
-    """A training: options of the toy, and what the oracle stands for.
-
-    Attributes:
-        options: of ToyConfig.
-        exact: "" for nothing, "target" for the target's velocity, "v" for the data's, "map" for the average velocity
-            of each jump in place of v.
-    """
-
-    options: dict[str, Any]
-    exact: str = ""
-
-
 def _without_weight(key: str) -> dict[str, Any]:
     return {"objective": key, "settings": {"power": 0.0}}
 
@@ -59,35 +47,27 @@ def _without_weight(key: str) -> dict[str, Any]:
 # regressing F on v is alpha-Flow's loss at alpha = 1, whatever v is
 _REGRESSION = {"objective": "alphaflow", "settings": {"alpha": 1.0, "power": 0.0}}
 _FLOOR = _REGRESSION | {"time_sampler": "gap*", "equal_share": 0.25}
-VARIANTS = {
-    "network's floor": Variant(_FLOOR, "map"),
-    "the same, 1/4 at t = 1": Variant(_FLOOR | {"noise_share": 0.25}, "map"),
-    "TVM": Variant({}),
-    "TVM, exact u": Variant({}, "target"),
-    "TVM, JVP detached": Variant({"settings": {"detach_jvp": True}, "lr": 0.003}),
-    "TVM, JVP detached, exact u": Variant({"settings": {"detach_jvp": True}, "lr": 0.003}, "target"),
-    "LSD": Variant({"objective": "lsd"}),
-    "LSD, exact u": Variant({"objective": "lsd"}, "target"),
-    "ESD, stops convex": Variant({"objective": "esd", "settings": {"stops": "convex"}}),
-    "ESD, stops full": Variant({"objective": "esd"}),
-    "ESD, only F learns": Variant({"objective": "esd", "settings": {"stops": "all"}}),
-    "MeanFlow": Variant(_without_weight("meanflow")),
-    "MeanFlow, u for v": Variant(_without_weight("meanflow"), "v"),
-    "improved MeanFlow": Variant(_without_weight("imf")),
-    "improved MeanFlow, u for v": Variant(_without_weight("imf"), "v"),
-    "alpha-Flow": Variant(_without_weight("alphaflow")),
-    "alpha-Flow, u for v": Variant(_without_weight("alphaflow"), "v"),
+# options of the toy, and what the oracle stands for: nothing, the velocity of the "target", the random "v", or, in
+# place of v, the average velocity of each jump: the whole "map"
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    "network's floor": (_FLOOR, "map"),
+    "the same, 1/4 at t = 1": (_FLOOR | {"noise_share": 0.25}, "map"),
+    "TVM": ({}, ""),
+    "TVM, exact u": ({}, "target"),
+    "TVM, JVP detached": ({"settings": {"detach_jvp": True}, "lr": 0.003}, ""),
+    "TVM, JVP detached, exact u": ({"settings": {"detach_jvp": True}, "lr": 0.003}, "target"),
+    "LSD": ({"objective": "lsd"}, ""),
+    "LSD, exact u": ({"objective": "lsd"}, "target"),
+    "ESD, stops convex": ({"objective": "esd", "settings": {"stops": "convex"}}, ""),
+    "ESD, stops full": ({"objective": "esd"}, ""),
+    "ESD, only F learns": ({"objective": "esd", "settings": {"stops": "all"}}, ""),
+    "MeanFlow": (_without_weight("meanflow"), ""),
+    "MeanFlow, u for v": (_without_weight("meanflow"), "v"),
+    "improved MeanFlow": (_without_weight("imf"), ""),
+    "improved MeanFlow, u for v": (_without_weight("imf"), "v"),
+    "alpha-Flow": (_without_weight("alphaflow"), ""),
+    "alpha-Flow, u for v": (_without_weight("alphaflow"), "v"),
 }
-
-
-class ExactTarget:
-    """The oracle in the place of Training's target: it follows no weights."""
-
-    def __init__(self, distribution: GaussianMixture):
-        self.module = distribution
-
-    def update(self, model: torch.nn.Module) -> None:
-        """Stay as it is."""
 
 
 class ExactPaths(NamedTuple):
@@ -130,7 +110,7 @@ class OracleTraining(Training):
     Args:
         config: its configuration.
         distribution: the data, and the oracle.
-        exact: see Variant.
+        exact: see VARIANTS.
         paths: for "map".
     """
 
@@ -140,7 +120,7 @@ class OracleTraining(Training):
         super().__init__(config, distribution)
         self.exact, self.paths = exact, paths
         if exact == "target":
-            self.target: Any = ExactTarget(distribution)
+            self.target: Any = SimpleNamespace(module=distribution, update=lambda model: None)  # follows no weights
 
     def batch(self, step: int) -> Batch:
         """Return the data of a step; with lines of an exact velocity for "v" and "map"."""
@@ -161,9 +141,10 @@ def configs(base: ToyConfig, names: Sequence[str]) -> dict[str, ToyConfig]:
     """Make the configuration of each variant, with the steps that `base.steps` steps of TVM pay for."""
     unit, made = step_products(base), {}
     for name in names:
-        config = replace(base, **VARIANTS[name].options)
+        options, exact = VARIANTS[name]
+        config = replace(base, **options)
         # the floor pays for one forward and backward, as flow matching does
-        cost = step_products(replace(base, objective="fm") if VARIANTS[name].exact == "map" else config)
+        cost = step_products(replace(base, objective="fm") if exact == "map" else config)
         made[name] = replace(config, steps=round(base.steps * unit / cost))
     return made
 
@@ -209,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = [(name, seed) for name in made for seed in range(arguments.seeds)]
         for name, seed in progress(runs, unit="run", desc="training"):
             config = replace(made[name], seed=seed)
-            training = OracleTraining(config, distribution, VARIANTS[name].exact, paths)
+            training = OracleTraining(config, distribution, VARIANTS[name][1], paths)
             for _ in range(config.steps):
                 training.train_step()
             row = {"lr": config.lr, "steps": config.steps, "runs": []}

@@ -7,8 +7,7 @@
     noise     ||dL/dF||^2 of every objective at the exact flow map, of its jumps and in all, over that of flow matching
     cost      products of a training step, in plain forwards
     bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
-    jumps     which jumps four distributions of times draw, and the errors of the jumps of the default run
-    bounds    on the one-step error of that run, early and late, by the Eulerian residual and by MeanFlow's loss
+    bounds    on the one-step error of the default run, early and late, by the Eulerian residual and by MeanFlow's loss
     gradients at that run's network, early and late, by t - s: the batch at which a gradient's noise equals its signal,
               and the cosine between it and the gradient of the true error
 Writes results.json and, with `picture`, family.png, with `gradients`, cosines.png into a folder of its own; parts that
@@ -29,19 +28,14 @@ from tvm_ref.cli.options import OneLineParser, add_options, given, require_at_le
 from tvm_ref.cli.progress import progress
 from tvm_ref.experiments import family_measures
 from tvm_ref.flow_map import FlowMap
-from tvm_ref.time_samplers import TimeSampler
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.report.metrics import make_reference
 from tvm_ref.toy.training import Training
 
-PARTS = ("picture", "noise", "cost", "bias", "jumps", "bounds", "gradients")
+PARTS = ("picture", "noise", "cost", "bias", "bounds", "gradients")
 STAGES = (0.1, 0.3, 1.0)  # of a training, where gradients are measured
 COORDINATES = {"masses 0.8 and 0.2": 0.8, "masses 0.5 and 0.5": 0.5}  # of a coordinate's two values
-LAWS = {
-    "gap*": TimeSampler(), "gap*, 1/4 at t = 1": TimeSampler(share_noise=0.25),
-    "two uniform times": TimeSampler("triangle"), "MeanFlow's": TimeSampler("sorted"),
-}  # fmt: skip
 DIMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GAPS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
 
@@ -76,15 +70,8 @@ def measure(
         for name, values in bias.items():
             print(column(f"bias of the adaptive weight by dimension, {name}", values, ".4f"))
         yield "adaptive_bias", bias
-    if {"jumps", "bounds", "gradients"} & {*parts}:
+    if {"bounds", "gradients"} & {*parts}:
         stages = trained(config)
-    if "jumps" in parts:
-        jumps = {
-            "shares": {name: family_measures.length_shares(times) for name, times in LAWS.items()},
-            "error": family_measures.jump_errors(stages[config.steps], distribution, 20 * samples),
-        }
-        print(jump_table(jumps))
-        yield "jumps", jumps
     if "bounds" in parts:
         reference = make_reference(distribution)
         bounds = {
@@ -110,16 +97,6 @@ def noise_table(noise: dict[str, dict[str, float]]) -> str:
     """Format the noise at the solution."""
     lines = [f"{'noise at the solution, over flow matching':<44} {'mean':>9} {'error':>9} {'median':>9} {'whole':>9}"]
     lines += [f"  {name:<42} " + " ".join(f"{value:>9.2g}" for value in row.values()) for name, row in noise.items()]
-    return "\n".join(lines)
-
-
-def jump_table(jumps: dict[str, Any]) -> str:
-    """Format fractions of draws and errors by t - s."""
-    bins = len(jumps["error"])
-    lines = [f"{'t - s':<10} {'RMSE':>8} " + " ".join(f"{name:>18}" for name in jumps["shares"])]
-    for i, error in enumerate(jumps["error"]):
-        shares = " ".join(f"{100 * s[i]:>16.3f} %" for s in jumps["shares"].values())
-        lines.append(f"{i / bins:.1f}-{(i + 1) / bins:.1f}    {'' if error is None else f'{error:.3f}':>8} {shares}")
     return "\n".join(lines)
 
 
@@ -156,7 +133,7 @@ def parser() -> OneLineParser:
     )
     p.add_argument(
         "--samples", type=int, default=500,
-        help="samples at the exact flow map; 20 times as many for jumps and bounds, 16 times as many for gradients",
+        help="samples at the exact flow map; 20 times as many for bounds, 16 times as many for gradients",
     )  # fmt: skip
     p.add_argument("--dims", type=int, nargs="+", default=DIMS, help="dimensions of the part bias")
     p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-family-PARTS)")

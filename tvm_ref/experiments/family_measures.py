@@ -41,11 +41,11 @@ class ExactNetwork(nn.Module):
         self.offset = offset
 
     def forward(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
-        """Return F [B, D]; one call of the velocity where all t = s, else a solution of the flow."""
-        if bool((t == s).all()):
-            F = self.distribution.velocity(x, t)
-        else:
-            F = self.distribution.displacement(x, t, s) / over(s - t, x)
+        """Return F [B, D]: the velocity where t = s, else by a solution of the flow, if there are such samples."""
+        F, jumps = self.distribution.velocity(x, t), over(t != s, x)
+        if bool(jumps.any()):
+            average = self.distribution.displacement(x, t, s) / over(torch.where(t == s, 1.0, s - t), x)
+            F = torch.where(jumps, average, F)
         return F if self.offset is None else F + self.offset
 
 
@@ -192,19 +192,6 @@ def adaptive_bias(dim: int, mass: float, samples: int, *, t: float = 0.8, eps: f
     return float((adaptive_minimiser(v, p, eps) - u).square().mean().sqrt() / deviation)
 
 
-def jump_errors(model: FlowMap, distribution: GaussianMixture, samples: int, bins: int = 10) -> list[float | None]:
-    """Measure a model's jumps from x_t, (t, s) uniform on the triangle, against the exact flow's.
-
-    Returns the root mean square error by t - s, in equal bins.
-    """
-    x0, x1, (t, s, _) = batch(distribution, samples, TimeSampler("triangle"), 1, dtype=torch.float32)
-    x = over(1 - t, x0) * x0 + over(t, x0) * x1
-    with torch.no_grad():
-        square = (model.jump(x, t, s) - distribution.jump(x, t, s)).square().sum(1).double()
-    lengths = ((t - s) * bins).long().clamp(max=bins - 1)
-    return [float(square[lengths == i].mean().sqrt()) if bool((lengths == i).any()) else None for i in range(bins)]
-
-
 def eulerian_bounds(model: FlowMap, reference: Reference, samples: int) -> dict[str, float]:
     """Bound the one-step error by what the Eulerian identity and MeanFlow's loss leave of a model at s = 0.
 
@@ -222,13 +209,6 @@ def eulerian_bounds(model: FlowMap, reference: Reference, samples: int) -> dict[
         square = mean_flow(*ends, Times(t, torch.zeros_like(t), t)).jump  # a mean over D elements
         bounds[name] = math.sqrt(distribution.dim * float(square.detach().double().mean()))
     return bounds
-
-
-def length_shares(times: TimeSampler, bins: int = 10, n: int = 1_000_000) -> list[float]:
-    """Return the fractions of jumps by t - s, in equal bins, among those with s < t."""
-    t, s, _ = times.draw(n, generator(EVALUATION, 2))
-    gap = (t - s)[t > s]
-    return (torch.histc(gap, bins, 0, 1) / len(gap)).tolist()
 
 
 def line_with_velocity(x: Sample, t: Time, velocity: Sample) -> tuple[Sample, Sample]:

@@ -296,7 +296,7 @@ class SelfDistillation(ResidualObjective):
     Args:
         flow_map: the model.
         null_label: refused, as there is no guidance; TVM, whose first term is LSD's, has it.
-        stops: where gradients are stopped, one of STOPS.
+        stops: where gradients are stopped, one of STOPS; None is the first, the paper's.
         learned_weight: weigh by LearnedWeight, as the paper does for images; then optimise the objective's parameters.
 
     Raises:
@@ -310,8 +310,9 @@ class SelfDistillation(ResidualObjective):
     default_target_ema = 0.0
 
     def __init__(
-        self, flow_map: Flow, *, null_label: int | None = None, stops: str = "convex", learned_weight: bool = False
+        self, flow_map: Flow, *, null_label: int | None = None, stops: str | None = None, learned_weight: bool = False
     ):
+        stops = self.STOPS[0] if stops is None else stops
         require_one_of("stops", stops, self.STOPS)
         super().__init__(flow_map, null_label=null_label, weight=LearnedWeight() if learned_weight else None)
         self.stops = stops

@@ -39,11 +39,6 @@ class ESD(SelfDistillation):
     )
     STOPS = ("full", "convex", "none", "all")
 
-    def __init__(
-        self, flow_map: Flow, *, null_label: int | None = None, stops: str = "full", learned_weight: bool = False
-    ):
-        super().__init__(flow_map, null_label=null_label, stops=stops, learned_weight=learned_weight)
-
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
         """Return F - (s - t) D F along the flow, and u where the jump starts."""
         x, _, t, s, _, condition, target = jumps

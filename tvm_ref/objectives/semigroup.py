@@ -43,7 +43,7 @@ class PSD(SelfDistillation):
         flow_map: Flow,
         *,
         null_label: int | None = None,
-        stops: str = "convex",
+        stops: str | None = None,
         learned_weight: bool = False,
         split: str = "midpoint",
     ):

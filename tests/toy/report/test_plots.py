@@ -9,7 +9,6 @@ import torch
 from tvm_ref.bound.chain import TERMS, measure
 from tvm_ref.bound.paths import Draws, time_grid
 from tvm_ref.bound.plots import plot_bound
-from tvm_ref.experiments import methods
 from tvm_ref.guidance import Condition
 from tvm_ref.sampling import EulerStep
 from tvm_ref.toy.data.distributions import make_distribution
@@ -154,21 +153,3 @@ def test_the_bound_is_drawn_term_by_term(oracle, tmp_path):
     plots.save_figure(figure, tmp_path / "bound.png")
     assert {"\N{MINUS SIGN}1", "0", "1", "10"} <= {text.get_text() for text in figure.axes[1].get_yticklabels()}
     assert (tmp_path / "bound.png").stat().st_size > 0
-
-
-def test_errors_of_methods_are_told_apart_by_marker_and_families_by_colour():
-    """Fourteen once shared seven colours, unrelated methods one, and their bands covered each other."""
-    errors = {name: [[0.1, 0.2 + i / 1e3, 0.3], [0.1, 0.1, 0.1]] for i, name in enumerate(methods.METHODS)}
-    errors["sCT"][1] = [float("nan")] * 3
-    errors["shortcut"][1][2] = float("inf")  # a seed that diverged
-    families = methods.family_of(errors)
-    figure = plots.plot_errors(errors, (1, 2), "", families)
-    figure.draw_without_rendering()
-    (ax,) = figure.axes
-    lines = {line.get_label(): line for line in ax.lines}
-    assert list(lines) == list(errors) == [text.get_text() for text in ax.get_legend().get_texts()]
-    assert len({line.get_marker() for line in ax.lines}) == len(errors)
-    for a, first in lines.items():
-        assert first.get_ydata()[0] == sorted(errors[a][0])[1]
-        assert all((first.get_color() == lines[b].get_color()) == (families[a] == families[b]) for b in errors)
-    assert not ax.get_legend().get_window_extent().overlaps(ax.get_window_extent())

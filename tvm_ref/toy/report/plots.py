@@ -1,18 +1,15 @@
-"""The pictures of a run, as figures: samples, trajectories, losses (map_plot.py: the map), and of a comparison.
+"""The pictures of a run, as figures: samples, trajectories, losses (map_plot.py: the map).
 
 A model that learned no jumps comes as an EulerStep, and is shown with as many Euler steps as it needs.
 """
 
-import itertools
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.ticker
-import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -216,43 +213,4 @@ def plot_losses(log: Sequence[dict[str, float]], least: float | None = None) -> 
         elif least is not None:
             ax.axhline(least, color=ORANGE, ls="--")
             figure.supxlabel("Dashed: the loss of the exact velocity; none is lower on average.", fontsize=11)
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def plot_errors(
-    errors: Mapping[str, Sequence[Sequence[float]]],
-    nfes: Sequence[int],
-    title: str,
-    families: Mapping[str, str] | None = None,
-) -> Figure:
-    """Draw each method's error against NFE: median and range over seeds, methods side by side at each NFE.
-
-    Args:
-        errors: by method and NFE, a paired RMSE per seed; NaN at an NFE that the method is not for.
-        nfes: the numbers of function evaluations.
-        title: of the figure.
-        families: by method, the name of its family, whose methods share a colour; by default each has its own.
-    """
-    figure, (ax,) = make_figure(1, plane=False)
-    figure.set_size_inches(11, 6.5)
-    families = families or {name: name for name in errors}
-    colours = dict(zip(dict.fromkeys(families.values()), itertools.cycle(LINES), strict=False))
-    dashes = {family: itertools.cycle(("-", "--", ":", "-.")) for family in colours}
-    shifts = np.geomspace(0.86, 1 / 0.86, len(errors))  # so that no bar covers another
-    for (name, values), marker, shift in zip(errors.items(), itertools.cycle("os^DvPX*<>hdp8"), shifts, strict=False):
-        family, x = families[name], np.array(nfes) * shift
-        medians, low, high = ([f(v) for v in values] for f in (statistics.median, min, max))
-        style: dict[str, Any] = {"color": colours[family], "lw": 1.3}
-        ax.plot(x, medians, next(dashes[family]), marker=marker, label=name, **style)
-        ax.vlines(x, low, high, alpha=0.5, **style)
-    shared = "; one colour: one family" if len(colours) < len(errors) else ""
-    ax.set(xscale="log", yscale="log", ylabel="paired RMSE to the exact flow map", title=title)
-    ax.set_xlabel(f"function evaluations (NFE)\nmedian and range over seeds{shared}")
-    ax.set_xticks(nfes, [str(n) for n in nfes])
-    ax.minorticks_off()
-    ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
-    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.grid(alpha=0.3)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=10)
     return figure
