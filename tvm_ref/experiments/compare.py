@@ -98,9 +98,10 @@ def step_seconds(configs: dict[str, ToyConfig]) -> dict[str, float]:
 
 
 def errors(training: Training, reference: Reference) -> dict[str, float]:
-    """Measure the paired RMSE at every NFE."""
+    """Measure the paired RMSE at every NFE; infinite where samples are not finite."""
     nfes = NFES[:1] if OBJECTIVES[training.config.objective].one_step_only else NFES
-    return {str(n): float(paired_errors(training.evaluated, reference, n)[1].square().mean().sqrt()) for n in nfes}
+    found = {n: float(paired_errors(training.evaluated, reference, n)[1].square().mean().sqrt()) for n in nfes}
+    return {str(n): math.inf if math.isnan(value) else value for n, value in found.items()}
 
 
 def error(result: dict[str, Any], nfe: int) -> float:
