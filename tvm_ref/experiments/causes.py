@@ -59,7 +59,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "LSD": ({"objective": "lsd"}, ""),
     "LSD, exact u": ({"objective": "lsd"}, "target"),
     "ESD, stops convex": ({"objective": "esd", "settings": {"stops": "convex"}}, ""),
-    "ESD, stops full": ({"objective": "esd"}, ""),
+    "ESD, stops full": ({"objective": "esd", "lr": 0.003}, ""),
     "ESD, only F learns": ({"objective": "esd", "settings": {"stops": "all"}}, ""),
     "MeanFlow": (_without_weight("meanflow"), ""),
     "MeanFlow, u for v": (_without_weight("meanflow"), "v"),

@@ -111,14 +111,14 @@ def bound_table(bounds: dict[str, dict[str, float]]) -> str:
 
 
 def gradient_table(measured: dict[str, Any]) -> str:
-    """Format cosine and noise scale of the last step by t - s."""
-    lines = []
-    for title, quantity, form in (
-        ("cosine with the true gradient, t - s", "cosine", ".2f"),
-        ("batch where noise = signal, t - s", "noise_scale", ".3g"),
+    """Format the cosine at the first stage, where most are resolved, and the noise scale at the last, by t - s."""
+    lines, (first, *_, last) = [], measured["steps"]
+    for step, title, quantity, form in (
+        (first, "cosine with the true gradient", "cosine", ".2f"),
+        (last, "batch where noise = signal", "noise_scale", ".3g"),
     ):
-        lines.append(f"{title:<38}" + " ".join(f"{gap:>8}" for gap in measured["gaps"]))
-        for name, row in list(measured["steps"].values())[-1].items():
+        lines.append(f"{f'{title}, step {step}':<38}" + " ".join(f"{gap:>8}" for gap in measured["gaps"]))
+        for name, row in measured["steps"][step].items():
             values = [gradients[quantity] for gradients in row]
             lines.append(f"{name:<38}" + " ".join(f"{'none' if v is None else f'{v:{form}}':>8}" for v in values))
     return "\n".join(lines)

@@ -31,7 +31,7 @@ def plot_cosines(measured: dict[str, Any]) -> Figure:
             cosines = [float("nan") if row["cosine"] is None else row["cosine"] for row in found[name]]
             ax.plot(measured["gaps"], cosines, dash, color=colour, marker="o", ms=4, label=name)
         ax.axhline(0, color="black", lw=0.8)
-        ax.set(title=f"step {step}", xlabel="length of the jump, t - s", ylim=(-1.05, 1.05))
+        ax.set(title=f"step {step}", xlabel="length of the jump, t - s", ylim=(-1.1, 1.2))
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("cosine with the gradient\nof the true error")
     axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=10)
