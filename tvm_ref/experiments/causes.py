@@ -6,7 +6,7 @@
 The parts that the oracle takes the place of: the velocity that a jump is held against ("exact u", where it lands), the
 random velocity of the data ("u for v", at x_t), or all, as the network is regressed on the exact flow map ("network's
 floor"): what that leaves is no method's fault. Beside them, the same losses with other stop-gradients.
-Each training has the products of --steps steps of TVM (experiments/compare.py) and the rate of its method there.
+Each training has the products of --steps steps of TVM (experiments/compare.py), without a sweep of rates.
 Writes results.json, with every training, into a folder of its own.
 """
 
@@ -54,8 +54,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "the same, 1/4 at t = 1": (_FLOOR | {"noise_share": 0.25}, "map"),
     "TVM": ({}, ""),
     "TVM, exact u": ({}, "target"),
-    "TVM, JVP detached": ({"settings": {"detach_jvp": True}, "lr": 0.003}, ""),
-    "TVM, JVP detached, exact u": ({"settings": {"detach_jvp": True}, "lr": 0.003}, "target"),
+    "TVM, JVP detached": ({"settings": {"detach_jvp": True}}, ""),
+    "TVM, JVP detached, exact u": ({"settings": {"detach_jvp": True}}, "target"),
     "LSD": ({"objective": "lsd"}, ""),
     "LSD, exact u": ({"objective": "lsd"}, "target"),
     "ESD, stops convex": ({"objective": "esd", "settings": {"stops": "convex"}}, ""),
@@ -65,8 +65,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "MeanFlow, u for v": (_without_weight("meanflow"), "v"),
     "improved MeanFlow": (_without_weight("imf"), ""),
     "improved MeanFlow, u for v": (_without_weight("imf"), "v"),
-    "alpha-Flow": (_without_weight("alphaflow"), ""),
-    "alpha-Flow, u for v": (_without_weight("alphaflow"), "v"),
 }
 
 
