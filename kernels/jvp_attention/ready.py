@@ -195,6 +195,7 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
     F.layer_norm: rules.layer_norm,
     torch.layer_norm: rules.layer_norm,
+    F.group_norm: rules.group_norm,
     F.instance_norm: rules.instance_norm,
     F.batch_norm: rules.batch_norm,
     torch.linalg.solve: rules.solve,

@@ -109,6 +109,13 @@ def instance_norm(
     return _per_channel(standardised(x, tuple(range(2, x.ndim)), eps), weight, bias, x.dtype)
 
 
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Call PyTorch's group_norm, whose JVP before version 2.12 takes contiguous inputs only."""
+    return F.group_norm(input.contiguous(), num_groups, weight, bias, eps)
+
+
 def batch_norm(
     x: Tensor,
     running_mean: Tensor | None,

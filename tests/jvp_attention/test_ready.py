@@ -27,6 +27,7 @@ FUNCTIONS = {  # function, shapes of its inputs
     "layer_norm": (lambda x, w, b: F.layer_norm(x, (8,), w, b), [(3, 8), (8,), (8,)]),
     "layer_norm-two-axes": (lambda x, w: F.layer_norm(x, (4, 2), w), [(3, 4, 2), (4, 2)]),
     "layer_norm-builtin": (lambda x: torch.layer_norm(x, (8,), None, None, 1e-3, False), [(3, 8)]),
+    "group_norm-turned": (lambda x, w, b: F.group_norm(x.movedim(-1, 1), 2, w, b), [(2, 3, 4), (4,), (4,)]),
     "instance_norm": (lambda x, w, b: F.instance_norm(x, weight=w, bias=b), [(2, 3, 4, 4), (3,), (3,)]),
     "batch_norm": (lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True), [(6, 3, 4), (3,), (3,)]),
     "batch_norm-evaluated": (lambda x, w: F.batch_norm(x, x.new_ones(3), x.new_ones(3), w), [(6, 3), (3,)]),

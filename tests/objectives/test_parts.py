@@ -91,6 +91,7 @@ def work(rank: int, *keys: str) -> None:
             torch.testing.assert_close(a.grad.full_tensor(), b.grad)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="a JVP under FSDP is wrong before PyTorch 2.13")
 @pytest.mark.slow
 def test_processes_with_sharded_weights_and_different_times_do_not_wait_for_each_other(tmp_path):
     in_two_processes("tests.objectives.test_parts.work", tmp_path / "store", "lsd", "esd", "psd", "soflow")
