@@ -106,7 +106,7 @@ def test_a_run_is_loaded_and_sampled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert toy.main(["--dist", "moons", "--steps", "3", "--width", "16", "--points", "20"]) == 0
     scope: dict[str, object] = {}
-    exec(snippet("Load that run and sample it:"), scope)
+    exec(snippet("Sample that run:"), scope)
     assert scope["points"].shape == (1000, 2)
     assert scope["points"].isfinite().all()
 

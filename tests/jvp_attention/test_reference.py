@@ -87,6 +87,7 @@ def test_the_cpu_falls_back_and_says_so_once(monkeypatch, caplog):
 def test_works_without_triton():
     """As on macOS, where triton cannot be installed."""
     code = """
+import sys
 sys.modules["triton"] = None  # import triton raises ImportError
 import torch, jvp_attention
 x = torch.randn(6, 1, 1, 3, 4)
