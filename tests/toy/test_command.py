@@ -311,6 +311,7 @@ COMMANDS = {
     "tvm_ref.experiments.compare": ["--steps", "0"],
     "tvm_ref.experiments.seeds": ["--points", "1"],
     "tvm_ref.experiments.family": ["--samples", "1"],
+    "tvm_ref.experiments.causes": ["--colour"],
     "tvm_ref.experiments.bound_over_training": ["--grid", "7"],
     "tutorials.playground.page": ["nowhere"],
 }
