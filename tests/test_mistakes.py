@@ -67,7 +67,6 @@ MISTAKES = {  # what is done: how, which error, what it says
         ValueError,
         "labels must lie in 0 to 3, or be the null label 4; got 1 to 5",
     ),
-    "data with NaN": (lambda m: TVM(m)(X0 / 0 * 0, X1, TIMES), ValueError, "NaN or infinite"),
     "noise before the model": (lambda m: sample(X1, m), TypeError, "the model comes first"),
     "labels to drop without beta": (lambda m: drop_labels(LABEL, 3), TypeError, r"takes Condition\(label, beta\)"),
     "one step as a number with a point": (
@@ -107,6 +106,9 @@ def test_a_network_may_take_more_than_it_is_called_with():
 def test_data_far_out_and_beta_that_may_be_w_are_warned_of():
     with pytest.warns(UserWarning, match="data reach beyond 100, .* scale them"):  # images as bytes, in floats
         TVM(FlowMap(Waves()))(250 * torch.ones_like(X0), X1, TIMES)
+    for wrong in (torch.inf, torch.nan):
+        with pytest.warns(UserWarning, match="data hold NaN or infinite"):
+            TVM(FlowMap(Waves()))(torch.full_like(X0, wrong), X1, TIMES)
     with pytest.warns(UserWarning, match="was w meant"):
         FlowMap(Waves()).velocity(X1, T, Condition(LABEL, torch.full((5,), 2.0, dtype=torch.float64)))
 

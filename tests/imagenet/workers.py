@@ -59,7 +59,7 @@ def steps(world, count=3, poison=None, **fields):
     for step in range(count):
         batch = batches[step]
         if poison == (step, world.rank):
-            batch.x1[1] = float("nan")  # of data, NaN is refused before the loss
+            batch.x0[1] = float("nan")
         result = training.train_step(batch)
         metrics.append([*result.losses, result.gradient_norm])
     gradients = parallelize.full_state({name: p.grad for name, p in training.model.named_parameters()})
