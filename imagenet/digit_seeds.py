@@ -3,11 +3,13 @@
     python imagenet/digit_seeds.py                                               three seeds, two at a time
     python imagenet/digit_seeds.py --seeds 5 --jobs 1
     python imagenet/digit_seeds.py --objectives tvm lsd imf --rates 3e-3 1e-2    relatives, each at its best rate
+    python imagenet/digit_seeds.py --objectives tvm lsd --budget products        with equal arithmetic
     python imagenet/digit_seeds.py --options --steps 2000 --target-ema 0.5       with options of train.py
 
 Each run is one of train.py. The controls are one-step samples of flow matching and the mean image of each class. With
 --rates, every objective is first trained with each on a seed of its own, and the rate with the least Frechet distance
-in one step is used. All take the same number of steps, which cost some less than others. results.json has every score.
+in one step is used. All take the same number of steps, or, with --budget products, as many as cost the matrix products
+of the first objective's. results.json has every score.
 The exit status is 0 if every seed of the first objective passes (metrics/digits.py) and every control fails, else 1.
 """
 
@@ -19,12 +21,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from tvm_ref import OBJECTIVES
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import require_free, write_atomically
-from tvm_ref.cli.options import OneLineParser, require_at_least, run
+from tvm_ref.cli.options import OneLineParser, add_options, given, require_at_least, run
 from tvm_ref.cli.progress import progress
 
 Scores = dict[str, float]
@@ -40,6 +43,7 @@ def parser() -> OneLineParser:
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     p.add_argument("--out", type=Path, default=Path("runs/imagenet/digits-seeds"), help="folder of the runs")
     p.add_argument("--objectives", nargs="+", choices=CHOICES, default=["tvm"], help="what to minimise")
+    p.add_argument("--budget", choices=("steps", "products"), default="steps", help="what is equal")
     p.add_argument("--rates", nargs="+", type=float, default=[], help="learning rates to try (default: the preset's)")
     p.add_argument(
         "--options", nargs=argparse.REMAINDER, default=[], help="put last: further options of train.py, for every run"
@@ -74,10 +78,23 @@ def train_all(out: Path, runs: Mapping[str, Sequence[str]], jobs: int) -> dict[s
         pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C no other run is started
 
 
-def best_rates(out: Path, keys: Sequence[str], rates: Sequence[float], more: Sequence[str], jobs: int) -> Scores:
+def equal_products(keys: Sequence[str], more: Sequence[str]) -> dict[str, list[str]]:
+    """Return options of train.py for each objective and fm: the steps that cost what those of the first key cost."""
+    from imagenet.config import PRESETS, Config
+    from imagenet.cost.flops import counted_step_flops
+
+    fields = OneLineParser("train.py", "")
+    add_options(fields, Config)
+    config = replace(PRESETS["digits"], **given(fields.parse_known_args(more)[0], Config))
+    cost = {key: counted_step_flops(replace(config, objective=key)) for key in (*keys, "fm")}
+    return {key: [*more, "--steps", str(round(config.steps * cost[keys[0]] / cost[key]))] for key in cost}
+
+
+def best_rates(out: Path, rates: Sequence[float], more: Mapping[str, Sequence[str]], jobs: int) -> Scores:
     """Train every objective with every learning rate; returns the rate of the least Frechet distance in one step."""
+    keys = [key for key in more if key != "fm"]
     runs = {
-        f"{key}-lr{rate:g}": ["--objective", key, "--lr", str(rate), "--seed", str(SWEEP_SEED), *more]
+        f"{key}-lr{rate:g}": ["--objective", key, "--lr", str(rate), "--seed", str(SWEEP_SEED), *more[key]]
         for key in keys
         for rate in rates
     }
@@ -86,12 +103,13 @@ def best_rates(out: Path, keys: Sequence[str], rates: Sequence[float], more: Seq
     return {key: min(rates, key=lambda rate: scores[f"{key}-lr{rate:g}"]["1"]["frechet"]) for key in keys}
 
 
-def plan(keys: Sequence[str], rates: Mapping[str, float], seeds: int, more: Sequence[str]) -> dict[str, list[str]]:
-    """List the options of every run by name: fm, and KEY-seed0, KEY-seed1, ... of each objective."""
-    runs = {"fm": ["--objective", "fm", *more]}
-    for key in keys:
+def plan(more: Mapping[str, Sequence[str]], rates: Mapping[str, float], seeds: int) -> dict[str, list[str]]:
+    """List the options of every run by name: fm, and KEY-seed0, KEY-seed1, ... of each other objective."""
+    runs = {"fm": ["--objective", "fm", *more["fm"]]}
+    for key in more:
         rate = ["--lr", str(rates[key])] if key in rates else []
-        runs |= {f"{key}-seed{k}": ["--objective", key, *rate, "--seed", str(k), *more] for k in range(seeds)}
+        options = ["--objective", key, *rate, *more[key]]
+        runs |= {f"{key}-seed{k}": [*options, "--seed", str(k)] for k in range(seeds) if key != "fm"}
     return runs
 
 
@@ -123,11 +141,15 @@ def main(argv: list[str] | None = None) -> int:
         from imagenet.data.digits import load_digits
         from imagenet.metrics.digits import accepted, class_means, digit_metrics
 
-        keys, more, jobs = options.objectives, options.options, options.jobs
-        rates = best_rates(options.out, keys, options.rates, more, jobs) if options.rates else {}
+        keys, jobs = options.objectives, options.jobs
+        more = dict.fromkeys((*keys, "fm"), options.options)
+        if options.budget == "products":
+            more = equal_products(keys, options.options)
+            print("steps: " + ", ".join(f"{key} {words[-1]}" for key, words in more.items()))
+        rates = best_rates(options.out, options.rates, more, jobs) if options.rates else {}
         if rates:
             print("learning rates: " + ", ".join(f"{key} {rate:g}" for key, rate in rates.items()))
-        scores = train_all(options.out, plan(keys, rates, options.seeds, more), jobs)
+        scores = train_all(options.out, plan(more, rates, options.seeds), jobs)
         write_atomically(options.out / "results.json", json.dumps({"rates": rates, "runs": scores}, indent=2) + "\n")
     metrics = digit_metrics()
     controls = {

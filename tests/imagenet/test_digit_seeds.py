@@ -30,7 +30,8 @@ def test_a_run_that_fails_is_named_with_its_last_words(tmp_path, capsys):
 
 
 def test_other_objectives_have_the_times_of_their_papers_and_none_is_guided():
-    runs = digit_seeds.plan(["tvm", "meanflow", "lsd"], {"lsd": 0.003}, 2, ["--steps", "5"])
+    more = {key: ["--steps", "5"] for key in ("tvm", "meanflow", "lsd", "fm")}
+    runs = digit_seeds.plan(more, {"lsd": 0.003}, 2)
     assert list(runs) == ["fm", *(f"{key}-seed{k}" for key in ("tvm", "meanflow", "lsd") for k in range(2))]
     for name, options in runs.items():
         changes = options_module.given(train.parser().parse_args(["digits", *options]), Config)
@@ -43,6 +44,14 @@ def test_other_objectives_have_the_times_of_their_papers_and_none_is_guided():
         assert config.lr == (0.003 if key == "lsd" else PRESETS["digits"].lr)
 
 
+def test_equal_products_give_cheaper_steps_more_of_them():
+    """In forwards a step of flow matching is three, one of TVM ten; of LSD's a quarter is TVM's without its three."""
+    more = digit_seeds.equal_products(["tvm", "lsd"], ["--lr", "0.1", "--steps", "1000"])
+    steps = {key: int(options[-1]) for key, options in more.items()}
+    assert steps == {"tvm": 1000, "lsd": pytest.approx(2500, rel=0.03), "fm": pytest.approx(10_000 / 3, rel=0.03)}
+    assert all(options[:2] == ["--lr", "0.1"] for options in more.values())
+
+
 def test_the_rate_of_the_least_distance_is_chosen_and_a_diverged_one_never(tmp_path, monkeypatch):
     distances = {"tvm-lr0.01": 0.3, "tvm-lr0.1": 0.2, "lsd-lr0.01": 0.5}
 
@@ -53,7 +62,8 @@ def test_the_rate_of_the_least_distance_is_chosen_and_a_diverged_one_never(tmp_p
         return {"1": {"accuracy": 1.0, "frechet": distances[folder.name], "recall": 0.5}}
 
     monkeypatch.setattr(digit_seeds, "train_and_score", judged)
-    assert digit_seeds.best_rates(tmp_path, ["tvm", "lsd"], [0.01, 0.1], [], 2) == {"tvm": 0.1, "lsd": 0.01}
+    more = {"tvm": [], "lsd": [], "fm": []}
+    assert digit_seeds.best_rates(tmp_path, [0.01, 0.1], more, 2) == {"tvm": 0.1, "lsd": 0.01}
     assert set(json.loads((tmp_path / "sweep.json").read_text())) == {*distances, "lsd-lr0.1"}
 
 
