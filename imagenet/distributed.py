@@ -49,12 +49,6 @@ class World:
         found: list[bool] = (self.all_gather([float(flag) for flag in flags]) > 0).any(0).tolist()
         return found
 
-    def sum(self, a: Tensor) -> Tensor:
-        """Sum a tensor on the CPU over all processes, in place."""
-        if self.size > 1:
-            distributed.all_reduce(a, group=self.group)
-        return a
-
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.all_gather([0.0])

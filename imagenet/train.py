@@ -29,7 +29,6 @@ from imagenet.data.image_sets import Data, fit_to_latents, load_data, provenance
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import load_vae
 from imagenet.distributed import World
-from imagenet.metrics.fid import Metric, make_metric
 from imagenet.model.parallelize import check_version
 from imagenet.training.run import Run
 from imagenet.training.step import Training
@@ -44,7 +43,6 @@ from tvm_ref.objectives import OBJECTIVES, TERMS
 
 GO_ON = "the same command with --resume continues"
 THREADS = 1  # on a CPU, unless OMP_NUM_THREADS is set: more help digits little and hurt much on busy cores
-MEASURED = 10_000  # images for each FID while training; published FIDs use 50,000, as evaluate.py does
 
 Plan = tuple[Config, bool, Provenance]  # of a run: whether it is resumed, and where its data are from
 
@@ -61,11 +59,9 @@ class Options:
     log_every: int = option(20, "steps between lines of train.jsonl")
     save_every: int = option(250, "steps between checkpoints, each with its evaluation weights and a grid of samples")
     keep: int = option(3, "number of checkpoints that stay, the newest")
-    evaluate_every: int = option(0, "steps between measurements of one-step samples; 0: none")
-    reference: str | None = option(None, "mu and sigma of real images, .npz or .pkl, for their FID; digits need none")
 
     def __post_init__(self) -> None:
-        require_at_least(0, workers=self.workers, evaluate_every=self.evaluate_every)
+        require_at_least(0, workers=self.workers)
         require_at_least(1, log_every=self.log_every, save_every=self.save_every, keep=self.keep)
 
 
@@ -166,9 +162,7 @@ def load_decoder(provenance: Provenance, world: World) -> nn.Module | None:
     return vae.to(world.device)
 
 
-def begin(
-    preset: str, changes: dict[str, Any], options: Options, world: World, metric: Metric | None = None
-) -> tuple[Run, Data]:
+def begin(preset: str, changes: dict[str, Any], options: Options, world: World) -> tuple[Run, Data]:
     """Make a run, or restore the one that is resumed, and load its data; see make_plan.
 
     Raises:
@@ -178,12 +172,8 @@ def begin(
     made = world.on_first(lambda: make_plan(preset, changes, out, options, world.size))
     config, resumed, provenance = world.broadcast(made and made[0])
     data = made[1] if made is not None else load_data(config, options.data_path)
-    if options.evaluate_every and metric is None:
-        reference = None if options.reference is None else Path(options.reference)
-        metric = make_metric(config, reference, None, MEASURED - MEASURED % world.size, world)
     vae = load_decoder(provenance, world)
-    run = Run(out, Training(config, world), provenance, options.keep)
-    run.vae, run.metric = vae, metric
+    run = Run(out, Training(config, world), provenance, options.keep, vae)
     run.start()
     world.on_first(run.create)
     if not resumed and options.resume and world.first:
@@ -223,8 +213,6 @@ def train(run: Run, data: Data, options: Options) -> bool:
                 line = run.log.write(metrics)
                 shown = (*TERMS, "images_per_second", "data_wait", "gib")
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in shown}, refresh=False)
-            if options.evaluate_every and step % options.evaluate_every == 0:
-                run.evaluate()
             if step % options.save_every == 0 or save:
                 run.save()
                 run.draw_grid(f"samples/{step:08d}.png")
@@ -247,8 +235,8 @@ def hint_at_memory() -> Iterator[None]:
         raise
 
 
-def main(argv: list[str] | None = None, metric: Metric | None = None) -> int:
-    """Run the command; `metric` replaces what measures the run. Returns the exit status: 0 done, 130 stopped."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 130 stopped."""
     started = time.perf_counter()
     command = parser()
     arguments = command.parse_args(argv)
@@ -258,7 +246,7 @@ def main(argv: list[str] | None = None, metric: Metric | None = None) -> int:
             world = stack.enter_context(distributed.process_group(options.device))
             if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(THREADS)
-            run, data = begin(arguments.preset, given(arguments, Config), options, world, metric)
+            run, data = begin(arguments.preset, given(arguments, Config), options, world)
         with command.errors(GO_ON), hint_at_memory():
             finished = train(run, data, options)
             scores = run.write_report(time.perf_counter() - started).get("nfe", {}) if finished else {}

@@ -37,12 +37,6 @@ def gaussian_statistics(features: ArrayLike) -> Gaussian:
     return Gaussian(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)))
 
 
-def gaussian_of_sums(total: ArrayLike, squares: ArrayLike, n: int) -> Gaussian:
-    """Compute mean and covariance of n features from their sum [D] and the sum of their outer products [D, D]."""
-    mean = np.asarray(total, np.float64) / n
-    return Gaussian(mean, (np.asarray(squares, np.float64) - n * np.outer(mean, mean)) / (n - 1))
-
-
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
     """Compute the squared Frechet distance of Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
 

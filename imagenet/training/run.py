@@ -3,7 +3,6 @@
     config.json            the configuration
     data.json              what it is trained on (provenance.py)
     train.jsonl            a line per --log-every steps (log.py)
-    evaluations.jsonl      a line per --evaluate-every steps (fid.py)
     samples/               a grid per checkpoint
     checkpoints/           the newest states, each with its evaluation weights (checkpoint.py)
     weights.safetensors    evaluation weights, once training is done, as all below
@@ -25,17 +24,15 @@ from torch import nn
 
 from imagenet.data.image_files import save_png
 from imagenet.data.provenance import Provenance
-from imagenet.metrics.fid import Metric
 from imagenet.model.parallelize import full_state
 from imagenet.sampler import Generator
 from imagenet.training.checkpoint import Saver, load_newest
-from imagenet.training.log import Log, keep_lines
+from imagenet.training.log import Log
 from imagenet.training.step import Training
 from imagenet.weights import CONFIG, DATA, WEIGHTS, load_initial, read_config, save_weights
 from tvm_ref import OBJECTIVES
 from tvm_ref.cli.files import write_atomically
 
-EVALUATIONS = "evaluations.jsonl"
 NFES = (1, 4)  # numbers of steps that are drawn and scored at the end
 
 
@@ -47,17 +44,13 @@ class Run:
         training: the training.
         provenance: what it is trained on.
         keep: number of checkpoints that stay.
-
-    Attributes:
         vae: the autoencoder of latents, on the device; None shows latents as they are.
-        metric: measures the evaluation weights while training, if it is to be measured.
     """
 
-    vae: nn.Module | None = None
-    metric: Metric | None = None
-
-    def __init__(self, folder: Path, training: Training, provenance: Provenance, keep: int = 3):
-        self.folder, self.training, self.provenance = folder, training, provenance
+    def __init__(
+        self, folder: Path, training: Training, provenance: Provenance, keep: int, vae: nn.Module | None = None
+    ):
+        self.folder, self.training, self.provenance, self.vae = folder, training, provenance, vae
         self.world = training.world
         self.log = Log(folder, training)
         self.saver = Saver(folder, keep, self.world)
@@ -70,7 +63,6 @@ class Run:
             weights.rename(weights.with_stem(f"{weights.stem}-{steps:08d}"))
         if self.training.step == 0:  # of a run that failed before it saved
             shutil.rmtree(self.folder / "samples", ignore_errors=True)
-        keep_lines(self.folder / EVALUATIONS, self.training.step)
         write_atomically(self.folder / DATA, self.provenance.to_json() + "\n")
         write_atomically(self.folder / CONFIG, self.training.config.to_json() + "\n")
 
@@ -123,14 +115,6 @@ class Run:
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             save_png(path, image)
-
-    def evaluate(self) -> None:
-        """Measure one-step samples of the evaluation weights."""
-        assert self.metric is not None
-        scores = self.metric(self.generator(), 1, self.world)
-        if self.world.first:
-            with (self.folder / EVALUATIONS).open("a") as file:
-                file.write(json.dumps({"step": self.training.step, "nfe": {"1": scores}}) + "\n")
 
     def write_report(self, total_seconds: float) -> dict[str, Any]:
         """Write weights, grids and metrics.json of a training that is done; returns the metrics.

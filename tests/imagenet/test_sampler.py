@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from imagenet import evaluate, sample, train
 from imagenet.config import Config, build_model
 from imagenet.data.image_files import grid
 from imagenet.sampler import Generator, load_generator, untrained_guidance
+from tests.imagenet.commands import ON_LATENTS, command
 from tests.imagenet.workers import randomise
 
 
@@ -39,6 +41,25 @@ def test_a_run_s_grids_are_the_images_that_sample_draws(run, tmp_path, steps):
     np.testing.assert_array_equal(np.array(Image.open(run / f"samples-{steps}.png")), expected)
     if steps == 1:  # the last grid drawn while training
         np.testing.assert_array_equal(np.array(Image.open(run / "samples" / "00000004.png")), expected)
+
+
+def test_grids_of_a_run_on_latents_show_pictures(latent_run):
+    """They once showed the latents' channels."""
+    generator = load_generator(latent_run)
+    assert generator.vae is not None
+    np.testing.assert_array_equal(np.array(Image.open(latent_run / "samples-1.png")), generator.grid(1))
+
+
+@pytest.mark.slow
+def test_where_the_autoencoder_cannot_be_had_grids_show_latents(latents, vae, tmp_path, capsys):
+    shutil.copytree(latents, tmp_path / "latents")
+    index = json.loads((latents / "latents.json").read_text()) | {"vae": str(tmp_path / "elsewhere" / vae.name)}
+    (tmp_path / "latents" / "latents.json").write_text(json.dumps(index))
+    assert command(tmp_path / "run", "--data-path", tmp_path / "latents", "--steps", 1, base=ON_LATENTS) == 0
+    assert "elsewhere/tiny here, and it could not be fetched" in capsys.readouterr().out
+    shown = np.array(Image.open(tmp_path / "run" / "samples-1.png"))
+    pictures = load_generator(tmp_path / "run", vae=str(vae)).grid(1)  # the same autoencoder in another place
+    assert pictures.shape != shown.shape or not np.array_equal(shown, pictures)
 
 
 def test_a_run_s_scores_are_those_that_evaluate_gives(run, tmp_path):

@@ -19,11 +19,11 @@ from tests.imagenet.commands import command, losses, same, status
 def test_a_run_leaves_every_file(tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--steps", "6", "--batch-size", "16", "--hidden-size", "16", "--depth", "1", "--log-every", "2"]
-    options += ["--save-every", "4", "--evaluate-every", "3"]
+    options += ["--save-every", "4"]
     assert train.main([*options, "--out", str(folder)]) == 0
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "data.json", "train.jsonl", "samples", "checkpoints", "weights.safetensors",
-        "samples-1.png", "samples-4.png", "metrics.json", "evaluations.jsonl",
+        "samples-1.png", "samples-4.png", "metrics.json",
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "samples").iterdir())] == ["00000004.png"]
     saved = checkpoints(folder)
@@ -41,9 +41,6 @@ def test_a_run_leaves_every_file(tmp_path, capsys):
     assert set(metrics["nfe"]["1"]) == {"accuracy", "frechet", "frechet_held_out", "recall"}
     assert 0 < metrics["seconds"]["training"] < metrics["seconds"]["total"]
     assert metrics["steps"] == {"done": 6, "planned": 6}
-    evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in evaluations] == [3, 6]
-    assert evaluations[-1]["nfe"] == {"1": metrics["nfe"]["1"]}
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert all(line["images_per_second"] > 0 and line["gib"] > 0 and 0 <= line["data_wait"] < 1 for line in lines)
@@ -135,10 +132,10 @@ def test_a_run_is_never_overwritten_and_keeps_its_options(tmp_path, capsys):
             command(tmp_path / name)
 
 
-def test_there_are_42_options():
+def test_there_are_40_options():
     """Each one more is one more that everybody reads."""
     options = [a for a in train.parser()._actions if a.option_strings and a.dest != "help"]
-    assert len(options) <= 42
+    assert len(options) <= 40
 
 
 def test_help_shows_presets_and_fields(capsys):
