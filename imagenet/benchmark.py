@@ -21,12 +21,12 @@ from dataclasses import replace
 
 import torch
 
-from imagenet import distributed
 from imagenet.config import PRESETS, Config
 from imagenet.cost.flops import counted_step_flops, least_step_flops, weights_of
 from imagenet.data.batches import Batches
 from imagenet.data.image_sets import load_data
-from imagenet.distributed import World
+from imagenet.model import distributed
+from imagenet.model.distributed import World
 from imagenet.training.log import peak_memory
 from imagenet.training.step import Training
 from tvm_ref.cli.errors import UserError

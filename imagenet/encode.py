@@ -27,11 +27,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from imagenet import distributed
 from imagenet.data.image_files import Pixels, find_images, read_image
 from imagenet.data.latents import FORMAT, INDEX, measured_normalisation, moments, write_shard
 from imagenet.data.vae import NORMALISATION, VAE, encode, load_vae
-from imagenet.distributed import World
+from imagenet.model import distributed
+from imagenet.model.distributed import World
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import read_json, require_free, write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, given, option, require_at_least, run

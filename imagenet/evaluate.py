@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from imagenet import distributed
 from imagenet.data.digits import TEST
 from imagenet.data.image_files import ImageFiles
 from imagenet.metrics.digits import SETS, measure_model
 from imagenet.metrics.fid import Candidates, measure
 from imagenet.metrics.inception import Extractor, Inception
 from imagenet.metrics.references import read_reference
+from imagenet.model import distributed
 from imagenet.sampler import Generator, add_model_options, load_model
 from tvm_ref.cli.errors import UserError
 from tvm_ref.cli.files import require_new, write_atomically

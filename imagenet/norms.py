@@ -25,7 +25,7 @@ from torch import Tensor
 from imagenet.config import Config
 from imagenet.data.batches import Batches
 from imagenet.data.image_sets import load_data
-from imagenet.distributed import World
+from imagenet.model.distributed import World
 from imagenet.model.dit import EPS
 from imagenet.training.step import Training
 from tvm_ref.cli.errors import UserError, user_files

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from imagenet import distributed
 from imagenet.data.image_files import EXTENSIONS, ImageFiles, grid, save_png, write_npz
+from imagenet.model import distributed
 from imagenet.sampler import ROWS, Generator, add_model_options, load_model
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import require_free, require_new, write_atomically

@@ -18,7 +18,7 @@ from imagenet.data.image_files import Pixels, to_pixels
 from imagenet.data.noise import PRIOR, normal
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import LATENT_SIDE, NORMALISATION, VAE, Normalisation, decode, load_vae
-from imagenet.distributed import World
+from imagenet.model.distributed import World
 from imagenet.weights import load_weights, read_provenance
 from tvm_ref import OBJECTIVES, Condition, FlowMap, sample
 from tvm_ref.cli.errors import UserError

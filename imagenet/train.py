@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from imagenet import distributed
 from imagenet.config import OF_DATA, PRESETS, RESUMABLE, Config
 from imagenet.data.batches import Batches, loader
 from imagenet.data.image_sets import Data, fit_to_latents, load_data, provenance_of
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import load_vae
-from imagenet.distributed import World
+from imagenet.model import distributed
+from imagenet.model.distributed import World
 from imagenet.model.parallelize import check_version
 from imagenet.training.run import Run
 from imagenet.training.step import Training

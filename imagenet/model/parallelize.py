@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from imagenet.distributed import BACKENDS, World
+from imagenet.model.distributed import BACKENDS, World
 from imagenet.model.dit import Block
 from tvm_ref import EMA, FlowMap
 from tvm_ref.cli.errors import UserError

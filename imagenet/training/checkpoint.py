@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagenet.distributed import World
+from imagenet.model.distributed import World
 from imagenet.weights import CHECKPOINTS, checkpoints
 from tvm_ref.cli.errors import UserError, first_line
 from tvm_ref.cli.files import read_json

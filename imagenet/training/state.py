@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.logger import _dcp_logger
 from torch.distributed.checkpoint.metadata import Metadata
 
-from imagenet.distributed import World
+from imagenet.model.distributed import World
 from tvm_ref.cli.errors import UserError, first_line
 
 ALONE = "torch.distributed is disabled"  # how a warning begins that is true of one process, and no fault

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from imagenet.config import Config, build_model
 from imagenet.data.batches import Batch
-from imagenet.distributed import World
 from imagenet.model import parallelize
+from imagenet.model.distributed import World
 from tvm_ref import EMA, FlowMap
 from tvm_ref.objectives import TERMS
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from imagenet import distributed
 from imagenet.data.latents import Latents
-from imagenet.distributed import World
 from imagenet.encode import Settings, centre_crop, main
+from imagenet.model import distributed
+from imagenet.model.distributed import World
 
 pytest.importorskip("diffusers")
 from tests.autoencoders import tiny_vae

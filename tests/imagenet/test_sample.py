@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from imagenet import distributed
 from imagenet.config import Config, build_model
 from imagenet.data.image_files import ImageFiles, grid
 from imagenet.data.noise import PRIOR, normal
 from imagenet.data.vae import NORMALISATION, decode
-from imagenet.distributed import World
+from imagenet.model import distributed
+from imagenet.model.distributed import World
 from imagenet.sample import main
 from imagenet.sampler import Generator
 from imagenet.weights import save_weights

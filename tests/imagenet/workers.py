@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from imagenet import distributed
 from imagenet.config import Config
 from imagenet.data.batches import Batches
 from imagenet.data.image_sets import load_data
-from imagenet.model import parallelize
+from imagenet.model import distributed, parallelize
 from imagenet.training.checkpoint import Saver, read_checkpoint
 from imagenet.training.step import Training
 

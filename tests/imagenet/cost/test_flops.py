@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from imagenet.config import PRESETS, Config, build_model
 from imagenet.cost import table
 from imagenet.cost.flops import count_flops, counted_step_flops, forward_flops, least_step_flops
-from imagenet.distributed import World
+from imagenet.model.distributed import World
 from imagenet.training.step import Training
 from tvm_ref import EMA, OBJECTIVES, TVM, Condition, Linear, TimeSampler
 from tvm_ref.seeding import uniform_numbers

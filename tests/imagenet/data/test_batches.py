@@ -7,7 +7,7 @@ from imagenet.config import PRESETS, Config
 from imagenet.data import batches as batches_module
 from imagenet.data.batches import Batches, loader
 from imagenet.data.image_sets import Images, load_data
-from imagenet.distributed import World
+from imagenet.model.distributed import World
 from imagenet.training.step import Training
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from imagenet.distributed import World
+from imagenet.model.distributed import World
 from imagenet.training.checkpoint import Saver, load_newest, read_checkpoint
 from imagenet.training.state import _Unpickler, on_cpu, part_of_rank
 from imagenet.weights import checkpoints

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from imagenet import train
 from imagenet.config import Config, build_model
-from imagenet.distributed import World
+from imagenet.model.distributed import World
 from imagenet.model.parallelize import full_state
 from imagenet.training import log as log_module
 from imagenet.training.step import StepMetrics, Training

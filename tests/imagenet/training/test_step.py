@@ -10,7 +10,7 @@ from imagenet import train
 from imagenet.config import Config, build_model
 from imagenet.data.batches import Batches
 from imagenet.data.image_sets import load_data
-from imagenet.distributed import World
+from imagenet.model.distributed import World
 from imagenet.training.step import Training, learning_rate, make_optimizer
 from tests.imagenet import straight_line
 from tests.imagenet.commands import same

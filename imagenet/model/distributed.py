@@ -1,4 +1,4 @@
-"""World: the processes that work together, their ranks and collectives. Imports nothing of this package."""
+"""World: the processes that work together, their ranks and collectives."""
 
 import contextlib
 import os
