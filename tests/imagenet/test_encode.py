@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from imagenet.data.latents import Latents
-from imagenet.encode import Settings, centre_crop, main
+from imagenet.data.pictures import centre_crop
+from imagenet.encode import Settings, main
 from imagenet.model import distributed
 from imagenet.model.distributed import World
 
@@ -37,24 +38,6 @@ def encode(source: Path, out: Path, *more: str, vae: torch.nn.Module | None = No
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_centre_crop_of_a_fitting_image_is_its_middle():
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 22, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(centre_crop(Image.fromarray(pixels), 16), pixels[:, 3:19])
-
-
-def test_centre_crop_halves_by_averaging():
-    """From 32 to 16 every pixel is the mean of four: reducing by one bicubic step would alias."""
-    pixels = 4 * np.random.default_rng(0).integers(0, 64, (32, 32, 3), dtype=np.uint8)
-    means = pixels.reshape(16, 2, 16, 2, 3).astype(float).mean((1, 3))
-    assert np.abs(centre_crop(Image.fromarray(pixels), 16) - means).max() <= 0.5
-
-
-@pytest.mark.parametrize("size", [(100, 41), (7, 31), (33, 32), (640, 16)])
-def test_centre_crop_of_any_shape_is_square_and_keeps_a_constant(size):
-    grey = Image.new("RGB", size, (77, 77, 77))
-    np.testing.assert_array_equal(centre_crop(grey, 16), np.full((16, 16, 3), 77))
 
 
 def test_latents_are_the_posteriors_of_the_images(source, tmp_path):
@@ -188,11 +171,3 @@ def test_a_source_that_is_gone_is_no_reason_to_skip_its_images(source, tmp_path)
     with pytest.raises(FileNotFoundError, match="images is gone"):
         encode(source, tmp_path / "out", vae=vae)
     assert not (tmp_path / "out" / "00000.json").exists()
-
-
-def test_a_strip_is_cut_before_it_is_resized(monkeypatch):
-    """A PNG of 92 bytes, 4000 x 1, took a gigabyte."""
-    sizes, resize = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a: sizes.append(size) or resize(self, size, *a))
-    assert (centre_crop(Image.new("RGB", (4000, 1), (10, 200, 10)), 256) == (10, 200, 10)).all()
-    assert max(max(size) for size in sizes) <= 8 * 256
