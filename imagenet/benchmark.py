@@ -29,7 +29,7 @@ from imagenet.model import distributed
 from imagenet.model.distributed import World
 from imagenet.training.log import peak_memory
 from imagenet.training.step import Training
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import require
 from tvm_ref.cli.options import OneLineParser, add_options, given, require_at_least, run
 from tvm_ref.cli.progress import progress
 
@@ -112,8 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     options = command.parse_args(argv)
     with command.errors(), distributed.process_group(options.device) as world:
         require_at_least(1, timed=options.timed)
-        if world.size > 1:
-            raise UserError("this runs as one process, on one device")
+        require(world.size == 1, "this runs as one process, on one device")
         config = replace(PRESETS[options.preset], **given(options, Config), data="synthetic")
         print(*measure(config, world, options.timed), sep="\n")
     return 0

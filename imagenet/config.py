@@ -11,7 +11,7 @@ from torch import nn
 
 from imagenet.model.dit import ATTENTION, DiT, DiTConfig
 from tvm_ref import OBJECTIVES, TIME_SAMPLERS, FlowMap, TimeSampler
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import UserError, require, user_errors
 from tvm_ref.cli.options import check_types, flag, option, read_settings, require_at_least
 from tvm_ref.objectives import Objective
 
@@ -104,28 +104,30 @@ class Config:
     def __post_init__(self) -> None:
         check_types(self)
         for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, int) and abs(value) > (largest := LARGEST.get(name, 2**63 - 1)):
-                raise UserError(f"{flag(name)} must be at most {largest}")
+            largest = LARGEST.get(name, 2**63 - 1)
+            require(not isinstance(value, int) or abs(value) <= largest, f"{flag(name)} must be at most {largest}")
         require_at_least(1, **{k: getattr(self, k) for k in ("steps", "batch_size", "accumulate")})
         require_at_least(0, warmup=self.warmup, clip=self.clip, seed=self.seed)
-        if not (0 < self.lr < float("inf") and self.clip < float("inf")):
-            raise UserError(f"--lr must be positive and finite, and --clip finite; got {self.lr} and {self.clip}")
-        if not 0 < self.w < float("inf") or not self.w <= (self.w_max or self.w) < float("inf"):
-            raise UserError(f"--w must be positive and at most --w-max, got {self.w} and {self.w_max}")
+        finite = 0 < self.lr < float("inf") and self.clip < float("inf")
+        require(finite, f"--lr must be positive and finite, and --clip finite; got {self.lr} and {self.clip}")
+        ordered = 0 < self.w <= (self.w_max or self.w) < float("inf")
+        require(ordered, f"--w must be positive and at most --w-max, got {self.w} and {self.w_max}")
         for name in ("beta2", "target_ema", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{flag(name)} must lie in [0, 1], got {getattr(self, name)}")
-        if self.batch_size % self.accumulate:
-            raise UserError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
-        if self.optimizer == "soap" and self.parallel == "fsdp":
-            raise UserError("--optimizer soap needs unsharded weights: it does not go with --parallel fsdp")
-        if self.compile and self.parallel == "fsdp":
-            raise UserError("--compile has not been tried with --parallel fsdp: choose one")
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{flag(name)} must lie in [0, 1], got {value}")
+        divides = self.batch_size % self.accumulate == 0
+        require(divides, f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
+        if self.parallel == "fsdp":
+            require(
+                self.optimizer != "soap",
+                "--optimizer soap does not go with --parallel fsdp, which shards weights",
+            )
+            require(not self.compile, "--compile has not been tried with --parallel fsdp: choose one")
         kind = OBJECTIVES[self.objective]
         settings = read_settings(f"--settings of --objective {self.objective}", kind, self.settings, ("null_label",))
         object.__setattr__(self, "settings", settings)
-        if self.guided and not kind.has_guidance:
-            raise UserError(f"--objective {self.objective} has no guidance here: it goes with --w 1")
+        able = kind.has_guidance or not self.guided
+        require(able, f"--objective {self.objective} has no guidance here: it goes with --w 1")
         try:
             self.sampler()
             self.network()
@@ -174,19 +176,11 @@ class Config:
         Raises:
             UserError: no JSON, a later format, unknown keys, bad values.
         """
-        try:
+        damaged = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+        with user_errors("not a configuration of this program", *damaged):
             stored = json.loads(text)
-        except (ValueError, RecursionError):
-            stored = None
-        if not isinstance(stored, dict) or not isinstance(stored.get("format"), int):
-            raise UserError("not a configuration of this program")
-        if stored.pop("format") > FORMAT:
-            raise UserError("a configuration of a later version of this program")
-        names = [f.name for f in dataclasses.fields(Config)]
-        unknown = [f"{name!r:.80}" for name in stored if name not in names]
-        if unknown:
-            raise UserError(f"not a configuration of this program: unknown {', '.join(unknown[:5])}")
-        return Config(**stored)
+            require(stored.pop("format") <= FORMAT, "it is of a later version")
+            return Config(**stored)
 
 
 RESUMABLE = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("resume"))

@@ -21,7 +21,7 @@ from imagenet.data.provenance import Provenance
 from imagenet.data.vae import LATENT_SIDE, NORMALISATION, VAE
 from imagenet.foreign import luma
 from imagenet.weights import check_weights, save_weights
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import UserError, user_errors
 from tvm_ref.cli.files import require_new, require_suffix
 from tvm_ref.cli.options import OneLineParser, run
 
@@ -57,10 +57,8 @@ def convert(source: Path, out: Path, preset: str | None = None) -> Config:
         raise UserError(f"the name {source.name} is not one of {names}: say the preset with --preset")
     tensors, scaled = luma.read_released(source)
     config = PRESETS[preset] if scaled is None else replace(PRESETS[preset], scaled=scaled)  # the file knows best
-    try:
+    with user_errors(source, UserError):
         check_weights(tensors, config)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
     with source.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     tensors = {name: a.float().clone(memory_format=torch.contiguous_format) for name, a in tensors.items()}

@@ -30,7 +30,7 @@ from imagenet.data.pictures import Entry, list_images, load_ahead
 from imagenet.data.vae import NORMALISATION, VAE, encode, load_vae
 from imagenet.model import distributed
 from imagenet.model.distributed import World
-from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.errors import require, user_files
 from tvm_ref.cli.files import read_json, require_free, write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, given, option, require_at_least, run
 from tvm_ref.cli.progress import progress
@@ -84,10 +84,8 @@ def prepare(source: Path, out: Path, plan: dict[str, Any]) -> None:
     if (out / PLAN).exists():
         before = read_json(out / PLAN, "encoding", tuple(plan))
         for key, value in plan.items():
-            if before[key] != value:
-                raise UserError(
-                    f"{out} holds an encoding of other {key} ({before[key]}, not {value}); choose another --out"
-                )
+            other = f"an encoding of other {key} ({before[key]}, not {value})"
+            require(before[key] == value, f"{out} holds {other}; choose another --out")
         return
     require_free(out, (PLAN,), "latents")
     classes, entries = list_images(source)
@@ -142,8 +140,7 @@ def finish(out: Path, shards: dict[str, list[Entry]], plan: dict[str, Any], sett
     reports = [read_json(out / f"{name}.json", "shard") for name in shards]
     total = sum(map(len, shards.values()))
     count = sum(report["count"] for report in reports)
-    if not count:
-        raise UserError(f"not one of {total} images could be read")
+    require(count > 0, f"not one of {total} images could be read")
     measured = measured_normalisation(reports)
     index = {
         "format": FORMAT,
@@ -170,10 +167,9 @@ def encode_folder(
         UserError: bad input.
         FloatingPointError: see encode_shard.
     """
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder")
-    if out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"--out {out} lies inside {source}, where it would count as a class")
+    require(source.is_dir(), f"{source} is not a folder")
+    inside = out.resolve().is_relative_to(source.resolve())
+    require(not inside, f"--out {out} lies inside {source}, where it would count as a class")
     vae = (load_vae(settings.vae) if vae is None else vae).to(world.device)  # first: a failure leaves no folder behind
     decisive = {name: value for name, value in asdict(settings).items() if name != "workers"}
     plan = {"format": FORMAT, "source": str(source.resolve())}

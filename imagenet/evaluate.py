@@ -31,7 +31,7 @@ from imagenet.metrics.inception import Extractor, Inception
 from imagenet.metrics.references import read_reference
 from imagenet.model import distributed
 from imagenet.sampler import Generator, add_model_options, load_model
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import UserError, require
 from tvm_ref.cli.files import require_new, write_atomically
 from tvm_ref.cli.options import OneLineParser, require_at_least, run
 
@@ -73,10 +73,8 @@ def stored_images(source: Path, count: int | None, size: int) -> Candidates:
     if images.left_out:
         print(f"warning: {images.left_out} files are left out: no images by their endings", file=sys.stderr)
     count = count or len(images)
-    if count > len(images):
-        raise UserError(f"{source} holds {len(images)} images, fewer than --count {count}")
-    if count < LEAST:
-        raise UserError(f"{source} holds {count} images; {LEAST} are the least that can be measured")
+    require(count <= len(images), f"{source} holds {len(images)} images, fewer than --count {count}")
+    require(count >= LEAST, f"{source} holds {count} images; {LEAST} are the least that can be measured")
     return {"images": (images.batches(size, count), count)}
 
 
@@ -112,8 +110,7 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None, vae:
     with command.errors(), distributed.process_group(options.device) as world:
         require_at_least(1, steps=min(steps), batch_size=size)
         require_at_least(LEAST, count=PUBLISHED if options.count is None else options.count)
-        if world.size > 1:
-            raise UserError("this runs as one process; sample.py under torchrun draws images faster")
+        require(world.size == 1, "this runs as one process; sample.py under torchrun draws images faster")
         require_new(options.out)  # a folder that cannot be made is noticed before the work
         is_model = source.suffix == ".safetensors" or (source / "config.json").is_file()
         generator = load_model(options, world, vae) if is_model else None

@@ -28,7 +28,7 @@ from imagenet.data.image_sets import load_data
 from imagenet.model.distributed import World
 from imagenet.model.dit import EPS
 from imagenet.training.step import Training
-from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.errors import require, user_files
 from tvm_ref.cli.files import read_json, require_suffix, write_atomically
 from tvm_ref.cli.options import OneLineParser, require_at_least, run
 from tvm_ref.cli.progress import progress
@@ -67,8 +67,8 @@ def case_name(config: Config) -> str:
 def read_results(path: Path, sizes: dict[str, int]) -> list[dict[str, Any]]:
     """Read the trainings of a file that an earlier command wrote, with the same sizes."""
     stored = read_json(path, "measurement of norms", ("runs",))
-    if any(stored.get(name) != size for name, size in sizes.items()):
-        raise UserError(f"{path} holds trainings with other sizes: choose another --out")
+    same = all(stored.get(name) == size for name, size in sizes.items())
+    require(same, f"{path} holds trainings with other sizes: choose another --out")
     runs: list[dict[str, Any]] = stored["runs"]
     return runs
 

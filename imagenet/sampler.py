@@ -21,7 +21,7 @@ from imagenet.data.vae import LATENT_SIDE, NORMALISATION, VAE, Normalisation, de
 from imagenet.model.distributed import World
 from imagenet.weights import load_weights, read_provenance
 from tvm_ref import OBJECTIVES, Condition, FlowMap, sample
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import UserError, require
 
 CPU = torch.device("cpu")
 BATCH = 64  # samples at a time, where nothing else is said
@@ -139,12 +139,10 @@ def load_generator(
     device = torch.device(device)
     flow_map, config = load_weights(source, attention=None if device.type == "cuda" else "plain")
     known = read_provenance(source) or Provenance(config.data)
-    if classes is not None and not all(0 <= k < config.classes for k in classes):
-        raise UserError(f"classes must lie in 0 to {config.classes - 1}, got {list(classes)}")
-    if w is not None and not 0 < w < float("inf"):
-        raise UserError(f"w must be positive and finite, got {w}")
-    if seed < 0:
-        raise UserError(f"seed must be at least 0, got {seed}")
+    known_classes = all(0 <= k < config.classes for k in classes or ())
+    require(known_classes, f"classes must lie in 0 to {config.classes - 1}, got {classes}")
+    require(w is None or 0 < w < float("inf"), f"w must be positive and finite, got {w}")
+    require(seed >= 0, f"seed must be at least 0, got {seed}")
     generator = Generator(flow_map.to(device), config, device, classes, w, seed)
     if config.data not in ("latents", "synthetic"):
         return generator

@@ -33,7 +33,7 @@ from imagenet.model.parallelize import check_version
 from imagenet.training.run import Run
 from imagenet.training.step import Training
 from imagenet.weights import CONFIG, WEIGHTS, checkpoints, read_config, read_provenance
-from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.errors import UserError, require, user_files
 from tvm_ref.cli.files import require_free
 from tvm_ref.cli.options import OneLineParser, add_options, flag, given, option, require_at_least
 from tvm_ref.cli.options import run as run_command
@@ -104,8 +104,8 @@ def _check_steps(folder: Path, stored: Config, steps: int) -> None:
     if steps != stored.steps and shaped:
         reason = f"its {shaped[0]} was shaped by them"
         raise UserError(f"--resume keeps a run's options: {folder} has --steps {stored.steps}, as {reason}")
-    if steps < stored.steps:
-        raise UserError(f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
+    more = steps >= stored.steps
+    require(more, f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
 
 
 def make_plan(preset: str, changes: dict[str, Any], out: Path, options: Options, world_size: int) -> tuple[Plan, Data]:
@@ -133,11 +133,9 @@ def make_plan(preset: str, changes: dict[str, Any], out: Path, options: Options,
         require_free(out, (CONFIG,), ways="--resume", overwrite=not saved)
         if config.data == "latents" and options.data_path is not None:
             config = fit_to_latents(config, options.data_path)
-    if config.batch_size % (world_size * config.accumulate):
-        raise UserError(
-            f"--batch-size {config.batch_size} is no multiple of {world_size} processes times "
-            f"--accumulate {config.accumulate}"
-        )
+    shares = f"{world_size} processes times --accumulate {config.accumulate}"
+    divides = config.batch_size % (world_size * config.accumulate) == 0
+    require(divides, f"--batch-size {config.batch_size} is no multiple of {shares}")
     if config.parallel == "fsdp":
         check_version()
     data = load_data(config, options.data_path)

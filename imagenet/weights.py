@@ -12,7 +12,7 @@ from torch import Tensor
 from imagenet.config import Config, build_model
 from imagenet.data.provenance import Provenance
 from tvm_ref import FlowMap
-from tvm_ref.cli.errors import UserError, first_line
+from tvm_ref.cli.errors import UserError, first_line, require, user_errors
 
 WEIGHTS = "weights.safetensors"  # the evaluation weights, in a run's folder and in each of its checkpoints
 CONFIG = "config.json"
@@ -62,13 +62,11 @@ def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[Flo
     """
     path = weights_file(Path(path))
     metadata, weights = _open(path, tensors=True)
-    if "config" not in metadata:
-        raise UserError(f"{path} does not say which configuration its weights need (metadata 'config')")
-    config = _config(path, metadata["config"])
-    try:
+    require("config" in metadata, f"{path} does not say which configuration its weights need (metadata 'config')")
+    with user_errors(path, UserError):
+        config = Config.from_json(metadata["config"])
+    with user_errors(f"{path} does not fit its configuration", UserError):
         check_weights(weights, config)
-    except UserError as error:
-        raise UserError(f"{path} does not fit its configuration: {error}") from None
     model = build_model(config, attention=attention)
     model.network.load_state_dict(weights)
     return model.eval().requires_grad_(False), config
@@ -84,8 +82,7 @@ def weights_file(source: Path) -> Path:
         return source / WEIGHTS if source.is_dir() else source
     read_config(source)
     found = [path / WEIGHTS for path in checkpoints(source) if (path / WEIGHTS).is_file()]
-    if not found:
-        raise UserError(f"{source} holds no weights yet: it has not reached its first checkpoint")
+    require(bool(found), f"{source} holds no weights yet: it has not reached its first checkpoint")
     return found[-1]
 
 
@@ -99,8 +96,7 @@ def load_initial(config: Config) -> dict[str, Tensor]:
     model, stored = load_weights(config.init, attention="plain")
     for name in NETWORK:
         there, here = getattr(stored, name), getattr(config, name)
-        if there != here:
-            raise UserError(f"init: {config.init} has {name} {there}, this run {here}")
+        require(there == here, f"init: {config.init} has {name} {there}, this run {here}")
     return model.state_dict()
 
 
@@ -118,12 +114,10 @@ def check_weights(weights: Mapping[str, Tensor], config: Config) -> None:
     if unknown:
         raise UserError(f"{unknown[0]!r:.80} is no tensor of this network ({len(unknown)} are not)")
     for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            raise UserError(f"{name} is of shape {list(tensor.shape)}, not {list(expected[name].shape)}")
-        if not tensor.is_floating_point():
-            raise UserError(f"{name} holds {tensor.dtype}, not floating-point numbers")
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{name} holds numbers that are not finite")
+        shape, wanted = list(tensor.shape), list(expected[name].shape)
+        require(shape == wanted, f"{name} is of shape {shape}, not {wanted}")
+        require(tensor.is_floating_point(), f"{name} holds {tensor.dtype}, not floating-point numbers")
+        require(bool(torch.isfinite(tensor).all()), f"{name} holds numbers that are not finite")
 
 
 def read_provenance(source: str | Path) -> Provenance | None:
@@ -138,19 +132,14 @@ def read_provenance(source: str | Path) -> Provenance | None:
         stored = path.read_text() if path.exists() else None
     else:
         path, stored = source, _open(source)[0].get("data")
-    try:
+    with user_errors(path, UserError):
         return None if stored is None else Provenance.from_json(stored)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _open(path: Path, tensors: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Read the metadata of a .safetensors file, and its tensors if asked."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys() if tensors}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+    with user_errors(f"{path} cannot be read", OSError, SafetensorError), safe_open(path, "pt") as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys() if tensors}  # noqa: SIM118
 
 
 def read_config(folder: Path) -> Config:
@@ -159,14 +148,7 @@ def read_config(folder: Path) -> Config:
     Raises:
         UserError: no run there, or a config.json that is not ours.
     """
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} holds no run (no {CONFIG})")
-    return _config(folder / CONFIG, (folder / CONFIG).read_text(errors="replace"))
-
-
-def _config(path: Path, text: str) -> Config:
-    """Read a configuration, of which errors name the file."""
-    try:
-        return Config.from_json(text)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    path = folder / CONFIG
+    require(path.is_file(), f"{folder} holds no run (no {CONFIG})")
+    with user_errors(path, UserError):
+        return Config.from_json(path.read_text(errors="replace"))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import user_errors
 
 TEST = 360  # images held out
 
@@ -26,11 +26,9 @@ def load_digits() -> Split:
     Raises:
         ValueError: scikit-learn is not installed.
     """
-    try:
+    with user_errors("the digits come with scikit-learn (pip install -e '.[imagenet]')", ImportError):
         from sklearn import datasets
         from sklearn.model_selection import train_test_split
-    except ImportError:
-        raise UserError("the digits come with scikit-learn: pip install -e '.[imagenet]'") from None
     stored = datasets.load_digits()
     x = (stored.images[:, None] / 8 - 1).astype(np.float32)
     parts = train_test_split(x, stored.target.astype(np.int64), test_size=TEST, stratify=stored.target, random_state=0)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from tvm_ref.cli.errors import UserError, first_line
+from tvm_ref.cli.errors import UserError, first_line, require, user_errors
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}  # of a GIF the first image
 DAMAGED = zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError  # raised by readers of .npz files
@@ -138,12 +138,10 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert a picture of any mode to 8 bits of red, green and blue, on white where it is transparent."""
-    if image.mode == "F":
-        raise UserError("it holds floating-point numbers of unknown scale")
+    require(image.mode != "F", "it holds floating-point numbers of unknown scale")
     if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise UserError("it holds 32-bit numbers of unknown scale")
+        require(values.min() >= 0 and values.max() <= 65535, "it holds 32-bit numbers of unknown scale")
         image = Image.fromarray((values / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -171,8 +169,7 @@ class ImageFiles:
                 self.count = shape[0]
         else:
             raise UserError(f"{source} is neither a folder of images nor a .npz file")
-        if not self.count:
-            raise UserError(f"{source} holds no images")
+        require(self.count > 0, f"{source} holds no images")
 
     def __len__(self) -> int:
         return self.count
@@ -222,15 +219,9 @@ def array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, Any]:
 @contextlib.contextmanager
 def _open_npz(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
     """Open a .npz file of images: their shape, and a stream that is at the first of them."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
-            shape, fortran, dtype = array_header(stream)
-            if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran:
-                raise UserError(f"{path}: {NPZ_IMAGES} must be uint8 [N, H, W, 3], and is {dtype} {list(shape)}")
-            yield shape, stream
-    except UserError:
-        raise
-    except KeyError:
-        raise UserError(f"{path} holds no images (an array {NPZ_IMAGES}, uint8 [N, H, W, 3])") from None
-    except DAMAGED as error:
-        raise UserError(f"{path} is damaged: {first_line(error):.80}") from None
+    reading = user_errors(f"{path} cannot be read", KeyError, *DAMAGED)
+    with reading, zipfile.ZipFile(path) as archive, archive.open(f"{NPZ_IMAGES}.npy") as stream:
+        shape, fortran, dtype = array_header(stream)
+        right = len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and not fortran
+        require(right, f"{NPZ_IMAGES} must be uint8 [N, H, W, 3], and is {dtype} {list(shape)}")
+        yield shape, stream

@@ -17,7 +17,7 @@ from imagenet.data.digits import load_digits
 from imagenet.data.latents import Latents
 from imagenet.data.noise import FLIP
 from imagenet.data.provenance import Provenance
-from tvm_ref.cli.errors import UserError, first_line
+from tvm_ref.cli.errors import UserError, require, user_errors
 
 
 class Images:
@@ -91,11 +91,10 @@ def load_data(config: Config, folder: str | Path | None = None) -> Data:
         data = Images(*_load_cifar10(folder), flip=True, seed=config.seed)
     else:
         data = Latents(folder, config.seed)
-    if data.shape != shape:
-        raise UserError(f"the data are of shape {list(data.shape)}, the configuration asks for {list(shape)}")
+    fits = data.shape == shape
+    require(fits, f"the data are of shape {list(data.shape)}, the configuration asks for {list(shape)}")
     found = len(data.classes) if isinstance(data, Latents) else int(data.labels.max()) + 1
-    if found != config.classes:
-        raise UserError(f"the data have {found} classes, the configuration {config.classes}")
+    require(found == config.classes, f"the data have {found} classes, the configuration {config.classes}")
     return data
 
 
@@ -120,12 +119,9 @@ def provenance_of(config: Config, data: Data, folder: str | Path | None = None) 
 
 def _load_cifar10(folder: str | Path) -> tuple[Tensor, Tensor]:
     """Load the training split, and fetch it first if it is not there: images uint8 [50000, 3, 32, 32] and labels."""
-    try:
+    with user_errors("cifar10 needs torchvision (pip install -e '.[imagenet]')", ImportError):
         from torchvision.datasets import CIFAR10
-    except ImportError:
-        raise UserError("cifar10 needs torchvision: pip install -e '.[imagenet]'") from None
-    try:
+    # a RuntimeError is torchvision's way to say that files are damaged
+    with user_errors(f"no CIFAR-10 in {folder}, and it could not be fetched", RuntimeError, OSError):
         stored = CIFAR10(str(folder), train=True, download=True)  # only what is missing
-    except (RuntimeError, OSError) as error:  # torchvision's way to say that files are damaged
-        raise UserError(f"no CIFAR-10 in {folder}, and it could not be fetched: {first_line(error)}") from None
     return torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(stored.targets)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from imagenet.data.noise import POSTERIOR, normal
 from imagenet.data.vae import Normalisation
-from tvm_ref.cli.errors import UserError, first_line
+from tvm_ref.cli.errors import require, user_errors
 from tvm_ref.cli.files import read_json
 
 INDEX = "latents.json"
@@ -62,13 +62,11 @@ class Latents:
         self.folder, self.seed = Path(folder), seed
         index = _read_index(self.folder / INDEX)
         self.autoencoder: str | None = index.get("vae")  # a folder, or a name on the Hugging Face hub
-        try:
+        with user_errors(f"{self.folder / INDEX} is damaged", KeyError, TypeError, ValueError):
             self.classes: list[str] = index["classes"]  # their names, by number
             mean, std = (tuple(index["normalisation"][key]) for key in ("mean", "std"))
             self.normalisation = Normalisation(mean, std)
             names = [Path(shard["name"]).name for shard in index["shards"] if shard["count"]]  # in this folder
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.folder / INDEX} is damaged: {first_line(error):.200}") from None
         opened = [self._open(name) for name in names]
         self._posteriors = [posteriors for posteriors, _ in opened]
         self.labels = torch.from_numpy(np.concatenate([labels for _, labels in opened]))
@@ -97,10 +95,8 @@ class Latents:
     def _open(self, name: str) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
         """Open the memory map [n, 2, C, H, W] and the labels [n] of a shard."""
         latents, labels = (self.folder / file for file in shard_files(name))
-        try:
+        with user_errors(f"{self.folder}: shard {name} cannot be read", OSError, ValueError, EOFError):
             return np.load(latents, mmap_mode="r", allow_pickle=False), np.load(labels, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{self.folder}: shard {name} cannot be read: {first_line(error)}") from None
 
 
 def shard_files(name: str) -> tuple[str, str]:
@@ -110,11 +106,9 @@ def shard_files(name: str) -> tuple[str, str]:
 
 def _read_index(path: Path) -> dict[str, Any]:
     """Read the latents.json of a folder."""
-    if not path.is_file():
-        raise UserError(f"{path.parent} holds no latents (no {INDEX}); imagenet/encode.py makes them")
+    require(path.is_file(), f"{path.parent} holds no latents (no {INDEX}); imagenet/encode.py makes them")
     stored = read_json(path, "folder of latents", ("format", "classes", "normalisation", "shards"))
-    if stored["format"] != FORMAT:
-        raise UserError(f"{path} is not in the format {FORMAT!r}")
+    require(stored["format"] == FORMAT, f"{path} is not in the format {FORMAT!r}")
     return stored
 
 

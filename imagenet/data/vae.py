@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tvm_ref.cli.errors import UserError, first_line
+from tvm_ref.cli.errors import require, user_errors
 
 LATENT_SIDE = 8  # pixels of the image per number of the latent
 VAE = "stabilityai/sd-vae-ft-ema"
@@ -27,8 +27,8 @@ class Normalisation:
 
     def __post_init__(self) -> None:
         finite = all(math.isfinite(a) for a in (*self.mean, *self.std))
-        if len(self.mean) != len(self.std) or not finite or not all(s > 0 for s in self.std):
-            raise UserError(f"a normalisation needs a finite mean and a finite, positive std per channel, got {self}")
+        sound = len(self.mean) == len(self.std) and finite and all(s > 0 for s in self.std)
+        require(sound, f"a normalisation needs a finite mean and a finite, positive std per channel, got {self}")
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Scale raw latents [..., C, H, W] to those that the model sees."""
@@ -56,14 +56,10 @@ def load_vae(name: str = VAE) -> nn.Module:
     Raises:
         ValueError: diffusers is not installed, or no such autoencoder can be loaded.
     """
-    try:
+    with user_errors("the autoencoder needs diffusers (pip install -e '.[imagenet]')", ImportError):
         from diffusers import AutoencoderKL
-    except ImportError:
-        raise UserError("the autoencoder needs diffusers: pip install -e '.[imagenet]'") from None
-    try:
+    with user_errors(f"no autoencoder {name} here, and it could not be fetched", OSError, ValueError):
         vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)  # True asks for accelerate, in four lines
-    except (OSError, ValueError) as error:
-        raise UserError(f"no autoencoder {name} here, and it could not be fetched: {first_line(error)}") from None
     return vae.eval().requires_grad_(False)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from imagenet.foreign.restricted_pickle import Global, Machine, Object, Refused, read_pickle, to_bytes
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import UserError, require, user_errors
 
 PRESETS = {  # by name of the file
     "im256_w2": "imagenet256-w2",
@@ -47,12 +47,10 @@ def read_released(path: Path) -> Released:
         UserError: no such file, no pickle, one that asks for more than tensors, or one without a network.
     """
     content = read_pickle(path)
-    try:
+    with user_errors(path, UserError):
         network = _network(content)
         scaled = module_state(network).get("do_scale_param")
         return Released(tensors_of(network, path.stat().st_size), None if scaled is None else scaled is True)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _network(content: Any) -> Any:
@@ -105,11 +103,10 @@ def tensors_of(module: Any, size: int) -> dict[str, Tensor]:
         for kind in ("_parameters", "_buffers", "_modules"):
             for name, part in state[kind].items():
                 parts += 1
-                if not isinstance(name, str):
-                    raise UserError(f"{name!r:.80} is a name that is no text")
+                require(isinstance(name, str), f"{name!r:.80} is a name that is no text")
                 full = prefix + name
-                if parts > MAX_PARTS or len(full) > MAX_NAME:
-                    raise UserError("it holds a module within itself, or too many of them, or too long a name")
+                small = parts <= MAX_PARTS and len(full) <= MAX_NAME
+                require(small, "it holds a module within itself, or too many of them, or too long a name")
                 if part is None:
                     continue
                 if kind == "_modules":
@@ -148,8 +145,8 @@ class Storages:
                 flat = self._flat(storage)
             case _:
                 raise Refused(f"{value.name if isinstance(value, Object) else type(value).__name__!r:.80} is no tensor")
-        if not (_is_shape(size) and _is_shape(stride) and len(size) == len(stride) and _is_shape((offset,))):
-            raise Refused("a tensor with a size, stride or offset that is none")
+        sound = _is_shape(size) and _is_shape(stride) and len(size) == len(stride) and _is_shape((offset,))
+        require(sound, "a tensor with a size, stride or offset that is none")
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if math.prod(size) and max(last + 1, math.prod(size)) > len(flat):
             raise Refused(f"a tensor of size {size} reaches beyond its storage of {len(flat)} numbers")
@@ -165,30 +162,24 @@ class Storages:
         if id(stored) not in self._known:
             data = to_bytes(stored)
             self._left -= len(data)
-            if self._left < 0:
-                raise Refused("its tensors are larger than the file")
+            require(self._left >= 0, "its tensors are larger than the file")
             self._known[id(stored)] = _read_storage(data)
         return self._known[id(stored)]
 
 
 def _read_storage(data: bytes | bytearray) -> Tensor:
     """Read a storage: pickles of MAGIC, version, system, reference and keys; then its length, and its numbers."""
-    if data[:2] == b"PK":
-        raise Refused("an archive where a storage belongs")
+    require(data[:2] != b"PK", "an archive where a storage belongs")
     stream = io.BytesIO(data)
-    try:
+    with user_errors("a damaged storage", Exception):  # a damaged pickle can break the machine anywhere
         pickles = [Machine(stream, outside=True).load() for _ in range(5)]
-    except Refused:
-        raise
-    except Exception as error:  # a damaged pickle can break the machine anywhere
-        raise Refused(f"a damaged storage: {error!r:.80}") from None
     match pickles:
         case [magic, _, dict(system), Object(args=(_, Global(kind), _, _, int(length), *_)), _] if magic == MAGIC:
             little = system.get("little_endian", True) is True
         case _:
             raise Refused("something else where a storage belongs")
-    if kind not in DTYPES or not little:
-        raise Refused(f"a storage of {kind!r:.80}, or of another order of bytes than this machine's")
+    known = kind in DTYPES and little
+    require(known, f"a storage of {kind!r:.80}, or of another order of bytes than this machine's")
     start, dtype = stream.tell() + 8, DTYPES[kind]
     if int.from_bytes(stream.read(8), "little") != length or not 0 <= length * dtype.itemsize <= len(data) - start:
         raise Refused(f"a damaged storage: {length} numbers in {len(data) - start} bytes")

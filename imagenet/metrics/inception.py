@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tvm_ref.cli.errors import UserError, first_line
+from tvm_ref.cli.errors import require, user_errors
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d"  # how the digest of these weights begins: no other network may stand in for this one
@@ -41,10 +41,8 @@ class Inception:
     """
 
     def __init__(self, weights: Path | None = None, device: str | torch.device = "cpu"):
-        try:
+        with user_errors("FID needs torch-fidelity (pip install -e '.[imagenet]')", ImportError):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise UserError(f"FID needs torch-fidelity: pip install -e '.[imagenet]' ({first_line(error)})") from None
         weights = weights or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
         check_weights(weights)
         layers = ["2048", "logits_unbiased"]
@@ -65,13 +63,12 @@ def check_weights(path: Path) -> None:
     Raises:
         UserError: no such file, another one, or one that does more than hold weights.
     """
-    if not path.is_file():
-        raise UserError(f"the weights of Inception are not here ({path}): fetch {URL}, and give its path as inception")
+    there = path.is_file()
+    require(there, f"the weights of Inception are not here ({path}): fetch {URL}, and give its path as inception")
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if not digest.startswith(SHA256):
-        raise UserError(f"{path} is not Inception as published figures use it (sha256 {digest[:8]}, not {SHA256})")
-    try:  # torch-fidelity loads it with weights_only=False, and the beginning of a checksum can be forged
+    right = digest.startswith(SHA256)
+    require(right, f"{path} is not Inception as published figures use it (sha256 {digest[:8]}, not {SHA256})")
+    # torch-fidelity loads it with weights_only=False, and the beginning of a checksum can be forged
+    with user_errors(f"{path} holds more than weights", Exception):
         torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} holds more than weights: {first_line(error)}") from None

@@ -16,7 +16,7 @@ from imagenet.data.image_files import DAMAGED, NPZ_IMAGES, ImageFiles, array_hea
 from imagenet.foreign.restricted_pickle import read_pickle, to_array
 from imagenet.metrics.frechet import Gaussian
 from imagenet.metrics.inception import Features
-from tvm_ref.cli.errors import UserError, first_line, user_files
+from tvm_ref.cli.errors import UserError, require, user_errors, user_files
 
 MAX_SIZE = 4096  # of a mean: Inception's features have 2048 numbers
 
@@ -59,22 +59,18 @@ def check_reference(reference: Reference, features: Features) -> None:
         UserError: statistics of another size than the features'.
     """
     size = features.pool.shape[1]
-    if reference.pool is not None and len(reference.pool.mean) != size:
-        found = len(reference.pool.mean)
-        raise UserError(f"{reference.name} holds statistics of {found} numbers, where features have {size}")
+    found = size if reference.pool is None else len(reference.pool.mean)
+    require(found == size, f"{reference.name} holds statistics of {found} numbers, where features have {size}")
 
 
 def _from_npz(path: Path) -> Reference:
     """Read statistics and images of a .npz file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            known = {name.removesuffix(".npy") for name in archive.namelist()}
-            has_statistics = known.issuperset(("mu", "sigma"))
-            pool = to_gaussian(_array(archive, "mu"), _array(archive, "sigma")) if has_statistics else None
-    except DAMAGED as error:
-        raise UserError(f"{path} cannot be read: {first_line(error):.80}") from None
-    if pool is None and NPZ_IMAGES not in known:
-        raise UserError(f"{path} holds neither mu and sigma nor images ({NPZ_IMAGES})")
+    with user_errors(f"{path} cannot be read", *DAMAGED), zipfile.ZipFile(path) as archive:
+        known = {name.removesuffix(".npy") for name in archive.namelist()}
+        has_statistics = known.issuperset(("mu", "sigma"))
+        pool = to_gaussian(_array(archive, "mu"), _array(archive, "sigma")) if has_statistics else None
+    held = has_statistics or NPZ_IMAGES in known
+    require(held, f"{path} holds neither mu and sigma nor images ({NPZ_IMAGES})")
     return Reference(path.name, pool, ImageFiles(path) if NPZ_IMAGES in known else None)
 
 
@@ -82,8 +78,8 @@ def _array(archive: zipfile.ZipFile, name: str) -> Any:
     """Read an array of an archive; its header says how large it is before anything is inflated."""
     with archive.open(f"{name}.npy") as stream:
         shape, _, dtype = array_header(stream)
-    if dtype.kind not in "fiu" or len(shape) > 2 or max(shape, default=0) > MAX_SIZE:
-        raise UserError(f"{name} is an array {list(shape)} of {dtype}")
+    small = len(shape) <= 2 and max(shape, default=0) <= MAX_SIZE
+    require(small and dtype.kind in "fiu", f"{name} is an array {list(shape)} of {dtype}")
     with archive.open(f"{name}.npy") as stream:
         return np.lib.format.read_array(stream, allow_pickle=False)
 
@@ -94,10 +90,8 @@ def _from_pickle(path: Path) -> Gaussian:
     statistics = stored.get("fid") if isinstance(stored, dict) else None
     if not isinstance(statistics, dict) or not statistics.keys() >= {"mu", "sigma"}:
         raise UserError(f"{path} holds no statistics (mu and sigma, as 'fid')")
-    try:
+    with user_errors(path, UserError):
         return to_gaussian(to_array(statistics["mu"]), to_array(statistics["sigma"]))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def to_gaussian(mean: Any, covariance: Any) -> Gaussian:
@@ -107,8 +101,8 @@ def to_gaussian(mean: Any, covariance: Any) -> Gaussian:
         UserError: they are not of finite numbers that fit each other.
     """
     mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not 1 <= len(mean) <= MAX_SIZE:
-        raise UserError(f"a mean {list(mean.shape)} and a covariance {list(covariance.shape)} do not fit")
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError("mean or covariance hold numbers that are not finite")
+    fits = mean.ndim == 1 and covariance.shape == (len(mean), len(mean)) and 1 <= len(mean) <= MAX_SIZE
+    require(fits, f"a mean {list(mean.shape)} and a covariance {list(covariance.shape)} do not fit")
+    finite = np.isfinite(mean).all() and np.isfinite(covariance).all()
+    require(finite, "mean or covariance hold numbers that are not finite")
     return Gaussian(mean, covariance)

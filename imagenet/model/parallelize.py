@@ -15,15 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 from imagenet.model.distributed import BACKENDS, World
 from imagenet.model.dit import Block
 from tvm_ref import EMA, FlowMap
-from tvm_ref.cli.errors import UserError
+from tvm_ref.cli.errors import require
 from tvm_ref.objectives import Objective
 
 
 def check_version() -> None:
     """Raise ValueError where FSDP under a JVP is known to fail or, worse, to be wrong in silence."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < (2, 13):
-        raise UserError(f"parallel fsdp needs PyTorch 2.13 or later, as a JVP is wrong before; this is {version}")
+    right = version >= (2, 13)
+    require(right, f"parallel fsdp needs PyTorch 2.13 or later, as a JVP is wrong before; this is {version}")
 
 
 def wrap(objective: Objective, averages: list[EMA[FlowMap]], world: World, kind: str) -> nn.Module:

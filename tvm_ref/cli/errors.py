@@ -23,6 +23,15 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
+def user_errors(what: object, *errors: type[Exception]) -> Iterator[None]:
+    """Raise UserError, "WHAT: REASON", for errors of these types: around the reading of what may be bad or damaged."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{what}: {first_line(error):.150}") from None
+
+
+@contextlib.contextmanager
 def user_files() -> Iterator[None]:
     """Raise UserError for an OSError: around the reading of files that the user named, never around long work."""
     try:
