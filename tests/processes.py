@@ -3,15 +3,17 @@
 python -m tests.processes MODULE.FUNCTION STORE ARGUMENTS ...     # function(rank, *arguments) in two of one group
 """
 
+import contextlib
 import os
 import pkgutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -20,25 +22,32 @@ LIMIT = 800  # seconds, less than pytest waits for a test: pyproject.toml's faul
 PATIENCE = timedelta(minutes=2)  # of one process with another
 
 
-def python(*arguments: str, cwd: Path = ROOT, limit: float = LIMIT, **environment: str) -> subprocess.CompletedProcess:
-    """Run Python, by default in the checkout, with kernels that are not interpreted unless the environment says so."""
+@contextlib.contextmanager
+def started(*arguments: object, cwd: Path = ROOT, **environment: str) -> Iterator[subprocess.Popen]:
+    """Start Python, by default in the checkout, with kernels that are not interpreted unless the environment says so.
+
+    Whatever happens, nothing that it started is left at the end.
+    """
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     process = subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=inherited | environment,
-        cwd=cwd,
-        start_new_session=True,
-    )
+        [sys.executable, *map(str, arguments)], env=inherited | environment, cwd=cwd,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     try:
-        out, err = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # what it started, too, which may hold the pipes open
-        process.wait()
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        yield process
+    finally:
+        if process.poll() is None:  # a torchrun's processes have sessions of their own
+            for member in (*psutil.Process(process.pid).children(recursive=True), process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+        process.communicate(timeout=60)
+
+
+def python(*arguments: object, limit: float = LIMIT, **options: Any) -> subprocess.CompletedProcess:
+    """Run Python; see started."""
+    with started(*arguments, **options) as process:
+        out, error = process.communicate(timeout=limit)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 
 def in_two_processes(function: str, store: Path, *arguments: str) -> None:

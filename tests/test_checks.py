@@ -1,7 +1,5 @@
 """What checks.py does to the functions under it: it checks once, keeps tracebacks, and changes nothing else."""
 
-import subprocess
-import sys
 import traceback
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.networks import Waves, some_times
+from tests.processes import python
 from tvm_ref import TVM, Condition, FlowMap, checks
 from tvm_ref.time_samplers import Times
 
@@ -26,7 +25,8 @@ tvm_ref.flow_map.jvp(torch.sin, (torch.ones(2),), (torch.ones(2),))
 
 
 def test_importing_the_library_changes_nothing_in_the_process():
-    subprocess.run([sys.executable, "-c", IMPORT], check=True, timeout=300)
+    done = python("-c", IMPORT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_step_is_checked_once(monkeypatch):

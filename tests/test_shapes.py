@@ -1,12 +1,9 @@
 """`pytest --check-shapes`: right shapes pass, in all packages, and one that is not what a signature says is found."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT, python
+
 WRONG = """
 import pytest, torch
 
@@ -30,6 +27,5 @@ def test_wrong():
 def test_shapes_are_checked_where_that_is_asked_for(tmp_path):
     (tmp_path / "test_wrong.py").write_text(WRONG)
     options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-p", "tests.conftest", "--rootdir", ROOT, "--check-shapes"]
-    command = [sys.executable, "-m", "pytest", *options, tmp_path]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
+    done = python("-m", "pytest", *options, tmp_path)
     assert done.returncode == 0, done.stdout

@@ -1,7 +1,5 @@
 import dataclasses
 import errno
-import subprocess
-import sys
 import traceback
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -9,6 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from tests.commands import one_line
+from tests.processes import python
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.options import (
     OneLineParser,
@@ -176,7 +175,7 @@ ToyNetwork.forward = forward
 command.run(lambda: command.main(["--steps", "3", "--out", "run"]))
 """
     (tmp_path / "edited.py").write_text(code)
-    done = subprocess.run([sys.executable, "edited.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = python("edited.py", cwd=tmp_path)
     assert done.returncode == 1
     assert f'File "{tmp_path}/edited.py", line 6, in forward' in done.stderr
     assert "--resume" in done.stderr.splitlines()[-1]

@@ -1,14 +1,8 @@
 """The training command in small, what its runs are compared by, and processes that nobody waits for without end."""
 
-import contextlib
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,8 +11,8 @@ from imagenet import train
 from imagenet.training.checkpoint import read_checkpoint
 from imagenet.training.step import Training
 from imagenet.weights import checkpoints
+from tests.processes import python
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 300  # seconds that a process may take
 SMALL = [
     "--hidden-size", "16", "--depth", "1", "--heads", "2", "--batch-size", "8", "--lr", "1e-3", "--clip", "1",
@@ -45,28 +39,9 @@ def stop_at(step, folder, *options, how=signal.SIGTERM, base=TINY):
         return command(folder, *options, base=base)
 
 
-@contextlib.contextmanager
-def started(*arguments):
-    """Start Python in the checkout; whatever happens, nothing that it started is left at the end."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT,
-        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        if process.poll() is None:  # a torchrun's processes have sessions of their own
-            for member in (*psutil.Process(process.pid).children(recursive=True), process):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
-        process.communicate(timeout=60)
-
-
 def torchrun(*arguments):
     """Run a script, or -m and a module, in two processes; returns status, stdout and stderr."""
-    with started("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments) as process:
-        out, error = process.communicate(timeout=LIMIT)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments, limit=LIMIT)
 
 
 def ended(process):

@@ -1,7 +1,6 @@
 import importlib
 import re
 import shlex
-import subprocess
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -12,40 +11,10 @@ import pytest
 from imagenet import evaluate
 from imagenet.data.image_files import write_npz
 from tests.commands import one_line
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "imagenet" / "README.md", *(ROOT / "tutorials" / "site").glob("imagenet_*.md")]
 COMMANDS = ("train", "sample", "evaluate", "encode", "convert", "benchmark", "digit_seeds", "norms")
-OPTIONAL = ("torchvision", "timm", "diffusers", "torch_fidelity", "sklearn", "triton")
-SLOW = (
-    "ot", "pytorch_optimizer", "matplotlib", "scipy", "psutil", "sympy", "torch.distributed.tensor", "torch._dynamo",
-)  # fmt: skip
-
-CHECK = """
-import importlib, sys
-for command in {commands}:
-    module = importlib.import_module("imagenet." + command)
-    for option, expected in (("--help", 0), ("--colour", 2)):
-        try:
-            module.main([option])
-        except SystemExit as stop:
-            assert stop.code == expected, (command, option, stop.code)
-        loaded = set(sys.modules) & set({libraries})
-        assert not loaded, (command, option, loaded)
-"""
-
-
-@pytest.mark.slow
-def test_help_and_bad_options_need_no_library_beside_torch():
-    """Libraries that are optional, or slow to import, are loaded where they are used.
-
-    One command after the other, so that the first culprit shows. Each once took five seconds of CPU, torch two of them.
-    """
-    code = CHECK.format(commands=COMMANDS, libraries=OPTIONAL + SLOW)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("error: ") == len(COMMANDS)
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "train"])

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,6 @@ from tvm_ref.toy.report.metrics import METRICS, NFES
 from tvm_ref.toy.run import PICTURES, load_model, load_run, read_config
 from tvm_ref.toy.training import Training
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["--steps", "60", "--batch-size", "16", "--width", "8", "--depth", "2", "--points", "60"]
 TABLE = np.random.default_rng(0).normal(size=(50, 2)) * [1, 30] + [1000, 0]
 
@@ -289,52 +286,3 @@ def test_ctrl_c_in_measuring_leaves_at_once_and_resume_measures(tmp_path, capsys
     monkeypatch.setattr(report, "evaluate", pressed)  # and metrics of an earlier end do not stay
     one_line(capsys, again, tmp_path, "--resume", "--points", "70", status=130)
     assert not any((tmp_path / name).exists() for name in ("metrics.json", *PICTURES))
-
-
-SLOW = [
-    "ot",
-    "pytorch_optimizer",
-    "matplotlib",
-    "scipy",
-    "sklearn",
-    "PIL",
-    "psutil",
-    "triton",
-    "sympy",
-    "torch._dynamo",
-]
-COMMANDS = {
-    "tvm_ref.toy": ["--lr", "-1"],
-    "tutorials.playground.animation": ["nowhere"],
-    "tvm_ref.bound": ["nowhere"],
-    "tvm_ref.experiments.layers": ["--colour"],
-    "tvm_ref.experiments.compare": ["--steps", "0"],
-    "tvm_ref.experiments.seeds": ["--points", "1"],
-    "tvm_ref.experiments.family": ["--samples", "1"],
-    "tvm_ref.experiments.causes": ["--colour"],
-    "tvm_ref.experiments.bound_over_training": ["--grid", "7"],
-    "tutorials.playground.page": ["nowhere"],
-}
-
-
-@pytest.mark.slow
-def test_help_and_bad_options_answer_without_slow_imports():
-    """Together they took three of five seconds. One command after the other, so that the first culprit shows."""
-    code = f"""
-import runpy, sys
-for name, options in {COMMANDS}.items():
-    for sys.argv in (["command", "--help"], ["command", *options]):
-        try:
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
-        except SystemExit as stop:
-            assert stop.code == (0 if "--help" in sys.argv else 2), (name, stop.code)
-        loaded = {{*{SLOW}}} & {{*sys.modules}}
-        assert not loaded, (name, sys.argv, loaded)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("error: ") == len(COMMANDS)
-    sources = [*(ROOT / "tvm_ref").rglob("*.py"), *(ROOT / "tutorials" / "playground").glob("*.py")]
-    assert (
-        sum('__name__ == "__main__"' in path.read_text() for path in sources) == len(COMMANDS) + 1
-    )  # the list of them

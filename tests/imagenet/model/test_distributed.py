@@ -10,8 +10,9 @@ from imagenet.model.distributed import World, process_group
 from imagenet.model.parallelize import check_version
 from imagenet.training.checkpoint import read_checkpoint
 from imagenet.weights import checkpoints
-from tests.imagenet.commands import ROOT, same, torchrun
+from tests.imagenet.commands import same, torchrun
 from tests.imagenet.workers import needs_fsdp, steps
+from tests.processes import ROOT
 
 ALONE = World()
 

@@ -19,11 +19,11 @@ from tests.imagenet.commands import (
     ended,
     losses,
     same,
-    started,
     state,
     stop_at,
     torchrun,
 )  # fmt: skip
+from tests.processes import started
 
 
 @pytest.mark.slow
