@@ -2,15 +2,28 @@
 
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from tvm_ref.bound import other_bounds
 from tvm_ref.bound.chain import LABELS, TERMS, Bound, one_sided_rate, two_sided_rate
 from tvm_ref.bound.paths import displacement_error, flow_matching_residual, terminal_velocity_residual
-from tvm_ref.toy.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, make_figure
+from tvm_ref.toy.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, make_figure
 
 COLOURS = dict(zip(TERMS, ("#000000", BLUE, SKY, RED, GREEN, ORANGE, PINK, GREY), strict=True))
+OVER_TRAINING = {  # what is drawn: label, colour, line
+    "global": (LABELS["global"], PINK, "-"),
+    "lagrangian": (other_bounds.LABELS["lagrangian"], GREY, "-"),
+    "mean_flow": (other_bounds.LABELS["mean_flow"], ORANGE, "-"),
+    "pathwise_one_sided": (LABELS["pathwise_one_sided"], GREEN, "-"),
+    "eulerian": (other_bounds.LABELS["eulerian"], RED, "--"),
+    "mean_square": (LABELS["mean_square"], RED, "-"),
+    "terminal_velocity": (LABELS["terminal_velocity"], SKY, "-"),
+    "displacement": (LABELS["displacement"], BLUE, "-"),
+    "w2": (LABELS["w2"], "black", "-"),
+}
 
 
 def plot_bound(bound: Bound, title: str) -> Figure:
@@ -65,27 +78,28 @@ def _curves(ax: Axes, bound: Bound, curves: dict[str, tuple[Tensor, str]]) -> No
     ax.legend(fontsize=11, loc="upper left")
 
 
-def plot_training(records: list[dict[str, Any]], correlations: dict[str, float], title: str) -> Figure:
-    """Draw W2, displacement and bounds over training; the loss over training, with the rank correlations."""
-    figure, (left, right) = make_figure(2, 5.2, plane=False)
-    figure.set_size_inches(13, 5.2)
-    figure.suptitle(f"{title}: the bound over training", fontsize=16)
-    steps = [record["step"] for record in records]
-    for name in TERMS[:-1]:
-        left.plot(steps, [record[name] for record in records], color=COLOURS[name], label=LABELS[name], marker=".")
-    left.set(xscale="log", yscale="log", xlabel="training step", ylabel="distance")
-    left.set_title("the chain")
-    w2 = [record["w2"] for record in records]
-    for name, label, colour in (
-        ("training_loss", "loss as trained (EMA target)", BLUE),
-        ("loss", "TVM loss, eq. 9, mean over s", ORANGE),
-    ):
-        values = [record[name] for record in records]
-        right.scatter(values, w2, color=colour, label=f"{label}\nrank correlation with W2: {correlations[name]:.2f}")
-    right.set(xlabel="loss", ylabel="W2", yscale="log")
-    right.set_title("does lowering the loss lower W2?")
-    for ax in (left, right):
-        ax.grid(alpha=0.3)
-    left.legend(fontsize=10, loc="upper left")
-    right.legend(fontsize=10, loc="lower right")
+@matplotlib.rc_context(STYLE)
+def plot_training(report: dict[str, dict[str, Any]]) -> Figure:
+    """Draw a row per distribution: W2 and its bounds over training; int L of the model and of the exact field."""
+    figure = Figure(figsize=(13, 4.6 * len(report)), layout="constrained")
+    axes = figure.subplots(len(report), 2, squeeze=False)
+    for (left, right), (name, found) in zip(axes, report.items(), strict=True):
+        records, plane = found["records"], found["plane"]
+        steps = [record["step"] for record in records]
+        for term, (label, colour, style) in OVER_TRAINING.items():
+            left.plot(steps, [record[term] for record in records], style, color=colour, label=label, marker=".")
+        for term, label, colour in (
+            ("path_lipschitz", f"the model's, over {found['looked_at']:,} points", PINK),
+            ("exact_lipschitz", "of the exact field, over the same points", BLUE),
+        ):
+            right.plot(steps, [record[term] for record in records], color=colour, label=label, marker=".")
+        label = f"of the exact field, over {plane['points']:,} points of the plane"
+        right.axhline(plane["length"], color=BLUE, ls="--", label=label)
+        left.set(yscale="log", ylabel="distance", title=f"{name}: W2 and its bounds")
+        right.set(ylim=(0, None), ylabel="int L(s) ds", title=f"{name}: theorem 1 has exp(int L)")
+        for ax in (left, right):
+            ax.set(xscale="log", xlabel="training step")
+            ax.grid(alpha=0.3)
+        right.legend(fontsize=10)
+    axes[0, 0].legend(fontsize=9)
     return figure

@@ -1,19 +1,24 @@
-"""Measure the bound over training, to see whether lowering the loss lowers W2.
+"""Measure W2 and its bounds over training, to see who has a guarantee, and whether lowering the loss lowers W2.
 
-    python -m tvm_ref.experiments.bound_over_training --dist moons
+    python -m tvm_ref.experiments.bound_over_training --dist moons checkerboard
 
-Trains while measuring, which takes a few minutes. Writes training.json (after every measurement) and training.png, the
-chain over training. The exit status is 1 if a link of the chain is violated, which the theory excludes.
+Trains while measuring, which takes a few minutes per distribution. Beside the chain of theorem 1 stand the Eulerian and
+the Lagrangian bound and MeanFlow's loss as a bound (tvm_ref/bound/other_bounds.py), and int L of the exact field: over
+the points that the chain looks at, and over a square of the plane. Writes training.json (after every measurement) and
+training.png. The exit status is 1 if a bound is below the error, which the theory excludes.
 """
 
+import copy
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tvm_ref.bound import other_bounds
 from tvm_ref.bound.chain import TERMS, measure
 from tvm_ref.bound.measuring import WHILE_TRAINING, Measuring, require_covered, to_json
 from tvm_ref.cli.errors import user_files
@@ -21,12 +26,19 @@ from tvm_ref.cli.files import require_free, write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, given, run
 from tvm_ref.cli.progress import progress
 from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.data.distributions import DISTRIBUTIONS
 from tvm_ref.toy.training import Training
 
-TRAINING_OPTIONS = ["dist", "data", "bandwidth", "objective", "steps", "batch_size", "width", "depth", "lr",
-                    "time_sampler", "noise_share", "equal_share", "target_ema", "ema", "seed"]  # fmt: skip
+TRAINING_OPTIONS = ["objective", "steps", "batch_size", "width", "depth", "lr", "time_sampler", "noise_share",
+                    "equal_share", "target_ema", "ema", "seed"]  # fmt: skip
 MEASUREMENTS = 24  # over training, equally spaced in the logarithm of the step
 LOSSES = ("training_loss", "loss")
+BOUNDS = (*TERMS, *other_bounds.LABELS)
+COLUMNS = {
+    "loss": "loss", "terminal_velocity": "eq. 7", "eulerian": "Eulerian", "mean_flow": "MeanFlow",
+    "mean_square": "mean-square", "pathwise_one_sided": "one-sided", "lagrangian": "Lagrangian", "global": "theorem 1",
+    "path_lipschitz": "int L", "exact_lipschitz": "of u",
+}  # fmt: skip
 Record = dict[str, Any]
 
 
@@ -37,10 +49,11 @@ def measured_steps(steps: int, measurements: int = MEASUREMENTS) -> list[int]:
 
 
 def measure_over_training(config: ToyConfig, measuring: Measuring) -> Iterator[Record]:
-    """Train, and yield the chain of the evaluation weights at each of measured_steps, on the same draws every time.
+    """Train, and yield all bounds of the evaluation weights at each of measured_steps, on the same draws every time.
 
-    A record holds the step, the terms of the chain, their quadrature error, violated links, int L, `training_loss` (the
-    mean of the objective since the record before, with its EMA target) and `loss` (eq. 9, EMA-free, mean over s).
+    A record holds the step, the terms of the chain, their quadrature error, the other bounds, violated inequalities,
+    int L of the model and of the exact field over the same points, `training_loss` (the mean of the objective since the
+    record before, with its EMA target) and `loss` (eq. 9, EMA-free, mean over s).
 
     Raises:
         FloatingPointError: training that diverges.
@@ -49,98 +62,120 @@ def measure_over_training(config: ToyConfig, measuring: Measuring) -> Iterator[R
     draws, s = measuring.draw(distribution), measuring.times(distribution)
     training, losses = Training(config, distribution), []
     stops = set(measured_steps(config.steps))
-    with progress(total=config.steps, unit="step", desc="training and measuring") as bar:
+    with progress(total=config.steps, unit="step", desc=f"{config.name}: training and measuring") as bar:
         while training.step < config.steps:
             losses.append(float(training.train_step().sum()))
             bar.update()
             if training.step not in stops:
                 continue
-            bound = measure(training.ema.module, distribution, draws, s, distribution.time_scale)
-            bar.set_postfix(W2=f"{bound.values['w2']:.3f}", one_sided=f"{bound.values['pathwise_one_sided']:.3g}")
+            model = training.ema.module
+            bound = measure(model, distribution, draws, s, distribution.time_scale)
+            others = other_bounds.measure(copy.deepcopy(model).double(), distribution, draws, bound.paths)
+            violated = others.violations(bound.values["displacement"], bound.errors["displacement"])
+            bar.set_postfix(W2=f"{bound.values['w2']:.3f}", eq7=f"{bound.values['terminal_velocity']:.3g}")
             yield {
                 "step": training.step,
                 "training_loss": sum(losses) / len(losses) * distribution.dim,
                 "loss": bound.loss,
                 "loss_minimum": bound.loss_minimum,
                 **bound.values,
+                **others.values,
                 "quadrature_error": bound.quadrature_error,
                 "path_lipschitz": bound.path_length,
-                "violations": bound.violations(),
+                "exact_lipschitz": others.exact_length,
+                "violations": bound.violations() + violated,
             }
             losses.clear()
 
 
-def rank_correlations(records: list[Record]) -> dict[str, float]:
-    """Correlate W2 with the losses and every other term over the records, by rank (Spearman); NaN for too few."""
-    w2 = [record["w2"] for record in records]
-    names = [*LOSSES, *(name for name in TERMS if name != "w2")]
-    if len(records) < 3:
-        return dict.fromkeys(names, math.nan)
-    return {name: _spearman([record[name] for record in records], w2) for name in names}
+def rank_correlations(records: list[Record]) -> dict[str, float | None]:
+    """Correlate W2 with losses and bounds over the records, by rank (Spearman); None for too few or equal ones."""
+    names = [*LOSSES, *(name for name in BOUNDS if name != "w2")]
+    return {name: _spearman([r[name] for r in records], [r["w2"] for r in records]) for name in names}
 
 
-def _spearman(a: list[float], b: list[float]) -> float:
+def _spearman(a: list[float], b: list[float]) -> float | None:
     from scipy.stats import spearmanr  # half a second of CPU, which --help need not wait for
 
-    return math.nan if len(set(a)) == 1 or len(set(b)) == 1 else float(spearmanr(a, b).statistic)
+    return None if len(a) < 3 or len(set(a)) == 1 or len(set(b)) == 1 else float(spearmanr(a, b).statistic)
 
 
-def table(records: list[Record], correlations: dict[str, float]) -> str:
-    """Format every third record and the last, and the correlations under their columns."""
-    columns = {
-        "training_loss": "train. loss", "loss": "loss", "displacement": "displacement",
-        "terminal_velocity": "eq. 7", "mean_square": "mean-square", "pathwise_one_sided": "one-sided",
-        "pathwise_two_sided": "two-sided", "global": "global",
-    }  # fmt: skip
-    lines = [f"{'step':>8}{'W2':>9}" + "".join(f"{title:>13}" for title in columns.values())]
-    shown = records[::-3][::-1]
-    lines += [f"{r['step']:>8}{r['w2']:>9.3f}" + "".join(f"{r[name]:>13.4g}" for name in columns) for r in shown]
-    lines.append(f"{'Spearman with W2':>17}" + "".join(f"{correlations[name]:>13.2f}" for name in columns))
+def table(found: dict[str, Any]) -> str:
+    """Format every third record of a distribution and the last, correlations, and what L says over the plane."""
+    records, plane = found["records"], found["plane"]
+    lines = [f"{'step':>8}{'W2':>9}" + "".join(f"{title:>11}" for title in COLUMNS.values())]
+    for r in records[::-3][::-1]:
+        lines.append(f"{r['step']:>8}{r['w2']:>9.3f}" + "".join(f"{r[name]:>11.4g}" for name in COLUMNS))
+    ranks = (found["rank_correlation_with_w2"].get(name) for name in COLUMNS)
+    cells = (f"{'' if rank is None else f'{rank:.2f}':>11}" for rank in ranks)
+    lines += [
+        (f"{'Spearman with W2':>17}" + "".join(cells)).rstrip(),
+        f"int L looks at {found['looked_at']:,} points at each time, theorem 1 depends on them: an estimate from below",
+        f"int L of u over {plane['points']:,} points of the plane: {plane['length']:.1f}, so theorem 1 multiplies RMS "
+        f"residuals by up to sqrt(lambda) = {plane['factor']:.1e}",
+    ]
     return "\n".join(lines)
 
 
 def parser() -> OneLineParser:
     """Make the command line."""
     p = OneLineParser("python -m tvm_ref.experiments.bound_over_training", __doc__)
+    p.add_argument("--dist", nargs="+", choices=tuple(DISTRIBUTIONS), default=["moons"], help="distributions")
     add_options(p, Measuring)
     add_options(p, ToyConfig, TRAINING_OPTIONS)
-    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-bound)")
+    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAMES-bound)")
     p.add_argument("--overwrite", action="store_true", help="replace results that are already in that folder")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 a violated link."""
+    """Run the command; returns the exit status: 0 done, 1 a violated inequality."""
     command = parser()
     arguments = command.parse_args(argv)
     use_one_thread()
     with command.errors(), user_files():
         measuring = Measuring(**WHILE_TRAINING | given(arguments, Measuring))
-        config = ToyConfig(**given(arguments, ToyConfig))
-        require_covered(config)
-        out = arguments.out or Path("runs/toy") / f"{config.name}-bound"
+        base = ToyConfig(**given(arguments, ToyConfig) | {"dist": arguments.dist[0]})
+        require_covered(base)
+        out = arguments.out or Path("runs/toy") / "-".join([*arguments.dist, "bound"])
         require_free(out, ("training.json",), "such results", "--overwrite", overwrite=arguments.overwrite)
-        config.make_distribution()  # refuses points that cannot be used
         out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"t": measuring.time, "points": measuring.points, "grid": measuring.grid, "records": []}
-    records = report["records"]
+    report: dict[str, Any] = {}
     with command.errors():
-        for record in measure_over_training(config, measuring):
-            records.append(record)
+        for name in arguments.dist:
+            config = replace(base, dist=name)
+            found = report[name] = start(config, measuring)
+            for record in measure_over_training(config, measuring):
+                found["records"].append(record)
+                write_atomically(out / "training.json", to_json(report))
+            found["rank_correlation_with_w2"] = rank_correlations(found["records"])
             write_atomically(out / "training.json", to_json(report))
-        correlations = rank_correlations(records)
-        known = {name: None if math.isnan(value) else value for name, value in correlations.items()}
-        write_atomically(out / "training.json", to_json(report | {"rank_correlation_with_w2": known}))
+            print(f"{name}\n{table(found)}")
         from tvm_ref.bound.plots import plot_training  # matplotlib, which --help need not wait for
         from tvm_ref.toy.report.plots import save_figure
 
-        save_figure(plot_training(records, correlations, config.name), out / "training.png")
-    print(table(records, correlations))
+        save_figure(plot_training(report), out / "training.png")
     print(f"training.json and training.png: {out}")
-    violated = [f"step {r['step']}: {link}" for r in records for link in r["violations"]]
-    for link in violated:
-        print(f"{command.prog}: violated: {link}", file=sys.stderr)
+    violated = [
+        f"{name}, step {r['step']}: {v}" for name, f in report.items() for r in f["records"] for v in r["violations"]
+    ]
+    for line in violated:
+        print(f"{command.prog}: violated: {line}", file=sys.stderr)
     return 1 if violated else 0
+
+
+def start(config: ToyConfig, measuring: Measuring) -> dict[str, Any]:
+    """Describe what is measured on, and the slopes of the exact field over the plane."""
+    distribution = config.make_distribution()
+    length, points = other_bounds.length_over_the_plane(distribution, measuring.times(distribution))
+    factor = math.sqrt(2 * measuring.time) * math.exp(length)  # lambda(t) = 2 t exp(2 int L)
+    return {
+        "t": measuring.time,
+        "grid": measuring.grid,
+        "looked_at": 3 * measuring.points,  # X, Y and halfway between
+        "plane": {"length": length, "points": points, "factor": factor},
+        "records": [],
+    }
 
 
 if __name__ == "__main__":

@@ -73,6 +73,21 @@ def test_the_variance_of_v_is_that_of_the_divergence_of_the_velocity(name):
     torch.testing.assert_close(variance, (2 - t * divergence) / (2 * (1 - t)), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["moons", "checkerboard"])
+def test_the_jacobian_of_the_velocity_is_that_of_autograd(name):
+    """In and between the modes, over [0, 1], both ends included; of a class, too."""
+    oracle = make_distribution(name)
+    x, t = points(oracle, 60)
+    x, t = torch.cat([x, 4 * torch.rand(60, 2) - 2]).double(), t.repeat(2)
+    t[:2] = torch.tensor([0.0, 1.0])
+    jacobian = torch.func.jacrev(lambda x: oracle.velocity(x, t).sum(0))(x)
+    torch.testing.assert_close(oracle.velocity_jacobian(x, t), jacobian.transpose(0, 1), rtol=1e-9, atol=1e-9)
+    classes = make_distribution("circles")
+    condition = Condition(label := torch.arange(120) % 2, torch.ones(120))
+    jacobian = torch.func.jacrev(lambda x: classes.velocity(x, t, condition).sum(0))(x)
+    torch.testing.assert_close(classes.velocity_jacobian(x, t, label), jacobian.transpose(0, 1), rtol=1e-9, atol=1e-9)
+
+
 def test_density_integrates_to_one_and_satisfies_the_continuity_equation():
     """d/dt p + div(p u) = 0, by automatic differentiation."""
     oracle = make_distribution("eight_gaussians")

@@ -96,6 +96,11 @@ class GaussianMixture:
         """
         return self._by_chunk(self._velocity_variance, x, t, label)
 
+    @checked_flow
+    def velocity_jacobian(self, x: Sample, t: Time, label: Labels | None = None) -> Tensor:
+        """Return du/dx [B, D, D], symmetric, of u(x, t) = E[x1 - x0 | x_t = x], given the class where `label` is."""
+        return self._by_chunk(self._velocity_jacobian, x, t, label)
+
     # The calls of FlowMap
 
     @checked_flow
@@ -161,6 +166,14 @@ class GaussianMixture:
         posterior, variance = self._posterior(x, t, m, log_weights), self._variance(t)
         spread = posterior @ m.square().sum(1) - (posterior @ m).square().sum(1)  # of m_k
         return self.sigma**2 / variance + (t / variance) ** 2 * spread.clamp_min(0) / self.dim
+
+    def _velocity_jacobian(self, x: Tensor, t: Tensor, m: Tensor, log_weights: Tensor) -> Tensor:
+        # given k too, u is a (x - (1 - t) m_k) - m_k; as x moves, d E[m | x] / dx = (1 - t) / var_t Cov(m | x)
+        posterior, variance = self._posterior(x, t, m, log_weights), self._variance(t)
+        mean = posterior @ m
+        covariance = torch.einsum("bk,ki,kj->bij", posterior, m, m) - torch.einsum("bi,bj->bij", mean, mean)
+        a, b = (t - (1 - t) * self.sigma**2) / variance, t * (1 - t) / variance**2
+        return a[:, None, None] * torch.eye(self.dim, dtype=x.dtype) - b[:, None, None] * covariance
 
     def _posterior(self, x: Tensor, t: Tensor, m: Tensor, log_weights: Tensor) -> Tensor:
         """Return P(k | x_t = x): [B, K]."""
