@@ -8,7 +8,9 @@ the ratio is to scaled_dot_product_attention, with tangents to softmax(q k^T) v 
 eighth of the keys, and their ratio is to the same call without.
 """
 
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,8 +18,19 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from host_time import median_milliseconds
 from jvp_attention import attention, reference
+
+
+def median_milliseconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Return each call's median CPU time; they take turns, so that what disturbs one disturbs all."""
+    times: dict[str, list[int]] = {name: [] for name in calls}
+    for i in range(repeats + 3):
+        for name, call in calls.items():
+            start = time.process_time_ns()
+            call()
+            if i >= 3:
+                times[name].append(time.process_time_ns() - start)
+    return {name: statistics.median(found) / 1e6 for name, found in times.items()}
 
 
 def value(function: Callable[..., Any], x: list[Any]) -> Any:
