@@ -20,7 +20,6 @@ SLOW = (
 IMAGES = ("train", "sample", "evaluate", "encode", "convert", "benchmark", "digit_seeds", "norms", "cost.table")
 COMMANDS = {
     "tvm_ref.toy": ["--lr", "-1"],
-    "tutorials.playground.animation": ["nowhere"],
     "tvm_ref.bound": ["nowhere"],
     "tvm_ref.experiments.layers": ["--colour"],
     "tvm_ref.experiments.compare": ["--steps", "0"],

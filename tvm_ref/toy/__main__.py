@@ -7,7 +7,7 @@
     python -m tvm_ref.toy --dist circles --conditional --w 2
     python -m tvm_ref.toy --dist moons --resume           go on after Ctrl-C, bit for bit
 
-`python -m tvm_ref` lists what there is besides; of a finished run, tutorials/playground/ makes a page and an animation.
+`python -m tvm_ref` lists what there is besides; of a finished run, tutorials/playground/ makes a page to play with.
 """
 
 import argparse
