@@ -54,29 +54,22 @@ def test_the_bounds_in_one_dimension_by_quadrature(seed):
 
     eulerian, noise_of_v = bound_paths.integral(torch.stack([squares(float(time)) for time in s]), s)
     w2 = (paths.x[0].sort(0).values - paths.y[0].sort(0).values).square().mean().sqrt()
-    displacement = chain.rms(chain.displacement(paths))
-    assert w2 <= displacement <= eulerian.sqrt() * 1.001
+    assert w2 <= chain.rms(chain.displacement(paths)) <= eulerian.sqrt() * 1.001
     assert noise_of_v > 0.01
     found = other_bounds.measure(FlowMap(model.network), LINE, given, paths)
-    assert found.values["eulerian"] == pytest.approx(float(eulerian.sqrt()), rel=5e-3)
+    assert found["eulerian"] == pytest.approx(float(eulerian.sqrt()), rel=5e-3)
     loss = other_bounds.mean_flow_loss(model, given, s)
     error = float(bound_paths.integral(loss.std(1) / math.sqrt(500), s))  # at most, were all times' draws the same
-    assert found.values["mean_flow"] ** 2 == pytest.approx(float(eulerian + noise_of_v), abs=4 * error)
-    assert found.violations(displacement, 1e-4) == []
+    assert found["mean_flow"] ** 2 == pytest.approx(float(eulerian + noise_of_v), abs=4 * error)
 
 
 @pytest.mark.parametrize("name", ["moons", pytest.param("checkerboard", marks=pytest.mark.slow)])
-def test_no_bound_is_below_the_error_and_what_is_is_named(name):
+def test_no_bound_is_below_the_error(name):
     oracle, model = make_distribution(name), random_model(2).double()
-    s = time_grid(1.0, oracle.time_scale, 32)
-    bound = chain.measure(model, oracle, given := Draws(*draws(oracle, 40)), s, oracle.time_scale)
-    found = other_bounds.measure(model, oracle, given, bound.paths)
-    displacement = bound.values["displacement"]
-    assert found.violations(displacement, bound.errors["displacement"]) == []
-    assert found.errors["eulerian"] < 0.1 * displacement
-    assert found.values["mean_flow"] > found.values["eulerian"]
-    found.values["eulerian"] = displacement / 2
-    assert [line.split()[3] for line in found.violations(displacement, 0)] == ["eulerian"]
+    given, paths = followed(model, oracle, *draws(oracle, 40), time_grid(1.0, oracle.time_scale, 32))
+    found = other_bounds.measure(model, oracle, given, paths)
+    assert chain.rms(chain.displacement(paths)) < found["eulerian"] < found["mean_flow"]
+    assert found["eulerian"] < found["lagrangian"]
 
 
 def test_gaussian_data_have_bounds_in_closed_form():
@@ -84,7 +77,7 @@ def test_gaussian_data_have_bounds_in_closed_form():
     oracle, model = GaussianMixture(torch.zeros(1, 2), 1.0), FlowMap(ToyNetwork()).double()
     s = time_grid(1.0, 0.7, 16)
     given, paths = followed(model, oracle, *draws(oracle, 1000), s)
-    found = other_bounds.measure(model, oracle, given, paths).values
+    found = other_bounds.measure(model, oracle, given, paths)
     assert found["eulerian"] < 1e-4
     assert found["lagrangian"] < 1e-4
     expected = math.sqrt(2 * (1 + math.pi / 2))  # var_t = (1 - t)^2 + t^2

@@ -7,7 +7,7 @@
 Prints the chain W2 <= displacement <= bounds as a table, and writes bound.json and bound.png into a run's folder.
 "/ W2" says how loose a term is. The exit status is 1 if a link of the chain is violated, which the theory excludes.
 
-    python -m tvm_ref.experiments.bound_over_training      does lowering the loss lower W2?
+    python -m tvm_ref.experiments.bound_over_training      the chain and the bounds of other losses over training
 """
 
 import statistics

@@ -3,7 +3,7 @@
     compare                 which objective is best at equal arithmetic or time? (methods.py: what is compared)
     causes                  which part of a method does its error come from?
     family                  noise, cost, bias and gradients of every objective (family_measures.py, family_plots.py)
-    bound_over_training     does lowering the loss lower W2?
+    bound_over_training     W2 and its bounds, of several losses, as the loss falls
     seeds                   how good is the default over seeds?
     layers                  which layers are right when a gradient goes through a JVP?
 
