@@ -14,7 +14,6 @@ from tvm_ref.bound.lipschitz import jacobian_norms
 from tvm_ref.bound.paths import Draws, time_grid
 from tvm_ref.distances import wasserstein2
 from tvm_ref.flow_map import FlowMap
-from tvm_ref.guidance import Condition
 from tvm_ref.shapes import over
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.data.distributions import DISTRIBUTIONS, make_distribution
@@ -267,21 +266,6 @@ def test_lipschitz_constant_of_a_linear_network_is_its_slope():
 def test_more_than_two_dimensions():
     bound = measured(random_model(0, dim=4), GaussianMixture(torch.randn(5, 4), 0.5), n=10, steps=8)
     assert bound.violations() == []
-
-
-def test_classes_are_measured_class_by_class():
-    oracle = make_distribution("circles")
-    x0, label = oracle.sample(60, torch.Generator().manual_seed(0))
-    x1 = torch.randn(60, 2, dtype=torch.float64)
-    condition = Condition(label, torch.ones(60, dtype=torch.float64))
-    model = FlowMap(ToyNetwork(num_classes=2, **SMALL))
-    bound = chain.measure(model, oracle, Draws(x0, x1, condition), time_grid(1.0, 0.07, 32), 0.07)
-    assert bound.violations() == []
-    exact = oracle.jump(x1, torch.ones(60), torch.zeros(60), condition)
-    torch.testing.assert_close(bound.paths.y[0], exact, rtol=0, atol=1e-3)
-    guided = Condition(label, torch.full((60,), 0.5, dtype=torch.float64))
-    with pytest.raises(ValueError, match="guidance"):
-        Draws(x0, x1, guided)
 
 
 def tight_case(L: float, steps: int = 512) -> tuple[bound_paths.Paths, Tensor]:

@@ -66,15 +66,6 @@ def test_results_are_reproducible_and_depend_on_t(run, capsys):
 
 
 @pytest.mark.slow
-def test_a_conditional_run_is_measured(tmp_path, capsys):
-    folder = tmp_path / "circles"
-    options = ["--dist", "circles", "--conditional", "--steps", "50", "--points", "50", "--out", str(folder)]
-    assert toy([*options, *SMALL]) == 0
-    assert command.main([str(folder), *SIZE]) == 0
-    assert json.loads((folder / "bound.json").read_text())["violations"] == []
-
-
-@pytest.mark.slow
 def test_several_runs_have_a_table_of_medians(run, tmp_path, capsys):
     folders = [Path(shutil.copytree(run, tmp_path / "copy")), run]
     assert command.main([*map(str, folders), "--points", "20", "--grid", "8"]) == 0
@@ -124,7 +115,7 @@ def test_bad_input_gives_one_line(run, arguments, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", {"conditional": True, "w": 2.0}, "guidance"),  # which theorem 1 does not cover
+        ("config.json", {"conditional": True, "w": 2.0}, "without classes"),
         ("config.json", {"objective": "fm"}, "flow matching"),
         ("config.json", {"steps": 500}, "step 400 of 500"),
         ("config.json", {"width": 8}, "damaged"),

@@ -4,22 +4,12 @@ import json
 
 import pytest
 
+from tests.commands import one_line
 from tvm_ref.bound import other_bounds
 from tvm_ref.bound.chain import TERMS
 from tvm_ref.experiments import bound_over_training
 
 SMALL = ["--width", "16", "--depth", "2", "--batch-size", "128"]
-
-
-def refusal(arguments, capsys) -> str:
-    """The one line that bad input gives, on stderr, with exit status 2."""
-    with pytest.raises(SystemExit) as stopped:
-        bound_over_training.main(arguments)
-    assert stopped.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert len(err.splitlines()) == 1
-    return err
 
 
 @pytest.mark.slow
@@ -37,7 +27,7 @@ def test_training_is_measured_and_drawn(tmp_path, capsys):
         assert all(r["exact_lipschitz"] < found["plane"]["length"] for r in found["records"])
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
     assert "theorem 1 multiplies" in capsys.readouterr().out
-    assert "--overwrite" in refusal([*options, "--steps", "10"], capsys)
+    assert "--overwrite" in one_line(capsys, bound_over_training.main, [*options, "--steps", "10"])
     assert bound_over_training.main([*options, "--steps", "10", "--overwrite"]) == 0
 
 
@@ -46,10 +36,8 @@ def test_training_that_diverges_is_reported(tmp_path, capsys, monkeypatch):
         raise FloatingPointError("training diverged at step 0: the jump loss is NaN")
 
     monkeypatch.setattr(bound_over_training.Training, "train_step", diverge)
-    with pytest.raises(SystemExit) as stop:
-        bound_over_training.main(["--dist", "moons", "--out", str(tmp_path / "out"), *SMALL])
-    assert stop.value.code == 1
-    assert "training diverged" in capsys.readouterr().err
+    arguments = ["--dist", "moons", "--out", str(tmp_path / "out"), *SMALL]
+    assert "training diverged" in one_line(capsys, bound_over_training.main, arguments, status=1)
 
 
 @pytest.mark.parametrize(
@@ -68,4 +56,4 @@ def test_bad_input_gives_one_line(options, message, tmp_path, monkeypatch, capsy
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    assert message in refusal(options, capsys)
+    assert message in one_line(capsys, bound_over_training.main, options)

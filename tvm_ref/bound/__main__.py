@@ -10,6 +10,7 @@ Prints the chain W2 <= displacement <= bounds as a table, and writes bound.json 
     python -m tvm_ref.experiments.bound_over_training      the chain and the bounds of other losses over training
 """
 
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from tvm_ref.bound.chain import LABELS, TERMS, Bound, measure
-from tvm_ref.bound.measuring import Measuring, require_covered, to_json
+from tvm_ref.bound.measuring import Measuring, require_covered
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, given, run
@@ -46,7 +47,7 @@ def load_finished(folder: Path) -> Finished:
     """Load a run that the bound can be measured on, as load_run does.
 
     Raises:
-        ValueError, OSError: no run, an unfinished or damaged one, one with guidance, or one that learned no jumps.
+        ValueError, OSError: no run, an unfinished or damaged one, one with classes, or one that learned no jumps.
     """
     if not folder.is_dir():
         what = f"--dist {folder.name}" if folder.name in DISTRIBUTIONS else "--dist NAME (or --data FILE)"
@@ -70,11 +71,11 @@ def measure_run(folder: Path, finished: Finished, measuring: Measuring) -> dict[
 
     config, distribution, model = finished
     print(f"measuring {folder}: {measuring.points:,} points at {measuring.grid + 1} times")
-    draws, s = measuring.draw(distribution, conditional=config.conditional), measuring.times(distribution)
+    draws, s = measuring.draw(distribution), measuring.times(distribution)
     bound = measure(model, distribution, draws, s, distribution.time_scale, PAIRINGS)
     report = summary(bound) | {"points": measuring.points, "grid": measuring.grid}
     report["w2_data"], report["w2_floor"], report["w2_floor_deviation"] = against_data(bound, distribution)
-    write_atomically(folder / "bound.json", to_json(report))
+    write_atomically(folder / "bound.json", json.dumps(report, indent=2) + "\n")
     save_figure(plot_bound(bound, config.name), folder / "bound.png")
     print(table(bound, report))
     print(f"bound.json and bound.png: {folder}")

@@ -59,7 +59,6 @@ from tvm_ref.bound.paths import (
 )
 from tvm_ref.distances import wasserstein2
 from tvm_ref.flow_map import Flow
-from tvm_ref.guidance import Condition
 
 LABELS = {  # of every term
     "w2": "W2 (optimal transport)",
@@ -156,7 +155,7 @@ def mean_square(paths: Paths) -> float:
     return float(integral(growth * residual(paths).square().mean(1).sqrt(), paths.s))
 
 
-def lipschitz(model: Flow, paths: Paths, condition: Condition | None = None) -> Tensor:
+def lipschitz(model: Flow, paths: Paths) -> Tensor:
     """Find L(s) [S]: the largest Jacobian norm of u_theta over X_s, Y_s and between them, or ratio observed.
 
     An estimate from below of the true Lipschitz constant, and at least every rate that the path-wise bounds use.
@@ -165,7 +164,7 @@ def lipschitz(model: Flow, paths: Paths, condition: Condition | None = None) -> 
     for time, x, y in zip(paths.s, paths.x, paths.y, strict=True):
 
         def field(z: Tensor, time: Tensor = time) -> Tensor:
-            return model.velocity(z, at(time, z), condition)
+            return model.velocity(z, at(time, z))
 
         values.append(largest_on_segments(field, x, y))
     return torch.maximum(torch.tensor(values, dtype=paths.s.dtype), two_sided_rate(paths).amax(1))
@@ -286,11 +285,11 @@ def measure(model: Flow, oracle: Flow, draws: Draws, s: Tensor, scale: float, pa
         FloatingPointError: a model whose path is not finite.
     """
     model, t = in_float64(model), float(s[-1])
-    paths = follow(model, oracle, draws.at(s[-1]), s, scale, draws.condition)
-    L = lipschitz(model, paths, draws.condition)
+    paths = follow(model, oracle, draws.at(s[-1]), s, scale)
+    L = lipschitz(model, paths)
     pairs = []
     for noise in (repaired(draws.x1, len(s), seed) for seed in range(pairings)):
-        given = (draws.x0, noise, s, draws.condition)
+        given = (draws.x0, noise, s)
         pairs.append((tvm_loss(model, *given), flow_matching_minimum(oracle, *given)))
     loss, minimum = (torch.stack(column).mean(0) for column in zip(*pairs, strict=True))
     excess, weight = loss - minimum, log_lambda(L, s)  # the same draws, so that most of their noise cancels
@@ -303,7 +302,7 @@ def measure(model: Flow, oracle: Flow, draws: Draws, s: Tensor, scale: float, pa
     errors |= {name: abs(value - coarse_whole[name]) for name, value in whole.items()}
     values["w2"] = wasserstein2(paths.x[0].flatten(1), paths.y[0].flatten(1))
     # a shift of Y_0 moves both by no more
-    errors["w2"] = errors["displacement"] = rms(solver_error(oracle, paths, scale, draws.condition))
+    errors["w2"] = errors["displacement"] = rms(solver_error(oracle, paths, scale))
     return Bound(
         t=t,
         values={name: values[name] for name in TERMS},

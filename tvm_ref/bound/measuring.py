@@ -1,16 +1,13 @@
 """Settings of a measurement of the bound, for the commands here and in experiments: what to draw, and where in time."""
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tvm_ref.bound.paths import STEPS, Draws, time_grid
-from tvm_ref.cli.errors import UserError, require
+from tvm_ref.cli.errors import require
 from tvm_ref.cli.options import check_types, option
-from tvm_ref.guidance import Condition
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.seeding import BOUND
 from tvm_ref.toy.config import ToyConfig
@@ -40,12 +37,11 @@ class Measuring:
         require(10 <= self.points <= MAX_POINTS, f"--points must lie in [10, {MAX_POINTS}], got {self.points}")
         require(self.grid >= 4 and self.grid % 2 == 0, f"--grid must be even and at least 4, got {self.grid}")
 
-    def draw(self, distribution: GaussianMixture, *, conditional: bool = False) -> Draws:
-        """Draw data and noise [points, D], and classes for a conditional model."""
+    def draw(self, distribution: GaussianMixture) -> Draws:
+        """Draw data and noise [points, D]."""
         generator = torch.Generator().manual_seed(BOUND)
-        x0, label = distribution.sample(self.points, generator)
-        x1 = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
-        return Draws(x0, x1, Condition(label, torch.ones_like(x0[:, 0])) if conditional else None)
+        x0 = distribution.sample(self.points, generator)[0]
+        return Draws(x0, torch.randn(x0.shape, generator=generator, dtype=x0.dtype))
 
     def times(self, distribution: GaussianMixture) -> Tensor:
         """Space times from 0 to t [grid + 1] for the exact flow of a distribution."""
@@ -54,22 +50,6 @@ class Measuring:
 
 def require_covered(config: ToyConfig) -> None:
     """Raise UserError for training that theorem 1 does not cover."""
-    if config.guided:
-        raise UserError(
-            f"the bound is stated without guidance, and this run has --w {config.w:g}: "
-            "its labels have no distribution in closed form"
-        )
+    require(not config.conditional, "the bound is measured without classes and guidance; this run has --conditional")
     learns_jumps = OBJECTIVES[config.objective].learns_jumps
     require(learns_jumps, "flow matching learns no jumps to bound; choose --objective tvm, pid or meanflow")
-
-
-def to_json(report: dict[str, Any]) -> str:
-    """Write a report as JSON.
-
-    Raises:
-        FloatingPointError: numbers that JSON has no word for.
-    """
-    try:
-        return json.dumps(report, indent=2, allow_nan=False) + "\n"
-    except ValueError:
-        raise FloatingPointError("a bound is too large for a float64, or not a number") from None

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from tvm_ref.checks import require
 from tvm_ref.exact_flow import exact_path
 from tvm_ref.flow_map import Flow
-from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import conditional_velocity, interpolate
 from tvm_ref.objectives import TVM
 from tvm_ref.shapes import PerSample, Sample, Time
@@ -19,21 +19,11 @@ from tvm_ref.time_samplers import Times
 STEPS = 128  # intervals of the time grid
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Data x0 and noise x1 [N, ...] that the bound is measured on, in float64, and the classes of x0 if there are any.
-
-    Raises:
-        ValueError: a condition with guidance, for which theorem 1 is not stated.
-    """
+class Draws(NamedTuple):
+    """Data x0 and noise x1 [N, ...] that the bound is measured on, in float64."""
 
     x0: Sample
     x1: Sample
-    condition: Condition | None = None
-
-    def __post_init__(self) -> None:
-        plain = self.condition is None or bool((self.condition.beta == 1).all())
-        require(plain, "the bound is stated without guidance: beta must be 1")
 
     def at(self, time: Tensor) -> Sample:
         """Return x_t = (1 - t) x0 + t x1 [N, ...] at a time t []."""
@@ -104,18 +94,16 @@ def at(time: Tensor, x: Sample) -> Time:
     return x.new_full((len(x),), float(time))
 
 
-def follow(
-    model: Flow, oracle: Flow, x_t: Sample, s: Tensor, scale: float, condition: Condition | None = None
-) -> Paths:
+def follow(model: Flow, oracle: Flow, x_t: Sample, s: Tensor, scale: float) -> Paths:
     """Follow both paths from points x_t [N, ...] at time t = s[-1], with the velocities along them."""
     t, rows = at(s[-1], x_t), []
-    for time, y_s in zip(s, exact_path(oracle, x_t, s, scale, condition), strict=True):
+    for time, y_s in zip(s, exact_path(oracle, x_t, s, scale), strict=True):
         now = at(time, x_t)
-        f, df_ds = model.displacement_and_terminal_velocity(x_t, t, now, condition)
+        f, df_ds = model.displacement_and_terminal_velocity(x_t, t, now)
         x_s = x_t + f  # one jump of the model to each s, from the same start: no errors accumulate (eq. 3)
         # the model's field on both paths: their difference is what drives them apart
-        u_x, u_y = model.velocity(x_s, now, condition), model.velocity(y_s, now, condition)
-        rows.append((x_s, y_s, df_ds, u_x, u_y, oracle.velocity(y_s, now, condition)))
+        u_x, u_y = model.velocity(x_s, now), model.velocity(y_s, now)
+        rows.append((x_s, y_s, df_ds, u_x, u_y, oracle.velocity(y_s, now)))
     return Paths(s, *(torch.stack(column).detach() for column in zip(*rows, strict=True)))
 
 
@@ -144,9 +132,9 @@ def flow_matching_residual(paths: Paths) -> Tensor:
     return norms(paths.u_y - paths.exact)
 
 
-def solver_error(oracle: Flow, paths: Paths, scale: float, condition: Condition | None) -> PerSample:
+def solver_error(oracle: Flow, paths: Paths, scale: float) -> PerSample:
     """Return how far Y_0 moves [N] when the exact flow is solved in half as many steps."""
-    coarse = exact_path(oracle, paths.y[-1], paths.s[::2], scale, condition)[0]
+    coarse = exact_path(oracle, paths.y[-1], paths.s[::2], scale)[0]
     return (coarse - paths.y[0]).flatten(1).norm(dim=1)
 
 
@@ -159,7 +147,7 @@ def repaired(x1: Sample, times: int, seed: int = 0) -> Tensor:
     return torch.stack([x1[torch.randperm(len(x1), generator=generator)] for _ in range(times)])
 
 
-def tvm_loss(model: Flow, x0: Sample, x1: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
+def tvm_loss(model: Flow, x0: Sample, x1: Tensor, s: Tensor) -> Tensor:
     """Evaluate L_TVM(t, s) (eq. 9) of every draw at every time [S, N], t = s[-1], by TVM itself; see `repaired`.
 
     The objective's squared norms are means over a sample's elements; the theorem's are sums.
@@ -169,25 +157,22 @@ def tvm_loss(model: Flow, x0: Sample, x1: Tensor, s: Tensor, condition: Conditio
         x0: data [N, ...].
         x1: noise at every time [S, N, ...].
         s: [S] times, of the jump's end and of the flow-matching term.
-        condition: classes of x0.
     """
     objective = TVM(model, detach_landing=False)  # eq. 9 has no stopped gradient, and the model is its own target
     t = at(s[-1], x0)
     rows = []
     for time, noise in zip(s, x1, strict=True):
         now = at(time, x0)
-        rows.append(objective(x0, noise, Times(t, now, now), condition).total.detach())
+        rows.append(objective(x0, noise, Times(t, now, now)).total.detach())
     return x0[0].numel() * torch.stack(rows)
 
 
-def flow_matching_minimum(
-    oracle: Flow, x0: Sample, x1: Tensor, s: Tensor, condition: Condition | None = None
-) -> Tensor:
+def flow_matching_minimum(oracle: Flow, x0: Sample, x1: Tensor, s: Tensor) -> Tensor:
     """Return ||v - u(x_s, s)||^2 of every draw of tvm_loss [S, N]: what no velocity can learn (eq. 1, its minimum)."""
     rows = []
     for time, noise in zip(s, x1, strict=True):
         now = at(time, x0)
         # v is random given x_s: no function of x_s comes closer to it than its mean u
-        error = conditional_velocity(x0, noise) - oracle.velocity(interpolate(x0, noise, now), now, condition)
+        error = conditional_velocity(x0, noise) - oracle.velocity(interpolate(x0, noise, now), now)
         rows.append(error.flatten(1).square().sum(1))
     return torch.stack(rows)

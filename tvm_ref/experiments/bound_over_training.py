@@ -9,6 +9,7 @@ training.png. The exit status is 1 if a link of the chain is violated, which the
 """
 
 import copy
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import numpy as np
 
 from tvm_ref.bound import other_bounds
 from tvm_ref.bound.chain import measure
-from tvm_ref.bound.measuring import WHILE_TRAINING, Measuring, require_covered, to_json
+from tvm_ref.bound.measuring import WHILE_TRAINING, Measuring, require_covered
 from tvm_ref.cli.errors import user_files
 from tvm_ref.cli.files import require_free, write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, given, run
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
             found = report[name] = start(config, measuring)
             for record in measure_over_training(config, measuring):
                 found["records"].append(record)
-                write_atomically(out / "training.json", to_json(report))
+                write_atomically(out / "training.json", json.dumps(report, indent=1) + "\n")
             print(f"{name}\n{table(found)}")
         from tvm_ref.bound.plots import plot_training  # matplotlib, which --help need not wait for
         from tvm_ref.toy.report.plots import save_figure
