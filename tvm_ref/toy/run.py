@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tvm_ref.cli.errors import UserError, first_line, require
+from tvm_ref.cli.errors import require, user_errors
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.cli.progress import progress
 from tvm_ref.cli.stopping import Interruption
@@ -100,21 +100,16 @@ class Run:
             UserError: a checkpoint that is damaged, or of another network; a damaged log or file of snapshots.
         """
         path, log = self.folder / CHECKPOINT, self.folder / LOG
-        try:
+        with user_errors(f"{path} cannot be used", Exception):  # bytes that are no checkpoint raise almost anything
             state = torch.load(path, weights_only=True)
-        except Exception as error:  # bytes that are no checkpoint raise almost anything
-            raise UserError(f"{path} cannot be used: {first_line(error)}") from None
-        try:
+        # the weights of another network, or something else
+        with user_errors(f"{path} cannot be used", RuntimeError, KeyError, TypeError):
             self.training.load_state_dict(state)
             sums: Tensor = state["sums"]
-        except (RuntimeError, KeyError, TypeError) as error:  # the weights of another network, or something else
-            raise UserError(f"{path} cannot be used: {first_line(error)}") from None
         load_snapshots(self.folder)  # a damaged file is named now rather than in the middle of training
-        try:
+        with user_errors(f"{log} is damaged; without that file the log starts again", ValueError, KeyError, TypeError):
             lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
             self.log = [line for line in lines if line["step"] <= self.training.step]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{log} is damaged; without that file the log starts again") from None
         write_atomically(log, "".join(json.dumps(line) + "\n" for line in self.log))
         return sums
 
@@ -166,15 +161,12 @@ def read_config(folder: Path) -> ToyConfig:
         UserError: no run there, or a config.json with unknown keys, bad values, or of a later version.
     """
     path = folder / CONFIG
-    try:
+    require(path.is_file(), f"{folder} holds no run (no {CONFIG}); train one first")
+    with user_errors(f"{path} is not a configuration of this program", TypeError, ValueError, AttributeError):
         stored = json.loads(path.read_text())
         require_known_format(path, stored.pop("format", 0))
         stored.pop("device", None)  # earlier runs had a choice
         return ToyConfig(**stored)
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no run (no {CONFIG}); train one first") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a configuration of this program: {error}") from None
 
 
 def require_known_format(path: Path, version: int) -> None:
@@ -205,12 +197,11 @@ def load_distribution(folder: Path, config: ToyConfig) -> GaussianMixture:
     """
     if config.data is None or not (folder / POINTS).is_file():
         return config.make_distribution()
-    try:
+    damaged = (ValueError, KeyError, TypeError, EOFError, RuntimeError, IndexError)
+    with user_errors(f"{folder / POINTS} and {DATA} cannot be used", *damaged):
         known = json.loads((folder / DATA).read_text())
         points = torch.from_numpy(np.load(folder / POINTS, allow_pickle=False))
         return OwnPoints(points, known["bandwidth"], tuple(known["columns"]))
-    except (ValueError, KeyError, TypeError, EOFError, RuntimeError, IndexError) as error:
-        raise UserError(f"{folder / POINTS} and {DATA} cannot be used: {first_line(error)}") from None
 
 
 def load_model(folder: Path | str) -> tuple[ToyConfig, FlowMap, Units]:
@@ -224,13 +215,11 @@ def load_model(folder: Path | str) -> tuple[ToyConfig, FlowMap, Units]:
     require((folder / WEIGHTS).is_file(), f"{folder} holds no model yet; finish it with --resume")
     network = make_network(config, 2, config.make_distribution().num_classes if config.conditional else 0)
     model = FlowMap(network, scaled=config.guided)
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            model.network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            known = json.loads((file.metadata() or {}).get("toy", "{}"))
-            units = Units(**{name: tuple(values) for name, values in known.get("units", {}).items()})
-    except (SafetensorError, RuntimeError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{folder / WEIGHTS} is damaged: {first_line(error)}") from None
+    damaged = (SafetensorError, RuntimeError, TypeError, KeyError, ValueError)
+    with user_errors(f"{folder / WEIGHTS} is damaged", *damaged), safe_open(folder / WEIGHTS, "pt") as file:
+        model.network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        known = json.loads((file.metadata() or {}).get("toy", "{}"))
+        units = Units(**{name: tuple(values) for name, values in known.get("units", {}).items()})
     require_known_format(folder / WEIGHTS, known.get("format", 0))
     return config, model.requires_grad_(False), units
 
@@ -241,12 +230,11 @@ def steps_done(folder: Path) -> int | None:
     Raises:
         UserError: a damaged metrics.json.
     """
-    try:
-        return int(json.loads((folder / METRICS).read_text())["steps"]["done"])
-    except FileNotFoundError:
+    path = folder / METRICS
+    if not path.exists():
         return None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / METRICS} is damaged") from None
+    with user_errors(f"{path} is damaged", ValueError, KeyError, TypeError):
+        return int(json.loads(path.read_text())["steps"]["done"])
 
 
 def snapshot_steps(steps: int) -> set[int]:
@@ -273,13 +261,9 @@ def load_snapshots(folder: Path) -> dict[int, dict[str, Tensor]]:
         UserError: a damaged file.
         OSError: a file that cannot be read.
     """
-    if not (folder / SNAPSHOTS).exists():
-        return {}
-    try:
-        snapshots: dict[int, dict[str, Tensor]] = {}
-        for key, a in load((folder / SNAPSHOTS).read_bytes()).items():
+    path, snapshots = folder / SNAPSHOTS, dict[int, dict[str, Tensor]]()
+    with user_errors(f"{path} is damaged; without that file its snapshots start again", SafetensorError, ValueError):
+        for key, a in load(path.read_bytes()).items() if path.exists() else ():
             step, name = key.split("/", 1)
             snapshots.setdefault(int(step), {})[name] = a
-    except (SafetensorError, ValueError):
-        raise UserError(f"{folder / SNAPSHOTS} is damaged; without that file its snapshots start again") from None
     return dict(sorted(snapshots.items()))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvm_ref.cli.errors import UserError, first_line, require
+from tvm_ref.cli.errors import UserError, require, user_errors
 
 TEXT = (".csv", ".tsv", ".txt", ".dat")
 
@@ -25,15 +25,13 @@ def read_table(path: Path) -> tuple[Tensor, tuple[str, ...]]:
     if kind not in (*TEXT, ".npy"):
         raise UserError(f"{path}: points come as {' '.join(TEXT)} or .npy, not '{kind or 'a file without extension'}'")
     columns: tuple[str, ...] = ()
-    try:
+    with user_errors(f"{path} is not a table of numbers", ValueError, TypeError):
         if kind == ".npy":
             points = np.load(path, allow_pickle=False)
             require(points.dtype.kind in "fiu", f"its type is {points.dtype}")
             points = points.astype(np.float64)
         else:
             points, columns = parse(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a table of numbers ({first_line(error)})") from None
     check(path, points)
     return torch.from_numpy(points), columns if len(columns) == 2 else ("x", "y")
 
