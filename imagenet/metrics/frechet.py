@@ -37,22 +37,16 @@ def gaussian_statistics(features: ArrayLike) -> Gaussian:
     return Gaussian(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)))
 
 
-def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
+def frechet_distance(mu1: Matrix, sigma1: Matrix, mu2: Matrix, sigma2: Matrix) -> float:
     """Compute the squared Frechet distance of Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
 
     With sigma = R R^T the last trace is the sum of the singular values of R1^T R2: real, symmetric in the two, and
     exact for covariances without full rank (fewer samples than features), where a matrix root of the product is not.
+    Means are [D], covariances [D, D], finite, in float64.
 
     Raises:
-        ValueError: shapes that do not fit, numbers that are not finite, or a matrix that is no covariance.
+        ValueError: a matrix that is no covariance.
     """
-    mu1, mu2 = (np.atleast_1d(np.asarray(mu, np.float64)) for mu in (mu1, mu2))
-    sigma1, sigma2 = (np.atleast_2d(np.asarray(sigma, np.float64)) for sigma in (sigma1, sigma2))
-    if mu1.shape != mu2.shape or mu1.ndim != 1 or not sigma1.shape == sigma2.shape == (len(mu1), len(mu1)):
-        shapes = [list(a.shape) for a in (mu1, sigma1, mu2, sigma2)]
-        raise ValueError(f"means [D] and covariances [D, D] of one size are needed, got shapes {shapes}")
-    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("means and covariances must be finite")
     overlap = np.linalg.svd(covariance_root(sigma1).T @ covariance_root(sigma2), compute_uv=False).sum()
     squared = float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap)
     return max(squared, 0.0)  # rounding can leave -1e-13 where the two are equal
@@ -65,13 +59,9 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> tuple[floa
     set. Precision is the fraction of fake points in the support of the real ones, recall of real in the fake ones'.
 
     Raises:
-        ValueError: k below 1, no more than k points in a set, shapes that do not fit, numbers that are not finite.
+        ValueError: no more than k points in a set, shapes that do not fit, numbers that are not finite.
     """
     real, fake = _features("real", real), _features("fake", fake)
-    if k < 1 or min(len(real), len(fake)) <= k:
-        raise ValueError(f"k = {k} must be at least 1 and below the number of points, {len(real)} and {len(fake)}")
-    if real.shape[1] != fake.shape[1]:
-        raise ValueError(f"real and fake features differ in size: {real.shape[1]} and {fake.shape[1]}")
     return _fraction_within(fake, real, _radii(real, k)), _fraction_within(real, fake, _radii(fake, k))
 
 
