@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,6 @@ CPU = torch.device("cpu")
 BATCH = 64  # samples at a time, where nothing else is said
 DECODED = 8  # latents that the autoencoder decodes at a time: it needs far more memory per image than the model
 COLUMNS, ROWS = 10, 8  # of a grid, where nothing else is said: a class per column
-WIDEST = 20  # classes that get a column each
 
 
 @dataclass(frozen=True)
@@ -92,9 +90,8 @@ class Generator:
         return replace(self, classes=torch.linspace(0, classes - 1, min(COLUMNS, classes)).round().long().tolist())
 
     def columns(self, count: int) -> int:
-        """Return the columns of a grid of samples 0 to count - 1: a class each, or near a square for many classes."""
-        classes = self.config.classes if self.classes is None else len(self.classes)
-        return min(classes, count) if classes <= WIDEST else math.ceil(math.sqrt(count))
+        """Return the number of columns of a grid of samples 0 to count - 1, a class each."""
+        return min(count, len(self.with_columns().classes or ()))
 
     def grid(self, steps: int = 1, count: int | None = None) -> Pixels:
         """Draw a grid uint8 [H, W, 3] of samples 0 to count - 1, a class per column; None: 8 samples per class."""

@@ -109,4 +109,4 @@ def test_the_readme_s_lines_from_weights_to_images(run, tmp_path, monkeypatch):
 def test_of_many_classes_a_grid_shows_ten_evenly_spaced():
     generator = Generator(randomise(build_model(Config(hidden_size=16, depth=1))), Config(classes=1000))
     assert generator.with_columns().classes == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
-    assert generator.columns(64) == 8
+    assert generator.columns(64) == 10
