@@ -141,10 +141,7 @@ def flush(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a crash while writing left behind."""
     for path in (*folder.glob("*.partial"), *folder.glob("*.old")):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:  # somebody else's, and in the way
-            path.unlink()
+        shutil.rmtree(path)
 
 
 def load_newest(run: Path, slot: "Slot", world: World) -> dict[str, Any] | None:

@@ -149,18 +149,6 @@ def test_processes_write_about_as_much_as_each_other():
     assert (min(sizes), max(sizes)) == (600, 900)
 
 
-@pytest.mark.parametrize("name", ["00000002", "00000002.partial", "x.partial", "00000001.old"])
-def test_a_file_in_the_way_stops_no_saving(tmp_path, name):
-    """A file, or a link, where a folder belongs once made every later save fail."""
-    folder = save(tmp_path, 1).parent
-    (folder / name).write_text("not ours")
-    (folder / "link.partial").symlink_to(tmp_path)
-    assert newest(tmp_path)["step"] == 1
-    save(tmp_path, 2)
-    assert [p.name for p in sorted(folder.iterdir())] == ["00000001", "00000002"]
-    assert newest(tmp_path)["step"] == 2
-
-
 def test_a_tensor_keeps_its_layout(tmp_path):
     """Products of a matrix that is stored by columns are rounded in another way than those of one stored by rows."""
     matrix = torch.arange(6.0).view(2, 3).T
