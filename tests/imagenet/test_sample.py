@@ -73,14 +73,6 @@ def test_images_are_the_flow_map_s_jumps_from_noise_of_their_own(tmp_path, objec
         assert stored["arr_1"].tolist() == [0, 1, 2, 3, 4, 0, 1]
 
 
-@pytest.mark.parametrize("out", ["a.npz", "a"])
-def test_batch_size_does_not_matter(model, tmp_path, out):
-    draw(model, tmp_path / "whole.npz", "--count", "13")
-    assert draw(model, tmp_path / out, "--count", "13", "--batch-size", "4") == 0
-    assert np.abs(pixels(tmp_path / out).astype(int) - pixels(tmp_path / "whole.npz")).max() <= 1  # of rounding
-    assert len(np.unique(pixels(tmp_path / out).reshape(13, -1), axis=0)) == 13
-
-
 @pytest.mark.parametrize("count", [7, 2])
 @pytest.mark.parametrize("out", ["a.npz", "a", "a.png"])
 def test_processes_share_the_work(model, tmp_path, out, count, monkeypatch):
@@ -95,7 +87,7 @@ def test_processes_share_the_work(model, tmp_path, out, count, monkeypatch):
     for rank in (1, 2, 0):
         monkeypatch.setattr(distributed, "process_group", lambda _, rank=rank: contextlib.nullcontext(World(rank, 3)))
         assert draw(model, tmp_path / out, "--count", str(count), "--batch-size", "2") == 0
-    assert np.abs(read(tmp_path / out).astype(int) - read(whole)).max() <= 1
+    assert np.abs(read(tmp_path / out).astype(int) - read(whole)).max() <= 1  # of rounding, as batches differ too
     assert out == "a" or not folder.exists()
 
 

@@ -1,7 +1,5 @@
 """Two processes against one: the same losses, gradients, weights; NaN and failure stop both."""
 
-from datetime import timedelta
-
 import pytest
 import torch
 from torch import distributed
@@ -68,19 +66,6 @@ def test_flags_and_failures_are_every_ones(together):
     assert {(folder / f"raised-{rank}.txt").read_text() for rank in (0, 1)} == {"no space"}
 
 
-@needs_fsdp
-@pytest.mark.slow
-def test_a_state_from_two_fsdp_processes_loads_into_one(together):
-    from imagenet.training.step import Training
-    from tests.imagenet.workers import SMALL
-
-    training = Training(SMALL, ALONE)
-    training.load_state_dict(together[1]["fsdp"]["state"])
-    for name, value in training.model.state_dict().items():
-        assert torch.equal(value, together[1]["fsdp"]["state"]["model"][name])
-    assert training.step == 3
-
-
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=needs_fsdp)])
 @pytest.mark.slow
 def test_each_process_writes_its_part_and_any_number_reads_it(together, kind):
@@ -126,19 +111,6 @@ def test_fsdp_is_refused_where_its_jvp_would_be_wrong(monkeypatch):
     for version in ("2.13.0", "2.15.0.dev20261001+cu130", "3.0.0a0"):
         monkeypatch.setattr(torch, "__version__", version)
         check_version()
-
-
-def test_gradients_wait_minutes_and_all_else_hours(monkeypatch):
-    """A process that hangs once held the others for two hours, while GPUs were paid for."""
-    waits = {}
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(distributed, "init_process_group", lambda _, timeout: waits.update(gradients=timeout))
-    monkeypatch.setattr(distributed, "new_group", lambda backend, timeout: waits.update({backend: timeout}) or "group")
-    with process_group("cpu") as world:
-        assert world == World(1, 2, torch.device("cpu"), "group", "group")
-    assert timedelta(minutes=5) <= waits["gradients"] <= timedelta(minutes=30)
-    assert waits["gloo"] >= timedelta(hours=1)
 
 
 def test_processes_are_left_however_it_ends(monkeypatch):

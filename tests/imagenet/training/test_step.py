@@ -135,12 +135,6 @@ def test_a_step_is_adamw_on_the_clipped_gradient_and_both_averages_follow():
         torch.testing.assert_close(ema, 0.1 * e0 + 0.9 * p, rtol=1e-5, atol=1e-6)
 
 
-def test_the_target_gets_no_gradient():
-    training = make()
-    training.train_step(batches()[0])
-    assert all(p.grad is None for p in (*training.target.module.parameters(), *training.ema.module.parameters()))
-
-
 def test_bfloat16_keeps_float32_weights_and_comes_close():
     exact, rounded = make(), make(replace(SMALL, precision="bfloat16"))
     a, b = exact.train_step(batches()[0]), rounded.train_step(batches()[0])
