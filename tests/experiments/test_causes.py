@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tvm_ref.experiments import causes
+from tvm_ref.experiments import causes, variants
 from tvm_ref.experiments.causes import ExactPaths, OracleTraining
 from tvm_ref.interpolant import interpolate
 from tvm_ref.time_samplers import Times
@@ -69,4 +69,4 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     assert causes.main([*options, "--variants", *shown, "--out", str(out)]) == 0
     report = json.loads((out / "results.json").read_text())
     assert [len(row["runs"]) for row in report["variants"].values()] == [2, 2, 2]
-    assert causes.table(report) in capsys.readouterr().out
+    assert variants.table(report) in capsys.readouterr().out

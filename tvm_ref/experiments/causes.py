@@ -10,34 +10,26 @@ Each training has the products of --steps steps of TVM (experiments/compare.py),
 Writes results.json, with every training, into a folder of its own.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tvm_ref.cli.errors import user_files
-from tvm_ref.cli.files import require_free, write_atomically
-from tvm_ref.cli.options import OneLineParser, add_options, given, require_at_least, run
-from tvm_ref.cli.progress import progress
+from tvm_ref.cli.options import run
 from tvm_ref.exact_flow import exact_path
-from tvm_ref.experiments.compare import cells, errors
+from tvm_ref.experiments import variants
 from tvm_ref.experiments.family_measures import line_with_velocity, step_products
 from tvm_ref.interpolant import interpolate
 from tvm_ref.seeding import EVALUATION, uniform_numbers
 from tvm_ref.time_samplers import Times
-from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.data.mixture import GaussianMixture
-from tvm_ref.toy.report.metrics import make_reference
 from tvm_ref.toy.training import Batch, Training
 
 PATHS, TIMES = 20_000, 129  # exact paths that the network is regressed on, and times of each
-RATE = 0.01  # the best of compare.py, where a variant has no other
-COLUMNS = (1, 2, 4, 16)  # NFEs of the table
 
 
 def _without_weight(key: str) -> dict[str, Any]:
@@ -147,55 +139,22 @@ def configs(base: ToyConfig, names: Sequence[str]) -> dict[str, ToyConfig]:
     return made
 
 
-def table(report: dict[str, Any]) -> str:
-    """Format the median paired RMSE over seeds, and the range, per variant and NFE."""
-    lines = [f"{'variant':<27} {'lr':>6} {'steps':>6}  " + " ".join(f"{f'NFE {n}':^21}" for n in COLUMNS)]
-    for name, variant in report["variants"].items():
-        lines.append(f"{name:<27} {variant['lr']:>6g} {variant['steps']:>6}  {cells(variant['runs'], COLUMNS)}")
-    return "\n".join(lines)
-
-
-def parser() -> OneLineParser:
-    """Make the command line."""
-    p = OneLineParser("python -m tvm_ref.experiments.causes", __doc__)
-    add_options(p, ToyConfig, ["dist", "batch_size", "width", "depth"])
-    p.add_argument("--steps", type=int, default=500, help="budget of each training, in steps of TVM")
-    p.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS), help="(default: all)")
-    p.add_argument("--seeds", type=int, default=3, help="seeds per variant")
-    p.add_argument("--points", type=int, default=2000, help="samples that errors are measured on")
-    p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-causes)")
-    return p
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    command = parser()
+    command = variants.parser("causes", __doc__, VARIANTS)
     arguments = command.parse_args(argv)
-    use_one_thread()
-    with command.errors(), user_files():
-        base = ToyConfig(**given(arguments, ToyConfig), lr=RATE)
-        require_at_least(1, seeds=arguments.seeds)
-        require_at_least(10, points=arguments.points)
-        out = arguments.out or Path("runs/toy") / f"{base.name}-causes"
-        require_free(out, ["results.json"], "measurements")
-        out.mkdir(parents=True, exist_ok=True)
+    base, out = variants.begin("causes", command, arguments)
     with command.errors(f"{out} holds the trainings that were finished"):
         distribution = base.make_distribution()
-        reference = make_reference(distribution, points=arguments.points)
         paths = ExactPaths.of(distribution)
         report: dict[str, Any] = {"dist": base.name, "tvm_steps": base.steps, "variants": {}}
-        made = configs(base, arguments.variants)
-        runs = [(name, seed) for name in made for seed in range(arguments.seeds)]
-        for name, seed in progress(runs, unit="run", desc="training"):
-            config = replace(made[name], seed=seed)
-            training = OracleTraining(config, distribution, VARIANTS[name][1], paths)
-            for _ in range(config.steps):
-                training.train_step()
-            row = {"lr": config.lr, "steps": config.steps, "runs": []}
-            found = {"objective": config.objective, "seed": seed, "figures": errors(training, reference)}
-            report["variants"].setdefault(name, row)["runs"].append(found)
-            write_atomically(out / "results.json", json.dumps(report, indent=2) + "\n")
-    print(f"{table(report)}\n{out}")
+
+        def make(name: str, config: ToyConfig) -> OracleTraining:
+            return OracleTraining(config, distribution, VARIANTS[name][1], paths)
+
+        for _ in variants.train(configs(base, arguments.variants), make, arguments, report, out):
+            pass
+    print(f"{variants.table(report)}\n{out}")
     return 0
 
 

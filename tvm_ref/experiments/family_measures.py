@@ -124,16 +124,17 @@ def count_products(work: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def step_products(config: ToyConfig) -> float:
+def step_products(config: ToyConfig, make: Callable[[FlowMap], Objective] | None = None) -> float:
     """Return the matmuls of a loss and its gradient, in plain forwards of the same batch; without the optimizer's.
 
     Times are the configuration's, of evenly spread numbers, so that its fraction with t = s is met; a curriculum is
-    averaged over.
+    averaged over. `make` makes another objective than the configuration's.
     """
     x0, x1, u = torch.randn(64, 2), torch.randn(64, 2), uniform_numbers(64, 4, EVALUATION)
     model = FlowMap(make_network(config, 2, 0))
     target = copy.deepcopy(model).requires_grad_(False)
-    objective, times = config.make_objective(model, None), config.sampler().from_uniform(u.T)
+    objective = config.make_objective(model, None) if make is None else make(model)
+    times = config.sampler().from_uniform(u.T)
     with torch.no_grad():
         forward = count_products(lambda: model.velocity(x0, times.t))
     stages = [(i + 0.5) / 20 for i in range(20)] if objective.has_curriculum else [0.0]

@@ -1,0 +1,78 @@
+"""Train variants of methods on one budget of matrix products, and report them: what causes and relatives share."""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tvm_ref.cli.errors import user_files
+from tvm_ref.cli.files import require_free, write_atomically
+from tvm_ref.cli.options import OneLineParser, add_options, given, require_at_least
+from tvm_ref.cli.progress import progress
+from tvm_ref.experiments.compare import cells, errors
+from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.report.metrics import Reference, make_reference
+from tvm_ref.toy.training import Training
+
+RATE = 0.01  # the best of compare.py, where a variant has no other
+COLUMNS = (1, 2, 4, 16)  # NFEs of the table
+RESULTS = "results.json"
+
+Report = dict[str, Any]
+
+
+def parser(name: str, description: str, variants: Collection[str]) -> OneLineParser:
+    """Make the command line of the experiment called `name`."""
+    p = OneLineParser(f"python -m tvm_ref.experiments.{name}", description)
+    add_options(p, ToyConfig, ["dist", "batch_size", "width", "depth"])
+    p.add_argument("--steps", type=int, default=500, help="budget of each training, in steps of TVM")
+    p.add_argument("--variants", nargs="+", choices=tuple(variants), default=tuple(variants), help="(default: all)")
+    p.add_argument("--seeds", type=int, default=3, help="seeds per variant")
+    p.add_argument("--points", type=int, default=2000, help="samples that errors are measured on")
+    p.add_argument("--out", type=Path, help=f"folder to write (default: runs/toy/NAME-{name})")
+    return p
+
+
+def begin(name: str, command: OneLineParser, arguments: Any) -> tuple[ToyConfig, Path]:
+    """Check the options and make the folder; returns what all trainings have in common, and the folder."""
+    use_one_thread()
+    with command.errors(), user_files():
+        base = ToyConfig(**given(arguments, ToyConfig), lr=RATE)
+        require_at_least(1, seeds=arguments.seeds)
+        require_at_least(10, points=arguments.points)
+        out: Path = arguments.out or Path("runs/toy") / f"{base.name}-{name}"
+        require_free(out, [RESULTS], "measurements")
+        out.mkdir(parents=True, exist_ok=True)
+    return base, out
+
+
+def train(
+    configs: Mapping[str, ToyConfig],
+    make: Callable[[str, ToyConfig], Training],
+    arguments: Any,
+    report: Report,
+    out: Path,
+) -> Iterator[tuple[str, Training]]:
+    """Train every variant on every seed, and yield it; its errors are added to the report, which is written."""
+    reference: Reference | None = None
+    runs = [(name, seed) for name in configs for seed in range(arguments.seeds)]
+    for name, seed in progress(runs, unit="run", desc="training"):
+        config = replace(configs[name], seed=seed)
+        training = make(name, config)
+        for _ in range(config.steps):
+            training.train_step()
+        reference = reference or make_reference(training.distribution, points=arguments.points)
+        row = {"lr": config.lr, "steps": config.steps, "runs": []}
+        found = {"objective": config.objective, "seed": seed, "figures": errors(training, reference)}
+        report["variants"].setdefault(name, row)["runs"].append(found)
+        write_atomically(out / RESULTS, json.dumps(report, indent=2) + "\n")
+        yield name, training
+
+
+def table(report: Report) -> str:
+    """Format the median paired RMSE over seeds, and the range, per variant and NFE."""
+    lines = [f"{'variant':<27} {'lr':>6} {'steps':>6}  " + " ".join(f"{f'NFE {n}':^21}" for n in COLUMNS)]
+    for name, variant in report["variants"].items():
+        lines.append(f"{name:<27} {variant['lr']:>6g} {variant['steps']:>6}  {cells(variant['runs'], COLUMNS)}")
+    return "\n".join(lines)
