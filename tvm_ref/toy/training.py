@@ -93,6 +93,7 @@ class Training:
         self._parameters = list(self.objective.parameters())  # the model's, and those of a learned weight
         self.step = 0
         self.seconds = 0.0
+        self.gradient_norm = 0.0  # of the last step, before clipping
         self._block: tuple[int, list[Batch]] = (-1, [])
 
     def batch(self, step: int) -> Batch:
@@ -118,7 +119,7 @@ class Training:
         # the gradient in theta, through d/ds f as well: backward through a forward JVP (eq. 17)
         self.optimizer.zero_grad()
         terms.total.mean().backward()
-        torch.nn.utils.clip_grad_norm_(self._parameters, CLIP)
+        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, CLIP))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         self.optimizer.step()
