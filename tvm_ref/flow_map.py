@@ -82,7 +82,7 @@ class FlowMap(nn.Module):
     ) -> tuple[Sample, Sample]:
         """Return f(x, t, s) and d/ds f = F + (s - t) dF/ds, both [B, ...], by one JVP in s (eq. 17, fig. 11).
 
-        Gradients flow through value and tangent. With `detach_jvp` they stop at dF/ds: less time, as much memory,
+        Gradients flow through value and tangent. With `detach_jvp` they stop at dF/ds: less time and memory,
         and a bias (sec. 7.4).
         """
         # x and t stand still: only s has a tangent, so value and derivative come from one pass

@@ -1,20 +1,24 @@
 """Print what each preset costs, by arithmetic only: nothing is run.
 
     python -m imagenet.cost.table
-    python -m imagenet.cost.table --objectives        a step of every objective, in plain forwards; three minutes
+    python -m imagenet.cost.table --objectives        a step of every objective, and its memory; three minutes
 
 The columns: trained weights; the state of a training (weights, two averages, the optimizer's moments); floating-point
 operations of matrix products per image, once forward, in a TVM step, and in one whose gradient through the JVP is
-detached (flops.py); and those of the whole training.
+detached (flops.py); and those of the whole training. With --objectives: products of a step in plain forwards of the
+same batch, and the peak memory of a step on digits over that of flow matching, measured (memory.py).
 """
 
 from dataclasses import replace
 
 from imagenet.config import PRESETS, Config
 from imagenet.cost.flops import counted_step_flops, forward_flops, least_step_flops, weights_of
+from imagenet.cost.memory import step_bytes
 from tvm_ref import OBJECTIVES
 from tvm_ref.cli.options import OneLineParser, run
 from tvm_ref.cli.progress import progress
+
+MEASURED = 64  # samples of the batch whose memory is measured
 
 
 def parser() -> OneLineParser:
@@ -57,12 +61,18 @@ def presets() -> str:
 
 
 def objectives(presets: tuple[str, ...] = ("digits", "imagenet256-w2")) -> str:
-    """Format the products of a step of every objective in forwards of the same batch, without guidance."""
-    lines = [f"{'objective':<12}" + "".join(f"{name:>16}" for name in presets)]
+    """Format the products of a step of every objective, and the memory of the first preset's.
+
+    Products are in forwards of the same batch, memory (memory.py) in flow matching's; both are without guidance.
+    """
+    lines = [f"{'objective':<12}" + "".join(f"{name:>16}" for name in presets) + f"{'memory':>10}"]
+    small = replace(PRESETS[presets[0]], w=1.0, batch_size=MEASURED)
+    unit = step_bytes(replace(small, objective="fm"))
     for key in progress(OBJECTIVES, unit="objective", desc="counting"):
         configs = [replace(PRESETS[name], objective=key, w=1.0) for name in presets]
         ratios = [counted_step_flops(config) / forward_flops(config.network()) for config in configs]
-        lines.append(f"{key:<12}" + "".join(f"{ratio:>16.1f}" for ratio in ratios))
+        peak = step_bytes(replace(small, objective=key)) / unit
+        lines.append(f"{key:<12}" + "".join(f"{ratio:>16.1f}" for ratio in ratios) + f"{peak:>10.1f}")
     return "\n".join(lines)
 
 
