@@ -48,7 +48,7 @@ from tvm_ref.toy.report.metrics import Reference, make_reference, paired_errors
 
 W, W_MIN, W_MAX, KAPPA_MAX = 2.0, 1.0, 3.0, 3.0  # constant; bounds of random weights; bound of kappa
 DEFAULT, OTHER = 0.95, 0.999  # beta2
-POINTS = 2000  # samples that errors are measured on
+POINTS = 1000  # samples that errors are measured on
 NFES = (1, 4)
 TRIANGLE = {"time_sampler": "triangle", "equal_share": 0.75}  # times of LSD
 
@@ -243,8 +243,8 @@ def parser() -> OneLineParser:
     p = OneLineParser("python -m imagenet.random_guidance", __doc__)
     p.add_argument("--data", choices=("moons", "digits"), default="moons", help="what to learn")
     p.add_argument("--cases", nargs="+", default=CASES, help="method:guidance, or method:guidance:0.999")
-    p.add_argument("--steps", type=int, default=400, help="steps of each training")
-    p.add_argument("--batch-size", type=int, default=256, help="samples per step")
+    p.add_argument("--steps", type=int, default=300, help="steps of each training")
+    p.add_argument("--batch-size", type=int, default=128, help="samples per step")
     p.add_argument("--seeds", type=int, default=3, help="seeds per case")
     p.add_argument("--out", type=Path, help="folder to write (default: runs/imagenet/random-guidance-DATA)")
     return p
