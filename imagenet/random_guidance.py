@@ -11,7 +11,8 @@ w ~ U(1, 3) and kappa ~ U(0, 3), whose sum is the weight, with kappa u(x_t, t, c
 
 The table has, of the second half of training, the median of the gradient's norm before clipping, its 99 % quantile and
 maximum over that, and the same quantile of the jump's loss; then, at w = 2, paired RMSE to the exact guided map or the
-Frechet distance of digits, in one step and in four. Writes results.json, with the largest norm of every ten steps, into a folder.
+Frechet distance of digits, in one step and in four. Writes results.json, with the largest norm of every ten steps, into
+a folder.
 """
 
 import json

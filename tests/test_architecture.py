@@ -67,7 +67,18 @@ def test_the_graph_is_read():
 
 def test_commands_of_imagenet_import_library_modules_alone():
     commands = {name for name in COMMANDS if name.startswith("imagenet.")}
-    names = {"train", "sample", "evaluate", "encode", "convert", "benchmark", "digit_seeds", "norms", "random_guidance"}
+    names = {
+        "train",
+        "sample",
+        "evaluate",
+        "encode",
+        "convert",
+        "benchmark",
+        "digit_seeds",
+        "norms",
+        "random_guidance",
+        "differences",
+    }
     assert commands == {f"imagenet.{name}" for name in names} | {"imagenet.cost.table"}
     for name, imported in GRAPH.items():
         assert not imported & commands, name

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -13,6 +13,8 @@ from tvm_ref.guidance import Condition
 from tvm_ref.shapes import Sample, Time, over
 
 STEPS = (0.001, 0.003, 0.01, 0.03, 0.1)  # of the differences
+Errors = dict[str, dict[str, float]]  # by precision and by method
+
 # data types of matmuls, and whether times are rounded to them
 PRECISIONS: dict[str, tuple[torch.dtype, bool]] = {
     "float32": (torch.float32, False),
@@ -49,9 +51,7 @@ class Differenced(FlowMap):
 
 
 @torch.no_grad()
-def derivative_errors(
-    network: nn.Module, x: Sample, t: Time, s: Time, condition: Condition | None = None
-) -> dict[str, dict[str, float]]:
+def derivative_errors(network: nn.Module, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Errors:
     """Measure the relative error of a network's dF/ds, in the root mean square, by precision and by method.
 
     The methods are the JVP and central differences with STEPS; the reference is the JVP of the network in float64.
@@ -71,7 +71,7 @@ def derivative_errors(
     exact = by_jvp(lambda s: wide(x.double(), t.double(), s, labels), s.double())
     methods: dict[str, Callable[..., Tensor]] = {"JVP": by_jvp}
     methods |= {f"{step:g}": partial(by_difference, step=step) for step in STEPS}
-    found: dict[str, dict[str, float]] = {}
+    found: Errors = {}
     for name, (dtype, times) in PRECISIONS.items():
         to = dtype if times else None
 
@@ -85,7 +85,7 @@ def derivative_errors(
     return found
 
 
-def derivative_table(measured: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
+def derivative_table(measured: Sequence[Errors]) -> str:
     """Format the least and the largest relative error of dF/ds over some networks, by precision and method."""
     lines = [f"{'error of dF/ds':<20}" + "".join(f"{method:>18}" for method in measured[0]["float32"])]
     for name, row in measured[0].items():
