@@ -27,7 +27,7 @@ from torch import Tensor
 from imagenet.config import Config
 from imagenet.data import batches
 from imagenet.data.image_sets import load_data
-from imagenet.distributed import World
+from imagenet.model.distributed import World
 from imagenet.sampler import Generator
 from imagenet.training.step import Training
 from tvm_ref.cli.errors import UserError, user_files

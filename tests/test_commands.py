@@ -17,7 +17,8 @@ SLOW = (
     "ot", "pytorch_optimizer", "matplotlib", "scipy", "sklearn", "psutil", "triton", "sympy", "torch._dynamo",
     "torch.distributed.tensor", "torchvision", "timm", "diffusers", "torch_fidelity",
 )  # fmt: skip
-IMAGES = ("train", "sample", "evaluate", "encode", "convert", "benchmark", "digit_seeds", "norms", "cost.table")
+IMAGES = ("train", "sample", "evaluate", "encode", "convert", "benchmark", "digit_seeds", "norms", "cost.table",
+          "random_guidance", "differences")  # fmt: skip
 COMMANDS = {
     "tvm_ref.toy": ["--lr", "-1"],
     "tvm_ref.bound": ["nowhere"],
@@ -26,6 +27,7 @@ COMMANDS = {
     "tvm_ref.experiments.seeds": ["--points", "1"],
     "tvm_ref.experiments.family": ["--samples", "1"],
     "tvm_ref.experiments.causes": ["--colour"],
+    "tvm_ref.experiments.relatives": ["--colour"],
     "tvm_ref.experiments.bound_over_training": ["--grid", "7"],
     "tutorials.playground.page": ["nowhere"],
     **{f"imagenet.{name}": ["--colour"] for name in IMAGES},

@@ -7,7 +7,7 @@ import torch
 from imagenet import differences
 from imagenet.config import Config, build_model
 from imagenet.weights import save_weights
-from tests.networks import randomise
+from tests.imagenet.workers import randomise
 
 
 def test_errors_are_printed_for_each_model(tmp_path, capsys):
