@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     with command.errors(), user_files():
         require_at_least(1, batch_size=o.batch_size)
         models = [load_weights(source, attention="plain") for source in o.sources]
-        found = [measure(*model, o.data_path, o.batch_size) for model in progress(models, unit="model")]
+        found = [measure(flow_map, config, o.data_path, o.batch_size) for flow_map, config in progress(models)]
     print("\n".join(map(json.dumps, found)) if o.json else derivative_table(found))
     return 0
 
