@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,13 +41,14 @@ class Log:
         self._lines: Any = None
 
     def open(self) -> None:
-        """Start the clock, and open train.jsonl; lines beyond the training's step are removed."""
+        """Start the clock, and open train.jsonl without lines beyond the training's step, and without damaged ones."""
         self._first, self._started = self.training.step, time.perf_counter()
         self._last_line = self._first, self.seconds  # step and clock at the last line, or at the start
         if not self.training.world.first:
             return
         path = self.folder / "train.jsonl"
-        keep_lines(path, self._first)
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        write_atomically(path, "".join(line for line in lines if _step_of(line) <= self._first))
         self._lines = path.open("a")
 
     def close(self) -> None:
@@ -103,16 +103,6 @@ class Log:
         """Restore what state_dict gave."""
         self.seconds = self.before = state["seconds"]
         self._sums, self._summed = state["sums"], state["summed"]
-
-
-def keep_lines(path: Path, step: int) -> None:
-    """Remove lines beyond a step from a log, which a resumed run writes again; damaged ones are reported."""
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-    steps = [_step_of(line) for line in lines]
-    if lines:
-        write_atomically(path, "".join(line for line, known in zip(lines, steps, strict=True) if known <= step))
-    if damaged := sum(known == math.inf for known in steps[:-1]):  # the last may have been cut by a crash
-        print(f"{path}: {damaged} damaged lines are removed", file=sys.stderr, flush=True)
 
 
 def _step_of(line: str) -> float:

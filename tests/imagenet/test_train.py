@@ -71,14 +71,13 @@ def test_a_run_that_failed_before_it_saved_makes_way_for_another(tmp_path, monke
 
 @pytest.mark.parametrize("damage", ["no json\n", '{"step": "two"}\n', "[]\n", "\udcff\n", "[" * 10_000 + "\n"])
 @pytest.mark.slow
-def test_a_damaged_line_of_the_log_does_not_block_resuming(tmp_path, capsys, damage):
+def test_a_damaged_line_of_the_log_does_not_block_resuming(tmp_path, damage):
     folder = tmp_path / "run"
     assert command(folder, "--steps", 4, "--log-every", 1, "--schedule", "constant") == 0
     lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
     content = "".join([*lines[:2], damage, *lines[2:]]).encode(errors="surrogateescape")
     (folder / "train.jsonl").write_bytes(content)
     assert command(folder, "--steps", 5, "--log-every", 1, "--schedule", "constant", "--resume") == 0
-    assert "1 damaged lines are removed" in capsys.readouterr().err
     assert [line[0] for line in losses(folder)] == [1, 2, 3, 4, 5]
 
 
