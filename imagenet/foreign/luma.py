@@ -6,6 +6,7 @@ a function that runs Python source, which the file holds as well. The arguments 
 
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ PRESETS = {  # by name of the file
     "im512_w2p5": "imagenet512-w2.5",
     "im512_w2p25": "imagenet512-w2.25",
 }
-WRAPPERS = ("_orig_mod.", "model.")  # around the network, in front of its names
+WRAPPERS = re.compile(r"^((_orig_mod|model)\.)+")  # around the network, in front of its names
 MAX_PARTS = 20_000  # modules and tensors of one network, each as often as it stands in it
 MAX_NAME = 500  # letters of a tensor's name, with those of the modules around it
 MAX_LAYERS = 16  # of modules that are made with a module
@@ -112,16 +113,9 @@ def tensors_of(module: Any, size: int) -> dict[str, Tensor]:
                 if kind == "_modules":
                     children.append((f"{full}.", part))
                 else:
-                    found[_without_wrappers(full)] = storages.tensor(part)
+                    found[WRAPPERS.sub("", full)] = storages.tensor(part)
         waiting += children[::-1]
     return found
-
-
-def _without_wrappers(name: str) -> str:
-    """Strip the wrappers around the network from the name of a tensor."""
-    while name.startswith(WRAPPERS):
-        name = name.partition(".")[2]
-    return name
 
 
 class Storages:
