@@ -34,7 +34,7 @@ from imagenet.training.run import Run
 from imagenet.training.step import Training
 from imagenet.weights import CONFIG, WEIGHTS, checkpoints, read_config, read_provenance
 from tvm_ref.cli.errors import UserError, require, user_files
-from tvm_ref.cli.files import require_free
+from tvm_ref.cli.files import hold, require_free
 from tvm_ref.cli.options import OneLineParser, add_options, flag, given, option, require_at_least
 from tvm_ref.cli.options import run as run_command
 from tvm_ref.cli.progress import progress
@@ -42,6 +42,7 @@ from tvm_ref.cli.stopping import INTERRUPTED, Interruption, SaveRequests
 from tvm_ref.objectives import OBJECTIVES, TERMS
 
 GO_ON = "the same command with --resume continues"
+DEFAULT = "digits"  # preset
 THREADS = 1  # on a CPU, unless OMP_NUM_THREADS is set: more help digits little and hurt much on busy cores
 
 Plan = tuple[Config, bool, Provenance]  # of a run: whether it is resumed, and where its data are from
@@ -74,7 +75,7 @@ def parser() -> OneLineParser:
         lines.append(f"  {name}: " + (", ".join(changed) or "default"))
     usage = "train.py [PRESET] [--option value ...]"
     p = OneLineParser("train.py", __doc__, usage=usage, epilog="\n".join(lines))
-    p.add_argument("preset", nargs="?", default="digits", choices=tuple(PRESETS), help="the default is digits")
+    p.add_argument("preset", nargs="?", choices=tuple(PRESETS), help="default: digits; with --resume, the run's own")
     add_options(p.add_argument_group("the run"), Options)
     names = [f.name for f in dataclasses.fields(Config) if f.name not in OF_DATA]
     add_options(p.add_argument_group("the configuration (defaults are those of digits)"), Config, names)
@@ -108,11 +109,13 @@ def _check_steps(folder: Path, stored: Config, steps: int) -> None:
     require(more, f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
 
 
-def make_plan(preset: str, changes: dict[str, Any], out: Path, options: Options, world_size: int) -> tuple[Plan, Data]:
+def make_plan(
+    preset: str | None, changes: dict[str, Any], out: Path, options: Options, world_size: int
+) -> tuple[Plan, Data]:
     """Choose the configuration of a run and load its data, in the first process; tells whether it is resumed.
 
     Args:
-        preset: a key of PRESETS.
+        preset: a key of PRESETS; None is digits, or what the run that is resumed has.
         changes: fields of the configuration in place of the preset's.
         out: folder of the run.
         options: how and where to run.
@@ -121,11 +124,11 @@ def make_plan(preset: str, changes: dict[str, Any], out: Path, options: Options,
     Raises:
         UserError: bad values, no data, a folder that is in the way, latents of another autoencoder.
     """
-    config = dataclasses.replace(PRESETS[preset], **changes)
+    config = dataclasses.replace(PRESETS[preset or DEFAULT], **changes)
     changes = {name: getattr(config, name) for name in changes}  # words of --settings have become values
     resumed = options.resume and (out / CONFIG).exists()
     if resumed:
-        of_preset = {} if preset == "digits" else dataclasses.asdict(PRESETS[preset])  # digits may be unsaid
+        of_preset = {} if preset is None else dataclasses.asdict(PRESETS[preset])
         kept = (*RESUMABLE, "steps", "init", "input_size", "in_channels", "classes")  # as stored, unless given
         config = stored_config(out, {k: v for k, v in of_preset.items() if k not in kept} | changes)
     else:
@@ -160,13 +163,18 @@ def load_decoder(provenance: Provenance, world: World) -> nn.Module | None:
     return vae.to(world.device)
 
 
-def begin(preset: str, changes: dict[str, Any], options: Options, world: World) -> tuple[Run, Data]:
+def folder_of(preset: str | None, options: Options) -> Path:
+    """Return the folder of a run."""
+    return Path(options.out or f"runs/imagenet/{preset or DEFAULT}")
+
+
+def begin(preset: str | None, changes: dict[str, Any], options: Options, world: World) -> tuple[Run, Data]:
     """Make a run, or restore the one that is resumed, and load its data; see make_plan.
 
     Raises:
         UserError: bad options, missing data, a folder that is in the way or cannot be resumed.
     """
-    out = Path(options.out or f"runs/imagenet/{preset}")
+    out = folder_of(preset, options)
     made = world.on_first(lambda: make_plan(preset, changes, out, options, world.size))
     config, resumed, provenance = world.broadcast(made and made[0])
     data = made[1] if made is not None else load_data(config, options.data_path)
@@ -244,6 +252,8 @@ def main(argv: list[str] | None = None) -> int:
             world = stack.enter_context(distributed.process_group(options.device))
             if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(THREADS)
+            folder = folder_of(arguments.preset, options)
+            world.on_first(lambda: stack.enter_context(hold(folder)))
             run, data = begin(arguments.preset, given(arguments, Config), options, world)
         with command.errors(GO_ON), hint_at_memory():
             finished = train(run, data, options)

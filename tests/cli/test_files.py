@@ -1,10 +1,12 @@
 """Folders and files that commands write."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from tvm_ref.cli.files import require_free, require_new, write_atomically
+from tvm_ref.cli.files import LOCK, hold, require_free, require_new, write_atomically
 
 
 def test_new_and_empty_folders_are_free(tmp_path):
@@ -61,3 +63,36 @@ def test_files_are_written_whole_and_readable_by_others(tmp_path):
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert {p.name for p in tmp_path.iterdir()} == {"file", "plain"}
+
+
+HOLD = """
+import sys, pathlib
+from tvm_ref.cli.files import hold
+with hold(pathlib.Path(sys.argv[1])):
+    print(1, flush=True)
+    input()
+"""
+
+
+def test_a_folder_is_held_by_one_process(tmp_path, capsys):
+    """Two once resumed a run side by side, and each removed what the other wrote."""
+    folder = tmp_path / "new" / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(ValueError, match=rf"run is in use by process {other.pid} on {os.uname().nodename}"):
+            hold(folder).__enter__()
+        other.kill()
+    with hold(folder):  # what a kill leaves is reported, and in nobody's way
+        assert f"process {other.pid} on {os.uname().nodename} left" in capsys.readouterr().out
+        assert str(os.getpid()) in (folder / LOCK).read_text()
+        require_free(folder, ("config.json",))
+    assert not (folder / LOCK).exists()
+
+
+def test_a_folder_that_was_made_to_be_held_is_gone_if_nothing_is_in_it(tmp_path):
+    with hold(tmp_path / "new" / "run"):
+        pass
+    assert not (tmp_path / "new").exists()
+    with hold(tmp_path / "new" / "run"):
+        (tmp_path / "new" / "run" / "config.json").write_text("")
+    assert (tmp_path / "new" / "run" / "config.json").exists()

@@ -116,7 +116,8 @@ def test_a_run_is_never_overwritten_and_keeps_its_options(tmp_path, capsys):
     assert read_config(folder).accumulate == 2
     assert train.main(["--out", str(folder), "--resume"]) == 0  # what is not said stays
     assert read_config(folder).accumulate == 2
-    assert "has data synthetic" in one_line(capsys, train.main, ["cifar10", "--out", str(folder), "--resume"])
+    for preset in ("cifar10", "digits"):  # once the default preset went unchecked
+        assert "has data synthetic" in one_line(capsys, train.main, [preset, "--out", str(folder), "--resume"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")
     (tmp_path / "file").write_text("")

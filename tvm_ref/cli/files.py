@@ -1,28 +1,84 @@
 """Folders and files that commands write: never over something else, and never half."""
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tvm_ref.cli.errors import UserError, require, user_files
 
+LOCK = "lock"  # says which process writes into a folder
 
-def require_free(out: Path, marks: Sequence[str], what: str = "a run", ways: str = "", overwrite: bool = False) -> None:
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Make a folder if it is not there, and keep other processes from holding it, too.
+
+    The system's lock on the file LOCK ends with the process, however that ends. What a killed one leaves is reported.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written to.
+    """
+    _require_writable(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with user_files():
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+    with file:
+        file.seek(0)
+        holder = file.read()
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{folder} is in use by {holder}; if it has ended, remove {folder / LOCK}") from None
+        except OSError as error:  # a file system without locks
+            print(f"warning: {folder / LOCK} holds off nobody: {error.strerror}")
+        else:
+            if holder:
+                print(f"{holder} left {folder / LOCK} when it was killed: taking over")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                for path in made:
+                    path.rmdir()
+
+
+def _require_writable(out: Path) -> Path:
+    """Raise UserError unless a folder can be written to, or made; returns the part of its path that exists."""
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    require(place.is_dir(), f"{place} is a file, not a folder")
+    require(os.access(place, os.W_OK), f"{place} cannot be written to: choose another --out")
+    return place
+
+
+def require_free(
+    out: Path,
+    marks: Sequence[str],
+    what: str = "a run",
+    ways: str = "",
+    overwrite: bool = False,
+    leftovers: Sequence[str] = (),
+) -> None:
     """Raise UserError unless results may be written into the folder `out`, which need not exist yet.
 
     Args:
-        out: must be new, empty, or hold earlier results that `overwrite` gives up.
+        out: must be new, empty, or hold earlier results that `overwrite` gives up; a lock does not count.
         marks: names of files; a folder with all of them holds earlier results.
         what: these results are.
         ways: options that would do, for the message, as "--resume, --overwrite".
         overwrite: whether earlier results may be replaced.
+        leftovers: names of files that do not count, either.
     """
-    place = next(path for path in (out, *out.absolute().parents) if path.exists())  # where it is, or will be made
-    require(place.is_dir(), f"{place} is a file, not a folder")
-    require(os.access(place, os.W_OK), f"{place} cannot be written to: choose another --out")
-    if place != out or not any(out.iterdir()):
+    place = _require_writable(out)
+    if place != out or all(path.name in (LOCK, *leftovers) for path in out.iterdir()):
         return
     held = all((out / mark).is_file() for mark in marks)
     require(held, f"{out} holds something that is not {what}: choose another --out")
