@@ -117,8 +117,9 @@ def encode_shard(
         if good:
             images = torch.from_numpy(np.stack([image for *_, image in good])).permute(0, 3, 1, 2)
             posterior = encode(vae, images.to(next(vae.parameters()).device)).half().cpu().numpy()
-            if not np.isfinite(posterior).all():
-                raise FloatingPointError(f"latents that are not finite among {good[0][1]} to {good[-1][1]}")
+            for (_, path, _), latent in zip(good, posterior, strict=True):
+                if not np.isfinite(latent).all():
+                    raise FloatingPointError(f"the latents of {path} are not finite")
             posteriors.append(posterior)
             labels += [label for label, *_ in good]
         yield len(results)

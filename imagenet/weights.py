@@ -1,5 +1,6 @@
 """Weights as safetensors, with the configuration that they need in the metadata: how models leave a training."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,20 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], config: Config, *
         save_file(tensors, partial, {"format": "pt", "config": config.to_json(), **metadata})
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {first_line(error)}") from error
+    _sort_metadata(partial)
     os.replace(partial, path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a .safetensors file, whose order is left to chance: equal weights become equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[FlowMap, Config]:

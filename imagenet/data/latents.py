@@ -12,6 +12,7 @@ The shards are memory-mapped. Each time that training visits an image, it draws 
 import bisect
 import itertools
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,8 @@ class Latents:
             self.classes: list[str] = index["classes"]  # their names, by number
             mean, std = (tuple(index["normalisation"][key]) for key in ("mean", "std"))
             self.normalisation = Normalisation(mean, std)
-            names = [Path(shard["name"]).name for shard in index["shards"] if shard["count"]]  # in this folder
-        opened = [self._open(name) for name in names]
+            self._names = [Path(shard["name"]).name for shard in index["shards"] if shard["count"]]  # in this folder
+        opened = [self._open(name) for name in self._names]
         self._posteriors = [posteriors for posteriors, _ in opened]
         self.labels = torch.from_numpy(np.concatenate([labels for _, labels in opened]))
         self._ends = list(itertools.accumulate(len(posteriors) for posteriors in self._posteriors))
@@ -88,8 +89,12 @@ class Latents:
     def posterior(self, index: int) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of an image's raw latent, float32 [C, H, W] each."""
         shard = bisect.bisect_right(self._ends, index)
-        start = self._ends[shard - 1] if shard else 0
-        mean, std = torch.from_numpy(self._posteriors[shard][index - start].astype(np.float32))
+        row = index - (self._ends[shard - 1] if shard else 0)
+        stored = self._posteriors[shard][row].astype(np.float32)
+        if not np.isfinite(stored).all():
+            file = self.folder / shard_files(self._names[shard])[0]
+            warnings.warn(f"{file}, row {row}: numbers that are not finite", stacklevel=2)
+        mean, std = torch.from_numpy(stored)
         return mean, std
 
     def _open(self, name: str) -> tuple[NDArray[np.float16], NDArray[np.int64]]:

@@ -11,6 +11,7 @@ from imagenet.data.image_files import Pixels, find_images, read_image
 from tvm_ref.cli.errors import UserError, user_files
 
 Entry = tuple[int, str]  # a picture of a folder: its class, and its path below the folder
+PARTS = {"train", "training", "val", "valid", "validation", "test"}  # of data sets: folders that are no classes
 LONGEST = 8  # ratio of an image's sides beyond which its ends are cut off before it is resized
 
 
@@ -35,6 +36,8 @@ def list_images(source: Path) -> tuple[list[str], list[Entry]]:
             print(f"warning: {source / name} holds no images and is no class")
     if not classes:
         raise UserError(f"{source} holds no images in folders; one folder of images per class is expected")
+    if PARTS.issuperset(name.lower() for name in classes):
+        raise UserError(f"{source} holds {' and '.join(classes)}, parts of a data set and no classes: give one of them")
     print(f"{len(entries)} images of {len(classes)} classes; {left_out} other files are left out")
     return classes, entries
 

@@ -102,6 +102,14 @@ def test_a_run_of_an_earlier_version_stays_readable():
     assert Config.from_json(json.dumps(stored)) == replace(PRESETS["imagenet256-w2"], w=3.0)
 
 
+def test_a_run_of_format_1_stays_readable():
+    """Its fields keep their names: without a later format none of them may be renamed or removed."""
+    names = """data input_size in_channels classes patch_size hidden_size depth heads time_init norms scaled objective
+        settings w w_max time_sampler noise_share equal_share init steps batch_size optimizer lr beta2 warmup schedule
+        clip target_ema ema seed precision attention compile checkpointing parallel accumulate"""
+    assert set(names.split()) <= json.loads(Config().to_json()).keys()
+
+
 def test_a_later_format_is_refused():
     """Its fields may mean something else."""
     stored = json.loads(Config().to_json()) | {"format": FORMAT + 1}

@@ -84,3 +84,11 @@ def test_weights_are_not_replaced_by_half_a_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="could not be written"):
         save_weights(path, build_model(CONFIG).network.state_dict(), CONFIG)
     assert path.read_bytes() == before
+
+
+def test_equal_weights_are_equal_files(tmp_path):
+    """Their metadata once came in an order left to chance."""
+    weights = build_model(CONFIG).network.state_dict()
+    for i in range(8):
+        save_weights(tmp_path / f"{i}.safetensors", weights, CONFIG, step="1", data="{}", ema="é\n\x1f")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1

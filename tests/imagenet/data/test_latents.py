@@ -100,3 +100,12 @@ def test_another_number_of_classes_is_refused(folder, classes):
     """A model of 1000 classes once learned from a folder of ten, without a word."""
     with pytest.raises(UserError, match=f"the data have 3 classes, the configuration {classes}"):
         load_data(replace(CONFIG, classes=classes), folder)
+
+
+def test_latents_that_are_not_finite_are_named_by_file_and_row(folder):
+    """A training that they stopped could not go on, and nothing said which file was damaged."""
+    stored = np.load(folder / "00002.latents.npy")
+    stored[4, 1, 2, 0, 0] = np.nan
+    np.save(folder / "00002.latents.npy", stored)
+    with pytest.warns(UserWarning, match=r"00002.latents.npy, row 4: numbers that are not finite"):
+        Latents(folder).batch([0, 7], 0)

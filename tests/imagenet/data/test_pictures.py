@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagenet.data.pictures import centre_crop
+from imagenet.data.pictures import centre_crop, list_images
 
 
 def test_centre_crop_of_a_fitting_image_is_its_middle():
@@ -29,3 +29,11 @@ def test_a_strip_is_cut_before_it_is_resized(monkeypatch):
     monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a: sizes.append(size) or resize(self, size, *a))
     assert (centre_crop(Image.new("RGB", (4000, 1), (10, 200, 10)), 256) == (10, 200, 10)).all()
     assert max(max(size) for size in sizes) <= 8 * 256
+
+
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path, pictures):
+    """The folder around train/ and val/ once had two classes of these names."""
+    for name in ("train", "Val"):
+        (tmp_path / name).symlink_to(pictures)
+    with pytest.raises(ValueError, match="holds Val and train, parts of a data set and no classes: give one of them"):
+        list_images(tmp_path)
