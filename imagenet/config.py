@@ -17,7 +17,7 @@ from tvm_ref.objectives import Objective
 
 FORMAT = 1  # of stored configurations: to be raised when a field changes its meaning, or goes
 LABEL_DROPOUT = 0.1  # fraction of labels replaced by "no class" (sec. 3)
-OF_DATA = ("data", "input_size", "in_channels", "classes")  # decided by the preset and the latents, not by options
+OF_DATA = ("data", "in_channels", "classes")  # decided by the preset and the data, not by options
 # sizes beyond what fits any machine, so that a bad file is refused before its network is built
 LARGEST = {
     "input_size": 2**12, "in_channels": 2**12, "patch_size": 2**12, "classes": 2**24,
@@ -37,10 +37,11 @@ class Config:
     """
 
     # Data
-    data: Literal["digits", "cifar10", "latents", "synthetic"] = option("digits", "what to learn")
-    input_size: int = option(8, "side of the images or latents")
+    data: Literal["digits", "cifar10", "folder", "latents", "synthetic"] = option("digits", "what to learn")
+    input_size: int = option(8, "side of the images or latents; pictures of a folder are resized to it")
     in_channels: int = option(1, "channels of the images or latents")
     classes: int = option(10, "classes of the data")
+    flip: bool = option(False, "mirror half of a folder's pictures, others at each visit (cifar10: always)")
     # Network
     patch_size: int = option(4, "side of the square that becomes a token")
     hidden_size: int = option(64, "numbers per token (S 384, B 768, L 1024, XL 1152)")
@@ -198,6 +199,10 @@ PRESETS = {
         Config(), data="cifar10", input_size=32, in_channels=3, hidden_size=384, depth=12, heads=6, patch_size=2,
         w=1.5, steps=200_000, batch_size=256, lr=2e-4, warmup=2000, schedule="cosine", ema=0.9999, optimizer="adamw",
         precision="bfloat16", attention="fused",
+    ),
+    "folder": replace(
+        Config(), data="folder", input_size=32, in_channels=3, classes=1, hidden_size=128, heads=4, steps=5000,
+        batch_size=64, lr=5e-3, warmup=100, ema=0.999,
     ),
     "imagenet256-w2": _IMAGENET256_W2,
     "imagenet256-w1.75": replace(_IMAGENET256_W2, w=1.75, time_init="normal"),

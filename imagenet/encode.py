@@ -5,10 +5,10 @@
     torchrun --nproc-per-node 8 imagenet/encode.py ILSVRC2012/train --out latents256    one process per GPU
     python imagenet/encode.py pictures --out latents --vae folder/of/an/autoencoder     no network needed
 
-SOURCE has one folder per class, with images inside (at any depth); classes are numbered in order of their names. Images
-are centre-cropped and resized as in ADM: halved by averaging while both sides are at least twice the target, then
-scaled bicubically until the shorter side fits, then cut. For each image the mean and standard deviation of its
-posterior are stored as float16: 21 GB for ImageNet at 256, 84 GB at 512.
+SOURCE has one folder per class, with images inside (at any depth); classes are numbered in order of their names. A
+folder without such folders is one class. Images are centre-cropped and resized as in ADM: halved by averaging while
+both sides are at least twice the target, then scaled bicubically until the shorter side fits, then cut. For each image
+the mean and standard deviation of its posterior are stored as float16: 21 GB for ImageNet at 256, 84 GB at 512.
 
 An encoding that was stopped continues with the same command, on any number of processes, and ends in the same files.
 Images that cannot be read are left out and counted; each is printed with the reason.
@@ -16,6 +16,7 @@ Images that cannot be read are left out and counted; each is printed with the re
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 from imagenet.data.latents import FORMAT, INDEX, measured_normalisation, moments, write_shard
-from imagenet.data.pictures import Entry, list_images, load_ahead
+from imagenet.data.pictures import Entry, list_images, load_ahead, summary
 from imagenet.data.vae import NORMALISATION, VAE, encode, load_vae
 from imagenet.model import distributed
 from imagenet.model.distributed import World
@@ -88,7 +89,8 @@ def prepare(source: Path, out: Path, plan: dict[str, Any]) -> None:
             require(before[key] == value, f"{out} holds {other}; choose another --out")
         return
     require_free(out, (PLAN,), "latents")
-    classes, entries = list_images(source)
+    classes, entries, left_out = list_images(source)
+    print(summary(len(entries), len(classes), Counter({"no pictures by their endings or places": left_out})))
     with user_files():
         out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / LISTING, "".join(f"{json.dumps(entry)}\n" for entry in entries))

@@ -3,7 +3,7 @@
     python imagenet/evaluate.py samples256 --reference VIRTUAL_imagenet256_labeled.npz    a folder of images
     python imagenet/evaluate.py samples256.npz --reference img256.pkl                     images as ADM stores them
     python imagenet/evaluate.py imagenet256-w2.safetensors --reference img256.pkl --steps 1 2 --count 50000
-    python imagenet/evaluate.py runs/imagenet/digits --steps 1 4                          digits have their own metrics
+    python imagenet/evaluate.py runs/imagenet/digits --steps 1 4      digits and own pictures have their own metrics
 
 A model's images are made on the fly, the same that sample.py draws; sample.py under torchrun is faster for many.
 The reference decides what is measured: statistics (mu, sigma) give FID, images also precision and recall; the inception
@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from imagenet.data.digits import TEST
 from imagenet.data.image_files import ImageFiles
-from imagenet.metrics.digits import SETS, measure_model
 from imagenet.metrics.fid import Candidates, measure
 from imagenet.metrics.inception import Extractor, Inception
+from imagenet.metrics.own import SETS, Metrics, measure_model, own_metrics
 from imagenet.metrics.references import read_reference
 from imagenet.model import distributed
 from imagenet.sampler import Generator, add_model_options, load_model
@@ -44,7 +43,9 @@ def parser() -> OneLineParser:
     """Build the command line."""
     p = OneLineParser("evaluate.py", __doc__)
     p.add_argument("source", type=Path, help="images (a folder, a .npz) or a model (a run's folder, a .safetensors)")
-    p.add_argument("--reference", type=Path, help="a .npz or .pkl of statistics, or images; digits need none")
+    p.add_argument(
+        "--reference", type=Path, help="a .npz or .pkl of statistics, or images; digits and own pictures need none"
+    )
     p.add_argument("--count", type=int, help=f"images to measure (default: all; of a model: {PUBLISHED:,})")
     p.add_argument("--steps", type=int, nargs="+", default=[1], help="of a model: numbers of steps")
     p.add_argument("--inception", type=Path, help="file of Inception's weights (default: where torch.hub keeps it)")
@@ -78,11 +79,12 @@ def stored_images(source: Path, count: int | None, size: int) -> Candidates:
     return {"images": (images.batches(size, count), count)}
 
 
-def measure_digits(generator: Generator, steps: list[int]) -> dict[str, Any]:
-    """Score a model of digits: {"reference": about it, "figures": by number of steps}."""
-    scores = measure_model(generator, steps).items()
-    figures = {f"{n} NFE": {"samples": TEST, "sets": SETS, **found} for n, found in scores}
-    return {"reference": {"name": "scikit-learn's digits"}, "figures": figures}
+def measure_own(generator: Generator, steps: list[int], metrics: Metrics) -> dict[str, Any]:
+    """Score a model by the metrics of its own data: {"reference": about them, "figures": by number of steps}."""
+    scores = measure_model(generator, steps, metrics).items()
+    figures = {f"{n} NFE": {"samples": len(metrics.labels), "sets": SETS, **found} for n, found in scores}
+    name = "scikit-learn's digits" if generator.config.data == "digits" else "the pictures that it was trained on"
+    return {"reference": {"name": name}, "figures": figures}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -114,8 +116,9 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None, vae:
         require_new(options.out)  # a folder that cannot be made is noticed before the work
         is_model = source.suffix == ".safetensors" or (source / "config.json").is_file()
         generator = load_model(options, world, vae) if is_model else None
-        if generator is not None and generator.config.data == "digits" and options.reference is None:
-            report = measure_digits(generator, steps)
+        own = None if generator is None or options.reference else own_metrics(generator.config, source)
+        if generator is not None and own is not None:
+            report = measure_own(generator, steps, own)
         elif options.reference is None:
             raise UserError("--reference is needed: statistics (.npz, .pkl) or images to measure against")
         else:

@@ -27,6 +27,8 @@ from torch import Tensor
 from imagenet.config import Config
 from imagenet.data import batches
 from imagenet.data.image_sets import load_data
+from imagenet.metrics.digits import digit_metrics
+from imagenet.metrics.own import measure_model
 from imagenet.model.distributed import World
 from imagenet.sampler import Generator
 from imagenet.training.step import Training
@@ -207,10 +209,8 @@ class Digits:
 
     def quality(self, reference: Reference | None) -> dict[str, float]:
         """Measure the Frechet distance by the number of steps."""
-        from imagenet.metrics.digits import measure_model  # scikit-learn, which --help need not wait for
-
         generator = Generator(self.training.ema.module, self.config, w=W)
-        return {str(n): scores["frechet"] for n, scores in measure_model(generator, NFES).items()}
+        return {str(n): scores["frechet"] for n, scores in measure_model(generator, NFES, digit_metrics()).items()}
 
 
 def steadiness(rows: Tensor) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
     python imagenet/sample.py runs/imagenet/digits --out digits.png                    a grid, one step
     python imagenet/sample.py imagenet256-w2.safetensors --out cats.png --classes 281 282 285 --steps 4
+    python imagenet/sample.py runs/imagenet/folder --out pictures.png --classes "red things"     by names of folders
     python imagenet/sample.py imagenet256-w2.safetensors --out samples256 --count 50000                 a folder of PNG
     torchrun --nproc-per-node 8 imagenet/sample.py runs/imagenet/imagenet256-w2 --out samples.npz --count 50000
 
@@ -102,8 +103,8 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
         require_at_least(1, count=count, steps=steps, batch_size=options.batch_size)
         generator = load_model(options, world, vae)
         if out.suffix == ".png":  # a grid, with a class per column
+            count = generator.grid_count() if options.count is None else count
             generator = generator.with_columns()
-            count = ROWS * len(generator.classes or ()) if options.count is None else count
         folder: Path = world.broadcast(world.on_first(lambda: prepare(out)))
         try:
             started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -90,13 +91,19 @@ class Generator:
         return replace(self, classes=torch.linspace(0, classes - 1, min(COLUMNS, classes)).round().long().tolist())
 
     def columns(self, count: int) -> int:
-        """Return the number of columns of a grid of samples 0 to count - 1, a class each."""
+        """Return the number of columns of a grid of samples 0 to count - 1: a class each; one class fills a square."""
+        if self.config.classes == 1:
+            return math.ceil(math.sqrt(count))
         return min(count, len(self.with_columns().classes or ()))
 
+    def grid_count(self) -> int:
+        """Return the number of samples of a grid, where nothing else is said."""
+        return ROWS * (ROWS if self.config.classes == 1 else len(self.with_columns().classes or ()))
+
     def grid(self, steps: int = 1, count: int | None = None) -> Pixels:
-        """Draw a grid uint8 [H, W, 3] of samples 0 to count - 1, a class per column; None: 8 samples per class."""
+        """Draw a grid uint8 [H, W, 3] of samples 0 to count - 1, a class per column; None: grid_count() samples."""
         shown = self.with_columns()
-        count = ROWS * len(shown.classes or ()) if count is None else count
+        count = self.grid_count() if count is None else count
         images = list(shown.batches(range(count), steps))
         return image_files.grid(np.concatenate(images), shown.columns(count))
 
@@ -115,7 +122,7 @@ def load_generator(
     source: str | Path,
     *,
     device: str | torch.device = "cpu",
-    classes: Sequence[int] | None = None,
+    classes: Sequence[int | str] | None = None,
     w: float | None = None,
     seed: int = 0,
     vae: str | nn.Module | None = None,
@@ -125,7 +132,7 @@ def load_generator(
     Args:
         source: the folder or file.
         device: where to run.
-        classes: see Generator.
+        classes: see Generator; a text is a class's name, if the weights know it, or a number.
         w: see Generator; untrained_guidance warns if the model does not know it.
         seed: see Generator.
         vae: the autoencoder of latents, by folder or name, or itself; None is the one that the weights name.
@@ -136,11 +143,10 @@ def load_generator(
     device = torch.device(device)
     flow_map, config = load_weights(source, attention=None if device.type == "cuda" else "plain")
     known = read_provenance(source) or Provenance(config.data)
-    known_classes = all(0 <= k < config.classes for k in classes or ())
-    require(known_classes, f"classes must lie in 0 to {config.classes - 1}, got {classes}")
+    numbers = None if classes is None else [_number(k, known.classes or (), config.classes) for k in classes]
     require(w is None or 0 < w < float("inf"), f"w must be positive and finite, got {w}")
     require(seed >= 0, f"seed must be at least 0, got {seed}")
-    generator = Generator(flow_map.to(device), config, device, classes, w, seed)
+    generator = Generator(flow_map.to(device), config, device, numbers, w, seed)
     if config.data not in ("latents", "synthetic"):
         return generator
     size = LATENT_SIDE * config.input_size
@@ -154,6 +160,15 @@ def load_generator(
     return replace(generator, vae=decoder.to(device), normalisation=normalisation)
 
 
+def _number(given: int | str, names: Sequence[str], classes: int) -> int:
+    """Return the number of a class that is given by number or by name; names may look like numbers."""
+    number = names.index(given) if given in names else int(given) if str(given).isdecimal() else -1
+    if not 0 <= number < classes:
+        known = f" or be named: {', '.join(names[:10])}{', ...' * (len(names) > 10)}" if names else ""
+        raise UserError(f"classes must lie in 0 to {classes - 1}{known}; got {given}")
+    return number
+
+
 def untrained_guidance(config: Config, w: float) -> str | None:
     """Return a warning if a model was not trained with the guidance weight w."""
     if config.w <= w <= (config.w_max or config.w):
@@ -164,7 +179,7 @@ def untrained_guidance(config: Config, w: float) -> str | None:
 
 def add_model_options(p: argparse._ActionsContainer) -> None:
     """Add the options of commands that decide how a model draws images."""
-    p.add_argument("--classes", type=int, nargs="+", help="numbers of classes, in turn (default: all)")
+    p.add_argument("--classes", nargs="+", help="names or numbers of classes, in turn (default: all)")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--w", type=float, help="guidance weight in place of the one that the model was trained with")
     p.add_argument("--batch-size", type=int, default=BATCH, help="images at a time, per process")

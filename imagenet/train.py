@@ -4,6 +4,7 @@
     torchrun imagenet/train.py --resume                              continue it, bit for bit
     torchrun imagenet/train.py --init runs/imagenet/fm --out runs/imagenet/fm-then-tvm     from given weights
     torchrun imagenet/train.py cifar10 --data-path DATA
+    torchrun imagenet/train.py folder --data-path PICTURES             your own: a folder per class, or a flat one
     torchrun --nproc-per-node 8 imagenet/train.py imagenet256-w2 --data-path LATENTS --accumulate 16      8 x 80 GB
     torchrun --nproc-per-node 8 imagenet/train.py synthetic --accumulate 16      throughput, without data
 
@@ -24,7 +25,8 @@ from torch import nn
 
 from imagenet.config import OF_DATA, PRESETS, RESUMABLE, Config
 from imagenet.data.batches import Batches, loader
-from imagenet.data.image_sets import Data, fit_to_latents, load_data, provenance_of
+from imagenet.data.image_sets import Data, fit_to_data, load_data, provenance_of
+from imagenet.data.pictures import INDEX, PIXELS, read_folder
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import load_vae
 from imagenet.model import distributed
@@ -54,7 +56,7 @@ class Options:
 
     out: str | None = option(None, "folder of the run (default: runs/imagenet/PRESET)")
     resume: bool = option(False, "continue the run in that folder; start one if there is none")
-    data_path: str | None = option(None, "folder of latents, or of cifar10, which is fetched if it is not there")
+    data_path: str | None = option(None, "folder of pictures, latents or cifar10, which is fetched if it is not there")
     device: str | None = option(None, "cpu, cuda, ... (default: the GPU if there is one)")
     workers: int = option(0, "processes that read ahead")
     log_every: int = option(20, "steps between lines of train.jsonl")
@@ -133,20 +135,44 @@ def make_plan(
         config = stored_config(out, {k: v for k, v in of_preset.items() if k not in kept} | changes)
     else:
         saved = checkpoints(out) or (out / WEIGHTS).exists()  # a failure in the first step leaves nothing to continue
-        require_free(out, (CONFIG,), ways="--resume", overwrite=not saved)
+        require_free(out, (CONFIG,), ways="--resume", overwrite=not saved, leftovers=(INDEX, PIXELS))
         if config.data == "latents" and options.data_path is not None:
-            config = fit_to_latents(config, options.data_path)
+            config = dataclasses.replace(fit_to_data(config, options.data_path), **changes)
     shares = f"{world_size} processes times --accumulate {config.accumulate}"
     divides = config.batch_size % (world_size * config.accumulate) == 0
     require(divides, f"--batch-size {config.batch_size} is no multiple of {shares}")
     if config.parallel == "fsdp":
         check_version()
-    data = load_data(config, options.data_path)
+    if config.data == "folder" and not (resumed and (out / INDEX).exists()):
+        read_pictures_of(options.data_path, config.input_size, out)
+        config = config if resumed else fit_to_data(config, out)
+    data = load_data(config, data_folder(config, out, options))
     provenance = provenance_of(config, data, options.data_path)
     earlier = str(out) if resumed else config.init  # of a run that is resumed, its checkpoint holds all that is needed
     if earlier is not None and (before := read_provenance(earlier)) is not None:
+        if resumed and config.data == "folder":  # read when it began
+            provenance = dataclasses.replace(provenance, path=before.path)
         before.check_latents(provenance, f"{earlier} was trained on other latents than --data-path holds")
     return (config, resumed, provenance), data
+
+
+def read_pictures_of(data_path: str | None, size: int, out: Path) -> None:
+    """Read the pictures of --data-path into the folder of a run.
+
+    Raises:
+        UserError: no pictures there, or a run that would be among them.
+    """
+    if data_path is None or not Path(data_path).is_dir():
+        raise UserError(f"--data-path must be a folder of pictures, got {data_path}")
+    if out.resolve().is_relative_to(Path(data_path).resolve()):
+        raise UserError(f"--out {out} lies inside {data_path}, where its samples would count as pictures")
+    out.mkdir(parents=True, exist_ok=True)
+    read_folder(Path(data_path), size, out)
+
+
+def data_folder(config: Config, out: Path, options: Options) -> str | Path | None:
+    """Return the folder that the data of a run are read from; pictures have been read into its own."""
+    return out if config.data == "folder" else options.data_path
 
 
 def load_decoder(provenance: Provenance, world: World) -> nn.Module | None:
@@ -177,7 +203,7 @@ def begin(preset: str | None, changes: dict[str, Any], options: Options, world: 
     out = folder_of(preset, options)
     made = world.on_first(lambda: make_plan(preset, changes, out, options, world.size))
     config, resumed, provenance = world.broadcast(made and made[0])
-    data = made[1] if made is not None else load_data(config, options.data_path)
+    data = made[1] if made is not None else load_data(config, data_folder(config, out, options))
     vae = load_decoder(provenance, world)
     run = Run(out, Training(config, world), provenance, options.keep, vae)
     run.start()

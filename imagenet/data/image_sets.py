@@ -16,6 +16,7 @@ from imagenet.config import Config
 from imagenet.data.digits import load_digits
 from imagenet.data.latents import Latents
 from imagenet.data.noise import FLIP
+from imagenet.data.pictures import read_pictures
 from imagenet.data.provenance import Provenance
 from tvm_ref.cli.errors import UserError, require, user_errors
 
@@ -48,6 +49,19 @@ class Images:
         return x, labels
 
 
+class OwnPictures(Images):
+    """The pictures of a person's folder that are to be learned, as a run has read them into its own folder.
+
+    Raises:
+        UserError: no pictures there.
+    """
+
+    def __init__(self, run: str | Path, *, flip: bool = False, seed: int = 0):
+        stored = read_pictures(Path(run))
+        super().__init__(*stored.train, flip=flip, seed=seed)
+        self.classes, self.brightness = stored.classes, stored.brightness
+
+
 class Synthetic:
     """Normal noise with labels, for throughput: as many samples as ImageNet, drawn from a small store."""
 
@@ -74,7 +88,8 @@ def load_data(config: Config, folder: str | Path | None = None) -> Data:
 
     Args:
         config: names the data.
-        folder: where cifar10 or latents lie; cifar10 is fetched into it if it is not there.
+        folder: where latents lie, or cifar10, which is fetched into it if it is not there; the folder of a run that has
+            read pictures.
 
     Raises:
         UserError: no such data there, or of another shape or number of classes than the configuration says; an extra
@@ -89,29 +104,33 @@ def load_data(config: Config, folder: str | Path | None = None) -> Data:
         raise UserError(f"{config.data} need data_path, the folder that they lie in")
     elif config.data == "cifar10":
         data = Images(*_load_cifar10(folder), flip=True, seed=config.seed)
+    elif config.data == "folder":
+        data = OwnPictures(folder, flip=config.flip, seed=config.seed)
     else:
         data = Latents(folder, config.seed)
     fits = data.shape == shape
     require(fits, f"the data are of shape {list(data.shape)}, the configuration asks for {list(shape)}")
-    found = len(data.classes) if isinstance(data, Latents) else int(data.labels.max()) + 1
+    found = len(data.classes) if isinstance(data, Latents | OwnPictures) else int(data.labels.max()) + 1
     require(found == config.classes, f"the data have {found} classes, the configuration {config.classes}")
     return data
 
 
-def fit_to_latents(config: Config, folder: str | Path) -> Config:
-    """Return a configuration with the shape and the number of classes of the latents in a folder.
+def fit_to_data(config: Config, folder: str | Path) -> Config:
+    """Return a configuration with the shape and the number of classes of the latents or pictures in a folder.
 
     Raises:
-        UserError: no latents there, or patches that do not tile them.
+        UserError: none there, or patches that do not tile them.
     """
-    latents = Latents(folder)
-    channels, side, _ = latents.shape
-    return replace(config, in_channels=channels, input_size=side, classes=len(latents.classes))
+    data = OwnPictures(folder) if config.data == "folder" else Latents(folder)
+    channels, side, _ = data.shape
+    return replace(config, in_channels=channels, input_size=side, classes=len(data.classes))
 
 
 def provenance_of(config: Config, data: Data, folder: str | Path | None = None) -> Provenance:
     """Describe the data that a configuration is trained on, and the folder that they are from."""
     known = Provenance(config.data, None if folder is None else str(Path(folder).absolute()))
+    if isinstance(data, OwnPictures):
+        return replace(known, classes=data.classes, brightness=data.brightness)
     if not isinstance(data, Latents):
         return known
     return replace(known, autoencoder=data.autoencoder, normalisation=data.normalisation, classes=tuple(data.classes))

@@ -1,31 +1,51 @@
-"""Folders of pictures: their classes, and each picture as a square of a given size."""
+"""Folders of pictures: their classes, each picture as a square, and the pictures that a run has read.
 
+A training on such a folder reads it once, into two files in the folder of the run:
+
+    pictures.bin     uint8 [N, S, S, 3]: the pictures to learn from, then those that are held out
+    pictures.json    their side S, channels, classes and labels, ...; written last
+"""
+
+import json
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from imagenet.data.image_files import Pixels, find_images, read_image
 from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.files import read_json, write_atomically
+from tvm_ref.cli.progress import progress
 
 Entry = tuple[int, str]  # a picture of a folder: its class, and its path below the folder
 PARTS = {"train", "training", "val", "valid", "validation", "test"}  # of data sets: folders that are no classes
 LONGEST = 8  # ratio of an image's sides beyond which its ends are cut off before it is resized
+PIXELS, INDEX = "pictures.bin", "pictures.json"
+HELD_OUT, MOST = 10, 500  # one in so many pictures is held out for what is measured; no more than MOST in all
+BATCH, THREADS = 64, 8  # pictures that are read at a time, and by how many threads
 
 
 @user_files()
-def list_images(source: Path) -> tuple[list[str], list[Entry]]:
-    """List the classes and images of a folder, both in order of their names, and say how many there are.
+def list_images(source: Path) -> tuple[list[str], list[Entry], int]:
+    """List the classes and pictures of a folder, both in order of their names, and count its other files.
+
+    Its folders that hold pictures, at any depth, are the classes. If there are none, it is one class itself.
 
     Raises:
-        UserError: no class folders with images.
+        UserError: no pictures, or parts of a data set in place of classes.
     """
     folders = sorted(path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
     classes: list[str] = []
     entries: list[Entry] = []
-    left_out = 0
+    left_out = sum(path.is_file() and not path.name.startswith(".") for path in source.iterdir())
     for name in folders:
         images, others = find_images(source / name)
         left_out += others
@@ -35,11 +55,20 @@ def list_images(source: Path) -> tuple[list[str], list[Entry]]:
         else:
             print(f"warning: {source / name} holds no images and is no class")
     if not classes:
-        raise UserError(f"{source} holds no images in folders; one folder of images per class is expected")
+        images, left_out = find_images(source)
+        classes, entries = [source.resolve().name], [(0, path) for path in images]
+    if not entries:
+        raise UserError(f"{source} holds no images")
     if PARTS.issuperset(name.lower() for name in classes):
         raise UserError(f"{source} holds {' and '.join(classes)}, parts of a data set and no classes: give one of them")
-    print(f"{len(entries)} images of {len(classes)} classes; {left_out} other files are left out")
-    return classes, entries
+    return classes, entries, left_out
+
+
+def summary(count: int, classes: int, skipped: Counter[str]) -> str:
+    """Say how many pictures and classes there are, and how many files were skipped, with the reasons."""
+    reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common() if n)
+    words = f"{count} pictures, {classes} class{'es' * (classes > 1)}, {skipped.total()} skipped"
+    return f"{words} ({reasons})" if reasons else words
 
 
 def centre_crop(image: Image.Image, size: int) -> Pixels:
@@ -75,3 +104,88 @@ def load_ahead(paths: Sequence[Path], size: int, batch_size: int, workers: int) 
             if pending:
                 yield [result.result() for result in pending]
             pending = following
+
+
+def hold_out(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
+    """Part pictures into those to learn from and those held out: at random, of each class in proportion."""
+    keys = np.random.default_rng(0).random(len(entries)).tolist()
+    mixed = [entry for _, _, entry in sorted((entry[0], key, entry) for key, entry in zip(keys, entries, strict=True))]
+    every = max(HELD_OUT, -(-len(entries) // MOST))
+    places = range(every - 1, len(mixed), every)
+    held = {mixed[i] for i in places if mixed[i][0] == mixed[i - 1][0]}  # not the only one of its class
+    return sorted(set(entries) - held), sorted(held)
+
+
+def read_folder(source: Path, size: int, out: Path) -> None:
+    """Read the pictures of a folder, cropped to size x size, into the folder of a run, and say how many there are.
+
+    Raises:
+        UserError: no pictures that can be read.
+    """
+    names, entries, left_out = list_images(source)
+    train, held_out = hold_out(entries)
+    order = train + held_out
+    skipped = Counter({"no pictures by their endings or places": left_out})
+    labels: list[int] = []
+    images = chain.from_iterable(load_ahead([source / path for _, path in order], size, BATCH, THREADS))
+    learned, grey, brightness = 0, True, 0.0
+    (out / INDEX).unlink(missing_ok=True)
+    with (out / PIXELS).open("wb") as file:
+        bar = progress(images, "reading", len(entries), leave=False, unit="picture")
+        for i, ((label, path), image) in enumerate(zip(order, bar, strict=True)):
+            if isinstance(image, str):
+                skipped[image] += 1
+                print(f"{path} is skipped: {image}", file=sys.stderr)
+            else:
+                file.write(image.tobytes())
+                labels.append(label)
+                learned += i < len(train)
+                grey = grey and bool((image == image[..., :1]).all())
+                brightness += float(image.mean()) / 255
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is gone")  # not each of its pictures
+    if not learned:
+        raise UserError(f"not one of {len(entries)} pictures in {source} could be read")
+    kept, numbers = np.unique(labels, return_inverse=True)  # classes whose pictures can be read
+    index = {
+        "size": size, "channels": 1 if grey else 3, "classes": [names[k] for k in kept], "labels": numbers.tolist(),
+        "held_out": len(labels) - learned, "brightness": round(brightness / len(labels), 4),
+    }  # fmt: skip
+    print(summary(len(labels), len(kept), skipped))
+    print(f"{'grey' if grey else 'coloured'}, mean brightness {index['brightness']}, {index['held_out']} held out")
+    write_atomically(out / INDEX, json.dumps(index) + "\n")
+
+
+class Pictures(NamedTuple):
+    """The pictures that a run has read: uint8 [N, C, S, S], memory-mapped, with labels [N].
+
+    Attributes:
+        train: those to learn from.
+        test: those held out.
+        classes: names of the classes, by number.
+        brightness: mean of all pixels, from black 0 to white 1.
+    """
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: tuple[str, ...]
+    brightness: float
+
+
+def read_pictures(folder: Path) -> Pictures:
+    """Open the pictures in the folder of a run.
+
+    Raises:
+        UserError: none there, or damaged files.
+    """
+    about = read_json(
+        folder / INDEX, "run's pictures", ("size", "channels", "classes", "labels", "held_out", "brightness")
+    )
+    n, size = len(about["labels"]), about["size"]
+    try:
+        stored = np.memmap(folder / PIXELS, np.uint8, "c", shape=(n, size, size, 3))  # copies what is written to
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / PIXELS} cannot be read: {error}") from None
+    x, y = torch.from_numpy(stored).permute(0, 3, 1, 2)[:, : about["channels"]], torch.tensor(about["labels"])
+    first = n - about["held_out"]
+    return Pictures((x[:first], y[:first]), (x[first:], y[first:]), tuple(about["classes"]), about["brightness"])

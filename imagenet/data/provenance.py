@@ -21,6 +21,7 @@ class Provenance:
         autoencoder: name of the autoencoder of latents: a folder, or on the Hugging Face hub.
         normalisation: of latents.
         classes: names of the classes, by number, where the data name them.
+        brightness: mean of all pixels of pictures, from black 0 to white 1.
     """
 
     data: str
@@ -28,6 +29,7 @@ class Provenance:
     autoencoder: str | None = None
     normalisation: Normalisation | None = None
     classes: tuple[str, ...] | None = None
+    brightness: float | None = None
 
     def to_json(self) -> str:
         """Write one JSON object."""

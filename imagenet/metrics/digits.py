@@ -1,30 +1,24 @@
-"""The metrics of generated digits, against the real ones.
-
-A set of samples has as many images as are held out, with the same labels, each from noise of its own. So few leave
-their scores to chance; those of a model are averaged over SETS such sets.
+"""The metrics of generated digits, against the real ones; own.py takes their means over sets of samples.
 
     accuracy         fraction of samples to which a support vector machine, trained on real images, gives their label
     frechet          Frechet distance of the pixels (64 numbers in [0, 1]) to those of the images to learn from
     frechet_held_out the same of the held-out images, one set of 360: no lower bound, as a model has seen the others
     recall           fraction of real images within reach of the samples (Kynkaanniemi et al. 2019, k = 3), in the
                      features of a small network that was trained to tell digits
+
+Samples have the labels of the held-out images.
 """
 
-import dataclasses
 import functools
-import statistics
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imagenet.data.digits import TEST, load_digits
+from imagenet.data.digits import load_digits
 from imagenet.metrics.frechet import frechet_distance, gaussian_statistics, precision_recall
-from imagenet.sampler import Generator
 
-SETS = 8  # sets of samples whose scores are averaged
 NEIGHBOURS = 3  # k of the recall
 FEATURES = 64  # hidden units of the network in whose features recall is measured
 # what one-step samples must reach: at least, or at most for the distance; the controls do not
@@ -98,23 +92,3 @@ def accepted(metrics: dict[str, float]) -> bool:
         and metrics["frechet"] <= ACCEPTED["frechet"]
         and metrics["recall"] >= ACCEPTED["recall"]
     )
-
-
-def measure_model(generator: Generator, nfes: Sequence[int]) -> dict[int, dict[str, float]]:
-    """Measure a model of digits by the number of steps: mean scores of SETS sets of samples of the held-out labels.
-
-    Set k consists of samples k * TEST, ..., (k + 1) * TEST - 1, so that each has other noise.
-
-    Args:
-        generator: the model; its classes are replaced by those labels.
-        nfes: numbers of network evaluations per sample.
-    """
-    metrics = digit_metrics()
-    generator = dataclasses.replace(generator, classes=metrics.labels.tolist())
-
-    def mean(nfe: int) -> dict[str, float]:
-        """Average the scores over sets."""
-        scores = [metrics.measure(generator.samples(range(k * TEST, (k + 1) * TEST), nfe)) for k in range(SETS)]
-        return {name: round(statistics.fmean(s[name] for s in scores), 4) for name in scores[0]}
-
-    return {nfe: mean(nfe) for nfe in nfes}

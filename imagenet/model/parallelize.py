@@ -5,6 +5,7 @@ the module inside one trains without synchronising, silently.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,7 +48,11 @@ def wrap(objective: Objective, averages: list[EMA[FlowMap]], world: World, kind:
     if world.size == 1:
         return objective
     devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(objective, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # the only buffers are embeddings of positions, which are the same everywhere; PyTorch 2.14 has renamed the option
+    names = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {option: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(objective, devices, **options)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
     config.json            the configuration
     data.json              what it is trained on (provenance.py)
+    pictures.bin, .json    of a person's folder of pictures, what is trained on (pictures.py)
     train.jsonl            a line per --log-every steps (log.py)
     samples/               a grid per checkpoint
     checkpoints/           the newest states, each with its evaluation weights (checkpoint.py)
     weights.safetensors    evaluation weights, once training is done, as all below
     samples-1.png, -4.png  grids of one-step and four-step samples
-    metrics.json           seconds, and for digits how good they are, by number of function evaluations
+    metrics.json           seconds, and for digits and pictures scores, by number of function evaluations
 
 Everything is written by the first process. Samples are those that sample.py and evaluate.py draw from the run by
 default: the same noise, classes, precision.
@@ -24,6 +25,7 @@ from torch import nn
 
 from imagenet.data.image_files import save_png
 from imagenet.data.provenance import Provenance
+from imagenet.metrics.own import measure_model, own_metrics
 from imagenet.model.parallelize import full_state
 from imagenet.sampler import Generator
 from imagenet.training.checkpoint import Saver, load_newest
@@ -130,10 +132,9 @@ class Run:
         for nfe in nfes:
             self.draw_grid(f"samples-{nfe}.png", nfe)
         metrics: dict[str, Any] = {}
-        if config.data == "digits":
-            from imagenet.metrics.digits import measure_model
-
-            metrics["nfe"] = {str(nfe): scores for nfe, scores in measure_model(self.generator(), nfes).items()}
+        if (own := own_metrics(config, self.folder)) is not None:
+            scores = measure_model(self.generator(), nfes, own)
+            metrics["nfe"] = {str(nfe): values for nfe, values in scores.items()}
         metrics["seconds"] = {
             "training": round(self.log.seconds, 2),
             "total": round(total_seconds + self.log.before, 2),

@@ -119,7 +119,7 @@ def test_corrupt_images_are_skipped_and_named(source, tmp_path, capsys):
     (source / "dog" / "0.png").write_text("no image at all")
     assert encode(source, tmp_path / "out") == 0
     printed = capsys.readouterr()
-    assert "7 images of 2 classes; 1 other files" in printed.out
+    assert "7 pictures, 2 classes, 1 skipped (1 no pictures by their endings or places)" in printed.out
     assert "2 images could not be read" in printed.out
     assert "dog/0.png is skipped: it is no image of a known kind" in printed.err
     assert Latents(tmp_path / "out").labels.tolist() == [0] * 3 + [1] * 2

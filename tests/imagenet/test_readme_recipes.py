@@ -35,5 +35,5 @@ def test_a_recipe_trains_on_its_machine(recipe):
             assert f"# {machine[1]} x {machine[2]} GB" in text
         options = command["options"].replace('"$@"', "").replace('"', "").split()
         arguments = train.parser().parse_args(options)
-        config = replace(PRESETS[arguments.preset], **given(arguments, Config))
+        config = replace(PRESETS[arguments.preset or train.DEFAULT], **given(arguments, Config))
         assert config.batch_size % (processes * config.accumulate) == 0

@@ -1,0 +1,68 @@
+"""How good a model of digits or of one's own pictures is: mean scores of sets of samples, without Inception.
+
+A set of samples has as many images as are held out, with the same labels, each from noise of its own. So few leave
+their scores to chance; those of a model are averaged over SETS such sets.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from imagenet.config import Config
+from imagenet.data.pictures import INDEX
+from imagenet.sampler import Generator
+
+SETS = 8  # sets of samples whose scores are averaged
+
+
+class Metrics(Protocol):
+    """Scores of samples x [N, C, H, W] that were generated for the labels [N] of the held-out images."""
+
+    labels: Tensor
+
+    def measure(self, x: Tensor) -> dict[str, float]:
+        """Measure a set of samples."""
+
+
+def own_metrics(config: Config, source: Path) -> Metrics | None:
+    """Return the metrics of a run's data; None if there are none, or too few pictures are held out.
+
+    Args:
+        config: of the model.
+        source: the folder of the run, or weights in it.
+    """
+    if config.data == "digits":
+        from imagenet.metrics.digits import digit_metrics
+
+        return digit_metrics()
+    run = next((path for path in (source, *source.absolute().parents) if (path / INDEX).is_file()), None)
+    if config.data != "folder" or run is None:
+        return None
+    from imagenet.metrics.pictures import picture_metrics
+
+    return picture_metrics(run)
+
+
+def measure_model(generator: Generator, nfes: Sequence[int], metrics: Metrics) -> dict[int, dict[str, float]]:
+    """Measure a model by the number of steps: mean scores of SETS sets of samples of the held-out labels.
+
+    Set k of N samples consists of samples k N, ..., (k + 1) N - 1, so that each has other noise.
+
+    Args:
+        generator: the model; its classes are replaced by those labels.
+        nfes: numbers of network evaluations per sample.
+        metrics: of the data that it was trained on.
+    """
+    n = len(metrics.labels)
+    generator = dataclasses.replace(generator, classes=metrics.labels.tolist())
+
+    def mean(nfe: int) -> dict[str, float]:
+        """Average the scores over sets."""
+        scores = [metrics.measure(generator.samples(range(k * n, (k + 1) * n), nfe)) for k in range(SETS)]
+        return {name: round(statistics.fmean(s[name] for s in scores), 4) for name in scores[0]}
+
+    return {nfe: mean(nfe) for nfe in nfes}
