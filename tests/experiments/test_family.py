@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tvm_ref.experiments import compare, family, family_measures, family_plots, variants
+from tvm_ref.experiments import compare, differences, family, family_measures, family_plots, variants
 from tvm_ref.experiments.family_measures import (
     MEMBERS,
     ExactNetwork,
@@ -247,6 +247,8 @@ def test_chosen_parts_have_a_folder_of_their_own(tmp_path, monkeypatch):
     [
         (compare.table, ["compare"], "toy_measurements.md"),
         (variants.table, ["causes"], "objectives_measurements.md"),
+        (variants.table, ["relatives"], "objectives_measurements.md"),
+        (differences.derivative_table, ["relatives", "derivative"], "objectives_measurements.md"),
         (family.bound_table, ["family", "bounds"], "objectives_measurements.md"),
         (family.gradient_table, ["family", "gradients"], "objectives_measurements.md"),
     ],

@@ -86,10 +86,10 @@ def derivative_errors(network: nn.Module, x: Sample, t: Time, s: Time, condition
 
 
 def derivative_table(measured: Sequence[Errors]) -> str:
-    """Format the least and the largest relative error of dF/ds over some networks, by precision and method."""
+    """Format the relative error of dF/ds, of several networks the least and the largest, by precision and method."""
     lines = [f"{'error of dF/ds':<20}" + "".join(f"{method:>18}" for method in measured[0]["float32"])]
     for name, row in measured[0].items():
         ranges = ([found[name][method] for found in measured] for method in row)
-        texts = [f"{min(values):.1e}-{max(values):.1e}" for values in ranges]
+        texts = [f"{min(values):.1e}" + f"-{max(values):.1e}" * (len(values) > 1) for values in ranges]
         lines.append(f"{name:<20}" + "".join(f"{text:>18}" for text in texts))
     return "\n".join(lines)
