@@ -109,7 +109,8 @@ def table(bound: Bound, report: dict[str, Any]) -> str:
     lines += [
         f"W2 to fresh data {report['w2_data']:.4f}; two clouds of as many data ({report['points']:,}) are "
         f"{report['w2_floor']:.4f} apart, +- {report['w2_floor_deviation']:.2g} by the draw",
-        f"int L = {bound.path_length:.2f}, from L(s), the largest slope seen: an estimate from below of the true one",
+        f"int L = {bound.path_length:.2f}, the largest slopes at {3 * report['points']:,} points of each time, X_s, "
+        "Y_s and halfway: an estimate from below",
         f"loss (eq. 9, mean over s) {bound.loss:.4f}, of which {bound.loss_minimum:.4f} cannot be learned",
     ]
     return "\n".join(lines)
