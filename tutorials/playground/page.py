@@ -11,7 +11,6 @@ earlier steps) and computes jumps, their derivatives and the exact flow itself, 
 import base64
 import html
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,8 @@ from tvm_ref.toy.config import use_one_thread
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.run import load_run, load_snapshots, read_config, steps_done
 
-PARTS = Path(__file__).parent / "web"  # the page, its style and its two scripts
-POINTS = 256  # noise points; a page computes all of them anew for every frame
-RADIO = '<label><input type="radio" name="run" value="{}">{}</label>'  # of the switch between runs
+PARTS = Path(__file__).parent / "web"  # the page, its style and its scripts
+POINTS = 512  # noise points; a page computes all of them anew for every frame
 START = (1.5, 1.6)  # the noise of the point that is followed at first
 
 
@@ -78,26 +76,6 @@ def describe_run(folder: Path, blobs: list[str]) -> tuple[GaussianMixture, dict[
     }
 
 
-def suggestions(runs: Sequence[dict[str, Any]]) -> str:
-    """Things to try, as HTML: buttons and what they set."""
-    whole = {"run": 0, "back": 0, "t": 1, "s": 0}
-    tries = {
-        "One step from noise to data": whole,
-        "Part of the way: drag the ring in a picture, compare the two arrows": whole | {"s": 0.4},
-        "Small jumps are easy: t and s close together": whole | {"t": 0.5, "s": 0.4},
-        "Two Euler steps beside one jump": whole | {"steps": 2},
-    }
-    if before := len(runs[0]["snapshots"]) - 1:
-        tries["Before training: jumps agree with a wrong velocity, no loss"] = whole | {"back": before, "s": 0.2}
-    for i, run in enumerate(runs):
-        if not run["learns_jumps"]:
-            tries["A model that learned no jumps, only velocities"] = whole | {"run": i}
-    return "".join(
-        f'<button data-set="{html.escape(json.dumps(changes))}">{html.escape(text)}</button>'
-        for text, changes in tries.items()
-    )
-
-
 def make_page(folders: list[Path]) -> str:
     """Write the page of one or more runs on the same data, as HTML.
 
@@ -125,9 +103,7 @@ def make_page(folders: list[Path]) -> str:
     parts = {
         "name": html.escape(Path(config.data).stem if config.data is not None else config.dist.replace("_", " ")),
         "points": str(POINTS),
-        "runs": "".join(RADIO.format(i, html.escape(run["name"])) for i, run in enumerate(runs)),
-        "tries": suggestions(runs),
-        **{p.stem: p.read_text(encoding="utf-8") for p in PARTS.iterdir() if p.suffix in (".css", ".js")},
+        **{p.name: p.read_text(encoding="utf-8") for p in PARTS.iterdir() if p.suffix in (".css", ".js")},
         "data": json.dumps(data).replace("<", "\\u003c"),  # a name must not open or end a script
     }
     for name, text in parts.items():

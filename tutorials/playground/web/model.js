@@ -1,106 +1,34 @@
 "use strict";
-// The trained network and the exact flow, computed as network.py, flow_map.py and mixture.py of tvm_ref compute them.
-// Times run from 1 (noise) to 0 (data); clouds are flat arrays [x, y, x, y, ...].
-
-const FREQUENCIES = 4, FOURIER_FEATURES = 16; // as in network.py
-const POINT_FEATURES = 2 + 2 * FOURIER_FEATURES, INPUTS = POINT_FEATURES + 4 * FREQUENCIES;
+// A model as it is sampled, and the exact flow: what tvm_ref's flow_map.py and toy/data/mixture.py compute.
 
 const decode = base64 => new Float32Array(Uint8Array.from(atob(base64), c => c.charCodeAt(0)).buffer);
-const std = t => Math.hypot(1 - t, t);
+const constant = (n, value) => new Float64Array(n).fill(value);
 
-// c(t, s) and dc/ds: c x is the average velocity over [s, t] if the data are N(0, I)
-function gaussianAverageVelocity(t, s) {
-  const total = std(s) + std(t), scale = 2 / (std(t) * total), c = scale * (s + t - 1);
-  return [c, scale - c * (2 * s - 1) / (std(s) * total)];
-}
-
-// GELU v Phi(v) in place of v, and its tangent. Phi by Abramowitz and Stegun 7.1.26, whose error is below 1e-7
-function gelu(a, da) {
-  for (let i = 0; i < a.length; i++) {
-    const v = a[i], k = 1 / (1 + 0.3275911 * Math.abs(v) * Math.SQRT1_2), bell = Math.exp(-v * v / 2);
-    const tail = 0.5 * bell * k * (0.254829592
-      + k * (-0.284496736 + k * (1.421413741 + k * (-1.453152027 + k * 1.061405429))));
-    const phi = v > 0 ? 1 - tail : tail;
-    a[i] = v * phi;
-    da[i] *= phi + v * bell / Math.sqrt(2 * Math.PI);
-  }
-}
-
-// W h, added to `out`
-function addProduct({ W, columns }, h, out) {
-  for (let i = 0; i < out.length; i++) {
-    let sum = 0;
-    for (let j = 0, k = i * columns; j < h.length; j++, k++) sum += W[k] * h[j];
-    out[i] += sum;
-  }
-}
-
-// F(x, t, s) = c(t, s) x + (2 - s - t) MLP(x / std(t), t, t - s): network.py
-class Network {
-  constructor(weights, width, depth) {
-    const sizes = [INPUTS, ...Array(depth).fill(width), 2];
-    let start = 0;
-    const take = n => weights.subarray(start, start += n);
-    this.projection = take(2 * FOURIER_FEATURES);
-    this.layers = sizes.slice(1).map((rows, i) => ({ columns: sizes[i], W: take(rows * sizes[i]), bias: take(rows) }));
-    this.values = [POINT_FEATURES, ...sizes.slice(1)].map(n => new Float64Array(n)); // of each layer's inputs
-    this.rates = this.values.map(a => new Float64Array(a.length)); // and d/ds of them
-  }
-
-  // The function (x, y) -> F and, with `tangent`, dF/ds: 4 numbers. What times alone decide is computed once
-  at(t, s, tangent = false) {
-    const { layers, projection, values, rates } = this, [c, dc] = gaussianAverageVelocity(t, s), fade = 2 - s - t;
-    const timeBias = Float64Array.from(layers[0].bias), timeRate = new Float64Array(timeBias.length);
-    for (let k = 0; k < FREQUENCIES; k++) {
-      const w = Math.PI * (k + 1), g = w * (t - s);
-      const features = [Math.sin(w * t), Math.cos(w * t), Math.sin(g), Math.cos(g)];
-      const dfeatures = [0, 0, -w * Math.cos(g), w * Math.sin(g)];
-      for (let i = 0; i < timeBias.length; i++) {
-        for (let j = 0; j < 4; j++) {
-          const weight = layers[0].W[i * INPUTS + POINT_FEATURES + j * FREQUENCIES + k];
-          timeBias[i] += weight * features[j];
-          timeRate[i] += weight * dfeatures[j];
-        }
-      }
-    }
-    return (x, y) => {
-      const a = values[0];
-      a[0] = x / std(t);
-      a[1] = y / std(t);
-      for (let k = 0; k < FOURIER_FEATURES; k++) {
-        const angle = a[0] * projection[k] + a[1] * projection[FOURIER_FEATURES + k];
-        a[2 + k] = Math.sin(angle);
-        a[2 + FOURIER_FEATURES + k] = Math.cos(angle);
-      }
-      layers.forEach((layer, i) => {
-        if (i) gelu(values[i], rates[i]);
-        values[i + 1].set(i ? layer.bias : timeBias);
-        addProduct(layer, values[i], values[i + 1]);
-        if (tangent && i === 0) rates[1].set(timeRate);
-        if (tangent && i > 0) addProduct(layer, rates[i], rates[i + 1].fill(0));
-      });
-      const [u, v] = values.at(-1), [du, dv] = rates.at(-1);
-      return [c * x + fade * u, c * y + fade * v, dc * x - u + fade * du, dc * y - v + fade * dv];
-    };
-  }
-}
-
-// A model as it is sampled: f(x, t, s) = (s - t) F(x, t, s), or one Euler step where training taught no jumps
+// Jumps of f(x, t, s) = (s - t) F(x, t, s), or Euler steps where training taught no jumps
 class Model {
   constructor(network, learnsJumps) {
     Object.assign(this, { network, learnsJumps });
   }
 
-  velocity(t) { // (x, y) -> u = F(x, t, t)
-    return this.network.at(t, t);
+  velocity(x, t) { // u(x, t) = F(x, t, t)
+    return this.network.forward(x, constant(x.length / 2, t), constant(x.length / 2, t)).F;
   }
 
-  jump(t, s, tangent) { // (x, y) -> x + f and, with `tangent`, d/ds f = F + (s - t) dF/ds (eq. 17): 4 numbers
-    const F = this.network.at(t, this.learnsJumps ? s : t, tangent), h = s - t, turn = this.learnsJumps ? h : 0;
-    return (x, y) => {
-      const [u, v, du, dv] = F(x, y);
-      return [x + h * u, y + h * v, u + turn * du, v + turn * dv];
-    };
+  jump(x, t, s, euler = !this.learnsJumps) { // a cloud at time t to time s
+    const n = x.length / 2, { F } = this.network.forward(x, constant(n, t), constant(n, euler ? t : s));
+    return x.map((v, i) => v + (s - t) * F[i]);
+  }
+
+  terminalVelocity(x, t, s) { // d/ds f = F + (s - t) dF/ds (eq. 17)
+    if (!this.learnsJumps) return this.velocity(x, t);
+    const n = x.length / 2, { F, dF } = this.network.forward(x, constant(n, t), constant(n, s), n);
+    return F.map((v, i) => v + (s - t) * dF[i]);
+  }
+
+  path(x, t, s, steps, euler) { // the clouds at the start and after each of equal steps
+    const path = [x];
+    for (let k = 0; k < steps; k++) path.push(this.jump(path[k], t + (s - t) * k / steps, t + (s - t) * (k + 1) / steps, euler));
+    return path;
   }
 }
 
@@ -150,6 +78,23 @@ class Mixture {
     for (let i = 0; i < steps; i++) path.push(this.step(...path[i], z + i * h, h)[0]);
     return path;
   }
+
+  // The density at time t on a grid of size x size over [-extent, extent]^2, from the top; up to a constant. A Gaussian
+  // is a product of one in x and one in y, so that few exponentials will do
+  density(t, size, extent) {
+    const { centres } = this, grid = new Float64Array(size * size), precision = -0.5 / this.variance(t);
+    const place = i => extent * ((2 * i + 1) / size - 1), across = new Float64Array(size);
+    for (let k = 0; k < centres.length; k += 3) {
+      const weight = Math.exp(centres[k + 2]);
+      for (let j = 0; j < size; j++) across[j] = Math.exp(precision * (place(j) - (1 - t) * centres[k]) ** 2);
+      for (let i = 0; i < size; i++) {
+        const down = weight * Math.exp(precision * (place(i) + (1 - t) * centres[k + 1]) ** 2);
+        if (down < 1e-6 * weight) continue;
+        for (let j = 0, at = i * size; j < size; j++, at++) grid[at] += down * across[j];
+      }
+    }
+    return grid;
+  }
 }
 
 // The exact flow of a fixed cloud of noise, solved once and then read off at any time
@@ -159,37 +104,42 @@ class ExactCloud {
     Object.assign(this, { mixture, steps, top, h: -top / steps, states: [Float64Array.from(noise)], slopes: [] });
   }
 
-  time(k) { // of a state
-    return Math.min(1, Math.max(0, this.mixture.c * Math.sinh(this.top + k * this.h)));
+  get solved() {
+    return this.slopes.length > this.steps;
   }
 
-  *solve() { // step by step, so that a page can show something between; yields the share that is done
-    for (let k = 0; k <= this.steps; k++) {
-      const now = this.states[k], next = new Float64Array(now.length), slopes = new Float64Array(now.length);
-      for (let i = 0; i < now.length; i += 2) {
-        const [state, slope] = this.mixture.step(now[i], now[i + 1], this.top + k * this.h, this.h);
-        next.set(state, i);
-        slopes.set(slope, i);
-      }
-      this.slopes.push(slopes);
-      this.states.push(next);
-      yield k / this.steps;
+  get reached() { // the time down to which it is solved
+    return this.solved ? 0 : Math.min(1, this.mixture.c * Math.sinh(this.top + Math.max(0, this.slopes.length - 1) * this.h));
+  }
+
+  advance() { // one step, so that a page can show something between
+    const k = this.slopes.length, now = this.states[k], next = new Float64Array(now.length), slopes = next.slice();
+    for (let i = 0; i < now.length; i += 2) {
+      const [state, slope] = this.mixture.step(now[i], now[i + 1], this.top + k * this.h, this.h);
+      next.set(state, i);
+      slopes.set(slope, i);
     }
+    this.slopes.push(slopes);
+    this.states.push(next);
   }
 
-  at(time) { // cubic Hermite interpolation in z
-    const k = (Math.asinh(time / this.mixture.c) - this.top) / this.h, i = Math.min(this.steps - 1, Math.floor(k));
+  at(time) { // cubic Hermite interpolation in z, as far as it is solved
+    if (this.slopes.length < 2) return this.states[0];
+    const k = (Math.asinh(Math.max(time, this.reached) / this.mixture.c) - this.top) / this.h;
+    const i = Math.min(this.slopes.length - 2, Math.max(0, Math.floor(k)));
     const r = k - i, q = 1 - r, [a, b] = this.states.slice(i, i + 2), [da, db] = this.slopes.slice(i, i + 2);
     return a.map((v, j) => q * q * (1 + 2 * r) * v + r * r * (1 + 2 * q) * b[j]
       + r * q * this.h * (q * da[j] - r * db[j]));
   }
-}
 
-// Move every point of a cloud by a function (x, y) -> [x, y, ...]
-function moved(cloud, move) {
-  const result = new Float64Array(cloud.length);
-  for (let i = 0; i < cloud.length; i += 2) [result[i], result[i + 1]] = move(cloud[i], cloud[i + 1]);
-  return result;
+  path(t, s) { // the clouds from t to s that are solved, and both ends
+    const { states, slopes, top, h, mixture: { c } } = this, inner = [];
+    for (let k = 0; k < slopes.length; k++) {
+      const time = c * Math.sinh(top + k * h);
+      if (time < t - 1e-6 && time > s + 1e-6) inner.push(states[k]);
+    }
+    return [this.at(t), ...inner, this.at(s)];
+  }
 }
 
 // Distances between two clouds of the same noise: root mean square, and median (as torch has it, the lower middle)
