@@ -6,7 +6,7 @@ const polar = (n, curve) => Array.from({ length: n }, (_, i) => curve((i + 0.5) 
 const PRESETS = {
   moons: () => polar(160, r => (r < 0.5 ? [Math.cos(2 * Math.PI * r) - 0.5, Math.sin(2 * Math.PI * r) - 0.25]
     : [0.5 - Math.cos(2 * Math.PI * (r - 0.5)), 0.25 - Math.sin(2 * Math.PI * (r - 0.5))])),
-  spiral: () => polar(220, r => [Math.sqrt(r) * Math.cos(5 * Math.PI * Math.sqrt(r)), Math.sqrt(r) * Math.sin(5 * Math.PI * Math.sqrt(r))]),
+  spiral: () => polar(220, r => [Math.sqrt(r) * Math.cos(3 * Math.PI * Math.sqrt(r)), Math.sqrt(r) * Math.sin(3 * Math.PI * Math.sqrt(r))]),
   heart: () => polar(200, r => 2 * Math.PI * r).map(a => [16 * Math.sin(a) ** 3,
     13 * Math.cos(a) - 5 * Math.cos(2 * a) - 2 * Math.cos(3 * a) - Math.cos(4 * a)]),
 };
