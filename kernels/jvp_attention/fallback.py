@@ -9,7 +9,6 @@ What is written out computes what it needs from the inputs, not from what a forw
 where PyTorch is to differentiate it: that is how derivatives are found that the kernels do not know.
 """
 
-import math
 import operator
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,7 +24,6 @@ from jvp_attention.shapes import Given
 
 CHUNK = 2**20  # elements of each of a chunk's matrices, so that they fit a cache
 FEWEST_ROWS = 64  # of a chunk: matmuls of fewer are slow
-LOG2_E = math.log2(math.e)
 
 
 def forward(given: Given, keep: bool) -> Results:
@@ -36,10 +34,13 @@ def forward(given: Given, keep: bool) -> Results:
 
 def backward(given: Given, results: Results, go: Tensor | None, gdo: Tensor | None, wanted: list[bool]) -> list[Tensor]:
     """Compute the wanted ones among the gradients of q, k, v, dq, dk, dv from those of o and do."""
+    trimmed = trim(given)
     if gdo is None and go is not None and _tells_lse(given.q):  # the tangents have no part in o
-        found = _pytorchs_gradients(trim(given), results, go)
+        if given.has_tangent:  # nor has their forward found lse
+            results = _pytorchs_attention(trimmed)
+        found = _pytorchs_gradients(trimmed, results, go)
     else:
-        found = _gradients(_problem(trim(given), go, gdo), wanted)
+        found = _gradients(_problem(trimmed, go, gdo), wanted)
     return _like_inputs(found, given, wanted)
 
 
@@ -107,14 +108,14 @@ def _pytorchs_attention(given: Given) -> Results:
             bias, causal = bias.masked_fill(later, float("-inf")), False
         o = scaled_dot_product_attention(x.q, x.k, x.v, attn_mask=bias, is_causal=causal, scale=x.scale)
         lse = x.q.new_zeros(x.q.shape[:3], dtype=number_type(x.q))  # which nothing reads
-    return Results.plain(o if x.blind is None else o.masked_fill(x.blind, 0), (lse * LOG2_E).contiguous())
+    return Results.plain(o if x.blind is None else o.masked_fill(x.blind, 0), lse.contiguous())
 
 
 def _pytorchs_gradients(given: Given, results: Results, go: Tensor) -> list[Tensor | None]:
     x = _plain(given)
     go = go if x.blind is None else go.masked_fill(x.blind, 0)
     gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(rows_in_order(go), x.q, x.k, x.v, results.o, results.lse / LOG2_E, 0.0, given.causal),
+        *(rows_in_order(go), x.q, x.k, x.v, results.o, results.lse, 0.0, given.causal),
         attn_mask=x.bias,
         scale=x.scale,
     )
@@ -125,10 +126,10 @@ def _pytorchs_gradients(given: Given, results: Results, go: Tensor) -> list[Tens
 
 
 class _Problem(NamedTuple):
-    """What the formulas take, zeros where it is absent, in float32 at least and with as many heads of k as of q.
+    """What the formulas take, zeros where it is absent, with as many heads of k as of q.
 
-    P, P * U and the gradients of S and T are rounded to `low` for the matmuls that follow, as in the kernels: bfloat16
-    where the inputs are. S, T, A and C, of which means are subtracted, are not rounded.
+    In bfloat16, where the inputs are and no derivative is to be found, so that all matmuls but that of S have operands
+    of 16 bits; else in float32 at least.
     """
 
     q: Tensor  # q and dq side by side [B, H, N, 2 D]
@@ -137,21 +138,25 @@ class _Problem(NamedTuple):
     g: Tensor  # gdo, go: times their transpose it is A
     lengths: Tensor | None
     mask: Tensor | None
+    visible: Tensor | None  # which keys are visible to any query [B or 1, H or 1, M, 1], where not all are
     scale: float
     causal: bool
-    low: torch.dtype
     differentiated: bool
 
     def part(self, axis: int, at: slice) -> "_Problem":
         """Take some of the batch elements (axis 0) or of the heads (axis 1)."""
         index = (slice(None),) * axis + (at,)
         tensors = (x[index] for x in self[:4])
-        lengths, mask, options = self.lengths, self.mask, self[6:]
+        lengths, options = self.lengths, self[7:]
         if lengths is not None and axis == 0:
             lengths = lengths[at]
-        if mask is not None and mask.shape[axis] > 1:
-            mask = mask[index]
-        return _Problem(*tensors, lengths, mask, *options)  # type: ignore[arg-type, call-arg]
+        masks = (x if x is None or x.shape[axis] == 1 else x[index] for x in (self.mask, self.visible))
+        return _Problem(*tensors, lengths, *masks, *options)  # type: ignore[arg-type, call-arg]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Return the dtype of what is summed."""
+        return number_type(self.q)
 
     @property
     def channels(self) -> int:
@@ -189,26 +194,24 @@ def written_out(given: Given, keep: bool) -> Results:
 
 
 def _dual(x: _Problem, given: Given, keep: bool) -> Results:
-    o, do, lse = _in_parts(x, _value_and_tangent)
+    o, do = _in_parts(x, _value_and_tangent)
     dtype = given.q.dtype
-    if not given.has_tangent:
-        return Results.plain(o.to(dtype), lse)
     rounded = keep and dtype.itemsize < 4
     o_residual, do_residual = ((y - y.to(dtype)).to(dtype) if rounded else nothing(given.q) for y in (o, do))
-    mu = torch.zeros_like(lse) if given.logits_have_tangent else nothing(lse)  # which nothing reads
+    lse = o.new_zeros(o.shape[:3])  # which nothing reads, like mu
+    mu = torch.zeros_like(lse) if given.logits_have_tangent else nothing(lse)
     return Results(o.to(dtype), do.to(dtype), o_residual, do_residual, lse, mu)
 
 
 def _value_and_tangent(x: _Problem) -> list[Tensor]:
-    """Compute o = P v, do = (P * U) v + P dv, and lse in base 2."""
+    """Compute o = P v and do = (P * U) v + P dv."""
     parts = []
-    low_v, centred_v = x.v.to(x.low), _less_mean(x.v[..., x.channels :]).to(x.low)
+    centred_v = _less_mean(x, x.v[..., x.channels :])
     for rows, keys in x.chunks():
-        p, t, s = _probabilities(x, rows, keys)
-        lse = s.amax(-1) - p.amax(-1).clamp(min=1e-30).log()  # zero where a query sees no key
-        do, o = (p.to(x.low) @ low_v[:, :, keys]).to(p.dtype).chunk(2, -1)
-        do = do + _softmax_vjp(x, p, t).to(x.low) @ centred_v[:, :, keys]
-        parts.append((o, do, lse * LOG2_E))
+        p, t = _probabilities(x, rows, keys)
+        p = p.to(x.q.dtype)
+        do, o = (p @ x.v[:, :, keys]).to(x.wide).chunk(2, -1)
+        parts.append((o, do + _softmax_vjp(x, p, t) @ centred_v[:, :, keys]))
     return [torch.cat(part, 2) for part in zip(*parts, strict=True)]
 
 
@@ -225,10 +228,9 @@ def _gradients(x: _Problem, wanted: list[bool]) -> list[Tensor | None]:
 def _gradients_of_part(x: _Problem, wanted: list[bool]) -> list[Tensor | None]:
     of_queries: list[list[Tensor | None]] = []
     of_keys: list[Tensor | None] = [None] * 4
-    dk, k = x.k.chunk(2, -1)
-    low = (x.q.to(x.low), _beside(_less_mean(k), _less_mean(dk)).to(x.low), x.g.to(x.low))
+    centred_k = _less_mean(x, x.k).roll(x.channels, -1)  # k, dk
     for rows, keys in x.chunks():
-        gq, gk, gv, gdq, gdk, gdv = _gradients_of_chunk(x, low, rows, keys, wanted)
+        gq, gk, gv, gdq, gdk, gdv = _gradients_of_chunk(x, centred_k[:, :, keys], rows, keys, wanted)
         of_queries.append([gq, gdq])  # rows of this chunk only, while to the keys all chunks add
         of_keys = [_add(total, part, x.k) for total, part in zip(of_keys, (gk, gv, gdk, gdv), strict=True)]
     gq, gdq = (None if parts[0] is None else torch.cat(parts, 2) for parts in zip(*of_queries, strict=True))
@@ -245,22 +247,21 @@ def _add(total: Tensor | None, part: Tensor | None, k: Tensor) -> Tensor | None:
 
 
 def _gradients_of_chunk(
-    x: _Problem, low: tuple[Tensor, Tensor, Tensor], rows: slice, keys: slice, wanted: list[bool]
+    x: _Problem, centred_k: Tensor, rows: slice, keys: slice, wanted: list[bool]
 ) -> list[Tensor | None]:
     """Compute what some queries' rows of go and gdo add to the gradients of q, k, v, dq, dk, dv."""
-    g, v, d = x.g[:, :, rows], x.v[:, :, keys], x.channels
-    p, t, _ = _probabilities(x, rows, keys)
-    pu, u = _centre(x, p, t)
-    a = g @ v.mT  # A = go v^T + gdo dv^T, the gradient of P at a fixed T
-    c = g[..., :d] @ v[..., d:].mT  # C = gdo v^T, the gradient of P * U
+    q, g, v, d = x.q[:, :, rows], x.g[:, :, rows], x.v[:, :, keys], x.channels
+    p, t = _probabilities(x, rows, keys)
+    pu, u = _centre(x, p, t.to(x.wide))
+    a = _times_keys(x, g, v).to(x.wide)  # A = go v^T + gdo dv^T, the gradient of P at a fixed T
+    c = _times_keys(x, g[..., :d], v[..., d:]).to(x.wide)  # C = gdo v^T, the gradient of P * U
     gt, c = _centre(x, p, c)  # of T
     gs = _softmax_vjp(x, p, torch.addcmul(a, c, u) if x.differentiated else a.addcmul_(c, u))  # of S
 
-    p, pu, gt, gs = (y.to(x.low) for y in (p, pu, gt, gs))
-    low_q, low_k, low_g = low[0][:, :, rows], low[1][:, :, keys], low[2][:, :, rows]
-    gq, gdq = _two_matmuls(operator.matmul, gs, gt, low_k) if wanted[0] or wanted[3] else (None, None)
-    gk, gdk = _two_matmuls(_transposed_matmul, gs, gt, low_q) if wanted[1] or wanted[4] else (None, None)
-    gv, gdv = _two_matmuls(_transposed_matmul, pu, p, low_g) if wanted[2] or wanted[5] else (None, None)
+    p, pu, gt, gs = (y.to(q.dtype) for y in (p, pu, gt, gs))
+    gq, gdq = _two_matmuls(operator.matmul, gs, gt, centred_k) if wanted[0] or wanted[3] else (None, None)
+    gk, gdk = _two_matmuls(_transposed_matmul, gs, gt, q) if wanted[1] or wanted[4] else (None, None)
+    gv, gdv = _two_matmuls(_transposed_matmul, pu, p, g) if wanted[2] or wanted[5] else (None, None)
     gq, gdq, gk, gdk = (None if y is None else x.scale * y for y in (gq, gdq, gk, gdk))
     return [y if want else None for y, want in zip((gq, gk, gv, gdq, gdk, gdv), wanted, strict=True)]
 
@@ -276,9 +277,30 @@ def _transposed_matmul(m: Tensor, a: Tensor) -> Tensor:
     return (a.mT @ m).mT
 
 
-def _less_mean(x: Tensor) -> Tensor:
+def _less_mean(x: _Problem, keys: Tensor) -> Tensor:
     """Take the mean off keys or values that rows of zero sum are multiplied with, whose rounding it would enlarge."""
-    return x - x.mean(2, keepdim=True)
+    return (keys - _mean(x, keys)).to(keys.dtype)
+
+
+def _mean(x: _Problem, keys: Tensor) -> Tensor:
+    """Compute the mean of the visible ones among the first keys or values, in float32 at least: [B, H, 1, ...]."""
+    if x.visible is None:
+        return keys.mean(2, keepdim=True, dtype=x.wide)
+    visible = x.visible[:, :, : keys.shape[2]].to(x.wide)
+    return (visible * keys).sum(2, keepdim=True) / visible.sum(2, keepdim=True).clamp(min=1)
+
+
+def _times_keys(x: _Problem, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+    """Compute factor a b^T for keys or values b, in bfloat16 less a number per row.
+
+    A matmul of bfloat16 rounds its result, so it first subtracts what the mean of b gives. Nobody misses that: of each
+    row the mean under P is taken off anyway. But 8 bits suffice for what is left, like for P and the gradients.
+    """
+    if a.dtype != torch.bfloat16:
+        return (factor * a) @ b.mT
+    of_mean = (factor * a) @ _mean(x, b).mT.to(a.dtype)
+    result = torch.baddbmm(of_mean.flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1).mT, beta=-1, alpha=factor)
+    return result.unflatten(0, a.shape[:2])
 
 
 def _centre(x: _Problem, p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,10 +315,10 @@ def _softmax_vjp(x: _Problem, p: Tensor, y: Tensor) -> Tensor:
     return _centre(x, p, y)[0] if x.differentiated else torch._softmax_backward_data(y, p, -1, p.dtype)
 
 
-def _probabilities(x: _Problem, rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute P, T and S [B, H, n, m] of some queries."""
-    q, k, d = x.scale * x.q[:, :, rows], x.k[:, :, keys], x.channels
-    s = q[..., :d] @ k[..., d:].mT
+def _probabilities(x: _Problem, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
+    """Compute P and T [B, H, n, m] of some queries."""
+    q, k, d = x.q[:, :, rows], x.k[:, :, keys], x.channels
+    s = (x.scale * q[..., :d].to(x.wide)) @ k[..., d:].to(x.wide).mT
     indices = torch.arange(rows.start, rows.stop, device=q.device)
     mask = None if x.mask is None else x.mask[..., keys]
     hidden = hidden_keys(indices, k.shape[2], x.causal, x.lengths, mask)
@@ -306,24 +328,24 @@ def _probabilities(x: _Problem, rows: slice, keys: slice) -> tuple[Tensor, Tenso
     p = s.softmax(-1)
     if hidden is not None:
         p = p.masked_fill(blind, 0)
-    return p, q @ k.mT, s
+    return p, _times_keys(x, q, k, x.scale)
 
 
 def _problem(
     given: Given, go: Tensor | None = None, gdo: Tensor | None = None, *, differentiated: bool = False
 ) -> _Problem:
-    dtype, lengths = number_type(given.q), given.lengths
+    rounded = given.q.dtype == torch.bfloat16 and not differentiated
+    dtype, lengths = given.q.dtype if rounded else number_type(given.q), given.lengths
     q, k, v = given.q.to(dtype), given.k, given.v
     dq, dk, dv = (zero_rows(x) if dx is None else dx for x, dx in ((q, given.dq), (k, given.dk), (v, given.dv)))
     k, v, dk, dv = (one_per_query_head(to_length(x, lengths), q).to(dtype) for x in (k, v, dk, dv))
     go, gdo = (zero_rows(q) if g is None else g.to(dtype) for g in (go, gdo))
-    pairs = (_beside(q, dq.to(dtype)), _beside(dk, k), _beside(dv, v), _beside(gdo, go))
-    low = torch.bfloat16 if given.q.dtype == torch.bfloat16 else dtype
-    return _Problem(*pairs, lengths, given.mask, given.scale, given.causal, low, differentiated)
-
-
-def _beside(*tensors: Tensor) -> Tensor:
-    return torch.cat(tensors, -1)
+    visible = None if given.mask is None else given.mask.any(2)[..., None]
+    if lengths is not None:
+        within = (torch.arange(k.shape[2], device=k.device) < lengths[:, None])[:, None, :, None]
+        visible = within if visible is None else visible & within
+    q, k, v, g = (torch.cat(pair, -1) for pair in ((q, dq.to(dtype)), (dk, k), (dv, v), (gdo, go)))
+    return _Problem(q, k, v, g, lengths, given.mask, visible, given.scale, given.causal, differentiated)
 
 
 def _like_inputs(gradients: list[Tensor | None], given: Given, wanted: list[bool]) -> list[Tensor]:

@@ -15,7 +15,7 @@ class Results(NamedTuple):
     do: Tensor  # [B, H, N, D]
     o_residual: Tensor  # o before rounding to 16 bits, less o; nothing in float32 or where no gradient is wanted
     do_residual: Tensor
-    lse: Tensor  # [B, H, N], base 2
+    lse: Tensor  # [B, H, N], base 2 from the kernels, natural from PyTorch's attention
     mu: Tensor  # [B, H, N]; nothing unless q or k has a tangent
 
     @classmethod

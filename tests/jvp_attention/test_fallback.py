@@ -1,5 +1,6 @@
 """Plain PyTorch in place of the kernels: right in every dtype and size of chunk, and linear in memory."""
 
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -83,14 +84,24 @@ def test_every_dtype(dtype):
 
 
 @pytest.mark.parametrize(("mean_k", "mean_v"), [(0, 0), (8, 0), (0, 8)])
-def test_bfloat16_is_rounded_as_in_the_kernels(mean_k, mean_v):
-    """Only what no mean is subtracted from: plain attention in bfloat16 is off by up to 5e-2 here."""
-    x = Case((1, 2, 100, 120, 32), torch.bfloat16).tensors
+@pytest.mark.parametrize("name", ["", "causal", "lengths", "mask"])
+def test_bfloat16_loses_only_what_is_relative_to_the_mean(mean_k, mean_v, name):
+    """Means of keys and values are no matter: plain attention in bfloat16 is off by up to 5e-2 here.
+
+    Nor is what no query sees, such as zeros for padding.
+    """
+    x = Case((2, 2, 100, 120, 32), torch.bfloat16).tensors
+    options = {
+        "causal": True,
+        "lengths": torch.tensor([20, 120]),
+        "mask": (torch.arange(120) < 20).expand(1, 1, 100, 120),
+    }
+    options = {name: options[name]} if name else {}
     x[1], x[2] = x[1] + mean_k, x[2] + mean_v
-    exact = [y.double() for y in x]
-    found, expected = (
-        (*tangent(f, y), *gradients(f, y)) for f, y in ((jvp_attention.attention, x), (reference.attention, exact))
-    )
+    if name == "mask":
+        x[1][:, :, 20:] = x[2][:, :, 20:] = 0
+    ours, exactly = (partial(which.attention, **options) for which in (jvp_attention, reference))
+    found, expected = ((*tangent(f, y), *gradients(f, y)) for f, y in ((ours, x), (exactly, [y.double() for y in x])))
     for a, b in zip(found, expected, strict=True):
         assert (a.double() - b).norm() < 5e-3 * b.norm()
 
