@@ -3,7 +3,8 @@
 The route from here to a kernel and back:
 
     attention                     api.py        check the inputs
-    FORWARD                       operators.py  PyTorch's dispatcher, once per active transform:
+    attend                        operators.py  plain PyTorch at once where there is neither kernel nor derivative
+    FORWARD                                     PyTorch's dispatcher, once per active transform:
       _vmap                                       folds a mapped axis into the batch
       _forward_derivatives                        makes tangents arguments; _Attention saves for a backward
       forward                                   the kernels, or fallback.py where they cannot run
@@ -16,7 +17,7 @@ The route from here to a kernel and back:
 
 import torch
 
-from jvp_attention.operators import FORWARD
+from jvp_attention.operators import attend
 from jvp_attention.shapes import Given, Keys, Lengths, Mask, Queries, check_and_cast
 
 
@@ -53,7 +54,7 @@ def attention(
         NotImplementedError: from the backward pass, if gradients of gradients are asked for.
     """
     given = check_and_cast(Given(q, k, v, None, None, None, lengths, mask, scale, causal))  # type: ignore[arg-type]
-    return FORWARD(*given, False)[0]
+    return attend(given)[0]
 
 
 def dual_attention(
@@ -75,5 +76,5 @@ def dual_attention(
     those of attention; a tangent has its input's shape and dtype.
     """
     given = check_and_cast(Given(q, k, v, dq, dk, dv, lengths, mask, scale, causal))  # type: ignore[arg-type]
-    o, do, *_ = FORWARD(*given, False)
+    o, do, *_ = attend(given)
     return o, do if given.has_tangent else torch.zeros_like(o)

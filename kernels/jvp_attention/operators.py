@@ -14,8 +14,9 @@ operator would be lost. So one kernel for the dispatcher's key Autograd answers 
 _AutoDispatchBelowAutograd and _after_autograd_keyset to call the next transform (as register_autograd does inside);
 _SingleLevelFunction with its switch, because autograd.Function.apply would start all transforms again (as torch.func
 does inside); _set_fwd_grad_enabled, because a Function's forward has forward mode switched off for the transforms
-further out, too; _compiled_autograd_key, which compiled autograd asks of every Function. The tests run every transform
-on every version of PyTorch that is supported.
+further out, too; _compiled_autograd_key, which compiled autograd asks of every Function; _DisableAutocast, because
+autocast reaches into operators, and would round float32 matmuls of plain PyTorch; and what `attend` asks. The tests run
+every transform on every version of PyTorch that is supported.
 """
 
 import contextlib
@@ -56,7 +57,8 @@ def forward(*arguments: Any) -> Six:
     """Compute attention and its derivative along the tangents: `Results`."""
     given, (keep,) = Given.split(arguments)
     if stands_in(given):
-        return tuple(as_rows(x) for x in fallback.forward(given, keep))
+        with torch._C._DisableAutocast():
+            return tuple(as_rows(x) for x in fallback.forward(given, keep))
     from jvp_attention import launch
 
     return tuple(launch.run(launch.forward_calls(given, keep)))
@@ -66,7 +68,8 @@ def backward(*arguments: Any) -> Six:
     """Compute gradients of q, k, v, dq, dk, dv from those of o and do; `nothing` for those that are not wanted."""
     given, (*results, go, gdo, wanted) = Given.split(arguments)
     if stands_in(given):
-        return tuple(as_rows(x) for x in fallback.backward(given, Results(*results), go, gdo, wanted))
+        with torch._C._DisableAutocast():
+            return tuple(as_rows(x) for x in fallback.backward(given, Results(*results), go, gdo, wanted))
     from jvp_attention import launch
 
     if gdo is None:  # the tangents have no part in o: ordinary attention's backward
@@ -109,6 +112,24 @@ def _has_triton() -> bool:
 @functools.cache
 def _log_once(reason: str, level: int) -> None:
     log.log(level, "plain PyTorch attention stands in: %s", reason)
+
+
+def attend(given: Given) -> Six:
+    """Call the forward operator; its plain PyTorch at once where nothing else would happen, which takes less time."""
+    if torch.compiler.is_compiling() or _others_have_a_say(given) or not stands_in(given):
+        return FORWARD(*given, False)
+    return forward(*given, False)
+
+
+def _others_have_a_say(given: Given) -> bool:
+    """Return whether an operator is more than its kernel: with derivatives, transforms, modes, classes of tensors."""
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()) for x in tensors)
+    )
 
 
 # Shapes of results, for torch.compile
@@ -250,7 +271,8 @@ def _second(written_out: Callable[..., Sequence[Tensor]], arguments: tuple[Any, 
     _log_once("the kernels know no forward mode around another derivative", logging.WARNING)
     given, others = Given.split(arguments)
     try:
-        return tuple(written_out(given, *others))
+        with torch._C._DisableAutocast():
+            return tuple(written_out(given, *others))
     except RuntimeError as error:
         if "INTERNAL ASSERT FAILED" not in str(error):
             raise

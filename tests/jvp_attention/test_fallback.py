@@ -76,6 +76,23 @@ def test_pytorchs_own_attention_answers_without_tangents(scale, causal, lengths,
     assert max(case.errors(case.results(jvp_attention.attention), cancelling=True)) < 1e-12
 
 
+def test_the_operator_is_left_out_where_nothing_is_differentiated():
+    """It costs more time than a small attention."""
+
+    def is_called(call) -> bool:
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            call()
+        return "jvp_attention::forward" in {e.key for e in recorded.key_averages()}
+
+    x = list(torch.randn(6, 2, 1, 5, 8))
+    variables = [y.clone().requires_grad_() for y in x]
+    assert not is_called(lambda: value(jvp_attention.attention, x))
+    assert not is_called(lambda: jvp_attention.dual_attention(*x))
+    assert is_called(lambda: value(jvp_attention.attention, variables))
+    assert is_called(lambda: tangent(jvp_attention.attention, x))
+    assert is_called(lambda: torch.vmap(jvp_attention.attention)(*(y[None] for y in x[:3])))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_dtype(dtype):
     case = Case((2, 2, 40, 50, 16), dtype)
@@ -104,6 +121,18 @@ def test_bfloat16_loses_only_what_is_relative_to_the_mean(mean_k, mean_v, name):
     found, expected = ((*tangent(f, y), *gradients(f, y)) for f, y in ((ours, x), (exactly, [y.double() for y in x])))
     for a, b in zip(found, expected, strict=True):
         assert (a.double() - b).norm() < 5e-3 * b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_casts_nothing_inside(dtype):
+    """It casts the inputs of attention, not those of the matmuls in it, forward or backward."""
+    x = list(torch.randn(8, 1, 2, 20, 8))
+    rounded = [y.to(dtype) for y in x]
+    expected = (*tangent(jvp_attention.attention, rounded), *gradients(jvp_attention.attention, rounded))
+    with torch.autocast("cpu", dtype):
+        given = [*x[:6], *rounded[6:]]
+        found = (*tangent(jvp_attention.attention, given), *gradients(jvp_attention.attention, given))
+    assert all(torch.equal(a.to(dtype), b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
