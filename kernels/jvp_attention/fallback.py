@@ -1,9 +1,12 @@
 """Plain PyTorch in place of the kernels, on any device and in any dtype.
 
-Without tangents PyTorch's own fused attention answers. With tangents the kernels' formulas are written out, in chunks
-of queries: only a chunk's rows of the N x M matrices are held at a time, so memory grows with N and M, not with their
-product. Half precision is computed in float32, but for matmuls of bfloat16 that need no more. A tangent or gradient
-that is absent is zeros expanded from one row.
+Without tangents PyTorch's own fused attention answers (pytorchs.py). With tangents the kernels' formulas are written
+out, in chunks of queries: only a chunk's rows of the N x M matrices are held at a time, so memory grows with N and M,
+not with their product. Float16 is computed in float32. A tangent or gradient that is absent is zeros expanded from one
+row.
+
+Of bfloat16 the logits are computed in float32. Other matmuls take and give 16 bits: of every other N x M matrix only
+the differences within a row matter, so a number near the row's mean is subtracted before it is rounded.
 
 What is written out computes what it needs from the inputs, not from what a forward left, and changes nothing in place
 where PyTorch is to differentiate it: that is how derivatives are found that the kernels do not know.
@@ -16,9 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
-from jvp_attention.layout import Results, nothing, number_type, rows_in_order, zero_rows
+from jvp_attention import pytorchs
+from jvp_attention.layout import Results, nothing, number_type, zero_rows
 from jvp_attention.reference import hidden_keys, one_per_query_head, to_length
 from jvp_attention.shapes import Given
 
@@ -29,16 +33,16 @@ FEWEST_ROWS = 64  # of a chunk: matmuls of fewer are slow
 def forward(given: Given, keep: bool) -> Results:
     """Compute attention, and its derivative if there is a tangent."""
     given = trim(given)
-    return _dual(_problem(given), given, keep) if given.has_tangent else _pytorchs_attention(given)
+    return _dual(_problem(given), given, keep) if given.has_tangent else pytorchs.attention(given)
 
 
 def backward(given: Given, results: Results, go: Tensor | None, gdo: Tensor | None, wanted: list[bool]) -> list[Tensor]:
     """Compute the wanted ones among the gradients of q, k, v, dq, dk, dv from those of o and do."""
     trimmed = trim(given)
-    if gdo is None and go is not None and _tells_lse(given.q):  # the tangents have no part in o
+    if gdo is None and go is not None and pytorchs.tells_lse(given.q):  # the tangents have no part in o
         if given.has_tangent:  # nor has their forward found lse
-            results = _pytorchs_attention(trimmed)
-        found = _pytorchs_gradients(trimmed, results, go)
+            results = pytorchs.attention(trimmed)
+        found = pytorchs.gradients(trimmed, results, go)
     else:
         found = _gradients(_problem(trimmed, go, gdo), wanted)
     return _like_inputs(found, given, wanted)
@@ -56,73 +60,6 @@ def trim(given: Given) -> Given:
         dv=None if given.dv is None else given.dv[:, :, visible],
         mask=None if given.mask is None else given.mask[..., visible],
     )
-
-
-# Ordinary attention: PyTorch's own. On a CPU that is the operator below scaled_dot_product_attention, since only that
-# returns the lse that its backward takes; elsewhere gradients are written out.
-
-
-class _Plain(NamedTuple):
-    """Arguments of scaled_dot_product_attention, and which queries see no key (their results are made zero)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None  # 0 or -inf; 0 for queries that see no key, lest NaN results
-    blind: Tensor | None
-    scale: float  # positive, as the sign of another is multiplied into q
-    factor: float  # of q
-
-
-def _plain(given: Given) -> _Plain:
-    factor, scale = (1.0, given.scale) if given.scale > 0 else (given.scale, 1.0)
-    q = rows_in_order(given.q if given.scale > 0 else given.scale * given.q)
-    k, v = (rows_in_order(one_per_query_head(to_length(x, given.lengths), q)) for x in (given.k, given.v))
-    rows = torch.arange(q.shape[2], device=q.device)
-    hidden = hidden_keys(rows, k.shape[2], False, given.lengths, given.mask)
-    if hidden is None:
-        return _Plain(q, k, v, None, None, scale, factor)
-    causal = given.causal and given.mask is not None  # with lengths alone a query that sees any key sees the first
-    causally = hidden_keys(rows, k.shape[2], causal, given.lengths, given.mask)
-    blind = (hidden if causally is None else causally).all(-1, keepdim=True)
-    hidden = hidden & ~blind
-    bias = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, float("-inf"))
-    return _Plain(q, k, v, bias, blind, scale, factor)
-
-
-def _tells_lse(q: Tensor) -> bool:
-    """Return whether PyTorch's attention runs by the operator that returns lse, which its backward takes."""
-    return q.device.type == "cpu" and q.numel() > 0
-
-
-def _pytorchs_attention(given: Given) -> Results:
-    x, causal = _plain(given), given.causal
-    if _tells_lse(x.q):
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            x.q, x.k, x.v, is_causal=causal, attn_mask=x.bias, scale=x.scale
-        )
-    else:
-        bias = x.bias
-        if causal and bias is not None:  # of which scaled_dot_product_attention takes one
-            later = torch.ones(x.q.shape[2], x.k.shape[2], dtype=torch.bool, device=x.q.device).triu(1)
-            bias, causal = bias.masked_fill(later, float("-inf")), False
-        o = scaled_dot_product_attention(x.q, x.k, x.v, attn_mask=bias, is_causal=causal, scale=x.scale)
-        lse = x.q.new_zeros(x.q.shape[:3], dtype=number_type(x.q))  # which nothing reads
-    return Results.plain(o if x.blind is None else o.masked_fill(x.blind, 0), lse.contiguous())
-
-
-def _pytorchs_gradients(given: Given, results: Results, go: Tensor) -> list[Tensor | None]:
-    x = _plain(given)
-    go = go if x.blind is None else go.masked_fill(x.blind, 0)
-    gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(rows_in_order(go), x.q, x.k, x.v, results.o, results.lse, 0.0, given.causal),
-        attn_mask=x.bias,
-        scale=x.scale,
-    )
-    return [gq if x.factor == 1 else x.factor * gq, gk, gv, None, None, None]
-
-
-# Written out
 
 
 class _Problem(NamedTuple):
