@@ -8,24 +8,16 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
 
 from imagenet.config import Config
-from imagenet.data.pictures import INDEX
+from imagenet.data.pictures import INDEX, read_pictures
+from imagenet.metrics.digits import DigitMetrics, digit_metrics
+from imagenet.metrics.pictures import NEIGHBOURS, PictureMetrics
 from imagenet.sampler import Generator
 
 SETS = 8  # sets of samples whose scores are averaged
 
-
-class Metrics(Protocol):
-    """Scores of samples x [N, C, H, W] that were generated for the labels [N] of the held-out images."""
-
-    labels: Tensor
-
-    def measure(self, x: Tensor) -> dict[str, float]:
-        """Measure a set of samples."""
+Metrics = DigitMetrics | PictureMetrics
 
 
 def own_metrics(config: Config, source: Path) -> Metrics | None:
@@ -36,15 +28,12 @@ def own_metrics(config: Config, source: Path) -> Metrics | None:
         source: the folder of the run, or weights in it.
     """
     if config.data == "digits":
-        from imagenet.metrics.digits import digit_metrics
-
         return digit_metrics()
     run = next((path for path in (source, *source.absolute().parents) if (path / INDEX).is_file()), None)
     if config.data != "folder" or run is None:
         return None
-    from imagenet.metrics.pictures import picture_metrics
-
-    return picture_metrics(run)
+    (train, _), (held_out, labels), *_ = read_pictures(run)
+    return PictureMetrics(train, held_out, labels) if min(len(train), len(labels)) > NEIGHBOURS else None
 
 
 def measure_model(generator: Generator, nfes: Sequence[int], metrics: Metrics) -> dict[int, dict[str, float]]:

@@ -10,14 +10,11 @@ and colour, not texture. No network is needed, and none of these numbers is comp
     brightness         mean of all pixels; that of the data is in data.json
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from imagenet.data.pictures import read_pictures
 from imagenet.metrics.frechet import frechet_distance, gaussian_statistics, precision_recall
 
 SIDE = 8  # of the grid of means
@@ -58,9 +55,3 @@ class PictureMetrics:
             "brightness": float(samples.mean()),
         }
         return {name: round(value, 4) for name, value in metrics.items()}
-
-
-def picture_metrics(run: Path) -> PictureMetrics | None:
-    """Return the metrics of the pictures that a run has read; None if too few are held out to be compared with."""
-    (train, _), (held_out, labels), *_ = read_pictures(run)
-    return PictureMetrics(train, held_out, labels) if min(len(train), len(labels)) > NEIGHBOURS else None
