@@ -133,8 +133,8 @@ function showNumbers() {
 // The address: what differs from the start, and points that were drawn
 let writing;
 function keepAddress() {
-  clearTimeout(writing);
-  writing = setTimeout(() => {
+  writing ??= setTimeout(() => { // browsers refuse more than a few changes a second
+    writing = undefined;
     const kept = new URLSearchParams(), names = state.view === "explore" ? Object.keys(FIRST) : ["view"];
     for (const name of names) {
       if (state[name] !== FIRST[name]) kept.set(name, typeof state[name] === "number" ? +state[name].toFixed(3) : state[name]);
