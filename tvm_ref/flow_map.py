@@ -1,4 +1,4 @@
-"""FlowMap: wraps a network F(x, t, s, condition) as a flow map, and gives its velocities."""
+"""Wrap a network F(x, t, s, condition) as a flow map, with its velocities and derivatives."""
 
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -15,8 +15,8 @@ from tvm_ref.shapes import Sample, Time, over
 def jvp(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Return value and tangent of a function of tensors: torch.func.jvp for one output, typed."""
-    inputs = tuple(a.contiguous() for a in inputs)  # a JVP refuses memory that is shared, as by expand
+    """Return the value of a function of tensors and its JVP with the tangents: torch.func.jvp for one output."""
+    inputs = tuple(a.contiguous() for a in inputs)  # JVPs refuse expanded tensors, whose elements share memory
     # gradients through a JVP of PyTorch's LayerNorm are wrong, and its attention has no JVP: jvp_ready replaces both
     with jvp_ready():
         value, tangent = torch.func.jvp(function, inputs, tangents)[:2]
@@ -24,24 +24,24 @@ def jvp(
 
 
 class FlowMap(nn.Module):
-    """The displacement f(x, t, s) = (s - t) F(x, t, s) of a network F, and what follows from it.
+    """A flow map with displacement f(x, t, s) = (s - t) F(x, t, s): it carries x from time t to time s <= t.
 
-    The network is called as network(x, t, s, condition) with x [B, ...], times t and s [B] and a Condition or None,
-    and returns N [B, ...]; F = N, or w N if `scaled`, is the average velocity over [s, t]. It should embed t and
-    t - s, and torch.func.jvp must run through it (so no layer that changes its buffers, as BatchNorm does in training).
+    The network is called as network(x, t, s, condition) with x [B, ...], times t and s [B] and a Condition or None, and
+    returns F [B, ...], the average velocity between t and s, or F / w if `scaled`. It should embed t and t - s.
+    torch.func.jvp must run through it, so no layer may change its buffers, as BatchNorm does in training.
 
     Args:
-        network: N.
-        scaled: scaled parameterisation (sec. 4): f = (s - t) w N with w = 1/beta, which suits the linear growth of
-            the guided velocity in w.
+        network: the network.
+        scaled: scaled parameterisation (sec. 4): f = (s - t) w network(...) with w = 1/beta, because the guided
+            velocity grows linearly in w.
 
-    Every method but F raises TypeError for a condition that is not a Condition and times that are not tensors,
-    ValueError for shapes that do not fit, for a missing condition where `scaled` and, on the CPU outside torch.compile,
-    for times that break 0 <= s <= t <= 1. There it also warns of beta above 1 and, in training, of a network whose
-    output does not depend on s.
+    Every method except F raises TypeError for a condition that is not a Condition and for times that are not tensors,
+    and ValueError for shapes that do not fit, for a missing condition if `scaled` and, on the CPU outside
+    torch.compile, for times that violate 0 <= s <= t <= 1. There it also warns of beta above 1 and, in training, of a
+    network whose output does not depend on s.
 
     Raises:
-        TypeError: a network that is a flow map already, or an EMA; one whose forward does not take these arguments.
+        TypeError: the network is already a FlowMap or is an EMA, or its forward does not take these four arguments.
     """
 
     def __init__(self, network: nn.Module, *, scaled: bool = False):
@@ -52,9 +52,9 @@ class FlowMap(nn.Module):
 
     @checked_output
     def F(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
-        """Return the average velocity f / (s - t) [B, ...]: the network's F, or w F if `scaled` (sec. 4)."""
+        """Return the average velocity f / (s - t) [B, ...]: the network's output, times w if `scaled` (sec. 4)."""
         F: Tensor = self.network(x, t, s, condition)
-        return F / over(condition.beta, x) if self.scaled and condition is not None else F
+        return F / over(condition.beta, x) if self.scaled and condition is not None else F  # beta = 1/w
 
     def forward(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
         """Return jump(x, t, s, condition)."""
@@ -63,7 +63,7 @@ class FlowMap(nn.Module):
     @checked
     def jump(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
         """Carry x [B, ...] from times t [B] to times s [B]: X = x + f(x, t, s) [B, ...]."""
-        return x + self.displacement(x, t, s, condition)  # one evaluation, however far s is from t
+        return x + self.displacement(x, t, s, condition)  # one call of the network, however far s is from t
 
     @checked
     def displacement(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
@@ -82,10 +82,10 @@ class FlowMap(nn.Module):
     ) -> tuple[Sample, Sample]:
         """Return f(x, t, s) and d/ds f = F + (s - t) dF/ds, both [B, ...], by one JVP in s (eq. 17, fig. 11).
 
-        Gradients flow through value and tangent. With `detach_jvp` they stop at dF/ds: less time and memory,
-        and a bias (sec. 7.4).
+        Gradients flow through both. With `detach_jvp` none flows through dF/ds, which saves time and memory but biases
+        the gradient (sec. 7.4).
         """
-        # x and t stand still: only s has a tangent, so value and derivative come from one pass
+        # x and t are constants: only s has a tangent (of one), so a single pass gives F and dF/ds
         F, dF_ds = jvp(lambda s: self.F(x, t, s, condition), (s,), (torch.ones_like(s),))
         if detach_jvp:
             dF_ds = dF_ds.detach()
@@ -98,22 +98,22 @@ class FlowMap(nn.Module):
     ) -> tuple[Sample, Sample]:
         """Return F(x, t, s) and v . grad_x F + dF/dt, its derivative along a path of velocity v [B, ...] (eq. 18).
 
-        One JVP. `dt` is the rate of t: 0 leaves only v . grad_x F.
+        By one JVP. `dt` is the tangent of t; 0 leaves only v . grad_x F.
         """
-        # the jump's start (x, t) moves along the path, its end s stands still
+        # the jump's start (x, t) moves along the path; its end s is fixed
         return jvp(lambda x, t: self.F(x, t, s, condition), (x, t), (v, torch.full_like(t, dt)))
 
 
 @runtime_checkable
 class Flow(Protocol):
-    """The calls of TVM on its flow map and on its target: a FlowMap or the exact flow of a toy distribution."""
+    """The methods that TVM calls on its model and target: a FlowMap, or the exact flow of a toy distribution."""
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
-        """Return u(x, t) [B, ...], as FlowMap does."""
+        """Return the velocity u(x, t) [B, ...]; see FlowMap."""
         ...
 
     def displacement_and_terminal_velocity(
         self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None, *, detach_jvp: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return f and d/ds f, both [B, ...], as FlowMap does."""
+        """Return f and d/ds f, both [B, ...]; see FlowMap."""
         ...

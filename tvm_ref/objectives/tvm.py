@@ -17,20 +17,20 @@ class TVM(Objective):
         1/w^2 ( 1{t != s} ||d/ds f(x_t, t, s) - u*(x_t + sg f(x_t, t, s), s)||^2
                 + ||u(x_s', s') - [w v + (1 - w) u*(x_s', s', no class)]||^2 )
 
-    where u(x, t) = F(x, t, t) is the model's velocity and u* the target's. Without a target u* is the model's own, and
-    then it has gradients in the first term, never inside guidance; with detach_landing=False, too, this is eq. 9.
-    1/w^2 is each sample's own beta^2.
+    where u(x, t) = F(x, t, t) is the model's velocity, u* the target's, sg stops gradients and 1/w^2 is beta^2, for
+    each sample. Without a target u* is the model's own velocity, with gradients in the first term but not inside
+    guidance. With detach_landing=False as well, and w = 1, this is eq. 9.
 
-    The first term, for w = 1, is the Lagrangian self-distillation (LSD) of Boffi, Albergo and Vanden-Eijnden, "How to
-    build a consistency model" (2505.18825), which is trained jointly with flow matching, too. TVM computes both terms
-    for each sample, LSD one of the two; it adds the distribution of times gap* and guidance inside the target with the
-    scaled parameterisation.
+    For w = 1 the first term is the Lagrangian self-distillation (LSD) of Boffi, Albergo and Vanden-Eijnden, "How to
+    build a consistency model" (2505.18825), which is also trained jointly with flow matching. LSD computes one of the
+    two terms for each sample, TVM both. TVM adds the time distribution gap*, guidance inside the flow-matching target,
+    and the scaled parameterisation.
 
     Args:
         flow_map: the model.
         null_label: see Objective.
-        detach_jvp: no gradient through dF/ds: cheaper, biased (sec. 7.4).
-        detach_landing: sg, no gradient through the point where u* is taken (eq. 8).
+        detach_jvp: no gradient through dF/ds: cheaper, but biased (sec. 7.4).
+        detach_landing: the sg above: no gradient through the landing point, where u* is evaluated (eq. 8).
     """
 
     method = Method(
@@ -57,18 +57,18 @@ class TVM(Objective):
     def forward(
         self, x0: Sample, x1: Sample, times: Times, condition: Condition | None = None, target: Flow | None = None
     ) -> LossTerms:
-        """Return the loss terms [B], see Objective. The comments name the paper's equations."""
-        # u* comes from a frozen copy, whose weights take no gradient; without one it is the model's own
+        """Return the loss terms [B] of data x0 and noise x1 [B, ...]; see Objective."""
+        # u* is the velocity of a frozen copy, usually the EMA; without one it is the model's own
         target = self.flow_map if target is None else target
         t, s, s_prime = times
 
-        # The jump: its terminal velocity d/ds f (eq. 17) against the target's velocity where it lands (eq. 8)
+        # The jump from t to s: its terminal velocity d/ds f (eq. 17) should be u* where it lands (eq. 8)
         x_t = interpolate(x0, x1, t)
         f, df_ds = self.flow_map.displacement_and_terminal_velocity(x_t, t, s, condition, detach_jvp=self.detach_jvp)
         landing = x_t + (f.detach() if self.detach_landing else f)
         terminal = mean_square(df_ds - target.velocity(landing, s, condition))
 
-        # The boundary s = t: flow matching (eq. 1), with guidance inside its target (eq. 14)
+        # The boundary s = t, at a time s' of its own: flow matching (eq. 1), with guidance inside its target (eq. 14)
         x_s_prime = interpolate(x0, x1, s_prime)
         # v, or with guidance w v + (1 - w) u*
         v = guided_target(conditional_velocity(x0, x1), x_s_prime, s_prime, condition, self.null_label, target)
