@@ -118,17 +118,17 @@ def norms(a: Tensor) -> Tensor:
 
 
 def displacement_error(paths: Paths) -> Tensor:
-    """Return e(s) = ||X_s - Y_s|| [S, N] (eq. 5)."""
+    """Return ||e(s)|| = ||X_s - Y_s|| [S, N] (eq. 5)."""
     return norms(paths.x - paths.y)
 
 
 def terminal_velocity_residual(paths: Paths) -> Tensor:
-    """Return a(s) = ||d/ds f(x_t, t, s) - u_theta(X_s, s)|| [S, N] (the first term of eq. 9, before the square)."""
+    """Return ||a(s)|| = ||d/ds f(x_t, t, s) - u_theta(X_s, s)|| [S, N] (the first term of eq. 9, before the square)."""
     return norms(paths.df_ds - paths.u_x)
 
 
 def flow_matching_residual(paths: Paths) -> Tensor:
-    """Return b(s) = ||u_theta(Y_s, s) - u(Y_s, s)|| [S, N] (the second term of eq. 9, less its minimum)."""
+    """Return ||b(s)|| = ||u_theta(Y_s, s) - u(Y_s, s)|| [S, N] (the second term of eq. 9, less its minimum)."""
     return norms(paths.u_y - paths.exact)
 
 
