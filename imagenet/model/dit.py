@@ -1,14 +1,14 @@
 """The semi-Lipschitz DiT (paper, sec. 4, appendices B and F.1): a diffusion transformer of Lipschitz-controlled layers.
 
-A DiT (Peebles and Xie 2023) is conditioned on t, on t - s, on beta = 1/w and on a label. Terminal Velocity Matching
-needs a network that is Lipschitz in its inputs, so
+The DiT of Peebles and Xie (2023), conditioned on t, t - s, beta = 1/w and a label. Terminal Velocity Matching needs a
+network that is Lipschitz in its inputs, so
 
-- RMSNorm without parameters takes LayerNorm's place (appendix B.1), and normalises queries and keys too;
+- RMSNorm without parameters replaces LayerNorm (appendix B.1), and RMSNorm with a gain normalises queries and keys;
 - each modulation vector passes through an RMSNorm (eq. 16);
 - every linear layer starts with a largest singular value of 1, except modulation and output, which start at zero, and,
   in some presets, the embeddings of times and beta (see initialise.py).
 
-Names in the state dict are those of the released weights.
+Names in the state dict are those of the released weights, in which s_embedder embeds t - s.
 """
 
 import math
@@ -29,7 +29,7 @@ from tvm_ref.flow_map import jvp
 from tvm_ref.shapes import Sample, Time
 
 EPS = 1e-6  # inside the square root of every norm
-FREQUENCIES = 128  # of the embedding of a scalar, each as a cosine and a sine
+FREQUENCIES = 128  # in the embedding of a scalar, each as a cosine and a sine
 
 Tokens = Float[Tensor, "b n d"]
 PerHead = Float[Tensor, "b h n d"]
@@ -38,12 +38,12 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values [B,
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """The sizes of a DiT, and how its weights start.
+    """The sizes of a DiT, and its norms and initial weights.
 
-    Defaults of the last four fields are the paper's choices; other values serve its ablation (fig. 4) and table 6.
+    The last four fields default to the paper's choices; other values are for its ablation (fig. 4) and table 6.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: sizes below 1 or that do not fit together, or an unknown time_init or block_norm.
     """
 
     input_size: int = 32  # side of x [B, in_channels, input_size, input_size]
@@ -53,7 +53,7 @@ class DiTConfig:
     depth: int = 28
     heads: int = 18
     classes: int = 1000  # label `classes` is the null label
-    time_init: Literal["normal", "spectral"] = "normal"  # of the embeddings of t, t - s and beta (table 6)
+    time_init: Literal["normal", "spectral"] = "normal"  # initial embeddings of t, t - s and beta (table 6)
     block_norm: Literal["rms", "layer"] = "rms"
     qk_norm: bool = True
     modulation_norm: bool = True
@@ -73,12 +73,12 @@ class DiTConfig:
 
 
 def plain_attention(q: PerHead, k: PerHead, v: PerHead) -> PerHead:
-    """Compute attention as it is written, softmax(q k^T / sqrt(D)) v, for any device, derivative and JVP."""
+    """Return softmax(q k^T / sqrt(D)) v [B, H, N, D] as written: on any device, with every derivative and JVP."""
     return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1) @ v
 
 
 def _fused_attention() -> Attend:
-    """Import the kernel."""
+    """Import the fused attention, so that training without it needs no Triton."""
     try:
         from jvp_attention import attention
     except ImportError:
@@ -88,12 +88,12 @@ def _fused_attention() -> Attend:
     return attention
 
 
-# by name, a function that loads it
+# name: a function that loads this attention
 ATTENTION: dict[str, Callable[[], Attend]] = {"plain": lambda: plain_attention, "fused": _fused_attention}
 
 
 def rms_norm(x: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
-    """Normalise without a gain: x / sqrt(mean(x^2) + eps) over the last axis, in float32 or better (eq. 66)."""
+    """Normalise without a gain: x / sqrt(mean(x^2) + eps) over the last axis, in at least float32 (eq. 66)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
@@ -104,7 +104,7 @@ def layer_norm(x: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
     Written out, because the gradient of F.layer_norm is wrong where it goes through a JVP (outside jvp_ready).
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return rms_norm(wide - wide.mean(-1, keepdim=True)).to(x.dtype)
+    return rms_norm(wide - wide.mean(-1, keepdim=True)).to(x.dtype)  # the RMS of centred x is its standard deviation
 
 
 def modulate(x: Tokens, shift: Float[Tensor, "b 1 d"], scale: Float[Tensor, "b 1 d"]) -> Tokens:
@@ -120,7 +120,7 @@ def embed_scalar(a: Time) -> Float[Tensor, "b 256"]:
 
 
 def embed_positions(side: int, width: int) -> Float[Tensor, "1 n d"]:
-    """Embed the positions of a side x side grid, row by row [1, side^2, width]: half for the column, half the row."""
+    """Embed the cells of a side x side grid, row by row, [1, side^2, width]: first their column, then their row."""
     frequencies = 1e4 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side).double()[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [side, width / 2]
@@ -141,7 +141,7 @@ class RMSNorm(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Each patch of x as a token: a linear layer whose weights have the shape of a convolution's."""
+    """Embed each patch of x as a token, by a linear layer whose weights are stored as those of a convolution."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -156,7 +156,7 @@ class PatchEmbedding(nn.Module):
 
 
 class ScalarEmbedding(nn.Module):
-    """The embedding of a time, or of beta: cosines and sines, then a network of two layers."""
+    """Embed a time or beta: cosines and sines, then an MLP of two layers."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -180,7 +180,7 @@ class LabelEmbedding(nn.Module):
 
 
 class Modulation(nn.Sequential):
-    """Shift, scale and gate, each [B, 1, D] and normalised on its own (eq. 16), from the condition c [B, D]."""
+    """Map the conditioning vector c [B, D] to shifts, scales and gates [B, 1, D], each normalised alone (eq. 16)."""
 
     def __init__(self, config: DiTConfig, vectors: int):
         super().__init__(nn.SiLU(), Linear(config.hidden_size, vectors * config.hidden_size))
@@ -188,7 +188,7 @@ class Modulation(nn.Sequential):
         self.normalised = config.modulation_norm
 
     def forward(self, c: Float[Tensor, "b d"]) -> tuple[Tensor, ...]:
-        """Return the vectors, in the order of the rows of the weights."""
+        """Return the vectors, [B, 1, D] each, in the order in which the weight stacks them."""
         m = super().forward(c).unflatten(-1, (self.vectors, 1, -1))  # [B, vectors, 1, D]
         # eq. 16: each vector through an RMSNorm of its own, which bounds it whatever the condition
         return (rms_norm(m) if self.normalised else m).unbind(1)
@@ -216,7 +216,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The layer after attention, token by token."""
+    """The MLP of a block: two layers, applied to each token."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -229,7 +229,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised, modulated input and behind a gate."""
+    """A residual block: attention, then MLP, each on a normalised, modulated input and behind a gate."""
 
     def __init__(self, config: DiTConfig, attention: Attend):
         super().__init__()
@@ -239,16 +239,16 @@ class Block(nn.Module):
         self.adaLN_modulation = Modulation(config, 6)
 
     def forward(self, x: Tokens, c: Float[Tensor, "b d"]) -> Tokens:
-        """Apply the block to tokens x [B, N, D] under the condition c [B, D]."""
-        # six normalised vectors (eq. 16); at the start all are zero, and so the block is the identity
+        """Apply the block to tokens x [B, N, D], modulated by c [B, D]."""
+        # six normalised vectors (eq. 16); at initialisation all are zero, so the block is the identity
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)
-        # RMSNorm, which is Lipschitz, in LayerNorm's place (appendix B.1, eq. 66)
+        # RMSNorm, which is Lipschitz, instead of LayerNorm (appendix B.1, eq. 66)
         x = x + gate_a * self.attn(modulate(self.norm(x), shift_a, scale_a))
         return x + gate_m * self.mlp(modulate(self.norm(x), shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
-    """From tokens to the numbers of their patches."""
+    """Map each token to the values of its patch."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -257,18 +257,18 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = Modulation(config, 2)
 
     def forward(self, x: Tokens, c: Float[Tensor, "b d"]) -> Float[Tensor, "b n p"]:
-        """Map tokens x [B, N, D] to patches [B, N, p p C] under the condition c [B, D]."""
-        shift, scale = self.adaLN_modulation(c)  # normalised, too (eq. 16)
+        """Map tokens x [B, N, D] to patches [B, N, p p C], modulated by c [B, D]."""
+        shift, scale = self.adaLN_modulation(c)  # also normalised (eq. 16)
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
 class DiT(nn.Module):
-    """F(x, t, s, condition) for images or latents x [B, C, H, W].
+    """The network F(x, t, s, condition) for images or latents x [B, C, H, W].
 
     Args:
-        config: sizes.
-        attention: how queries, keys and values [B, H, N, D] become [B, H, N, D]; see ATTENTION.
-        checkpointing: keep only each block's input for the backward and compute the rest again there.
+        config: sizes, norms and initial weights.
+        attention: maps queries, keys and values [B, H, N, D] to outputs [B, H, N, D]; see ATTENTION.
+        checkpointing: keep only each block's input and recompute the rest in the backward: less memory, more time.
     """
 
     pos_embed: Tensor
@@ -292,7 +292,7 @@ class DiT(nn.Module):
         """Return F [B, C, H, W] at x [B, C, H, W], times t and s [B], and a condition; None is no class and w = 1."""
         label = torch.full_like(t, self.config.classes, dtype=torch.long) if condition is None else condition.label
         beta = torch.ones_like(t) if condition is None else condition.beta
-        # only t - s carries the tangent of the JVP in s; the other embeddings are constants to it
+        # in the JVP in s only t - s has a tangent; the other embeddings are constants, and so are added first
         c = self.s_embedder(t - s) + (self.t_embedder(t) + self.guidance_embedder(beta) + self.y_embedder(label))
         tokens = self.x_embedder(x) + self.pos_embed  # [B, N, D]
         for block in self.blocks:
@@ -300,21 +300,21 @@ class DiT(nn.Module):
         return self._image(self.final_layer(tokens, c)).to(x.dtype)
 
     def _image(self, patches: Tokens) -> Float[Tensor, "b c h w"]:
-        """Assemble patches [B, N, p p C] to images."""
+        """Assemble patches [B, N, p p C] into images [B, C, H, W]."""
         p, side = self.config.patch_size, self.config.input_size // self.config.patch_size
         grid = patches.unflatten(-1, (p, p, -1)).unflatten(1, (side, side))  # [B, row, column, p, p, C]
         return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def recomputed(block: nn.Module, x: Tokens, c: Float[Tensor, "b d"]) -> Tokens:
-    """Compute block(x, c), and in the backward once more what it needs (activation checkpointing).
+    """Compute block(x, c) [B, N, D] by activation checkpointing: the backward recomputes what it needs.
 
-    torch.utils.checkpoint does not know tangents. Inside a JVP the block's own JVP is checkpointed in its place.
+    torch.utils.checkpoint ignores tangents, so inside a JVP the JVP of the block is checkpointed instead.
     """
     (x, dx), (c, dc) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(c)
     if dx is None and dc is None:  # an ordinary forward
         return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
     tangents = tuple(torch.zeros_like(a) if da is None else da for a, da in ((x, dx), (c, dc)))
-    # value and tangent leave as two ordinary outputs, whose gradients checkpoint knows
+    # value and tangent are two ordinary outputs to checkpoint, which has gradients for both
     y, dy = checkpoint(jvp, block, (x, c), tangents, use_reentrant=False, preserve_rng_state=False)
     return forward_ad.make_dual(y, dy)

@@ -1,4 +1,4 @@
-"""One step of training (paper, algorithm 1) on one screen, and the state that continues it bit for bit."""
+"""One step of training (paper, algorithm 1), and the state from which training resumes bit for bit."""
 
 import contextlib
 import math
@@ -16,11 +16,11 @@ from tvm_ref.objectives import TERMS
 
 
 class StepMetrics(NamedTuple):
-    """The metrics of one step, over all processes.
+    """The metrics of one step, averaged over all processes.
 
     Attributes:
-        losses: mean of each of TERMS.
-        gradient_norm: before clipping.
+        losses: mean of each of TERMS over the batch.
+        gradient_norm: norm of the gradient of the mean loss, before clipping.
     """
 
     losses: tuple[float, float]
@@ -28,14 +28,14 @@ class StepMetrics(NamedTuple):
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Return the rate: linear warm-up, then constant, or a cosine that would reach zero one step after the last."""
+    """Return the rate of a step (from 0): linear warm-up, times 1 or a cosine that is zero one step after the last."""
     warmup = min(1.0, (step + 1) / (config.warmup + 1))
     decay = 0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.schedule == "cosine" else 1.0
     return config.lr * warmup * decay
 
 
 def make_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the optimizer, without weight decay."""
+    """Build SOAP or AdamW, without weight decay."""
     if config.optimizer == "soap":
         from pytorch_optimizer import SOAP
 
@@ -44,13 +44,14 @@ def make_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.opti
 
 
 class Training:
-    """A model being trained: weights, their two averages, optimizer, and the number of steps taken.
+    """A model in training: its weights, their two EMAs, the optimizer and the number of steps taken.
 
     Attributes:
         model: the weights theta.
-        weight: a learned weight of the loss, with --settings learned_weight=true; else it holds nothing.
-        target: average theta* of the model's weights, the target of the loss.
-        ema: slower average theta** of them, which is evaluated.
+        weight: the learned weight of the loss; without the setting learned_weight a module without parameters.
+        target: EMA theta* of the model's weights, the target of the loss.
+        ema: slower EMA theta**, the weights to evaluate and sample from.
+        step: number of steps taken.
     """
 
     def __init__(self, config: Config, world: World):
@@ -61,7 +62,7 @@ class Training:
         self.ema = EMA(self.model, config.ema)
         objective = config.make_objective(self.model).to(world.device)
         self.weight = objective.learned_weight
-        self._set_progress = objective.set_progress  # kept now, as a wrapper hides the method
+        self._set_progress = objective.set_progress  # kept here, because DDP hides methods of what it wraps
         if config.compile:
             objective.compile(dynamic=False)
         self.objective = parallelize.wrap(objective, [self.target, self.ema], world, config.parallel)
@@ -70,49 +71,49 @@ class Training:
         self.step = 0
 
     def train_step(self, batch: Batch) -> StepMetrics:
-        """Take one step of algorithm 1 on this process's part of a batch.
+        """Take one step of algorithm 1 on this process's part of the batch.
 
         Raises:
-            FloatingPointError: in every process, if a loss or gradient of any is NaN or infinite; the weights are those
-                before the step.
+            FloatingPointError: in every process, if a loss or gradient is NaN or infinite in any; the weights are
+                still those before the step.
         """
         config, device = self.config, self.world.device
         n = len(batch.x0) // config.accumulate
         losses = torch.zeros(len(TERMS), device=device)
         self._set_progress(self.step / config.steps)  # for objectives with a curriculum
         self.optimizer.zero_grad()
-        for i in range(config.accumulate):  # micro-batches, whose gradients add up to that of the batch
-            # data x0, noise x1, times t, s, s' and the condition (class, beta), drawn by Batches
+        for i in range(config.accumulate):  # micro-batches; their gradients add up to the batch's
+            # data x0 and noise x1 [n, C, H, W], times t, s, s' [n], condition (label, beta) [n], all drawn by Batches
             x0, x1, times, condition = batch.slice(i * n, (i + 1) * n).to(device)
             # gradients are averaged over processes once, in the last backward
             last = i == config.accumulate - 1
             with contextlib.nullcontext() if last else parallelize.no_sync(self.objective):
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                    # TVM: both terms of eq. 15 per sample; the target theta* gives u*, without a gradient (eq. 12)
+                    # TVM: both terms of eq. 15 for each sample; the target theta* gives u*, without gradients (eq. 12)
                     terms = self.objective(x0, x1, times, condition, self.target.module)
                 # the expectation over samples and times is the mean of the batch
                 (terms.total.mean() / config.accumulate).backward()
             losses += torch.stack([getattr(terms, name).detach().mean() for name in TERMS]) / config.accumulate
         norm = self._clip()
-        metrics = self._gather_metrics(losses, norm)  # NaN anywhere raises here, before the weights move
+        metrics = self._gather_metrics(losses, norm)  # NaN in any process raises here, before the weights change
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         self.optimizer.step()  # theta
-        self.target.update(self.model)  # theta*, the target of the loss: EMA of a short memory
-        self.ema.update(self.model)  # theta**, the weights that are sampled from: EMA of a long one
+        self.target.update(self.model)  # theta*, the target of the loss: a fast EMA
+        self.ema.update(self.model)  # theta**, the weights to sample from: a slow EMA
         self.step += 1
         return metrics
 
     def _clip(self) -> Tensor:
-        """Clip the gradient's norm, and return what it was."""
+        """Clip the gradient to a norm of at most config.clip (0: no limit), and return its norm before."""
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip or float("inf"), foreach=True)
         return parallelize.full_tensor(norm)
 
     def _gather_metrics(self, losses: Tensor, norm: Tensor) -> StepMetrics:
-        """Average losses and the gradient's norm over all processes.
+        """Average losses [len(TERMS)] and the gradient's norm [] over all processes.
 
         Raises:
-            FloatingPointError: in every process, if any holds a number that is not finite.
+            FloatingPointError: in every process, if any has a loss or norm that is NaN or infinite.
         """
         rows = self.world.all_gather([*losses.tolist(), float(norm)])
         for name, column in zip((*(f"{name} loss" for name in TERMS), "gradient"), rows.T, strict=True):
@@ -124,12 +125,12 @@ class Training:
         return StepMetrics((jump, flow_matching), gradient_norm)
 
     def load_initial(self, weights: dict[str, Tensor]) -> None:
-        """Start from weights, the state dict of a FlowMap: the model and both averages."""
+        """Load weights, the state dict of a FlowMap, into the model and both EMAs."""
         for model in (self.model, self.target.module, self.ema.module):
             model.load_state_dict(parallelize.reshard(weights, model.state_dict()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that continues this training: its own tensors, not copies, sharded where they are."""
+        """Return all that a checkpoint needs: the training's own tensors, not copies, sharded as they are."""
         return {
             "model": self.model.state_dict(),
             "weight": self.weight.state_dict(),
@@ -140,7 +141,12 @@ class Training:
         }
 
     def slot(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return the tensor that a checkpoint's entry is read into: a weight itself, or a new tensor for a moment.
+        """Return the tensor to read a checkpoint's entry into: a weight itself, or a new one for the optimizer.
+
+        Args:
+            name: the entry's path in state_dict, joined by "/".
+            size: the entry's shape.
+            dtype: the entry's dtype.
 
         Raises:
             KeyError: this training has no such tensor.
@@ -154,7 +160,7 @@ class Training:
         return weights[path[-1]]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what state_dict gave; its tensors are sharded as this training's own are (see slot)."""
+        """Restore a state_dict whose tensors are sharded as this training's own are (see slot)."""
         self.model.load_state_dict(state["model"])
         self.weight.load_state_dict(state["weight"])
         self.target.load_state_dict(state["target"])
