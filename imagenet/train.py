@@ -1,14 +1,14 @@
 """Train a DiT to generate in one step by Terminal Velocity Matching.
 
     torchrun imagenet/train.py                                       digits, on a laptop, in minutes
-    torchrun imagenet/train.py --resume                              continue it, bit for bit
-    torchrun imagenet/train.py --init runs/imagenet/fm --out runs/imagenet/fm-then-tvm     from given weights
+    torchrun imagenet/train.py --resume                              continue that run, bit for bit
+    torchrun imagenet/train.py --init runs/imagenet/fm --out runs/imagenet/fm-then-tvm     start from its weights
     torchrun imagenet/train.py cifar10 --data-path DATA
-    torchrun imagenet/train.py folder --data-path PICTURES             your own: a folder per class, or a flat one
+    torchrun imagenet/train.py folder --data-path PICTURES             your own: a folder per class, or one for all
     torchrun --nproc-per-node 8 imagenet/train.py imagenet256-w2 --data-path LATENTS --accumulate 16      8 x 80 GB
     torchrun --nproc-per-node 8 imagenet/train.py synthetic --accumulate 16      throughput, without data
 
-With one process, `python` does the same as `torchrun`, which ends with a traceback of its own on Ctrl-C.
+For one process `python` does the same as `torchrun`, without the traceback that torchrun adds on Ctrl-C.
 """
 
 import contextlib
@@ -44,24 +44,24 @@ from tvm_ref.cli.stopping import INTERRUPTED, Interruption, SaveRequests
 from tvm_ref.objectives import OBJECTIVES, TERMS
 
 GO_ON = "the same command with --resume continues"
-DEFAULT = "digits"  # preset
-THREADS = 1  # on a CPU, unless OMP_NUM_THREADS is set: more help digits little and hurt much on busy cores
+DEFAULT = "digits"  # the preset if none is given
+THREADS = 1  # on a CPU, unless OMP_NUM_THREADS is set: more threads gain little on digits and cost much on busy cores
 
-Plan = tuple[Config, bool, Provenance]  # of a run: whether it is resumed, and where its data are from
+Plan = tuple[Config, bool, Provenance]  # (configuration, whether the run is resumed, where its data come from)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How and where to run, in addition to the configuration."""
+    """How and where to run, besides the configuration: folders, device, logging, checkpoints."""
 
     out: str | None = option(None, "folder of the run (default: runs/imagenet/PRESET)")
     resume: bool = option(False, "continue the run in that folder; start one if there is none")
-    data_path: str | None = option(None, "folder of pictures, latents or cifar10, which is fetched if it is not there")
+    data_path: str | None = option(None, "folder of pictures or latents, or for cifar10, downloaded if missing")
     device: str | None = option(None, "cpu, cuda, ... (default: the GPU if there is one)")
-    workers: int = option(0, "processes that read ahead")
+    workers: int = option(0, "processes that load batches ahead")
     log_every: int = option(20, "steps between lines of train.jsonl")
     save_every: int = option(250, "steps between checkpoints, each with its evaluation weights and a grid of samples")
-    keep: int = option(3, "number of checkpoints that stay, the newest")
+    keep: int = option(3, "number of newest checkpoints to keep")
 
     def __post_init__(self) -> None:
         require_at_least(0, workers=self.workers)
@@ -85,10 +85,10 @@ def parser() -> OneLineParser:
 
 
 def stored_config(folder: Path, changes: dict[str, Any]) -> Config:
-    """Read the configuration of the run in a folder, with what of `changes` may change when it is resumed.
+    """Read the configuration of the run in a folder, and apply `changes` that a resumed run allows.
 
     Raises:
-        UserError: no run there, or an option that would make it another run.
+        UserError: no run there, or a change that would make it another run.
     """
     stored = read_config(folder)
     if "steps" in changes:
@@ -101,7 +101,7 @@ def stored_config(folder: Path, changes: dict[str, Any]) -> Config:
 
 
 def _check_steps(folder: Path, stored: Config, steps: int) -> None:
-    """Raise UserError unless a run may be resumed with `steps`: its own, or more where nothing was shaped by them."""
+    """Raise UserError unless a run may be resumed to `steps`: its own, or more if nothing depends on their number."""
     shaped = [f"--schedule {stored.schedule}"] * (stored.schedule != "constant")
     shaped += [f"--objective {stored.objective}"] * OBJECTIVES[stored.objective].has_curriculum
     if steps != stored.steps and shaped:
@@ -114,27 +114,27 @@ def _check_steps(folder: Path, stored: Config, steps: int) -> None:
 def make_plan(
     preset: str | None, changes: dict[str, Any], out: Path, options: Options, world_size: int
 ) -> tuple[Plan, Data]:
-    """Choose the configuration of a run and load its data, in the first process; tells whether it is resumed.
+    """Choose the configuration of a run, say whether it is resumed, and load its data; for the first process.
 
     Args:
-        preset: a key of PRESETS; None is digits, or what the run that is resumed has.
-        changes: fields of the configuration in place of the preset's.
+        preset: a key of PRESETS; if None, that of the resumed run, else digits.
+        changes: fields of the configuration that replace the preset's.
         out: folder of the run.
         options: how and where to run.
         world_size: number of processes.
 
     Raises:
-        UserError: bad values, no data, a folder that is in the way, latents of another autoencoder.
+        UserError: bad values, no data, a folder that holds something else, latents of another autoencoder.
     """
     config = dataclasses.replace(PRESETS[preset or DEFAULT], **changes)
-    changes = {name: getattr(config, name) for name in changes}  # words of --settings have become values
+    changes = {name: getattr(config, name) for name in changes}  # Config turns the strings of --settings into values
     resumed = options.resume and (out / CONFIG).exists()
     if resumed:
         of_preset = {} if preset is None else dataclasses.asdict(PRESETS[preset])
-        kept = (*RESUMABLE, "steps", "init", "input_size", "in_channels", "classes")  # as stored, unless given
+        kept = (*RESUMABLE, "steps", "init", "input_size", "in_channels", "classes")  # stay as stored, unless given
         config = stored_config(out, {k: v for k, v in of_preset.items() if k not in kept} | changes)
     else:
-        saved = checkpoints(out) or (out / WEIGHTS).exists()  # a failure in the first step leaves nothing to continue
+        saved = checkpoints(out) or (out / WEIGHTS).exists()  # else it failed in its first steps
         require_free(out, (CONFIG,), ways="--resume", overwrite=not saved, leftovers=(INDEX, PIXELS))
         if config.data == "latents" and options.data_path is not None:
             config = dataclasses.replace(fit_to_data(config, options.data_path), **changes)
@@ -148,9 +148,9 @@ def make_plan(
         config = config if resumed else fit_to_data(config, out)
     data = load_data(config, data_folder(config, out, options))
     provenance = provenance_of(config, data, options.data_path)
-    earlier = str(out) if resumed else config.init  # of a run that is resumed, its checkpoint holds all that is needed
+    earlier = str(out) if resumed else config.init  # a resumed run has no use for `init`: it has a checkpoint
     if earlier is not None and (before := read_provenance(earlier)) is not None:
-        if resumed and config.data == "folder":  # read when it began
+        if resumed and config.data == "folder":  # its pictures were read when the run began
             provenance = dataclasses.replace(provenance, path=before.path)
         before.check_latents(provenance, f"{earlier} was trained on other latents than --data-path holds")
     return (config, resumed, provenance), data
@@ -171,17 +171,17 @@ def read_pictures_of(data_path: str | None, size: int, out: Path) -> None:
 
 
 def data_folder(config: Config, out: Path, options: Options) -> str | Path | None:
-    """Return the folder that the data of a run are read from; pictures have been read into its own."""
+    """Return the folder to read the data of a run from; pictures have been copied into the run's own."""
     return out if config.data == "folder" else options.data_path
 
 
 def load_decoder(provenance: Provenance, world: World) -> nn.Module | None:
-    """Load the autoencoder that made the latents; None where there is none, or it cannot be had."""
+    """Load the autoencoder that made the latents; None if there is none or it cannot be loaded."""
     name = provenance.autoencoder
     if name is None:
         return None
     try:
-        vae = world.on_first(lambda: load_vae(name)) or load_vae(name)  # the first process may have to fetch it
+        vae = world.on_first(lambda: load_vae(name)) or load_vae(name)  # the first process may have to download it
     except UserError as error:
         if world.first:
             print(f"{error}; grids show latents as they are")
@@ -190,17 +190,18 @@ def load_decoder(provenance: Provenance, world: World) -> nn.Module | None:
 
 
 def folder_of(preset: str | None, options: Options) -> Path:
-    """Return the folder of a run."""
+    """Return the folder of a run: --out, or one named after the preset."""
     return Path(options.out or f"runs/imagenet/{preset or DEFAULT}")
 
 
 def begin(preset: str | None, changes: dict[str, Any], options: Options, world: World) -> tuple[Run, Data]:
-    """Make a run, or restore the one that is resumed, and load its data; see make_plan.
+    """Make a run or restore the one to resume, and load its data; see make_plan.
 
     Raises:
-        UserError: bad options, missing data, a folder that is in the way or cannot be resumed.
+        UserError: bad options, missing data, a folder that holds something else or cannot be resumed.
     """
     out = folder_of(preset, options)
+    # the first process decides and may download or convert data; the others then get its plan, and load the data
     made = world.on_first(lambda: make_plan(preset, changes, out, options, world.size))
     config, resumed, provenance = world.broadcast(made and made[0])
     data = made[1] if made is not None else load_data(config, data_folder(config, out, options))
@@ -214,15 +215,15 @@ def begin(preset: str | None, changes: dict[str, Any], options: Options, world: 
 
 
 def train(run: Run, data: Data, options: Options) -> bool:
-    """Train to the end, or until any process is asked to stop; True if it came to the end. Saves either way.
+    """Train to the last step, or until any process is asked to stop, and save; return whether it is finished.
 
     Raises:
-        FloatingPointError: a loss that is NaN or infinite, with step, term and rank. The last checkpoint stays.
+        FloatingPointError: a loss that is NaN or infinite; names step, term and rank. The last checkpoint stays.
         OSError: a checkpoint that could not be written.
     """
     training, config, world = run.training, run.training.config, run.world
     batches = Batches(config, data, world.rank, world.size)
-    first = saved = training.step  # a run that is resumed starts at a checkpoint
+    first = saved = training.step  # a resumed run starts at a checkpoint
     stopped = False
     bar = progress(
         total=config.steps, initial=first, unit="step", desc="training", file=sys.stdout, mininterval=0.5,
@@ -237,7 +238,7 @@ def train(run: Run, data: Data, options: Options) -> bool:
         for batch in run.log.timed(ahead):
             metrics = training.train_step(batch)
             step = training.step
-            # what one process is asked to do, all do after the same step
+            # what any process is asked to do, all do after the same step
             stop, save = world.any(interruption.requested or run.saver.failed, requests.take())
             run.log.note(metrics)
             bar.update()
@@ -259,7 +260,7 @@ def train(run: Run, data: Data, options: Options) -> bool:
 
 @contextlib.contextmanager
 def hint_at_memory() -> Iterator[None]:
-    """Add to a GPU's OutOfMemoryError what would need less memory."""
+    """Add a note to an OutOfMemoryError: the options that need less memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -268,7 +269,7 @@ def hint_at_memory() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 130 stopped."""
+    """Run the command; return its exit status: 0 if finished, 130 if stopped."""
     started = time.perf_counter()
     command = parser()
     arguments = command.parse_args(argv)
