@@ -41,7 +41,7 @@ function render({ dots, s, t, curves, lines, ghosts, point, calls, miss, faint =
   $("calls").firstElementChild.textContent = calls[0];
   $("calls").lastElementChild.textContent = calls[1];
   $("miss").textContent = miss ? `off the exact flow by ${digits(miss.rms)}` : "";
-  $("hint").textContent = state.view === "explore" ? "drag the ring" : pad.hint();
+  $("hint").textContent = state.view === "explore" && state.x === FIRST.x && state.y === FIRST.y ? "drag the ring" : pad.hint();
 }
 
 function show(view) { // a part of the story, whose motion starts anew
