@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imagenet.data.image_files import Pixels, find_images, read_image
+from imagenet.data.image_files import EXTENSIONS, Pixels, find_images, read_image
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import read_json, write_atomically
 from tvm_ref.cli.progress import progress
@@ -37,7 +37,8 @@ BATCH, THREADS = 64, 8  # pictures that are read at a time, and by how many thre
 def list_images(source: Path) -> tuple[list[str], list[Entry], int]:
     """List the classes and pictures of a folder, both in order of their names, and count its other files.
 
-    Its folders that hold pictures, at any depth, are the classes. If there are none, it is one class itself.
+    Its folders that hold pictures, at any depth, are the classes; but where more pictures lie beside them than in them,
+    it is one class itself.
 
     Raises:
         UserError: no pictures, or parts of a data set in place of classes.
@@ -45,7 +46,8 @@ def list_images(source: Path) -> tuple[list[str], list[Entry], int]:
     folders = sorted(path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
     classes: list[str] = []
     entries: list[Entry] = []
-    left_out = sum(path.is_file() and not path.name.startswith(".") for path in source.iterdir())
+    beside = [path for path in source.iterdir() if path.is_file() and not path.name.startswith(".")]
+    left_out = len(beside)
     for name in folders:
         images, others = find_images(source / name)
         left_out += others
@@ -54,7 +56,7 @@ def list_images(source: Path) -> tuple[list[str], list[Entry], int]:
             classes.append(name)
         else:
             print(f"warning: {source / name} holds no images and is no class")
-    if not classes:
+    if sum(path.suffix.lower() in EXTENSIONS for path in beside) > len(entries):
         images, left_out = find_images(source)
         classes, entries = [source.resolve().name], [(0, path) for path in images]
     if not entries:

@@ -50,6 +50,11 @@ def test_a_flat_folder_is_one_class_and_what_lies_beside_classes_is_counted(pict
     (tmp_path / "dog" / "notes.txt").write_text("")
     classes, entries, left_out = list_images(tmp_path)
     assert (classes, len(entries), left_out) == (["cat", "dog"], 12, 2)
+    shutil.copytree(pictures / "dog", tmp_path / "flat" / "deeper")
+    for i in range(7):  # more than in the folder beside them: they were left out, and "deeper" was the only class
+        shutil.copy(tmp_path / "beside.png", tmp_path / "flat" / f"{i}.png")
+    classes, entries, left_out = list_images(tmp_path / "flat")
+    assert (classes, len(entries), left_out) == (["flat"], 13, 0)
 
 
 @pytest.mark.parametrize("sizes", [(100, 40, 60), (3, 1, 1, 1), (9000,), (4,) * 50, (1,) * 30])
