@@ -95,8 +95,10 @@ METHODS = {
 GUIDANCE = ("constant", "random", "mixed")
 CASES = (
     *(f"{name}:{guidance}" for name in METHODS for guidance in GUIDANCE[:2]),
-    "TVM:mixed", "MeanFlow:mixed", "TVM:constant:0.999", "MeanFlow:constant:0.999",
-)  # fmt: skip
+    *(f"{name}:mixed" for name in ("TVM", "TVM, no 1/w^2", "MeanFlow", "MeanFlow, 1/w^2")),
+    "TVM:constant:0.999",
+    "MeanFlow:constant:0.999",
+)
 
 AnyBatch = TypeVar("AnyBatch", toy.Batch, batches.Batch)
 

@@ -1,6 +1,7 @@
 """Guidance weights of the cases, eq. 96, and what is written."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tvm_ref.shapes import over
 from tvm_ref.time_samplers import TimeSampler
 from tvm_ref.toy.training import Batch
 
-NULL = 3
+ROOT, NULL = Path(__file__).parents[2], 3
 
 
 def make_batch(n: int = 4000) -> Batch:
@@ -99,3 +100,11 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys, monkeypatch, data):
     report = json.loads((tmp_path / "out/results.json").read_text())
     assert all(len(run["norms"]) == 1 and run["found"] for runs in report["cases"].values() for run in runs)
     assert random_guidance.table(report) in capsys.readouterr().out
+
+
+def test_the_tables_of_the_page_are_those_of_the_stored_results():
+    stored = json.loads((ROOT / "tvm_ref/objectives/random_guidance.json").read_text())
+    page = (ROOT / "tutorials/site/objectives_measurements.md").read_text()
+    lines = [line.rstrip() for line in page.splitlines()]
+    for report in stored.values():
+        assert all(row.rstrip() in lines for row in random_guidance.table(report).splitlines())
