@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tvm_ref.experiments import compare, differences, family, family_measures, family_plots, variants
+from tvm_ref.experiments import (
+    bound_over_training,
+    compare,
+    differences,
+    family,
+    family_measures,
+    family_plots,
+    variants,
+)
 from tvm_ref.experiments.family_measures import (
     MEMBERS,
     ExactNetwork,
@@ -32,7 +40,6 @@ from tvm_ref.time_samplers import Times, TimeSampler
 from tvm_ref.toy.data.distributions import make_distribution
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.network import ToyNetwork
-from tvm_ref.toy.report.metrics import make_reference
 
 PACKAGE = Path(family.__file__).parents[1]
 SITE = PACKAGE.parent / "tutorials" / "site"
@@ -121,25 +128,6 @@ def test_a_large_eps_is_no_weight_and_many_dimensions_make_the_bias_small():
     assert many < few / 5
 
 
-def test_the_bounds_of_gaussian_data_in_closed_form():
-    """The untrained network is the flow of N(0, I): rho = 0, and E||(grad_x X)(u - v)||^2 = D / var_t^2."""
-    reference = make_reference(GaussianMixture(torch.zeros(1, 2), 1.0), points=50)
-    bounds = family_measures.eulerian_bounds(FlowMap(ToyNetwork()), reference, 20_000)
-    assert bounds["paired_rmse"] < 1e-4
-    assert bounds["eulerian"] < 1e-4
-    assert bounds["meanflow"] == pytest.approx(math.sqrt(2 * (1 + math.pi / 2)), rel=0.02)  # var_t = (1 - t)^2 + t^2
-
-
-def test_the_bounds_hold_and_the_eulerian_one_is_the_tighter():
-    torch.manual_seed(0)
-    model = FlowMap(ToyNetwork(2, 0, width=8, depth=1))
-    torch.nn.init.normal_(model.network.output.weight, std=0.3)
-    w2, rmse, eulerian, mean_flow = family_measures.eulerian_bounds(
-        model, make_reference(make_distribution("moons"), points=500), 5000
-    ).values()
-    assert w2 <= rmse < eulerian < mean_flow
-
-
 def exact_lines(oracle, gap, n):
     """Samples twice over, whose v is the exact average velocity of their jumps, and a network."""
     torch.manual_seed(0)
@@ -218,7 +206,7 @@ def test_the_command_writes_its_parts(tmp_path, capsys, monkeypatch):
     options = ["--out", str(out), "--steps", "3", "--batch-size", "8", "--width", "8", "--depth", "2"]
     assert family.main([*options, "--samples", "4", "--dims", "1", "4"]) == 0
     report = json.loads((out / "results.json").read_text())
-    measured = {"noise", "cost", "adaptive_bias", "bounds", "gradients"}
+    measured = {"noise", "cost", "adaptive_bias", "gradients"}
     assert set(report) == {"dist", "made_with", "options", *measured}
     assert set(report["noise"]) == {name for name, _, _ in MEMBERS[:2]}
     assert (out / "family.png").is_file()
@@ -249,8 +237,9 @@ def test_chosen_parts_have_a_folder_of_their_own(tmp_path, monkeypatch):
         (variants.table, ["causes"], "objectives_measurements.md"),
         (variants.table, ["relatives"], "objectives_measurements.md"),
         (differences.derivative_table, ["relatives", "derivative"], "objectives_measurements.md"),
-        (family.bound_table, ["family", "bounds"], "objectives_measurements.md"),
         (family.gradient_table, ["family", "gradients"], "objectives_measurements.md"),
+        (bound_over_training.table, ["guarantees", "moons"], "objectives_measurements.md"),
+        (bound_over_training.table, ["guarantees", "checkerboard"], "objectives_measurements.md"),
     ],
 )
 def test_tables_of_the_pages_are_those_of_the_stored_results(table, stored, page):

@@ -81,7 +81,7 @@ def _curves(ax: Axes, bound: Bound, curves: dict[str, tuple[Tensor, str]]) -> No
 @matplotlib.rc_context(STYLE)
 def plot_training(report: dict[str, dict[str, Any]]) -> Figure:
     """Draw a row per distribution: W2 and its bounds over training; int L of the model and of the exact field."""
-    figure = Figure(figsize=(13, 4.6 * len(report)), layout="constrained")
+    figure = Figure(figsize=(11, 3.8 * len(report)), layout="constrained")
     axes = figure.subplots(len(report), 2, squeeze=False)
     for (left, right), (name, found) in zip(axes, report.items(), strict=True):
         records, plane = found["records"], found["plane"]
@@ -96,10 +96,10 @@ def plot_training(report: dict[str, dict[str, Any]]) -> Figure:
         label = f"of the exact field, over {plane['points']:,} points of the plane"
         right.axhline(plane["length"], color=BLUE, ls="--", label=label)
         left.set(yscale="log", ylabel="distance", title=f"{name}: W2 and its bounds")
-        right.set(ylim=(0, None), ylabel="int L(s) ds", title=f"{name}: theorem 1 has exp(int L)")
+        right.set(ylim=(0, 1.4 * plane["length"]), ylabel="int L(s) ds", title=f"{name}: theorem 1 has exp(int L)")
         for ax in (left, right):
             ax.set(xscale="log", xlabel="training step")
             ax.grid(alpha=0.3)
-        right.legend(fontsize=10)
+        right.legend(fontsize=10, loc="upper left")
     axes[0, 0].legend(fontsize=9)
     return figure

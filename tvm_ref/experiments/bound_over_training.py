@@ -84,9 +84,9 @@ def measure_over_training(config: ToyConfig, measuring: Measuring) -> Iterator[R
 def table(found: dict[str, Any]) -> str:
     """Format every third record of a distribution and the last, and what L says over the plane."""
     records, plane = found["records"], found["plane"]
-    lines = [f"{'step':>8}{'W2':>9}" + "".join(f"{title:>11}" for title in COLUMNS.values())]
+    lines = [f"{'step':>8}{'W2':>9}" + "".join(f"{title:>12}" for title in COLUMNS.values())]
     for r in records[::-3][::-1]:
-        lines.append(f"{r['step']:>8}{r['w2']:>9.3f}" + "".join(f"{r[name]:>11.4g}" for name in COLUMNS))
+        lines.append(f"{r['step']:>8}{r['w2']:>9.3f}" + "".join(f"{r[name]:>12.4g}" for name in COLUMNS))
     lines += [
         f"int L looks at {found['looked_at']:,} points at each time, theorem 1 depends on them: an estimate from below",
         f"int L of u over {plane['points']:,} points of the plane: {plane['length']:.1f}, so theorem 1 multiplies RMS "

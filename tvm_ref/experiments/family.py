@@ -7,9 +7,8 @@
     noise     ||dL/dF||^2 of every objective at the exact flow map, of its jumps and in all, over that of flow matching
     cost      products of a training step, in plain forwards
     bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
-    bounds    on the one-step error of the default run, early and late, by the Eulerian residual and by MeanFlow's loss
-    gradients at that run's network, early and late, by t - s: the batch at which a gradient's noise equals its signal,
-              and the cosine between it and the gradient of the true error
+    gradients at the default run's network, early and late, by t - s: the batch at which a gradient's noise equals its
+              signal, and the cosine between it and the gradient of the true error
 Writes results.json and, with `picture`, family.png, with `gradients`, cosines.png into a folder of its own; parts that
 are measured with other options go into another folder.
 """
@@ -30,10 +29,9 @@ from tvm_ref.experiments import family_measures
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.data.mixture import GaussianMixture
-from tvm_ref.toy.report.metrics import make_reference
 from tvm_ref.toy.training import Training
 
-PARTS = ("picture", "noise", "cost", "bias", "bounds", "gradients")
+PARTS = ("picture", "noise", "cost", "bias", "gradients")
 STAGES = (0.1, 0.3, 1.0)  # of a training, where gradients are measured
 COORDINATES = {"masses 0.8 and 0.2": 0.8, "masses 0.5 and 0.5": 0.5}  # of a coordinate's two values
 DIMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -70,16 +68,8 @@ def measure(
         for name, values in bias.items():
             print(column(f"bias of the adaptive weight by dimension, {name}", values, ".4f"))
         yield "adaptive_bias", bias
-    if {"bounds", "gradients"} & {*parts}:
-        stages = trained(config)
-    if "bounds" in parts:
-        reference = make_reference(distribution)
-        bounds = {
-            str(step): family_measures.eulerian_bounds(model, reference, 20 * samples) for step, model in stages.items()
-        }
-        print(bound_table(bounds))
-        yield "bounds", bounds
     if "gradients" in parts:
+        stages = trained(config)
         measured: dict[str, Any] = {"gaps": list(GAPS), "steps": {}}
         for step, model in progress(stages.items(), unit="stage", desc="gradients"):
             found = family_measures.gradients_of_jumps(model, distribution, GAPS, size=max(2, samples // 2))
@@ -97,16 +87,6 @@ def noise_table(noise: dict[str, dict[str, float]]) -> str:
     """Format the noise at the solution."""
     lines = [f"{'noise at the solution, over flow matching':<44} {'mean':>9} {'error':>9} {'median':>9} {'whole':>9}"]
     lines += [f"  {name:<42} " + " ".join(f"{value:>9.2g}" for value in row.values()) for name, row in noise.items()]
-    return "\n".join(lines)
-
-
-def bound_table(bounds: dict[str, dict[str, float]]) -> str:
-    """Format errors and their bounds by step."""
-    lines = [f"{'step':<6} {'W2':>8} {'RMSE':>8} {'Eulerian':>9} {'MeanFlow':>9}"]
-    lines += [
-        f"{step:<6} {w2:>8.3f} {rmse:>8.3f} {e:>9.3f} {m:>9.3f}"
-        for step, (w2, rmse, e, m) in ((step, row.values()) for step, row in bounds.items())
-    ]
     return "\n".join(lines)
 
 
@@ -133,7 +113,7 @@ def parser() -> OneLineParser:
     )
     p.add_argument(
         "--samples", type=int, default=500,
-        help="samples at the exact flow map; 20 times as many for bounds, 16 times as many for gradients",
+        help="samples at the exact flow map; 16 times as many for gradients",
     )  # fmt: skip
     p.add_argument("--dims", type=int, nargs="+", default=DIMS, help="dimensions of the part bias")
     p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-family-PARTS)")

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from tvm_ref.flow_map import Flow, FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.interpolant import interpolate
-from tvm_ref.objectives import OBJECTIVES, MeanFlow, Objective, ResidualObjective, mean_square
+from tvm_ref.objectives import OBJECTIVES, Objective, ResidualObjective, mean_square
 from tvm_ref.seeding import EVALUATION, generator, uniform_numbers
 from tvm_ref.shapes import Sample, Time, over
 from tvm_ref.time_samplers import Times, TimeSampler
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.data.mixture import GaussianMixture
-from tvm_ref.toy.report.metrics import Reference, evaluate
 from tvm_ref.toy.training import make_network
 
 # What is measured: name, key of OBJECTIVES, settings
@@ -191,25 +190,6 @@ def adaptive_bias(dim: int, mass: float, samples: int, *, t: float = 0.8, eps: f
     u = (p * v).sum(-1)
     deviation = (p * (v - u[..., None]).square()).sum(-1).mean().sqrt()
     return float((adaptive_minimiser(v, p, eps) - u).square().mean().sqrt() / deviation)
-
-
-def eulerian_bounds(model: FlowMap, reference: Reference, samples: int) -> dict[str, float]:
-    """Bound the one-step error by what the Eulerian identity and MeanFlow's loss leave of a model at s = 0.
-
-    Along an exact path d/dt X(x_t, t, 0) = rho = dX/dt + (grad_x X) u, and X(x, 0, 0) = x. So X(x_1, 1, 0) - psi is the
-    integral of rho over [0, 1], and W2^2 <= E||X - psi||^2 <= int E||rho||^2 dt <= int L_MF(t, 0) dt, where L_MF, as
-    v stands for u, has E||(grad_x X)(u - v)||^2 in addition. Nothing is assumed of the model.
-
-    Returns w2_same_noise and paired_rmse of one step (2,000 points), and the roots of both integrals.
-    """
-    distribution = reference.distribution
-    x0, x1, (_, _, t) = batch(distribution, samples, TimeSampler("triangle"), 4, dtype=torch.float32)
-    x, mean_flow = interpolate(x0, x1, t), MeanFlow(model, power=0)
-    bounds = {name: evaluate(model, reference, 1)[name] for name in ("w2_same_noise", "paired_rmse")}
-    for name, ends in (("eulerian", line_with_velocity(x, t, distribution.velocity(x, t))), ("meanflow", (x0, x1))):
-        square = mean_flow(*ends, Times(t, torch.zeros_like(t), t)).jump  # a mean over D elements
-        bounds[name] = math.sqrt(distribution.dim * float(square.detach().double().mean()))
-    return bounds
 
 
 def line_with_velocity(x: Sample, t: Time, velocity: Sample) -> tuple[Sample, Sample]:
