@@ -1,8 +1,8 @@
-"""The backward kernels: gradients of q, k, v, and with tangents those of dq, dk, dv too.
+"""The backward kernels: gradients of q, k, v and, if there are tangents, of dq, dk, dv.
 
-In numbers of the paper's equations (arXiv 2511.19797, appendix C); go and gdo are the gradients of o and do. The paper
-takes the gradients through o from another backward; here both come out of one. Its row sums (76) and (77) are sums
-over pairs; they follow without a pass over pairs from what the forward left:
+With the equation numbers of the paper (arXiv 2511.19797, appendix C); go and gdo are the gradients of o and do. The
+paper takes the gradients through o from another backward; here one gives both. Its row sums (76) and (77) run over
+pairs; here they follow from what the forward left, without a pass over pairs:
 
     c = row sum of gdo * o                              (76)
     r = row sum of go * o + gdo * do                    (77), and what ordinary attention subtracts
@@ -85,7 +85,7 @@ def row_sum_kernel(
     heads,
     N,
     D: tl.constexpr,
-    UNIT: tl.constexpr,  # of strides
+    UNIT: tl.constexpr,  # of strides, in elements (see rows.py)
     QUERIES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -135,10 +135,10 @@ def query_kernel(
     M,
     GROUP: tl.constexpr,  # heads of q that share one of k and v
     D: tl.constexpr,
-    UNIT: tl.constexpr,  # of strides
+    UNIT: tl.constexpr,  # of strides, in elements (see rows.py)
     CAUSAL: tl.constexpr,
     WHOLE_KEYS: tl.constexpr,  # all keys of every tile are visible: M is a multiple of KEYS, no lengths, no mask
-    PRECISION: tl.constexpr,  # of float32 matmuls; in 16 bits there is one way
+    PRECISION: tl.constexpr,  # of float32 matmuls; no effect on 16-bit ones
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -146,8 +146,7 @@ def query_kernel(
     """Gradients of one tile of queries, over all keys, and its sums c and r. Grid: tiles of queries x heads x batch.
 
     dq, dk, dv, go, gdo are None where they are zero, gq and gdq where they are not wanted; mu without dq and dk, c
-    without gdo too. lengths, if not None, hide keys from lengths[b] on, a mask those of its pairs that are zero; tiles
-    lists those that it leaves.
+    without gdo too. lengths, mask and tiles are those of forward_kernel.
     """
     HAS_T: tl.constexpr = mu is not None  # T and gT are not zero
     start, b, h, head = tile_of_program(N, heads, QUERIES, CAUSAL)
@@ -257,10 +256,10 @@ def key_kernel(
     M,
     GROUP: tl.constexpr,  # heads of q that share one of k and v
     D: tl.constexpr,
-    UNIT: tl.constexpr,  # of strides
+    UNIT: tl.constexpr,  # of strides, in elements (see rows.py)
     CAUSAL: tl.constexpr,
     WHOLE_QUERIES: tl.constexpr,  # N is a multiple of QUERIES
-    PRECISION: tl.constexpr,  # of float32 matmuls; in 16 bits there is one way
+    PRECISION: tl.constexpr,  # of float32 matmuls; no effect on 16-bit ones
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -272,8 +271,8 @@ def key_kernel(
 
     Works on transposed tiles [KEYS, QUERIES], made as k q^T: transposing the result of a matmul to use it in another
     has been miscompiled for Hopper. Queries beyond the end read as zeros, so go, gdo, c and r are zero there and they
-    add nothing. lengths, if not None, hide keys from lengths[b] on, whose gradients are zero; a mask hides those of its
-    pairs (here [M, N]) that are zero, and tiles lists those that it leaves.
+    add nothing. lengths, if not None, hides keys from lengths[b] on, whose gradients are zero; mask hides the pairs
+    (here [M, N]) where it is zero, and tiles lists the tiles of queries that it leaves.
     """
     HAS_T: tl.constexpr = mu is not None  # T and gT are not zero
     HAS_U: tl.constexpr = mu is not None and (gk is not None or gv is not None)
