@@ -2,7 +2,7 @@
 
     d/dt X + (grad X) u = 0,    residual    F - u - (s - t) D F,    D F = dF/dt + (grad_x F) u
 
-The members differ in what stands for u(x, t), in what is stopped, and in their weights.
+The methods differ in their estimate of u(x, t), in what they detach, and in their weights.
 """
 
 import torch
@@ -18,10 +18,10 @@ class ESD(SelfDistillation):
     """Eulerian self-distillation (Boffi, Albergo, Vanden-Eijnden, 2505.18825): ||F - u* - (s - t) D F||^2.
 
     `stops` is one of
-        "full": u* and (grad_x F) u* are the target's, stopped; gradients flow through F and dF/dt. The paper's
+        "full": u* and (grad_x F) u* are the target's, detached; gradients flow through F and dF/dt. The paper's
             algorithm 3.
-        "convex": u* is the target's, stopped; gradients flow through F and D F.
-        "none": u* is the model's own, and nothing is stopped.
+        "convex": u* is the target's, detached; gradients flow through F and D F.
+        "none": u* is the model's own, and nothing is detached.
         "all": u* is the target's; gradients flow only through F. Not in the paper: it is what MeanFlow, which has the
             random v for u*, does in expectation.
     """
@@ -42,7 +42,7 @@ class ESD(SelfDistillation):
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
         """Return F - (s - t) D F along the flow, and u where the jump starts."""
         x, _, t, s, _, condition, target = jumps
-        # u at the start of the jump: for the model it is a target, whose gradient would teach the diagonal by the jump
+        # u at the start of the jump is a target: with gradients, jumps would train the velocity (the diagonal s = t)
         if self.stops == "none":
             u = self.flow_map.velocity(x, t, condition)
         else:
@@ -100,7 +100,7 @@ class MeanFlow(ResidualObjective):
         super().__init__(flow_map, null_label=null_label, weight=AdaptiveWeight(power, eps))
 
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
-        """Return F, and v + (s - t) D F along v, stopped."""
+        """Return F, and v + (s - t) D F along v, detached."""
         return mean_flow_sides(self.flow_map, jumps)
 
 
@@ -123,7 +123,7 @@ class ImprovedMeanFlow(MeanFlow):
     default_times = TimeSampler("sorted", share_equal=0.5)
 
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
-        """Return V = F - (s - t) D F along u, where D F is stopped, and v."""
+        """Return V = F - (s - t) D F along u, where D F is detached, and v."""
         x, v, t, s, _, condition, _ = jumps
         # one more forward buys a direction without noise; v stays only as what V is regressed on
         with torch.no_grad():
@@ -166,7 +166,7 @@ class ContinuousConsistency(ResidualObjective):
         self.constant = constant
 
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
-        """Return F, and F - g / (||g|| + c), stopped; s is set to 0 where it is not t."""
+        """Return F, and F - g / (||g|| + c), detached; s is set to 0 where it is not t."""
         x, v, t, s, _, condition, _ = jumps
         s = torch.where(t == s, s, 0.0)  # a consistency model knows one end, the data
         F, DF = self.flow_map.F_and_total_derivative(x, t, s, v, condition)

@@ -22,7 +22,7 @@ class LSD(SelfDistillation):
 
         ||d/ds X(x_t, t, s) - sg u*(sg X(x_t, t, s), s)||^2
 
-    with the target's velocity u* where `stops` is "convex". With "none" nothing is stopped and u* is the model's own.
+    with the target's velocity u* where `stops` is "convex". With "none" u* is the model's own and nothing is detached.
     """
 
     method = Method(
@@ -36,13 +36,13 @@ class LSD(SelfDistillation):
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
         """Return d/ds X(x_t, t, s), and u where the jump lands."""
         x, _, t, s, _, condition, target = jumps
-        # the end s moves, the start (x_t, t) stands still: no derivative in x, which is what ESD diverges through
+        # the end s moves, the start (x_t, t) is fixed: no derivative in x, through which ESD diverges
         f, df_ds = self.flow_map.displacement_and_terminal_velocity(x, t, s, condition)
         u: Tensor
         if self.stops == "none":
             u = self.flow_map.velocity(x + f, s, condition)
         else:
-            # sg: the gradient is to change the velocity at the end, not to move the end to where u happens to fit
+            # sg: the gradient should change the velocity at the end, not move the end to where u happens to fit
             with torch.no_grad():
                 u = target.velocity(x + f, s, condition)
         # neither side contains the random v, so at the solution the loss is zero sample by sample
