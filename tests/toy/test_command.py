@@ -119,12 +119,13 @@ def test_a_run_keeps_its_own_points(tmp_path, capsys):
     data, folder = tmp_path / "points.csv", tmp_path / "run"
     points = TABLE.copy()
     np.savetxt(data, points, delimiter=";", header="height;weight", comments="")
-    assert run(folder, "--data", str(data)) == 0
+    options = ["--data", str(data), "--columns", "height", "weight", "--drop-outliers"]
+    assert run(folder, *options) == 0
     np.savetxt(data, points + [[1, 0]] * (np.arange(50) == 0)[:, None], delimiter=";")
     units = units_of(load_run(folder)[1])
     np.testing.assert_allclose(units.restore(load_run(folder)[1].centres), points, rtol=1e-12)
     assert units.columns == ("height", "weight")
-    resume = ["--data", str(data), "--resume", "--points", "70"]
+    resume = [*options, "--resume", "--points", "70"]
     data.unlink()
     assert again(folder, *resume) == 0
     assert json.loads((folder / "metrics.json").read_text())["points"] == 70
@@ -185,6 +186,8 @@ REFUSED = [  # what lies there, options, words of the one line
     (nothing, ["--data", "missing.csv"], "missing.csv"),
     (nothing, ["--data", "x.csv", "--dist", "moons"], "a run learns one of them"),
     (nothing, ["--bandwidth", "0.1"], "--bandwidth goes with --data"),
+    (nothing, ["--columns", "1", "2"], "--columns goes with --data"),
+    (nothing, ["--drop-outliers"], "--drop-outliers goes with --data"),
     (nothing, ["--points", "3"], "--points"),
     (nothing, ["--resume"], "holds no run"),
     (nothing, ["--resume", "--overwrite"], "not allowed with"),

@@ -198,11 +198,12 @@ def check_types(config: Any) -> None:
     many = {f.name for f in dataclasses.fields(config) if f.metadata.get("nargs")}
     for name, (kind, optional, choices) in kinds(type(config)).items():
         value = getattr(config, name)
+        if value is None and optional:
+            continue
         if name in many and not (isinstance(value, tuple) and value):
             raise UserError(f"{flag(name)} must be a list, and not empty; got {value!r:.80}")
         for item in value if name in many else (value,):
-            if item is not None or not optional:
-                _check_type(flag(name), item, kind, choices)
+            _check_type(flag(name), item, kind, choices)
 
 
 def _check_type(option: str, value: Any, kind: type, choices: tuple[str, ...] | None) -> None:

@@ -27,6 +27,15 @@ class ToyConfig:
 
     dist: str = option("moons", "distribution to learn", choices=tuple(DISTRIBUTIONS))
     data: str | None = option(None, "learn your own points instead: a table of two columns (.csv .tsv .txt .dat .npy)")
+    columns: tuple[str, ...] | None = option(
+        None,
+        "which two columns of --data, by name or by number from 1 (default: the only two)",
+        nargs=2,
+        metavar="NAME",
+    )
+    drop_outliers: bool = option(
+        False, "leave out points of --data over 10 interquartile ranges from the median on either axis"
+    )
     bandwidth: float | None = option(
         None,
         "width of the Gaussian around each point of --data, in standard deviations, below 1 (default: the likeliest)",
@@ -61,6 +70,8 @@ class ToyConfig:
     seed: int = option(0, "seed of the initial weights and of the data")
 
     def __post_init__(self) -> None:
+        if isinstance(self.columns, list):  # as JSON has them
+            object.__setattr__(self, "columns", tuple(self.columns))
         check_types(self)
         require_at_least(1, steps=self.steps, batch_size=self.batch_size, width=self.width, depth=self.depth)
         for name in ("lr", "w", "bandwidth"):
@@ -82,7 +93,8 @@ class ToyConfig:
         require(0 <= self.seed < 2**63, f"--seed must lie in [0, 2^63), got {self.seed}")
         require(self.conditional or not self.guided, "--w needs --conditional")
         require(not (self.conditional and self.data), "--conditional needs classes, and points of --data have none")
-        require(self.bandwidth is None or self.data is not None, "--bandwidth goes with --data")
+        for name in ("bandwidth", "columns", "drop_outliers"):
+            require(self.data is not None or not getattr(self, name), f"{flag(name)} goes with --data")
 
     @property
     def guided(self) -> bool:
@@ -96,7 +108,7 @@ class ToyConfig:
             UserError, OSError: points that cannot be used, or classes asked of data without.
         """
         if self.data is not None:
-            return load_points(Path(self.data), self.bandwidth)
+            return load_points(Path(self.data), self.bandwidth, self.columns, self.drop_outliers)
         distribution = make_distribution(self.dist)
         able = distribution.num_classes or not self.conditional
         require(

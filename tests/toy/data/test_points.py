@@ -64,6 +64,18 @@ def test_outliers_are_found_farthest_first_and_told(points):
     assert far_points(torch.from_numpy(points)).tolist() == [17]
 
 
+def test_outliers_are_left_out_on_request_and_counted(tmp_path, points):
+    path = tmp_path / "points.npy"
+    np.save(path, np.concatenate([[[5, 1e4], [np.nan, 1]], points, [[-400, 0]]]))
+    assert load_points(path, 0.2).summary["left_out"] == {"rows with gaps": 1, "outliers": 0}
+    oracle = load_points(path, 0.2, drop_outliers=True)
+    np.testing.assert_array_equal(oracle.points, points)
+    assert "left out: rows with gaps (1), outliers (2)" in oracle.describe()
+    np.save(path, np.concatenate([points[:8], [[5, 1e4], [-400, 0]]]))
+    with pytest.raises(ValueError, match="got 8, besides 2 outliers"):
+        load_points(path, drop_outliers=True)
+
+
 def test_the_likely_bandwidth_is_the_best_of_all_candidates():
     """Not all are tried; over 40, none would have been better."""
     for seed, n in enumerate((30, 100, 400)):

@@ -1,6 +1,7 @@
 """Your own points as a distribution: a Gaussian around each, standardised, and the units that they came in."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tvm_ref.cli.errors import require
 from tvm_ref.shapes import Sample
 from tvm_ref.toy.data.distributions import standardise
 from tvm_ref.toy.data.mixture import GaussianMixture
-from tvm_ref.toy.data.table import read_table
+from tvm_ref.toy.data.table import check, read_table
 
 MAX_CENTRES = 4096  # of the user's own points; the exact flow costs points x centres
 MIN_BANDWIDTH = 0.03  # below it the exact flow is too stiff for the solver's grid
@@ -58,6 +59,7 @@ class OwnPoints(GaussianMixture):
         bandwidth: width of the Gaussians in standard deviations of the data; None: the likeliest one (outliers
             left out).
         columns: names of the two axes.
+        left_out: how many rows with gaps and how many outliers are not among the points.
 
     Attributes:
         points: [N, 2] those that are kept, in their own units.
@@ -68,7 +70,13 @@ class OwnPoints(GaussianMixture):
         ValueError: a bandwidth outside [0.03, 1).
     """
 
-    def __init__(self, points: Tensor, bandwidth: float | None = None, columns: tuple[str, ...] = ("x", "y")):
+    def __init__(
+        self,
+        points: Tensor,
+        bandwidth: float | None = None,
+        columns: tuple[str, ...] = ("x", "y"),
+        left_out: tuple[int, int] = (0, 0),
+    ):
         kept = points
         if len(points) > MAX_CENTRES:
             kept = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:MAX_CENTRES]]
@@ -95,6 +103,7 @@ class OwnPoints(GaussianMixture):
             "bandwidth_is": "the likeliest (leave-one-out)" if chosen else "as given",
             "outliers": len(outliers),
             "farthest": points[outliers[0]].tolist() if len(outliers) else None,
+            "left_out": dict(zip(("rows with gaps", "outliers"), left_out, strict=True)),
         }
 
     def describe(self) -> list[str]:
@@ -111,11 +120,14 @@ class OwnPoints(GaussianMixture):
             f"that is at the end of what is tried, {MIN_BANDWIDTH} to {MAX_BANDWIDTH}; choose a --bandwidth": tried,
             f"{s['used']} points are few: the model learns them blurred by that bandwidth": s["used"] < FEW,
             f"{many:,} point{'s lie' if many > 1 else ' lies'} far from the others, the farthest at ({far}): they "
-            "stretch the scale, and what is left may look like a blob; leave them out if they are errors": many > 0,
+            "stretch the scale, and what is left may look like a blob; if they are errors, leave them out by "
+            "--drop-outliers": many > 0,
         }
+        left_out = ", ".join(f"{what} ({n:,})" for what, n in s["left_out"].items() if n)
         return [
             f"{s['points']:,} points{used}; mean {mean}, standard deviation {deviation} ({', '.join(s['columns'])})",
             f"bandwidth {s['bandwidth']:.3g} standard deviations, {s['bandwidth_is']}: {width} in your units",
+            *([f"left out: {left_out}"] if left_out else []),
             *(f"warning: {text}" for text, applies in warnings.items() if applies),
         ]
 
@@ -160,7 +172,12 @@ def units_of(distribution: GaussianMixture) -> Units:
     return distribution.units if isinstance(distribution, OwnPoints) else Units()
 
 
-def load_points(path: Path, bandwidth: float | None = None) -> OwnPoints:
-    """Load the user's own points as a distribution; see read_table and OwnPoints for what they raise."""
-    points, columns = read_table(path)
-    return OwnPoints(points, bandwidth, columns)
+def load_points(
+    path: Path, bandwidth: float | None = None, columns: Sequence[str] | None = None, drop_outliers: bool = False
+) -> OwnPoints:
+    """Load the user's own points, perhaps but for far_points; see read_table and OwnPoints, also for errors."""
+    points, names, gaps = read_table(path, columns)
+    far = far_points(points).tolist() if drop_outliers else []
+    kept = np.delete(points.numpy(), far, axis=0)
+    check(path, kept, f", besides {len(far)} outliers")
+    return OwnPoints(torch.from_numpy(kept), bandwidth, names, (gaps, len(far)))

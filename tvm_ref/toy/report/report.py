@@ -1,5 +1,7 @@
 """The report of a run: measure its evaluation weights, draw them, and write samples as a table."""
 
+import csv
+import io
 import json
 import sys
 from typing import Any
@@ -87,4 +89,6 @@ def samples_table(config: ToyConfig, jump: Jump, units: Units, points: int) -> s
     noise = torch.randn(points, 2, generator=torch.Generator().manual_seed(SAMPLING))
     x = units.restore(sample(jump, noise, 1 if OBJECTIVES[config.objective].learns_jumps else EULER_STEPS))
     rows = [",".join(f"{a:.10g}" for a in row) for row in x.tolist()]
-    return "\n".join([",".join(units.columns), *rows]) + "\n"
+    header = io.StringIO()
+    csv.writer(header).writerow(units.columns)  # with quotes around a name that needs them
+    return "\n".join([header.getvalue().rstrip(), *rows]) + "\n"
