@@ -40,6 +40,7 @@ TABLES = {  # of the points (1.5, -2), (3, 400)
     "a comment, as np.savetxt heads a table": ("# x y\n1.5 -2\n3 400", ()),
     "a header of numbers, as pandas heads unnamed columns": ("0,1\n1.5,-2.0\n3.0,400.0", ("0", "1")),
     "decimal commas": ('"a, b";c\n1,5;-2\n3;400,000', ("a, b", "c")),
+    "decimal commas between blanks": ("1,5  -2,0\n3,0 400,0", ()),
     "a header with blanks in it": ("petal length;petal width\n1.5;-2\n3;400", ("petal length", "petal width")),
 }
 

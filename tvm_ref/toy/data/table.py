@@ -131,7 +131,9 @@ def _split(text: str) -> list[tuple[int, list[str]]]:
     """Split text into numbered lines of cells."""
     lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     lines = [(i, line) for i, line in lines if not COMMENT.match(line)]
-    common = (mark for mark in ";\t," if 2 * sum(mark in line for _, line in lines) >= len(lines))
+    decimals = sum(" " in line.strip() and all(map(DECIMAL_COMMA.fullmatch, line.split())) for _, line in lines)
+    marks = ";\t" if 2 * decimals > len(lines) else ";\t,"  # 1,5 2,5 are two columns
+    common = (mark for mark in marks if 2 * sum(mark in line for _, line in lines) >= len(lines))
     separator = next(common, " ")
     texts = [" ".join(line.split()) if separator == " " else line for _, line in lines]
     rows = [next(csv.reader([text], delimiter=separator, skipinitialspace=True)) for text in texts]
