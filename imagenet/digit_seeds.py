@@ -9,7 +9,7 @@
 Each run is one of train.py. The controls are one-step samples of flow matching and the mean image of each class. With
 --rates, every objective is first trained with each on a seed of its own, and the rate with the least Frechet distance
 in one step is used. All take the same number of steps, or, with --budget products, as many as cost the matrix products
-of the first objective's. results.json has every score.
+of the first objective's. results.json has every score. An interrupted comparison continues with the same command.
 The exit status is 0 if every seed of the first objective passes (metrics/digits.py) and every control fails, else 1.
 """
 
@@ -52,18 +52,19 @@ def parser() -> OneLineParser:
 
 
 def train_and_score(folder: Path, options: Sequence[str]) -> dict[str, Scores]:
-    """Run train.py on the preset; returns the scores by number of steps, DIVERGED if it did.
+    """Run train.py on the preset, or go on with the run; returns the scores by number of steps, DIVERGED if it did.
 
     Raises:
         UserError: it failed, with its last words.
     """
-    command = [sys.executable, "-m", "imagenet.train", "digits", "--out", str(folder), *options]
+    resume = ["--resume"] if (folder / "config.json").exists() else []
+    command = [sys.executable, "-m", "imagenet.train", "digits", "--out", str(folder), *options, *resume]
     done = subprocess.run(command, env={"OMP_NUM_THREADS": "1"} | os.environ, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        if "is NaN or infinite" in said:
+        if "is NaN or infinite" in done.stderr:
             return DIVERGED
-        raise UserError(f"the run in {folder} failed: {said}")
+        said = [line for line in done.stderr.strip().splitlines() if "--resume continues" not in line]
+        raise UserError(f"the run in {folder} failed: {(said or [f'status {done.returncode}'])[-1]}")
     scores: dict[str, Scores] = json.loads((folder / "metrics.json").read_text())["nfe"]
     return scores
 
@@ -135,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         require_at_least(1, seeds=options.seeds, jobs=options.jobs)
         if not all(0 < rate < float("inf") for rate in options.rates):
             raise UserError("--rates must be positive and finite")
-        require_free(options.out, (f"{options.objectives[0]}-seed0/config.json",), "runs")
+        if (options.out / "results.json").exists() or not any(options.out.glob("*/config.json")):
+            require_free(options.out, ("results.json",), "a comparison")
         with user_files():
             options.out.mkdir(parents=True, exist_ok=True)
         from imagenet.data.digits import load_digits

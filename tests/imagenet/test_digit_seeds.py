@@ -97,3 +97,10 @@ def test_the_comparison_trains_every_run_and_no_short_one_passes(tmp_path, capsy
         low, high = sorted(s[key] for s in scores)
         assert f"({low:.3f}-{high:.3f})" in row
     assert [line.split()[-1] for line in lines[1:3]] == ["passes", "fails"]  # held-out images, class means
+    command = ["--seeds", "2", "--out", str(out), "--options", "--steps", "2"]
+    assert status(digit_seeds.main, command) == 2  # finished
+    assert "already holds a comparison" in capsys.readouterr().err
+    (out / "results.json").unlink()
+    (out / "tvm-seed1" / "metrics.json").unlink()
+    assert digit_seeds.main(command) == 1  # interrupted
+    assert capsys.readouterr().out.splitlines() == lines
