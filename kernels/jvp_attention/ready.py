@@ -43,16 +43,17 @@ class jvp_ready(TorchFunctionMode):
 
     - `F.scaled_dot_product_attention` is answered by `attention`, inside nn.MultiheadAttention and
       nn.TransformerEncoderLayer too; with an additive mask or dropout by attention written out.
-    - `layer_norm`, `instance_norm`, `batch_norm` without running statistics, `linalg.solve`, `tensorsolve`, `det` and
-      `slogdet`, whose gradient through a JVP PyTorch gets wrong, and `glu` and `hardsigmoid`, which it refuses, are
-      written out.
+    - `layer_norm`, `instance_norm`, `batch_norm` without running statistics, `linalg.solve`, `tensorsolve`, `det`,
+      `slogdet` and `logdet`, whose gradient through a JVP PyTorch gets wrong, and `glu` and `hardsigmoid`, which it
+      refuses, are written out.
     - Linear layers, convolutions and matrix products leave out the product with a tangent that is not there.
     - `torch.utils.checkpoint` recomputes the block's JVP.
 
     Values are PyTorch's up to rounding, and bit for bit where no argument has a tangent. Needs no GPU and no triton.
 
     Raises:
-        NotImplementedError: in the network, from a norm that updates running statistics.
+        NotImplementedError: in the network, from a norm that updates running statistics, and from rarer functions that
+            PyTorch gets wrong, with what to call instead.
     """
 
     def __enter__(self) -> "jvp_ready":
@@ -71,8 +72,13 @@ class jvp_ready(TorchFunctionMode):
         if answer is None:
             return func(*args, **kwargs)
         if rules.tangents_are_hidden() or any(map(has_tangent, (*args, *kwargs.values()))):
-            return answer(*args, **kwargs)
+            factors = [kwargs[name] for name in FACTORS if name in kwargs]  # their names differ between functions
+            return answer(*args, *factors, **{k: v for k, v in kwargs.items() if k not in FACTORS})
         return func(*args, **kwargs)
+
+
+class InBlock(jvp_ready):
+    """The mode inside a checkpointed block."""
 
 
 def opened(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,10 +122,13 @@ def recomputed(checkpoint: Callable[..., Any], function: Callable[..., Any], *ar
     options = {name: kwargs.pop(name) for name in CHECKPOINT_OPTIONS & set(kwargs)}
     leaves, tree = tree_flatten((args, kwargs))
     moving = [i for i, x in enumerate(leaves) if has_tangent(x)]
+    entered = _get_current_function_mode_stack()
     if not moving:
-        if any(isinstance(entered, jvp_ready) for entered in _get_current_function_mode_stack()):
+        if any(isinstance(mode, jvp_ready) for mode in entered):
             function = in_mode(function)
         return checkpoint(function, *args, **kwargs, **options)
+    if any(isinstance(mode, InBlock) for mode in entered):  # PyTorch fails to recompute a block of a block
+        return function(*args, **kwargs)
 
     rest: list[Any] = []  # of results that are not one tensor: a JVP returns only tensors
 
@@ -128,7 +137,8 @@ def recomputed(checkpoint: Callable[..., Any], function: Callable[..., Any], *ar
         for i, x in zip(moving, values, strict=True):
             given[i] = x
         args, kwargs = tree_unflatten(given, tree)
-        result = in_mode(function)(*args, **kwargs)
+        with InBlock():
+            result = function(*args, **kwargs)
         if isinstance(result, Tensor):
             return result
         found, shape = tree_flatten(result)
@@ -146,10 +156,14 @@ def recomputed(checkpoint: Callable[..., Any], function: Callable[..., Any], *ar
             "arguments; pass it, as in checkpoint(function, x, c, use_reentrant=False)"
         )
     if isinstance(y, Tensor):
-        return forward_ad.make_dual(y, dy)
+        return _dual(y, dy)
     shape, others = rest
-    duals = map(forward_ad.make_dual, y, dy)
+    duals = map(_dual, y, dy)
     return tree_unflatten([next(duals) if x is None else x for x in others], shape)
+
+
+def _dual(y: Tensor, dy: Tensor) -> Tensor:
+    return forward_ad.make_dual(y, dy) if y.is_floating_point() or y.is_complex() else y  # indices have no tangent
 
 
 def in_mode(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,6 +197,7 @@ def see_checkpoints() -> None:
     setattr(inner, "__dynamo_disable", first_call)
 
 
+FACTORS = ("input", "other", "mat2")
 AFFINE = (
     F.linear, torch.conv1d, torch.conv2d, torch.conv3d,
     torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
@@ -190,6 +205,14 @@ AFFINE = (
 PRODUCTS = (
     torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm,
 )  # fmt: skip
+REFUSED = {  # whose tangent, or the gradient through it, is wrong; what to call instead
+    torch.native_layer_norm: "torch.nn.functional.layer_norm",
+    torch.instance_norm: "torch.nn.functional.instance_norm",
+    **dict.fromkeys((torch.batch_norm, torch.native_batch_norm), "torch.nn.functional.batch_norm"),
+    torch.linalg.solve_ex: "torch.linalg.solve",
+    **dict.fromkeys((torch.cholesky_inverse, torch.Tensor.cholesky_inverse), "cholesky_solve of the identity"),
+    **dict.fromkeys((torch.linalg.householder_product, torch.orgqr, torch.Tensor.orgqr), "torch.linalg.qr"),
+}
 ANSWERS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: rules.scaled_dot_product_attention,
     F.multi_head_attention_forward: multi_head_attention,
@@ -202,8 +225,10 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.linalg.tensorsolve: rules.tensorsolve,
     **dict.fromkeys((torch.linalg.det, torch.det, torch.Tensor.det), rules.det),
     **dict.fromkeys((torch.linalg.slogdet, torch.slogdet, torch.Tensor.slogdet), rules.slogdet),
+    **dict.fromkeys((torch.logdet, torch.Tensor.logdet), rules.logdet),
     F.glu: rules.glu,
     F.hardsigmoid: rules.hardsigmoid,
     **{function: _with(rules.affine, function) for function in AFFINE},
     **{function: _with(rules.product, function) for function in PRODUCTS},
+    **{function: functools.partial(rules.refused, function, instead) for function, instead in REFUSED.items()},
 }

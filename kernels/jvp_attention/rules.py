@@ -2,9 +2,10 @@
 
 Each takes the arguments of the function that it stands in for. PyTorch's own rules fail in two ways:
 
-- `layer_norm`, `instance_norm`, `batch_norm`, `linalg.solve`, `tensorsolve`, `det` and `slogdet` have a tangent that
-  reads results of the forward which reverse mode takes for constants: value and tangent are right, the gradient through
-  the tangent is wrong without a word. Written out in functions whose rules are right, they are right at every order.
+- `layer_norm`, `instance_norm`, `batch_norm`, `linalg.solve`, `tensorsolve`, `det`, `slogdet` and `logdet` have a
+  tangent that reads results of the forward which reverse mode takes for constants: value and tangent are right, the
+  gradient through the tangent is wrong without a word. Written out in functions whose rules are right, they are right
+  at every order.
 - A product of which only one factor has a tangent, such as a layer's input and its weights, is computed with the
   other's zero tangent, too: 3 products forward and 8 with the backward where 2 and 6 do.
 """
@@ -77,7 +78,7 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    *_: Any,
+    cudnn_enable: bool = True,
 ) -> Tensor:
     """Normalise the last axes to mean 0 and variance 1."""
     y = standardised(x, tuple(range(-len(normalized_shape), 0)), eps)
@@ -187,6 +188,12 @@ def slogdet(A: Tensor) -> Any:
     return Result((sign * diagonal.sgn().prod(-1), diagonal.abs().log().sum(-1)))
 
 
+def logdet(A: Tensor) -> Tensor:
+    """Compute the logarithm of the determinant, NaN where that is negative."""
+    sign, logarithm = slogdet(A)
+    return torch.where(sign < 0, torch.nan, logarithm)
+
+
 def _diagonal(A: Tensor) -> tuple[Tensor, Tensor]:
     LU, pivots = torch.linalg.lu_factor(A)
     swaps = (pivots != torch.arange(1, A.shape[-1] + 1, device=A.device)).sum(-1)
@@ -201,7 +208,19 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """Compute a ramp from 0 at -3 to 1 at 3."""
-    return F.relu6(input + 3) / 6
+    y = F.relu6(input + 3) / 6
+    return input.copy_(y) if inplace else y
+
+
+def refused(function: Function, instead: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a function whose gradient through a JVP is wrong, and for which something else can be called.
+
+    Raises:
+        NotImplementedError: an argument that has a tangent.
+    """
+    if any(map(has_tangent, (*args, *kwargs.values()))):
+        raise NotImplementedError(f"PyTorch's {function.__name__} is wrong under a differentiated JVP; use {instead}")
+    return function(*args, **kwargs)
 
 
 def scaled_dot_product_attention(

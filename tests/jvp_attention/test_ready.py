@@ -47,6 +47,16 @@ FUNCTIONS = {  # function, shapes of its inputs
     "slogdet": (lambda A: torch.slogdet(A).logabsdet + A.slogdet().sign, [(2, 3, 3)]),
     "glu": (F.glu, [(3, 8)]),
     "hardsigmoid": (F.hardsigmoid, [(3, 8)]),
+    "hardsigmoid-inplace": (lambda x: (y := 2 * x) * F.hardsigmoid(y, inplace=True), [(3, 8)]),
+    "logdet": (lambda A: torch.logdet(A @ A.mT) + (A @ A.mT).logdet(), [(3, 3)]),
+    "keywords": (
+        lambda x, w: torch.layer_norm(input=x, normalized_shape=(4,), cudnn_enable=False) + x.matmul(other=w),
+        [(4, 4), (4, 4)],
+    ),
+    "keywords-products": (
+        lambda x, w: torch.matmul(other=w, input=x) + torch.mm(x, mat2=w) * torch.det(input=w),
+        [(3, 3), (3, 3)],
+    ),
     "linear": (F.linear, [(3, 2, 4), (5, 4), (5,)]),
     "conv1d": (partial(F.conv1d, padding="same", dilation=2), [(2, 3, 8), (4, 3, 3), (4,)]),
     "conv2d": (lambda x, w, b: F.conv2d(x, weight=w, bias=b, stride=2, groups=2), [(2, 4, 5, 5), (6, 2, 3, 3), (6,)]),
@@ -249,6 +259,26 @@ def test_dropout_inside_attention_keeps_its_fraction():
     assert not torch.allclose(y, SDPA(q, k, v))
 
 
+@pytest.mark.parametrize(
+    ("function", "instead"),
+    [
+        (lambda A: torch.native_layer_norm(A, (3,), None, None, 1e-5)[0], "functional.layer_norm"),
+        (lambda A: torch.native_batch_norm(A, None, None, None, None, True, 0.1, 1e-5)[0], "functional.batch_norm"),
+        (lambda A: torch.batch_norm(A, None, None, None, None, True, 0.1, 1e-5, False), "functional.batch_norm"),
+        (lambda A: torch.instance_norm(A[None], None, None, None, None, True, 0.1, 1e-5, False), "instance_norm"),
+        (lambda A: torch.linalg.solve_ex(A, A.sin())[0], "linalg.solve"),
+        (lambda A: torch.cholesky_inverse(torch.linalg.cholesky(A @ A.mT)), "cholesky_solve"),
+        (lambda A: torch.linalg.householder_product(A, A[0]), "linalg.qr"),
+    ],
+)
+def test_what_pytorch_gets_wrong_is_refused_where_something_else_can_be_called(function, instead):
+    A = randn(3, 3)
+    with pytest.raises(AssertionError):
+        assert_right(function, [A], mode=torch.enable_grad)
+    with pytest.raises(NotImplementedError, match=f"wrong under a differentiated JVP; use .*{instead}"):
+        assert_right(function, [A], mode=jvp_ready)
+
+
 def test_a_mask_beside_is_causal_is_refused():
     q = randn(1, 1, 5, 2)
     with jvp_ready(), pytest.raises(ValueError, match="not both"):
@@ -294,6 +324,11 @@ def test_checkpoint_recomputes(network):
     assert len(calls) == 2
 
 
+def test_a_checkpoint_in_a_checkpoint(network):
+    net = Checkpointed(nn.Sequential(network, Checkpointed(network)))
+    assert_right(net, [randn(2, 4, 6)], parameters=list(network.parameters()), mode=jvp_ready)
+
+
 @pytest.mark.compiles
 def test_checkpoint_compiles(network):
     x, dx = randn(2, 4, 6), randn(2, 4, 6)
@@ -303,10 +338,11 @@ def test_checkpoint_compiles(network):
 
 def test_checkpoint_with_results_and_arguments_of_all_kinds():
     def function(x, *, pair, power):
-        return {"y": x * pair[0] ** power, "n": 3}
+        return {"y": x * pair[0] ** power, "n": 3, "largest": x.argmax()}
 
     def call(x, c):
-        return checkpoint(function, x, pair=(c, None), power=2, use_reentrant=False, preserve_rng_state=False)["y"]
+        result = checkpoint(function, x, pair=(c, None), power=2, use_reentrant=False, preserve_rng_state=False)
+        return result["y"] * (1 + result["largest"])
 
     assert_right(call, [randn(3), randn(3)], (0, 1), mode=jvp_ready)
     assert_right(call, [randn(3), randn(3)], (1,), mode=jvp_ready)
