@@ -23,6 +23,13 @@ TOLERANCE = 1e-4  # relative; right layers are at 1e-8, wrong ones at 1e-2 to 1
 DIRECTIONS = 3  # random ones, in all parameters, in which the gradient is compared
 STATISTICS = nn.modules.batchnorm._NormBase  # norms that update running statistics while they train
 
+WORDS = {
+    "": "",
+    "value": "its value under a JVP is not that of a plain call; does its forward change a buffer?",
+    "tangent": "its tangent is wrong; has an autograd.Function in it a wrong jvp?",
+    "gradient": "value and tangent are right, the gradient through the tangent is wrong; "
+    "take the JVP in jvp_attention.jvp_ready(); if it is, look for detach, no_grad or an autograd.Function",
+}
 JVP: TypeAlias = Callable[[Callable[..., Tensor], tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, Tensor]]
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Call: TypeAlias = tuple[list[Any], Any]  # leaves of a module's arguments, and their tree
@@ -64,8 +71,8 @@ def check_network(
 ) -> NetworkCheck:
     """Compare value, dF/ds and the gradient of the terminal-velocity loss with differences; name the layers at fault.
 
-    It takes seconds for a small network, on a copy in float64 in which parameters that are all zero are random and
-    dropout is off. A warning says what is wrong, too.
+    It takes seconds for a small network, on a copy in float64 in which parameters that are all zero are random,
+    dropout is off and other noise is the same in every call. A warning says what is wrong, too.
 
     Args:
         network: called as network(x, t, s, condition), or a FlowMap of one.
@@ -82,6 +89,7 @@ def check_network(
     t, s = (torch.linspace(*ends, len(x), dtype=x.dtype, device=x.device) for ends in ((0.9, 0.6), (0.5, 0.2)))
     model = FlowMap(network)
 
+    @_with_one_noise
     def F(s: Tensor) -> Tensor:
         return model.F(x, t, s, condition)
 
@@ -98,7 +106,10 @@ def check_network(
     except Exception as error:  # whatever a layer raises is what is looked for
         wrong = _first_line(error)
     if wrong:
-        findings += _layers_at_fault(network, F, s, jvp) or [f"the network: {wrong}"]
+        findings += _layers_at_fault(network, F, s, jvp)
+        explained = findings if errors else [found for found in findings if "refused: " in found]
+        if not explained:
+            findings.append(f"the network: {WORDS.get(wrong, wrong)}")
     if errors is not None and not any((F(s + e) != F(s)).any() for e in (-0.1, 0.1)):
         findings.append("the output does not depend on s: it can learn no jumps unless it embeds s or t - s")
     check = NetworkCheck(errors, tuple(findings))
@@ -174,13 +185,27 @@ def _error_along(
         return found
 
     norm = float(torch.stack([g.norm() for g in gradients]).norm())
-    found = torch.stack([(g * d).sum() for g, d in zip(gradients, ds, strict=True)]).sum()
+    found = torch.stack([(g.conj() * d).sum().real for g, d in zip(gradients, ds, strict=True)]).sum()
     return _error(found, derivative, norm * min(1.0, 10 / length))
+
+
+def _with_one_noise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*values: Tensor) -> Tensor:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            return function(*values)
+
+    return call
 
 
 def _ready_to_differ(network: nn.Module) -> nn.Module:
     """Copy a network to float64, its zeros random and its dropout off, as it was before torch.compile."""
     network = copy.deepcopy(getattr(network, "_orig_mod", network)).double()
+    for p in network.parameters():  # module.double() leaves complex tensors, and those that are plain attributes
+        p.data = _double(p.data)
+    for module in network.modules():
+        for tensors in (module._buffers, vars(module)):
+            tensors.update({name: _double(a) for name, a in tensors.items() if isinstance(a, Tensor)})
     generator = torch.Generator().manual_seed(1)
     for p in network.parameters():
         if not p.any():
@@ -193,12 +218,17 @@ def _ready_to_differ(network: nn.Module) -> nn.Module:
     return network
 
 
-def _record(network: nn.Module, F: Callable[[Tensor], Tensor], s: Tensor) -> dict[nn.Module, Call]:
-    """Return what each module of the network is first called with in F(s)."""
-    calls: dict[nn.Module, Call] = {}
+def _double(a: Tensor) -> Tensor:
+    return a.to(torch.complex128) if a.is_complex() else a.double() if a.is_floating_point() else a
+
+
+def _record(network: nn.Module, F: Callable[[Tensor], Tensor], s: Tensor) -> dict[nn.Module, list[Call]]:
+    """Return what each module of the network is called with in F(s), in the order of the calls."""
+    calls: dict[nn.Module, list[Call]] = {}
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.setdefault(module, tree_flatten((args, kwargs)))
+        leaves, tree = tree_flatten((args, kwargs))  # cloned, as a layer may work in place
+        calls.setdefault(module, []).append(([a.clone() if isinstance(a, Tensor) else a for a in leaves], tree))
 
     hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in network.modules()]
     try:
@@ -218,7 +248,8 @@ def _layers_at_fault(network: nn.Module, F: Callable[[Tensor], Tensor], s: Tenso
     for name, module in sorted(network.named_modules(), key=lambda pair: -pair[0].count(".") - bool(pair[0])):
         if module not in here or any(not name or inner.startswith(name + ".") for inner in done):
             continue
-        words = _fault(module, here[module], before[module], after[module], jvp)
+        calls = zip(here[module], before[module], after[module], strict=False)  # a branch may differ
+        words = next((words for call in calls if (words := _fault(module, *call, jvp)) is not None), None)
         if words:
             done.append(name)
             blamed.setdefault((type(module).__name__, words), []).append(name or "the network itself")
@@ -228,22 +259,23 @@ def _layers_at_fault(network: nn.Module, F: Callable[[Tensor], Tensor], s: Tenso
     ]
 
 
-def _fault(module: nn.Module, here: Call, before: Call, after: Call, jvp: JVP) -> str:
-    """Say what is wrong with a module where it was called; nothing if it is right or meets no tangent."""
+def _fault(module: nn.Module, here: Call, before: Call, after: Call, jvp: JVP) -> str | None:
+    """Say what is wrong with a module in one call; "" if nothing, None if it meets no tangent or returns no tensor."""
     met, tree = here
-    numbers = [i for i, a in enumerate(met) if isinstance(a, Tensor) and a.is_floating_point()]
-    moving = [i for i in numbers if not torch.equal(before[0][i], after[0][i])]
+    moving = [i for i, a in enumerate(met) if _is_number(a) and not torch.equal(before[0][i], after[0][i])]
     if not moving:
-        return ""
+        return None
     tangents = [(after[0][i] - before[0][i]) / (2 * STEP) for i in moving]
 
+    @_with_one_noise
     def function(*values: Tensor) -> Tensor:
-        leaves = list(met)
+        leaves = [a.clone() if isinstance(a, Tensor) else a for a in met]
         for i, v in zip(moving, values, strict=True):
-            leaves[i] = v
+            leaves[i] = v.clone()
         args, kwargs = tree_unflatten(leaves, tree)
-        results = [a for a in tree_flatten(module(*args, **kwargs))[0] if isinstance(a, Tensor)]
-        return torch.cat([a.flatten() for a in results if a.is_floating_point()])
+        results = [a for a in tree_flatten(module(*args, **kwargs))[0] if _is_number(a)]
+        parts = [torch.view_as_real(a) if a.is_complex() else a for a in results]
+        return torch.cat([a.flatten() for a in parts]) if parts else torch.empty(0)
 
     def loss(y: Tensor, dy: Tensor) -> Tensor:
         c = torch.linspace(-1, 1, len(y), dtype=y.dtype, device=y.device)
@@ -251,18 +283,18 @@ def _fault(module: nn.Module, here: Call, before: Call, after: Call, jvp: JVP) -
 
     values = [met[i] for i in moving]
     try:
+        if not function(*values).numel():  # indices, or an object of its own
+            return None
         wrong = measure(function, values, tangents, list(module.parameters()), loss, jvp).wrong
     except Exception as error:  # as in check_network
         if isinstance(module, STATISTICS) and module.training and module.track_running_stats:
-            return "it updates running statistics in the forward, through which no JVP runs: take GroupNorm or RMSNorm"
+            return "refused: it updates running statistics, through which no JVP runs: take GroupNorm or RMSNorm"
         return f"refused: {_first_line(error)}"
-    return {
-        "": "",
-        "value": "its value under a JVP is not that of a plain call",
-        "tangent": "its tangent is wrong; has an autograd.Function in it a wrong jvp?",
-        "gradient": "value and tangent are right, the gradient through the tangent is wrong; "
-        "take the JVP in jvp_attention.jvp_ready(), or write the layer out",
-    }[wrong]
+    return WORDS[wrong]
+
+
+def _is_number(a: Any) -> bool:
+    return isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())
 
 
 def _first_line(error: Exception) -> str:
