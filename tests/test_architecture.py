@@ -76,8 +76,8 @@ def test_commands_of_imagenet_import_library_modules_alone():
         "benchmark",
         "digit_seeds",
         "norms",
-        "random_guidance",
-        "differences",
+        "experiments.random_guidance",
+        "experiments.differences",
     }
     assert commands == {f"imagenet.{name}" for name in names} | {"imagenet.cost.table"}
     for name, imported in GRAPH.items():
@@ -87,7 +87,7 @@ def test_commands_of_imagenet_import_library_modules_alone():
 # From the ground up: what lies in a room imports only from its own and from rooms below. A room is a folder, or a
 # file on the top floor of imagenet/; what lies deeper and is not named belongs to the room around it.
 METHOD = ("tvm_ref", "tvm_ref.objectives", "tvm_ref.cli", "tvm_ref.toy.data", "tvm_ref.toy", "tvm_ref.bound")
-IMAGES = ("model", "config", "cost", "data", "foreign", "weights", "sampler", "metrics", "training")
+IMAGES = ("model", "config", "cost", "data", "foreign", "weights", "sampler", "metrics", "training", "experiments")
 STOREYS = ("jvp_attention", *METHOD, "tvm_ref.experiments", *(f"imagenet.{room}" for room in IMAGES), "imagenet")
 # FlowMap's JVP runs in jvp_attention.jvp_ready, without which common layers have wrong gradients. The mode is the other
 # package's, as it is of use to whoever takes a JVP; both are in one wheel, and it needs neither triton nor a GPU.

@@ -18,7 +18,7 @@ SLOW = (
     "torch.distributed.tensor", "torchvision", "timm", "diffusers", "torch_fidelity",
 )  # fmt: skip
 IMAGES = ("train", "sample", "evaluate", "encode", "convert", "benchmark", "digit_seeds", "norms", "cost.table",
-          "random_guidance", "differences")  # fmt: skip
+          "experiments.random_guidance", "experiments.differences")  # fmt: skip
 COMMANDS = {
     "tvm_ref.toy": ["--lr", "-1"],
     "tvm_ref.bound": ["nowhere"],

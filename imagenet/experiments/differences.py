@@ -1,7 +1,7 @@
 """Ask of trained models if they need the JVP: how wrong dF/ds is by central differences in s.
 
-    python -m imagenet.differences runs/imagenet/digits
-    python -m imagenet.differences runs/imagenet/a runs/imagenet/b        ranges over several models
+    python -m imagenet.experiments.differences runs/imagenet/digits
+    python -m imagenet.experiments.differences runs/imagenet/a runs/imagenet/b        ranges over several models
 
 The table is that of python -m tvm_ref.experiments.relatives: errors relative to a JVP in float64, of the JVP and of
 differences by their step, where products are in a data type, and where times are rounded to it, too. The points are
@@ -25,7 +25,7 @@ from tvm_ref.interpolant import interpolate
 
 def parser() -> OneLineParser:
     """Build the command line."""
-    p = OneLineParser("python -m imagenet.differences", __doc__)
+    p = OneLineParser("python -m imagenet.experiments.differences", __doc__)
     p.add_argument("sources", nargs="+", help="folders of runs, or .safetensors files")
     p.add_argument("--data-path", help="folder of latents, or of cifar10")
     p.add_argument("--batch-size", type=int, default=256, help="samples to measure on")

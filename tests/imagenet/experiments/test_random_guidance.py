@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from imagenet import random_guidance
-from imagenet.random_guidance import METHODS, Case, Reweighted, guide, steadiness
+from imagenet.experiments import random_guidance
+from imagenet.experiments.random_guidance import METHODS, Case, Reweighted, guide, steadiness
 from tests.commands import one_line
 from tests.networks import Waves
 from tests.objectives.samples import B, guidance, per_sample, setup
@@ -20,7 +20,7 @@ from tvm_ref.shapes import over
 from tvm_ref.time_samplers import TimeSampler
 from tvm_ref.toy.training import Batch
 
-ROOT, NULL = Path(__file__).parents[2], 3
+ROOT, NULL = Path(__file__).parents[3], 3
 
 
 def make_batch(n: int = 4000) -> Batch:

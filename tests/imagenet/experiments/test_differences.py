@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from imagenet import differences
 from imagenet.config import Config, build_model
+from imagenet.experiments import differences
 from imagenet.weights import save_weights
 from tests.imagenet.workers import randomise
 

@@ -1,8 +1,8 @@
 """Ask in the small if random guidance weights unsettle MeanFlow but not TVM (sec. 7.2, fig. 7), and what beta2 does.
 
-    python -m imagenet.random_guidance                                           two moons
-    python -m imagenet.random_guidance --data digits --steps 300 --seeds 1       digits
-    python -m imagenet.random_guidance --cases TVM:random MeanFlow:random        some
+    python -m imagenet.experiments.random_guidance                                           two moons
+    python -m imagenet.experiments.random_guidance --data digits --steps 300 --seeds 1       digits
+    python -m imagenet.experiments.random_guidance --cases TVM:random MeanFlow:random        some
 
 Moons are trained as the toy is (SOAP, gradients clipped at norm 1), digits as the paper says (AdamW, no clipping, here
 with a cosine). Guidance is `constant`, w = 2; `random`, 1/w uniform between 1/3 and 1; or `mixed`, eq. 96 of the paper:
@@ -244,7 +244,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 def parser() -> OneLineParser:
     """Build the command line."""
-    p = OneLineParser("python -m imagenet.random_guidance", __doc__)
+    p = OneLineParser("python -m imagenet.experiments.random_guidance", __doc__)
     p.add_argument("--data", choices=("moons", "digits"), default="moons", help="what to learn")
     p.add_argument("--cases", nargs="+", default=CASES, help="method:guidance, or method:guidance:0.999")
     p.add_argument("--steps", type=int, default=300, help="steps of each training")
