@@ -1,7 +1,7 @@
 """Ask in the small if random guidance weights unsettle MeanFlow but not TVM (sec. 7.2, fig. 7), and what beta2 does.
 
     python -m imagenet.experiments.random_guidance                                           two moons
-    python -m imagenet.experiments.random_guidance --data digits --steps 300 --seeds 1       digits
+    python -m imagenet.experiments.random_guidance --data digits --batch-size 64             digits, half an hour
     python -m imagenet.experiments.random_guidance --cases TVM:random MeanFlow:random        some
 
 Moons are trained as the toy is (SOAP, gradients clipped at norm 1), digits as the paper says (AdamW, no clipping, here

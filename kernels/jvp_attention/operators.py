@@ -116,12 +116,12 @@ def _log_once(reason: str, level: int) -> None:
 
 def attend(given: Given) -> Six:
     """Call the forward operator; its plain PyTorch at once where nothing else would happen, which takes less time."""
-    if torch.compiler.is_compiling() or _others_have_a_say(given) or not stands_in(given):
+    if torch.compiler.is_compiling() or _needs_the_dispatcher(given) or not stands_in(given):
         return FORWARD(*given, False)
     return forward(*given, False)
 
 
-def _others_have_a_say(given: Given) -> bool:
+def _needs_the_dispatcher(given: Given) -> bool:
     """Return whether an operator is more than its kernel: with derivatives, transforms, modes, classes of tensors."""
     tensors = [x for x in given if isinstance(x, Tensor)]
     return (

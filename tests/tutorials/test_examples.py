@@ -1,28 +1,17 @@
 """tutorials/examples: each runs, and does what it says."""
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.image import imread
 
+from tutorials.examples import own_network as example
 from tvm_ref import Condition
 
-EXAMPLE = Path(__file__).parents[2] / "tutorials" / "examples" / "own_network.py"
 
-
-@pytest.fixture(scope="module")
-def example():
-    specification = importlib.util.spec_from_file_location("own_network", EXAMPLE)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-def test_each_wave_has_the_period_and_the_height_of_its_class(example):
+def test_each_wave_has_the_period_and_the_height_of_its_class():
     torch.manual_seed(0)
     x = example.waves(torch.arange(3).repeat(100)).double().view(100, 3, 2, example.LENGTH // 2)
     torch.testing.assert_close(x[:, :, 0], x[:, :, 1], rtol=0, atol=1e-5)
@@ -32,7 +21,7 @@ def test_each_wave_has_the_period_and_the_height_of_its_class(example):
     torch.testing.assert_close(means.mean(0), torch.tensor([1 / 2, 1, 1 / 3]).double(), rtol=0.05, atol=0)
 
 
-def test_the_network_sees_noise_times_class_and_guidance(example):
+def test_the_network_sees_noise_times_class_and_guidance():
     torch.manual_seed(0)
     network = example.Network()
     given = [
@@ -54,7 +43,9 @@ def test_the_network_sees_noise_times_class_and_guidance(example):
 
 @pytest.mark.slow
 def test_it_checks_its_network_trains_and_draws(tmp_path):
-    done = subprocess.run([sys.executable, EXAMPLE, "2"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, example.__file__, "2"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.stderr == ""
     first, last = done.stdout.splitlines()
     assert first.startswith("right: value, tangent and gradient")

@@ -1,7 +1,6 @@
 """tutorials/tvm_in_one_file.py stands alone, its loss is the library's, and it runs."""
 
 import ast
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -10,17 +9,10 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from tutorials import tvm_in_one_file as script
 from tvm_ref import TVM, FlowMap, Times, TimeSampler
 
-SCRIPT = Path(__file__).parents[2] / "tutorials" / "tvm_in_one_file.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    specification = importlib.util.spec_from_file_location("tvm_in_one_file", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+SCRIPT = Path(script.__file__)
 
 
 def test_it_is_short_and_needs_torch_and_matplotlib_only():
@@ -31,7 +23,7 @@ def test_it_is_short_and_needs_torch_and_matplotlib_only():
     assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == {"torch", "matplotlib"}
 
 
-def test_its_loss_and_gradients_are_the_library_s(script):
+def test_its_loss_and_gradients_are_the_library_s():
     """Same network, teacher, times and batch, in float64; 1e-12 is rounding."""
     torch.manual_seed(0)
     net, teacher = script.Network().double(), script.Network().double().requires_grad_(False)
@@ -46,7 +38,7 @@ def test_its_loss_and_gradients_are_the_library_s(script):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_its_times_follow_the_library_s_law(script):
+def test_its_times_follow_the_library_s_law():
     """Quantiles of t, s, s' and t - s of 200,000 draws; their sampling error is below 0.004."""
     torch.manual_seed(0)
     ours, theirs = script.draw_times(200_000), TimeSampler(share_noise=0.25).draw(200_000)
