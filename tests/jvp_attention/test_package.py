@@ -1,4 +1,4 @@
-"""The package alone: a wheel of kernels/ works where tvm_ref is not, and the README's snippets run."""
+"""The package alone: a wheel of kernels/ works where tvm_ref is not, and the snippets of its page run."""
 
 import re
 import zipfile
@@ -14,7 +14,7 @@ from tests.attention_cases import SelfAttention
 from tests.processes import ROOT, python
 
 PROJECT = ROOT / "kernels"
-README = PROJECT / "jvp_attention" / "README.md"
+PAGE = ROOT / "tutorials" / "site" / "attention_use.md"
 USE = """
 import pathlib, sys
 import torch, jvp_attention
@@ -63,14 +63,13 @@ class Net(nn.Module):
 
 
 def snippets() -> dict[str, str]:
-    """The Python blocks of "Instead of what you use now", by the name of the function that each defines."""
-    section = README.read_text().split("## Instead of what you use now")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
-    return {re.search(r"def (\w+)", block)[1]: block for block in blocks if "def " in block}
+    """The Python blocks of the page, by the name of the function that each defines."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    return {re.search(r"def (\w+)", block)[1]: block for block in blocks}
 
 
 @pytest.mark.parametrize("name", ["meanflow_loss", "scm_loss", "tvm_loss"])
-def test_the_readmes_losses_have_the_references_gradients(name):
+def test_the_page_s_losses_have_the_references_gradients(name):
     scope: dict = {}
     exec(snippets()[name], scope)
     x, z, t = *torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.rand(3, dtype=torch.float64)

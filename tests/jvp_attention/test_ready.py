@@ -303,7 +303,7 @@ def test_checkpoint_inside_the_jvp_is_right(network, reentrant):
 
 
 def test_a_checkpoint_of_a_jvp_recomputes_in_the_mode(network):
-    """The README's pattern, whose checkpoint meets no tangent."""
+    """A checkpoint of a JVP, which itself meets no tangent."""
 
     def function(x: torch.Tensor) -> torch.Tensor:
         value, tangent = torch.autograd.forward_ad.unpack_dual(x.sin())
