@@ -5,13 +5,16 @@ import torch
 from torch import Tensor, nn
 
 from tests.networks import PointData, Waves, some_times
-from tvm_ref import EMA, PID, TVM, Condition, FlowMap, FlowMatching, MeanFlow, drop_labels, sample
+from tvm_ref import EMA, PID, TVM, Condition, EulerStep, FlowMap, FlowMatching, MeanFlow, checks, drop_labels, sample
+from tvm_ref.network_check import check_network
 from tvm_ref.time_samplers import Times
 
 X0, X1 = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 T, S = some_times(5)
 TIMES = Times(T, S, S)
 LABEL = torch.arange(5)
+HALF = torch.full((5,), 0.5, dtype=torch.float64)
+IMAGES = torch.randn(2, 5, 8, 8, 3, dtype=torch.float64)
 SCALED = FlowMap(Waves(), scaled=True)
 
 
@@ -25,6 +28,29 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Tensor:
         y: Tensor = self.layer(x * s[:, None])
         return y
+
+
+class Convolution(nn.Module):
+    """F of images [B, 3, H, W]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+
+class Classes(nn.Module):
+    """F of classes 0 to C - 1, and C for no class."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(classes + 1, 4)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        return x + self.embed(condition.label)
 
 
 class Unconditional(nn.Module):
@@ -63,19 +89,75 @@ MISTAKES = {  # what is done: how, which error, what it says
     ),
     "labels one-hot": (lambda m: loss(m, condition=Condition(X0.long(), T)), ValueError, r"of shape \[5\]"),
     "labels from 1": (
-        lambda m: drop_labels(Condition(LABEL + 1, X0[:, 0]), 4),
+        lambda m: drop_labels(Condition(LABEL + 1, HALF), 4),
         ValueError,
         "labels must lie in 0 to 3, or be the null label 4; got 1 to 5",
     ),
+    "labels from 1, as many as classes": (
+        lambda m: drop_labels(Condition(LABEL + 1, HALF), 5),
+        ValueError,
+        "label 5 means no class, where beta is 1; classes are 0 to 4",
+    ),
+    "labels from 1, in a loss": (
+        lambda m: TVM(m, null_label=5)(X0, X1, TIMES, Condition(LABEL + 1, HALF)),
+        ValueError,
+        "label 5 means no class",
+    ),
+    "labels below 0": (
+        lambda m: TVM(m, null_label=5)(X0, X1, TIMES, Condition(LABEL - 1, HALF)),
+        ValueError,
+        "got -1 to 3",
+    ),
+    "more classes than an embedding has": (
+        lambda m: sample(FlowMap(Classes(3)), X1, 1, Condition(LABEL, HALF)),
+        IndexError,
+        r"C for no class: their embedding has C \+ 1 rows",
+    ),
+    "labels as a column": (
+        lambda m: drop_labels(Condition(LABEL[:, None], HALF), 5),
+        ValueError,
+        r"\[5\].* got \[5, 1\]",
+    ),
+    "labels of numpy": (lambda m: drop_labels(Condition(LABEL.numpy(), HALF), 5), TypeError, "got ndarray"),
+    "labels as truths": (lambda m: loss(m, condition=Condition(LABEL > 1, HALF)), TypeError, "whole numbers.*bool"),
+    "beta as a number, to drop": (lambda m: drop_labels(Condition(LABEL, 0.5), 5), TypeError, "must be tensors.*float"),
+    "data of numpy": (lambda m: TVM(m)(X0.numpy(), X1, TIMES), TypeError, "data and noise must be tensors.*ndarray"),
+    "a shape as noise": (lambda m: sample(m, (5, 4)), TypeError, "noise must be a tensor.*got tuple"),
+    "steps as a tensor": (lambda m: sample(m, X1, torch.tensor(4)), TypeError, "number of steps.*got 4"),
+    "Euler's steps of a network": (lambda m: sample(EulerStep(m.network), X1), TypeError, "wrap it"),
+    "a network as target": (lambda m: loss(m, target=m.network), TypeError, "target must be a flow map.*got Waves"),
+    "mean of the terms": (lambda m: TVM(m)(X0, X1, TIMES).mean(), AttributeError, r"no 'mean'.*terms\.total\.mean"),
+    "a check with labels": (lambda m: check_network(m.network, X0, LABEL), TypeError, r"Condition\(label, beta\)"),
+    "a check of numpy": (lambda m: check_network(m.network, X0.numpy()), TypeError, "x must be a tensor.*ndarray"),
+    "float64 data, float32 weights": (
+        lambda m: loss(FlowMap(Layer(nn.Linear(4, 4)))),
+        RuntimeError,
+        r"data\.float\(\)",
+    ),
+    "bfloat16 weights": (lambda m: loss(FlowMap(Layer(nn.Linear(4, 4).bfloat16()))), RuntimeError, r"torch\.autocast"),
+    "float32 convolutions": (
+        lambda m: sample(FlowMap(Convolution()), IMAGES[0].permute(0, 3, 1, 2)),
+        RuntimeError,
+        "one dtype",
+    ),
+    "channels last": (
+        lambda m: sample(FlowMap(Convolution().double()), IMAGES[0]),
+        RuntimeError,
+        r"permute\(0, 3, 1, 2\)",
+    ),
     "noise before the model": (lambda m: sample(X1, m), TypeError, "the model comes first"),
-    "labels to drop without beta": (lambda m: drop_labels(LABEL, 3), TypeError, r"takes Condition\(label, beta\)"),
+    "labels to drop without beta": (lambda m: drop_labels(LABEL, 3), TypeError, r"Condition\(label, beta\)"),
     "one step as a number with a point": (
         lambda m: sample(m, X1, 1.0),
         TypeError,
         "number of steps, as 1, or a grid",
     ),
     "classes forgotten": (lambda m: TVM(m, null_label=3)(X0, X1, TIMES), ValueError, "null_label needs a condition"),
-    "backward of the terms": (lambda m: TVM(m)(X0, X1, TIMES).backward(), TypeError, r"terms\.total\.mean\(\)\.backw"),
+    "backward of the terms": (
+        lambda m: TVM(m)(X0, X1, TIMES).backward(),
+        AttributeError,
+        r"terms\.total\.mean\(\)\.backw",
+    ),
     "a network of x alone": (
         lambda m: FlowMap(nn.Sequential()),
         TypeError,
@@ -111,6 +193,40 @@ def test_data_far_out_and_beta_that_may_be_w_are_warned_of():
             TVM(FlowMap(Waves()))(torch.full_like(X0, wrong), X1, TIMES)
     with pytest.warns(UserWarning, match="was w meant"):
         FlowMap(Waves()).velocity(X1, T, Condition(LABEL, torch.full((5,), 2.0, dtype=torch.float64)))
+
+
+def test_channels_that_look_last_are_warned_of_and_their_memory_format_does_not_matter():
+    model = FlowMap(Waves())
+    with pytest.warns(UserWarning, match=r"shape \[5, 8, 8, 3\].*permute\(0, 3, 1, 2\) puts channels first"):
+        expected = TVM(model)(*IMAGES, TIMES).total
+    first = [a.permute(0, 3, 1, 2) for a in IMAGES]
+    assert first[0].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(TVM(model)(*first, TIMES).total, expected)
+
+
+def test_training_without_a_target_an_update_or_dropped_labels_is_warned_of_once(monkeypatch):
+    monkeypatch.setattr(checks, "LONG", 3)
+    model = FlowMap(Waves())
+    ema, condition = EMA(model, 0.9), Condition(LABEL, HALF)
+    updated = EMA(model, 0.9)
+    updated.update(model)
+    dropped = Condition(LABEL.clone().index_fill_(0, LABEL[:1], 5), HALF.clone().index_fill_(0, LABEL[:1], 1))
+    mistakes = {  # of guided training: condition, target
+        r"drop_labels\(condition, 5\)": (condition, updated.module),
+        r"no target was given.*target=ema\.module": (dropped, None),
+        r"never updated: call ema\.update\(model\)": (dropped, ema.module),
+    }
+    for words, (condition, target) in mistakes.items():
+        objective = TVM(model, null_label=5)
+        for _ in range(2):
+            objective(X0, X1, TIMES, condition, target)  # a warning is an error in all tests
+        with pytest.warns(UserWarning, match=words) as warned:
+            objective(X0, X1, TIMES, condition, target)
+        assert len(warned) == 1
+        objective(X0, X1, TIMES, condition, target)
+    objective = TVM(model, null_label=5)
+    for k in range(4):  # as it should be: some labels dropped in one of three steps, the target updated, or the model
+        objective(X0, X1, TIMES, condition if k else dropped, updated.module if k < 3 else model)
 
 
 def test_a_network_that_does_not_read_s_is_warned_of_once():

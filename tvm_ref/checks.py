@@ -1,7 +1,8 @@
 """Every guard and warning of the method, put on from outside, so that the mathematics has none between its lines.
 
 A function with `@checked` above it checks its arguments once, where a user calls it; what it calls in turn is not
-checked again. Values are looked at only where that costs nothing: on the CPU, outside torch.compile.
+checked again. Values are looked at only where that costs nothing: on the CPU, outside torch.compile; labels in the
+first steps of a guided training elsewhere, too.
 """
 
 import functools
@@ -10,6 +11,8 @@ import itertools
 import math
 import threading
 import warnings
+import weakref
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
@@ -28,9 +31,18 @@ R = TypeVar("R")
 
 FAR = 100.0  # standard deviations of the noise: images left in 0 to 255 go beyond
 PATIENCE = 5  # steps: a zero-initialised DiT depends on s from its third on
+LONG = 200  # losses after which a training without dropped labels or target is warned of; a step may sum over many
+ONE_DTYPE = (
+    "data, noise and weights must be of one dtype, as data.float(); for bfloat16 put torch.autocast around the call"
+)
+CHANNELS = "if they are images, x.permute(0, 3, 1, 2) puts channels first, where PyTorch's convolutions have them"
 HINTS = {  # words of an error raised inside the user's network: what to do
     "in-place operation": "no JVP runs through a layer that changes a buffer in its forward, as BatchNorm does in "
     "training; take GroupNorm or RMSNorm",
+    "must have the same dtype": ONE_DTYPE,
+    "should be the same": ONE_DTYPE,
+    "channels, but got": CHANNELS,
+    "index out of range in self": "labels are 0 to C - 1, and C for no class: their embedding has C + 1 rows",
 }
 
 
@@ -55,14 +67,24 @@ def values_are_cheap(a: Tensor) -> bool:
     return has_values(a) and a.device.type == "cpu"
 
 
+def require_kind(true: bool, otherwise: str, a: Any) -> None:
+    """Raise TypeError with a message and the type of `a` unless something holds."""
+    if not true:
+        raise TypeError(f"{otherwise}; got {type(a).__name__}")
+
+
 def check_batch(x: Tensor, *per_sample: Tensor) -> None:
     """Raise ValueError unless x is [B, ...] and every other tensor is [B], TypeError for what is not a tensor."""
+    require_kind(isinstance(x, Tensor), "x must be a tensor [B, ...], as torch.from_numpy makes one", x)
     require(x.ndim >= 2, f"x must be of shape [B, ...] with at least two axes, got {list(x.shape)}")
-    for a in per_sample:
-        if not isinstance(a, Tensor):
-            raise TypeError(f"times, labels and beta must be tensors, one number per sample; got {type(a).__name__}")
-        if a.shape != x.shape[:1]:
-            raise ValueError(f"times, labels and beta must be of shape [{len(x)}] to go with x, got {list(a.shape)}")
+    check_per_sample(len(x), *per_sample)
+
+
+def check_per_sample(n: int, *tensors: Tensor) -> None:
+    """Raise TypeError for what is not a tensor, ValueError for one that is not [n]."""
+    for a in tensors:
+        require_kind(isinstance(a, Tensor), "times, labels and beta must be tensors, one number per sample", a)
+        require(a.shape == (n,), f"times, labels and beta must be of shape [{n}], one per sample; got {list(a.shape)}")
 
 
 def check_times(t: Tensor, s: Tensor) -> None:
@@ -79,20 +101,36 @@ def check_condition(condition: Any, flow_map: Any) -> None:
         scaled = getattr(flow_map, "scaled", False)
         require(not scaled, "a scaled flow map, f = (s - t) w F, needs a condition: Condition(label, beta=1/w)")
     elif not hasattr(condition, "beta"):
-        kind = type(condition).__name__
-        raise TypeError(f"the condition must be Condition(label, beta) with beta = 1/w, 1 without guidance; got {kind}")
-    elif isinstance(condition.label, Tensor) and condition.label.is_floating_point():
-        raise TypeError(f"labels must be whole numbers, the classes 0, 1, ...; got {condition.label.dtype}")
+        require_kind(False, "the condition must be Condition(label, beta), beta = 1/w, 1 without guidance", condition)
+    elif isinstance(label := condition.label, Tensor) and (label.is_floating_point() or label.dtype == torch.bool):
+        raise TypeError(f"labels must be whole numbers, the classes 0, 1, ...; got {label.dtype}")
     elif isinstance(condition.beta, Tensor) and values_are_cheap(condition.beta) and bool((condition.beta > 1).any()):
         warnings.warn("beta = 1/w is above 1, a guidance weight w below 1; was w meant?", stacklevel=4)
 
 
+def check_classes(condition: Any, null_label: int) -> None:
+    """Raise ValueError for labels beyond 0 to null_label, or for guidance of samples without a class."""
+    label, beta = condition
+    if values_are_cheap(label) and len(label):
+        seen = f"{int(label.min())} to {int(label.max())}"
+        fit = bool(((label >= 0) & (label <= null_label)).all())
+        require(fit, f"labels must lie in 0 to {null_label - 1}, or be the null label {null_label}; got {seen}")
+        guided = bool(((label == null_label) & (beta != 1)).any())
+        require(not guided, f"label {null_label} means no class, where beta is 1; classes are 0 to {null_label - 1}")
+
+
 def check_data(x0: Tensor, x1: Tensor, t: Tensor) -> None:
-    """Raise TypeError for data of whole numbers, ValueError for shapes that do not fit; warn of data far out or NaN."""
+    """Raise TypeError for data of whole numbers, ValueError for shapes that do not fit; warn of odd values or axes."""
+    for a in (x0, x1):
+        require_kind(
+            isinstance(a, Tensor), "data and noise must be tensors [B, ...], as torch.from_numpy makes them", a
+        )
     if not x0.is_floating_point():
         raise TypeError(f"data must be floating-point numbers, got {x0.dtype}; scale images to [-1, 1]: x0 / 127.5 - 1")
     require(x0.shape == x1.shape, f"x0 and x1 must have the same shape, got {list(x0.shape)} and {list(x1.shape)}")
     check_batch(x0, t)
+    if x0.ndim == 4 and x0.shape[1] == x0.shape[2] > 4 > x0.shape[3]:
+        warnings.warn(f"data are of shape {list(x0.shape)}; {CHANNELS}", stacklevel=4)
     if values_are_cheap(x0) and x0.numel() and not (farthest := float(x0.detach().abs().amax())) <= FAR:
         far = f"reach beyond {FAR:g}, where noise has standard deviation 1; scale them"
         # no error: in one process of several it would leave the others waiting, where a loss of NaN ends them all
@@ -106,8 +144,8 @@ def is_average(a: Any) -> bool:
 
 def require_network(network: Any) -> None:
     """Raise TypeError unless a network is what a FlowMap is made around, called as network(x, t, s, condition)."""
-    if hasattr(network, "displacement") or is_average(network):
-        raise TypeError(f"a FlowMap is made around a network itself, got {type(network).__name__}")
+    fit = not hasattr(network, "displacement") and not is_average(network)
+    require_kind(fit, "a FlowMap is made around a network itself", network)
     try:
         signature = inspect.signature(getattr(network, "forward", network))
     except (TypeError, ValueError):  # of compiled code
@@ -127,15 +165,17 @@ def check_objective(kind: Any, flow_map: Any, null_label: int | None) -> None:
         raise TypeError(f"{kind.__name__} trains a flow map; wrap the network: FlowMap(network)")
 
 
-def check_sampling(jump: Any, times: Any) -> None:
+def check_sampling(jump: Any, noise: Any, times: Any) -> None:
     """Raise TypeError for what takes no steps, ValueError for a grid of times that does not fall within [0, 1]."""
     if is_average(jump):
         raise TypeError("an EMA holds a model and is none: sample from its .module")
     if isinstance(jump, Tensor):
         raise TypeError("sample(model, noise, steps): the model comes first")
-    if isinstance(jump, nn.Module) and not hasattr(jump, "displacement"):
-        raise TypeError(f"{type(jump).__name__} is a network, not a flow map; wrap it: FlowMap(network)")
-    if isinstance(times, float):
+    model = getattr(jump, "flow", jump)  # of an EulerStep
+    if isinstance(model, nn.Module) and not hasattr(model, "displacement"):
+        raise TypeError(f"{type(model).__name__} is a network, not a flow map; wrap it: FlowMap(network)")
+    require_kind(isinstance(noise, Tensor), "noise must be a tensor [B, ...], as torch.randn(64, 2)", noise)
+    if isinstance(times, float) or getattr(times, "ndim", 1) == 0:
         raise TypeError(f"times must be a number of steps, as 1, or a grid, as [1.0, 0.5, 0.0]; got {times}")
     if isinstance(times, int):
         return
@@ -187,7 +227,7 @@ def _call(function: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> 
     _inside.checked = True
     try:
         return function(*arguments, **options)
-    except RuntimeError as error:  # also NotImplementedError
+    except (RuntimeError, IndexError) as error:  # also NotImplementedError
         for hint in (hint for words, hint in HINTS.items() if words in str(error)):
             error.add_note(hint)
         raise
@@ -212,20 +252,18 @@ def _check(self: Any, x: Tensor, t: Tensor, s: Tensor | None = None, condition: 
 
 def _check_labels(condition: Any, null_label: int, rate: float = 0.1, **others: Any) -> None:
     """Check labels that are to be dropped."""
-    if not hasattr(condition, "beta"):
-        raise TypeError(f"drop_labels takes Condition(label, beta), got {type(condition).__name__}")
+    check_condition(condition, None)
+    check_per_sample(len(condition.label), *condition)
     require(0 <= rate <= 1, f"the label dropout rate must lie in [0, 1], got {rate}")
-    if values_are_cheap(label := condition.label) and len(label):
-        seen = f"{int(label.min())} to {int(label.max())}"
-        fit = bool(((label >= 0) & (label <= null_label)).all())
-        require(fit, f"labels must lie in 0 to {null_label - 1}, or be the null label {null_label}; got {seen}")
+    check_classes(condition, null_label)
 
 
-def _check_loss(self: Any, x0: Tensor, x1: Tensor, times: Any, condition: Any = None, **others: Any) -> None:
-    """Check what an objective is called with: data, noise, times, condition, and that it has a null label."""
-    if not hasattr(times, "s_prime"):
-        kind = type(times).__name__
-        raise TypeError(f"times must be Times(t, s, s_prime), as TimeSampler().draw(len(x0)) returns; got {kind}")
+def _check_loss(
+    self: Any, x0: Tensor, x1: Tensor, times: Any, condition: Any = None, target: Any = None, **others: Any
+) -> None:
+    """Check what an objective is called with: data, noise, times, condition with its null label, and target."""
+    drawn = "times must be Times(t, s, s_prime), as TimeSampler().draw(len(x0)) returns"
+    require_kind(hasattr(times, "s_prime"), drawn, times)
     check_data(x0, x1, times.t)
     check_condition(condition, self.flow_map)
     check_batch(x0, *times, *(condition or ()))
@@ -233,8 +271,44 @@ def _check_loss(self: Any, x0: Tensor, x1: Tensor, times: Any, condition: Any = 
     check_times(times.s_prime, times.s_prime)
     if condition is None:
         require(self.null_label is None, "an objective with a null_label needs a condition: Condition(label, beta)")
-    elif self.null_label is None and values_are_cheap(condition.beta):
+    elif self.null_label is not None:
+        check_classes(condition, self.null_label)
+    elif values_are_cheap(condition.beta):
         require(bool((condition.beta == 1).all()), "guidance (beta other than 1) needs the objective's null_label")
+    fit = target is None or is_average(target) or hasattr(target, "velocity")
+    require_kind(fit, "the target must be a flow map, as EMA(FlowMap(network), decay).module", target)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _warn_of_training(self, condition, target)
+
+
+_counts: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()  # of each objective: losses, those that drop
+_averages: WeakKeyDictionary[nn.Module, weakref.ref[Any]] = WeakKeyDictionary()  # the EMA that a module belongs to
+
+
+def register_average(ema: Any) -> None:
+    """Remember whose module an average is, so that one that is never updated can be warned of."""
+    _averages[ema.module] = weakref.ref(ema)
+
+
+def _warn_of_training(objective: Any, condition: Any, target: Any) -> None:
+    """Warn after LONG losses of guidance without dropped labels, and of a target that is not there or stands still."""
+    counts, null = _counts.setdefault(objective, Counter()), objective.null_label
+    counts["all"] += 1
+    if counts["all"] > LONG:
+        return
+    guided = condition is not None and null is not None and has_values(condition.label)
+    counts["dropped"] += guided and not counts["dropped"] and bool((condition.label == null).any())
+    if counts["all"] != LONG:
+        return
+    if guided and not counts["dropped"]:
+        drop = f"guidance needs: drop_labels(condition, {null})"
+        warnings.warn(f"in {LONG} losses no label was the null label, which {drop}", stacklevel=4)
+    if target is None and objective.default_target_ema > 0:
+        own = "pass target=ema.module, or target=model if that is meant"
+        warnings.warn(f"in {LONG} losses no target was given, so it is the model itself: {own}", stacklevel=4)
+    if target in _averages and getattr(_averages[target](), "updates", 1) == 0:
+        update = "call ema.update(model) after each step"
+        warnings.warn(f"in {LONG} losses the target's average was never updated: {update}", stacklevel=4)
 
 
 def _check_output(F: Tensor, x: Tensor, **others: Any) -> None:
@@ -275,6 +349,6 @@ warns_if_blind = checks(after=_warn_if_blind)
 class NotALoss:
     """Base of terms per sample, which people take for the loss."""
 
-    def backward(self) -> NoReturn:
-        """Raise TypeError with what to do."""
-        raise TypeError("LossTerms are no loss, but terms per sample; take terms.total.mean().backward()")
+    def __getattr__(self, name: str) -> NoReturn:
+        """Raise AttributeError, for `backward`, `mean` and other methods of a tensor, with what to do."""
+        raise AttributeError(f"LossTerms have no {name!r}, they are per sample: take terms.total.mean().backward()")

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tvm_ref.checks import require
+from tvm_ref.checks import register_average, require
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,6 +30,7 @@ class EMA(Generic[M]):
         self.module: M = copy.deepcopy(module).requires_grad_(False)
         self.decay = decay
         self.updates = 0
+        register_average(self)
 
     def __getattr__(self, name: str) -> Any:
         """Raise AttributeError for what only the model has, with where to find it."""

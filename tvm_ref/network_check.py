@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tvm_ref.checks import check_batch, check_condition
 from tvm_ref.flow_map import FlowMap, jvp
 from tvm_ref.guidance import Condition
 from tvm_ref.shapes import Sample, over
@@ -83,6 +84,8 @@ def check_network(
         samples: how many.
     """
     network = _ready_to_differ(network.network if isinstance(network, FlowMap) else network)
+    check_batch(x)
+    check_condition(condition, None)
     x = x[:samples].detach().double()
     if condition is not None:
         condition = Condition(condition.label[:samples], condition.beta[:samples].double())

@@ -45,7 +45,7 @@ def sample_path(
     jump: Jump, x1: Sample, times: int | Sequence[float] = 1, condition: Condition | None = None
 ) -> list[Sample]:
     """Return every state on the way from noise to data, x1 first: arguments and errors are those of `sample`."""
-    check_sampling(jump, times)
+    check_sampling(jump, x1, times)
     # the paper's slice of its grid drops the last time, 0, and with it the last step; ours ends at the data
     grid = uniform_times(times) if isinstance(times, int) else [float(time) for time in times]
     path = [x1]
