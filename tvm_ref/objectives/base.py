@@ -172,12 +172,13 @@ class Objective(nn.Module):
         """Return the loss terms [B] of data x0 and noise x1, both [B, ...], at times drawn by a TimeSampler.
 
         `target` is a flow map whose parameters the caller has frozen, usually the module of an EMA of the model; None
-        means the model itself.
+        means the model itself. Warnings name data that are NaN or far out and, after 200 losses, a target that is
+        missing or never updated, and guidance without dropped labels.
 
         Raises:
-            ValueError: shapes that do not fit, times that violate 0 <= s <= t <= 1, guidance without a null label, a
-                null label without a condition.
-            TypeError: times that are not a Times, data of integers.
+            ValueError: shapes that do not fit, times that violate 0 <= s <= t <= 1, labels that are no classes,
+                guidance without a null label, a null label without a condition.
+            TypeError: times that are not a Times, data of integers, a target that is not a flow map.
         """
         raise NotImplementedError
 
