@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from imagenet.config import OF_DATA, PRESETS, RESUMABLE, Config
+from imagenet.cost.memory import shortage
 from imagenet.data.batches import Batches, loader
 from imagenet.data.image_sets import Data, fit_to_data, load_data, provenance_of
 from imagenet.data.pictures import INDEX, PIXELS, read_folder
@@ -205,6 +206,8 @@ def begin(preset: str | None, changes: dict[str, Any], options: Options, world: 
     made = world.on_first(lambda: make_plan(preset, changes, out, options, world.size))
     config, resumed, provenance = world.broadcast(made and made[0])
     data = made[1] if made is not None else load_data(config, data_folder(config, out, options))
+    if world.first and (warning := shortage(config, world)) is not None:
+        print(warning, file=sys.stderr)
     vae = load_decoder(provenance, world)
     run = Run(out, Training(config, world), provenance, options.keep, vae)
     run.start()

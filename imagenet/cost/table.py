@@ -11,9 +11,9 @@ same batch, and the peak memory of a step on digits over that of flow matching, 
 
 from dataclasses import replace
 
-from imagenet.config import PRESETS, Config
+from imagenet.config import PRESETS
 from imagenet.cost.flops import counted_step_flops, forward_flops, least_step_flops, weights_of
-from imagenet.cost.memory import step_bytes
+from imagenet.cost.memory import state_bytes, step_bytes
 from tvm_ref import OBJECTIVES
 from tvm_ref.cli.options import OneLineParser, run
 from tvm_ref.cli.progress import progress
@@ -30,17 +30,6 @@ def parser() -> OneLineParser:
         help="a step of every objective, without guidance, instead; takes some three minutes",
     )
     return p
-
-
-def state_bytes(config: Config) -> int:
-    """Sum weights, their two averages, and the optimizer's state, all float32; FSDP shards them over processes.
-
-    AdamW keeps two moments. SOAP keeps in addition, for each matrix, two square matrices per side.
-    """
-    shapes = weights_of(config)
-    weights = sum(shape.numel() for shape in shapes)
-    squares = sum(side**2 for shape in shapes if len(shape) > 1 for side in shape)
-    return 4 * (5 * weights + (2 * squares if config.optimizer == "soap" else 0))
 
 
 def presets() -> str:

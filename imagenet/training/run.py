@@ -26,7 +26,7 @@ from torch import nn
 from imagenet.data.image_files import save_png
 from imagenet.data.provenance import Provenance
 from imagenet.metrics.own import measure_model, own_metrics
-from imagenet.model.parallelize import full_state
+from imagenet.model.parallelize import full_tensor
 from imagenet.sampler import Generator
 from imagenet.training.checkpoint import Saver, load_newest
 from imagenet.training.log import Log
@@ -96,8 +96,11 @@ class Run:
     def _weights_writer(self) -> Callable[[Path], None]:
         """Gather the evaluation weights as they are now; returns what writes them into a file."""
         training = self.training
-        gathered = full_state(training.ema.module.state_dict())
-        weights = {name.removeprefix("network."): a for name, a in gathered.items()}
+        weights = {}
+        for name, a in training.ema.module.network.state_dict().items():
+            whole = full_tensor(a).cpu()  # all processes take part, and the first one keeps it
+            if self.world.first:
+                weights[name] = whole
         about = {"ema": f"{training.config.ema:g}", "step": str(training.step), "data": self.provenance.to_json()}
         return lambda path: save_weights(path, weights, training.config, **about)
 

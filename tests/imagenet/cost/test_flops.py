@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from imagenet.config import PRESETS, Config, build_model
 from imagenet.cost import table
 from imagenet.cost.flops import count_flops, counted_step_flops, forward_flops, least_step_flops
+from imagenet.cost.memory import state_bytes
 from imagenet.model.distributed import World
 from imagenet.training.step import Training
 from tvm_ref import EMA, OBJECTIVES, TVM, Condition, Linear, TimeSampler
@@ -124,7 +125,7 @@ def test_the_table_has_the_numbers(monkeypatch, capsys):
     network = CONFIG.network()
     weights = sum(p.numel() for p in build_model(CONFIG).parameters())
     assert float(row[1]) * 1e6 == pytest.approx(weights, rel=1e-3)
-    assert float(row[3]) * 1e9 == pytest.approx(table.state_bytes(CONFIG), rel=0.01)
+    assert float(row[3]) * 1e9 == pytest.approx(state_bytes(CONFIG), rel=0.01)
     assert float(row[5]) * 1e9 == pytest.approx(forward_flops(network), rel=1e-3)
     assert float(row[7]) * 1e9 == pytest.approx(least_step_flops(network), rel=1e-3)
     assert float(row[11]) == pytest.approx(128e3 * least_step_flops(network), rel=0.05)
@@ -140,4 +141,4 @@ def test_the_state_has_the_bytes_of_a_training_s(optimizer):
     networks = [training.model, training.target.module, training.ema.module]
     held = [p for network in networks for p in network.parameters()]
     held += [a for a in tree_leaves(training.optimizer.state_dict()["state"]) if isinstance(a, torch.Tensor)]
-    assert table.state_bytes(config) == pytest.approx(sum(a.nbytes for a in held), rel=0.01)
+    assert state_bytes(config) == pytest.approx(sum(a.nbytes for a in held), rel=0.01)
