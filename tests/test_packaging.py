@@ -1,4 +1,4 @@
-"""The wheel: what it holds, and that it works away from the checkout; and what the core of the library depends on."""
+"""Wheels: what they hold, and that they work away from the checkout; and what the core of the library depends on."""
 
 import ast
 import os
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+import jvp_attention
 import tvm_ref
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"tvm_ref": ROOT, "imagenet": ROOT, "jvp_attention": ROOT / "kernels"}
+PACKAGES = {"tvm_ref": ROOT, "imagenet": ROOT, "tvm_ref_kernels/jvp_attention": ROOT / "kernels"}  # with their parents
 CORE = {"torch", "numpy", "safetensors", "jaxtyping"}  # all that `import tvm_ref` may need
 A_STEP = """
 import sys
@@ -49,9 +50,13 @@ def wheel(tmp_path_factory):
         shutil.copy(ROOT / name, source)
     for name in ("tvm_ref", "imagenet", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
-    command = [sys.executable, "-c", build, str(out)]
-    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=300)
+    return build(source, out)
+
+
+def build(source, out):
+    """Build the wheel of a folder with a pyproject.toml."""
+    command = [sys.executable, "-c", "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"]
+    subprocess.run([*command, str(out)], cwd=source, check=True, capture_output=True, timeout=300)
     (path,) = out.glob("*.whl")
     return path
 
@@ -60,9 +65,11 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_every_module_and_its_types(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for package, root in PACKAGES.items():
+        folder = root / Path(package).name
         assert f"{package}/py.typed" in names
-        assert {path.relative_to(root).as_posix() for path in (root / package).rglob("*.py")} <= names
-    assert {name.split("/")[0] for name in names} == {*PACKAGES, f"tvm_ref-{tvm_ref.__version__}.dist-info"}
+        assert {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")} <= names
+    tops = {"tvm_ref", "imagenet", "tvm_ref_kernels", "tvm_ref_kernels.pth"}
+    assert {name.split("/")[0] for name in names} == tops | {f"tvm_ref-{tvm_ref.__version__}.dist-info"}
 
 
 @pytest.mark.slow
@@ -110,3 +117,18 @@ def test_a_step_and_a_sample_need_the_core_alone(python, tmp_path):
     result, files = done.stdout.splitlines()
     assert result == "torch.Size([4, 2]) tensor(True)"
     assert all(Path(file).is_relative_to(python.parents[1]) for file in files.split())
+
+
+@pytest.mark.slow
+def test_both_wheels_lie_side_by_side_and_the_kernels_own_comes_first(wheel, python, tmp_path):
+    kernels = build(ROOT / "kernels", tmp_path)
+    assert not {*zipfile.ZipFile(wheel).namelist()} & {*zipfile.ZipFile(kernels).namelist()}
+    (packages,) = python.parents[1].glob("lib/python*/site-packages")
+    found = (
+        "import jvp_attention, tvm_ref; print(jvp_attention.__file__, jvp_attention.__version__, tvm_ref.__version__)"
+    )
+    versions = [jvp_attention.__version__, tvm_ref.__version__]
+    for folder in (packages / "tvm_ref_kernels", packages):
+        done = run(python, tmp_path, "-c", found)
+        assert done.stdout.split() == [str(folder / "jvp_attention" / "__init__.py"), *versions], done.stderr
+        zipfile.ZipFile(kernels).extractall(packages)
