@@ -259,7 +259,7 @@ def test_lipschitz_constant_of_a_linear_network_is_its_slope():
     oracle = GaussianMixture(torch.tensor([[0.3, -0.5]]), 0.8)
     bound = measured(FlowMap(Affine(-0.8, (0.2, 0.6))), oracle, n=10, steps=16)
     torch.testing.assert_close(bound.lipschitz, torch.full_like(bound.lipschitz, 0.8), rtol=1e-6, atol=0)
-    assert bound.path_length == pytest.approx(0.8, rel=1e-6)
+    assert bound.lipschitz_integral == pytest.approx(0.8, rel=1e-6)
 
 
 @pytest.mark.slow

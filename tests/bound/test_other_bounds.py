@@ -124,7 +124,7 @@ def test_slopes_of_two_modes_in_one_dimension():
 def test_over_the_plane_one_gaussian_has_the_slope_of_its_closed_form():
     """u = a x with a = d/ds log std, so int |a| = log(1 / least std) + log(sigma / least std)."""
     sigma = 0.5
-    length, points = other_bounds.length_over_the_plane(GaussianMixture(torch.zeros(1, 2), sigma), time_grid(1.0, 0.3))
+    length, points = other_bounds.slope_integral(GaussianMixture(torch.zeros(1, 2), sigma), time_grid(1.0, 0.3))
     assert length == pytest.approx(math.log((1 + sigma**2) / sigma), rel=1e-3)
     assert points == 61**2
 
@@ -137,4 +137,4 @@ def test_empty_places_decide_the_slope_of_the_exact_field():
     x0, x1 = draws(oracle, 500)
     L, _ = other_bounds.slopes(oracle, s, ((1 - time) * x0 + time * x1 for time in s))
     assert float(bound_paths.integral(L, s)) < 10
-    assert other_bounds.length_over_the_plane(oracle, s)[0] > 40
+    assert other_bounds.slope_integral(oracle, s)[0] > 40

@@ -11,6 +11,8 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+from tutorials import render
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 SECONDS = 60  # on two idle cores; a slow or busy machine gets more before a cell is given up
@@ -41,12 +43,12 @@ def with_solutions(notebook: NotebookNode) -> NotebookNode:
 
 
 def complaints(notebook: NotebookNode) -> list[str]:
-    """What a reader would see and should not: anything on stderr, and results that are not a number."""
+    """List what a reader should not see: anything on stderr, results that are not a number, paths of some machine."""
     found = []
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             text = output.get("text", "") or output.get("data", {}).get("text/plain", "")
-            if output.get("name") == "stderr" or re.search(r"Warning|Traceback|\bnan\b| at 0x", text):
+            if output.get("name") == "stderr" or re.search(r"Warning|Traceback|\bnan\b| at 0x|(?<![\w.])/\w+/\w", text):
                 found.append(f"{cell.id}: {text}")
     return found
 
@@ -59,8 +61,24 @@ def test_it_runs_and_a_reader_sees_no_warning(path):
     client = NotebookClient(notebook, timeout=10 * SECONDS, resources={"metadata": {"path": path.parent}})
     client.execute(env=os.environ | {"TVM_FAST": "1"})
     assert complaints(notebook) == []
-    figures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert len(figures) >= 2
+    assert len(figures(notebook)) >= 2
+
+
+def figures(notebook: NotebookNode) -> list[NotebookNode]:
+    return [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+
+
+@each
+def test_its_outputs_are_those_of_its_code(path):
+    """If not: `python tutorials/render.py` and its number."""
+    notebook = read(path)
+    if "executed" not in notebook.metadata:
+        assert all(cell.get("outputs", []) == [] for cell in notebook.cells)
+        return
+    assert notebook.metadata.executed == render.digest(notebook)
+    assert complaints(notebook) == []
+    assert len(figures(notebook)) >= 2
+    assert path.stat().st_size <= 400_000  # GitHub shows no larger ones
 
 
 @each
@@ -68,13 +86,10 @@ def test_it_is_stored_as_it_should_be(path):
     notebook = read(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(notebook.cells) <= 30
-    assert path.stat().st_size <= 80_000
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
     assert notebook.metadata.kernelspec.name == "python3"
     ids = [cell.id for cell in notebook.cells]
     assert len(set(ids)) == len(ids)
     assert 'FAST = bool(os.environ.get("TVM_FAST"))' in code[0].source
-    assert sum("gallery" in cell.metadata.get("tags", []) for cell in code) == 1
 
 
 @each
@@ -110,8 +125,6 @@ def test_links_lead_somewhere(path):
         assert target.startswith("https://") or (path.parent / target).is_file(), target
     for named in re.findall(r"`((?:tvm_ref|kernels|imagenet|tests|tutorials)/[\w./]+)`", text):
         assert (ROOT / named).exists(), named
-    assert "/home/" not in path.read_text()
-    assert str(ROOT) not in path.read_text()
 
 
 def test_a_quoted_loop_is_that_of_the_code():

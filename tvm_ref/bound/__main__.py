@@ -94,7 +94,7 @@ def summary(bound: Bound) -> dict[str, Any]:
     """List what bound.json holds: every term as a distance, and how sure each is."""
     names = ("t", "quadrature_error", "medians", "standard_error", "loss", "loss_minimum", "constant")
     known = {name: getattr(bound, name) for name in names} | {"quadrature_errors": bound.errors}
-    return known | bound.values | {"path_lipschitz": bound.path_length, "violations": bound.violations()}
+    return known | bound.values | {"path_lipschitz": bound.lipschitz_integral, "violations": bound.violations()}
 
 
 def table(bound: Bound, report: dict[str, Any]) -> str:
@@ -109,8 +109,8 @@ def table(bound: Bound, report: dict[str, Any]) -> str:
     lines += [
         f"W2 to fresh data {report['w2_data']:.4f}; two clouds of as many data ({report['points']:,}) are "
         f"{report['w2_floor']:.4f} apart, +- {report['w2_floor_deviation']:.2g} by the draw",
-        f"int L = {bound.path_length:.2f}, the largest slopes at {3 * report['points']:,} points of each time, X_s, "
-        "Y_s and halfway: an estimate from below",
+        f"int L = {bound.lipschitz_integral:.2f}, the largest slopes at {3 * report['points']:,} points of each time, "
+        "X_s, Y_s and halfway: an estimate from below",
         f"loss (eq. 9, mean over s) {bound.loss:.4f}, of which {bound.loss_minimum:.4f} cannot be learned",
     ]
     return "\n".join(lines)

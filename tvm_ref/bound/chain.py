@@ -228,7 +228,7 @@ class Bound:
     paths: Paths
 
     @property
-    def path_length(self) -> float:
+    def lipschitz_integral(self) -> float:
         """The integral of L(s) from 0 to t."""
         return float(integral(self.lipschitz, self.paths.s))
 

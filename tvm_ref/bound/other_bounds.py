@@ -114,7 +114,7 @@ def measure(model: FlowMap, oracle: GaussianMixture, draws: Draws, paths: Paths)
     }
 
 
-def length_over_the_plane(oracle: GaussianMixture, s: Tensor, half: float = 3.0, side: int = 61) -> tuple[float, int]:
+def slope_integral(oracle: GaussianMixture, s: Tensor, half: float = 3.0, side: int = 61) -> tuple[float, int]:
     """Return int_0^t L(s) ds of the exact field over side^2 points of the square |x| <= half, and their number."""
     grid = torch.cartesian_prod(*2 * [torch.linspace(-half, half, side, dtype=torch.float64)])
     return float(integral(slopes(oracle, s, [grid] * len(s))[0], s)), len(grid)

@@ -76,7 +76,7 @@ def measure_over_training(config: ToyConfig, measuring: Measuring) -> Iterator[R
                 **bound.values,
                 **others,
                 "quadrature_error": bound.quadrature_error,
-                "path_lipschitz": bound.path_length,
+                "path_lipschitz": bound.lipschitz_integral,
                 "violations": bound.violations(),
             }
 
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 def start(config: ToyConfig, measuring: Measuring) -> dict[str, Any]:
     """Describe what is measured on, and the slopes of the exact field over the plane."""
     distribution = config.make_distribution()
-    length, points = other_bounds.length_over_the_plane(distribution, measuring.times(distribution))
+    length, points = other_bounds.slope_integral(distribution, measuring.times(distribution))
     factor = math.sqrt(2 * measuring.time) * math.exp(length)  # lambda(t) = 2 t exp(2 int L)
     return {
         "t": measuring.time,
