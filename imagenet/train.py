@@ -135,8 +135,8 @@ def make_plan(
         kept = (*RESUMABLE, "steps", "init", "input_size", "in_channels", "classes")  # stay as stored, unless given
         config = stored_config(out, {k: v for k, v in of_preset.items() if k not in kept} | changes)
     else:
-        saved = checkpoints(out) or (out / WEIGHTS).exists()  # else it failed in its first steps
-        require_free(out, (CONFIG,), ways="--resume", overwrite=not saved, leftovers=(INDEX, PIXELS))
+        lost = not (checkpoints(out) or (out / WEIGHTS).exists())  # it failed in its first steps: nothing to keep
+        require_free(out, (CONFIG,), ways="--resume", overwrite=lost, leftovers=(INDEX, PIXELS))
         if config.data == "latents" and options.data_path is not None:
             config = dataclasses.replace(fit_to_data(config, options.data_path), **changes)
     shares = f"{world_size} processes times --accumulate {config.accumulate}"

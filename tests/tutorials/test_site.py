@@ -1,7 +1,6 @@
 """The site of tutorials/site/conf.py: complete, readable on a phone, and the workflow that publishes it."""
 
 import importlib.util
-import os
 import re
 import shlex
 import subprocess
@@ -31,10 +30,7 @@ def conf():
     specification = importlib.util.spec_from_file_location("site_conf", ROOT / "tutorials" / "site" / "conf.py")
     module = importlib.util.module_from_spec(specification)
     module.tags = set()  # which Sphinx hands over
-    backend = os.environ.get("MPLBACKEND")
     specification.loader.exec_module(module)
-    if backend is not None:
-        os.environ["MPLBACKEND"] = backend
     return module
 
 
@@ -68,10 +64,10 @@ def test_a_docstring_is_shown_as_it_reads(conf):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The whole site without executing notebooks, which test_tutorials.py does; a warning is an error."""
+    """The whole site; a warning is an error."""
     pytest.importorskip("sphinx")
     out = tmp_path_factory.mktemp("site")
-    options = ["-q", "-W", "--keep-going", "-D", "nb_execution_mode=off", "-d", str(out / ".doctrees")]
+    options = ["-q", "-W", "--keep-going", "-d", str(out / ".doctrees")]
     command = [sys.executable, "-m", "sphinx", *options, "-c", "tutorials/site", ".", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr

@@ -1,14 +1,12 @@
 """The site: guide, notebooks with their outputs, measurements, and a reference of the three packages.
 
-    python -m sphinx -c tutorials/site . runs/site             execute the notebooks, and open runs/site/index.html
-    TVM_FAST=1 python -m sphinx -c tutorials/site . runs/site  the same with trainings of a few steps
+    python -m sphinx -c tutorials/site . runs/site    then open runs/site/index.html
 
-Sphinx reads the repository itself, so that a link which leads somewhere on GitHub does so here, too. Pages load nothing
-from elsewhere: formulas are MathML, which browsers set themselves.
+Notebooks have the outputs that are stored in them (tutorials/render.py). Sphinx reads the repository itself, so that a
+link which leads somewhere on GitHub does so here, too. Pages load nothing from elsewhere: formulas are MathML, which
+browsers set themselves.
 """
 
-import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"tvm_ref": ROOT / "tvm_ref", "jvp_attention": ROOT / "kernels/jvp_attention", "imagenet": ROOT / "imagenet"}
-os.environ.pop("MPLBACKEND", None)  # the notebooks choose where figures go
 
 project = "Terminal Velocity Matching"
 author = "the contributors of tvm-ref"
@@ -38,14 +35,7 @@ if (ROOT / "runs/play/moons.html").is_file():  # see tutorials/playground/README
     html_extra_path.append("../../runs/play")
     tags.add("play")  # noqa: F821  Sphinx hands it over
 
-# Notebooks: executed once for each state of the code that they use
-code = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
-state = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
-nb_execution_mode = "cache"
-nb_execution_cache_path = str(ROOT / "runs" / f"notebooks-{state}{'-fast' * bool(os.environ.get('TVM_FAST'))}")
-nb_execution_timeout = 3600
-nb_execution_raise_on_error = True
-nb_merge_streams = True
+nb_execution_mode = "off"
 nb_ipywidgets_js: dict[str, Any] = {}  # nothing from elsewhere
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4

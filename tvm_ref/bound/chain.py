@@ -125,7 +125,7 @@ def displacement(paths: Paths) -> Tensor:
 
 
 def terminal_velocity(paths: Paths) -> Tensor:
-    """Return sqrt(t int_0^t ||d/ds f - u(Y_s, s)||^2 ds) [N] (eq. 7, with the factor t that Cauchy-Schwarz needs)."""
+    """Return sqrt(t int_0^t ||d/ds f - u(Y_s, s)||^2 ds) [N] (eq. 7, with the factor t <= 1 that Cauchy-Schwarz gives)."""
     # (int_0^t ||.|| ds)^2 <= t int_0^t ||.||^2 ds; no Lipschitz constant: u is taken on the exact path
     return (paths.s[-1] * integral(norms(paths.df_ds - paths.exact).square(), paths.s)).sqrt()
 
@@ -229,7 +229,7 @@ class Bound:
 
     @property
     def lipschitz_integral(self) -> float:
-        """The integral of L(s) from 0 to t."""
+        """The integral of the Lipschitz constant L(s) from 0 to t."""
         return float(integral(self.lipschitz, self.paths.s))
 
     def tolerance(self, lower: str, upper: str) -> float:

@@ -23,8 +23,8 @@ class TVM(Objective):
 
     For w = 1 the first term is the Lagrangian self-distillation (LSD) of Boffi, Albergo and Vanden-Eijnden, "How to
     build a consistency model" (2505.18825), which is also trained jointly with flow matching. LSD computes one of the
-    two terms for each sample, TVM both. TVM adds the time distribution gap*, guidance inside the flow-matching target,
-    and the scaled parameterisation.
+    two terms for each sample, TVM both. TVM adds the time distribution gap*, the weight 1/w^2 and the scaled
+    parameterisation; guidance inside the flow-matching target is MeanFlow's.
 
     Args:
         flow_map: the model.
