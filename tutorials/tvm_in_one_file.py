@@ -33,7 +33,7 @@ class Network(nn.Module):
 def draw_times(n):
     """Draw t, s and s' [n] by gap* (sec. 7.3). A liberty: t = 1, where one step begins, in a quarter of them."""
     length = torch.sigmoid(torch.randn(n) - 0.8)  # t - s first, then s below 1 - length; s' on its own
-    room = torch.special.ndtr(torch.logit(1 - length) + 0.4)  # the share of the law of s below 1 - length
+    room = torch.special.ndtr(torch.logit(1 - length) + 0.4)  # the probability of s below 1 - length
     s = torch.sigmoid(torch.special.ndtri(torch.rand(n).clamp_min(1e-6) * room) - 0.4)
     return torch.where(torch.rand(n) < 0.25, 1.0, (s + length).clamp_max(1.0)), s, torch.sigmoid(torch.randn(n) - 0.4)
 
@@ -71,7 +71,7 @@ def train(steps, batch=256, rate=1e-2):
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # by PyTorch's own first JVP
     parser = argparse.ArgumentParser(description="Learn to carry noise to two moons in one step.")
-    parser.add_argument("steps", nargs="?", type=int, default=3000, help="of training (default: %(default)s)")
+    parser.add_argument("steps", nargs="?", type=int, default=3000, help="training steps (default: %(default)s)")
     net = train(parser.parse_args().steps)
     noise, one, zero, figure = torch.randn(4000, 2), torch.ones(4000), torch.zeros(4000), Figure(figsize=(8, 4))
     axes = figure.subplots(1, 2, sharex=True, sharey=True)

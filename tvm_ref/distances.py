@@ -44,7 +44,7 @@ def sampling_floor(
         draw: called as draw(n, generator), returns data [n, D].
         points: N, the size of both clouds.
         repeats: pairs of clouds.
-        seed: of all draws.
+        seed: seed of all draws.
 
     Raises:
         ValueError: fewer than one repeat.

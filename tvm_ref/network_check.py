@@ -50,7 +50,7 @@ class Errors(NamedTuple):
 
 
 class NetworkCheck(NamedTuple):
-    """What check_network found: print it, or ask `ok`."""
+    """The findings of check_network: print them, or ask `ok`."""
 
     errors: Errors | None  # of the whole network; None where its JVP fails
     findings: tuple[str, ...]  # what is wrong, in words

@@ -41,7 +41,7 @@ def attention(
         q: [B, H, N, D], D at most 256.
         k: [B, G, M, D]; G divides H, and each head of keys serves H/G heads of q that follow each other.
         v: [B, G, M, D].
-        scale: of the logits; 1/sqrt(D) unless given. A number: a tensor is multiplied into q instead.
+        scale: factor of the logits; 1/sqrt(D) unless given. A number: a tensor is multiplied into q instead.
         causal: query i sees keys 0 to i, also where N and M differ.
         lengths: [B], int32 or int64: queries of batch element b see keys 0 to lengths[b]-1 only. What lies beyond has
             no influence, whatever it is, and gradients of zero. Values from 1 to M are meant; others count as the

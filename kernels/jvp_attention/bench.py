@@ -9,7 +9,7 @@ Sizes are those of the paper's table 5 (B 1, H 1 and 24, N 128 to 32768, D 128) 
 jvp_flash_attention if it is installed, and the official kernels. Each is first compared with float64 on the same
 inputs; a pass whose value, tangent or gradients are wrong is not timed. Times are medians; memory is the peak above the
 inputs; rates count for everyone the matmuls that ours takes up to 64 channels (6 forward, 21 backward; a backward in
-one pass could do with 15), as a share of the rate of a large matmul measured in the same run.
+one pass could do with 15), as a fraction of the rate of a large matmul measured in the same run.
 """
 
 import argparse
@@ -204,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument("--sizes", choices=SIZES, default="all", help="which sizes (default: all)")
-    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the inputs (default: bfloat16)")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="data type of the inputs (default: bfloat16)")
     p.add_argument("--official", type=Path, metavar="PATH", help="a checkout of the paper's repository")
     p.add_argument("--tune", action="store_true", help="let every kernel choose its fastest tiles first")
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the figures to this new JSON file")

@@ -63,7 +63,7 @@ def trim(given: Given) -> Given:
 
 
 class _Problem(NamedTuple):
-    """What the formulas take, zeros where it is absent, with as many heads of k as of q.
+    """Inputs of the formulas: zeros for absent ones, as many heads of k as of q.
 
     In bfloat16, where the inputs are and no derivative is to be found, so that all matmuls but that of S have operands
     of 16 bits; else in float32 at least.

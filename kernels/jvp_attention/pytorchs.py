@@ -21,7 +21,7 @@ class _Plain(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    bias: Tensor | None  # 0 or -inf; 0 for queries that see no key, lest NaN results
+    bias: Tensor | None  # 0 or -inf; 0 for queries that see no key, for which it would give NaN
     blind: Tensor | None
     scale: float  # positive, as the sign of another is multiplied into q
     factor: float  # of q

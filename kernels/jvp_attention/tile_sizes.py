@@ -133,10 +133,10 @@ def candidates(name: str, channels: int, itemsize: int, kib: int = LARGE_KIB, sh
     """List the tiles to choose from for a kernel; default first, then what to fall back to. Empty if none fits.
 
     Args:
-        name: of the kernel, in the tables.
-        channels: of a tile.
+        name: the kernel's, in the tables.
+        channels: channels of a tile.
         itemsize: bytes of a number.
-        kib: of shared memory that a block may have.
+        kib: KiB of shared memory that a block may have.
         short: prefer what leaves room for two blocks on a multiprocessor: sequences of at most SHORT.
     """
     tables = (SMALL, LARGE) if itemsize == 2 else (SMALL_FLOAT32, LARGE_FLOAT32)

@@ -128,7 +128,7 @@ def main() -> None:
         allow_abbrev=False,
     )
     p.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="channels of a head (default: 64 128)")
-    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the inputs (default: bfloat16)")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="data type of the inputs (default: bfloat16)")
     p.add_argument("--kernels", nargs="+", metavar="NAME", help="only these (default: all)")
     p.add_argument("--causal", action="store_true", help="the causal kernels")
     p.add_argument("--lengths", action="store_true", help="the kernels that are given how many keys to see")

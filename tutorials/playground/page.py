@@ -28,7 +28,7 @@ from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.run import load_run, load_snapshots, read_config, steps_done
 
 PARTS = Path(__file__).parent / "web"  # the page, its style and its scripts
-POINTS = 512  # noise points; a page computes all of them anew for every frame
+POINTS = 512  # noise points; a page computes all of them for every frame
 START = (1.5, 1.6)  # the noise of the point that is followed at first
 
 

@@ -20,8 +20,8 @@ RMS over points)
 
 with dx = X_s - Y_s and du = u_theta(X_s, s) - u_theta(Y_s, s). w2 <= displacement <= each of the others; LINKS has all
 inequalities. global_from_loss estimates global from draws, so it may be on either side of it. M is the mean of m,
-weighted by squared error. The weights keep single paths along a separatrix, where the field is steep, from dominating
-M; they can dominate the path-wise bounds.
+weighted by squared error. The weights keep single paths along a border between modes, where the field is steep, from
+dominating M; they can dominate the path-wise bounds.
 
 Groenwall's inequality needs only ||a + b||; the theorem needs two separate losses and splits it:
 ||a + b||^2 <= 2 ||a||^2 + 2 ||b||^2. The trapezoidal rule has positive weights that sum to t, and L is at least every
@@ -125,7 +125,7 @@ def displacement(paths: Paths) -> Tensor:
 
 
 def terminal_velocity(paths: Paths) -> Tensor:
-    """Return sqrt(t int_0^t ||d/ds f - u(Y_s, s)||^2 ds) [N] (eq. 7, with the factor t <= 1 that Cauchy-Schwarz gives)."""
+    """Return sqrt(t int_0^t ||d/ds f - u(Y_s, s)||^2 ds) [N] (eq. 7, with the factor t of Cauchy-Schwarz)."""
     # (int_0^t ||.|| ds)^2 <= t int_0^t ||.||^2 ds; no Lipschitz constant: u is taken on the exact path
     return (paths.s[-1] * integral(norms(paths.df_ds - paths.exact).square(), paths.s)).sqrt()
 
@@ -207,8 +207,8 @@ class Bound:
         errors: the quadrature error of every term: its change when every second time is left out; for w2 and
             displacement, which have no integral, the error of the exact flow's solver.
         medians: over points, of the terms that are root mean squares over points; those have heavy tails, because
-            points near a separatrix land in the wrong mode.
-        standard_error: of global_from_loss - global, over draws of data and noise.
+            points near a border between modes end in the wrong one.
+        standard_error: standard error of global_from_loss - global, over draws of data and noise.
         constant: C, a squared distance.
         loss: (1/t) int_0^t E L_TVM(t, s) ds, without lambda.
         loss_minimum: its minimum over models.

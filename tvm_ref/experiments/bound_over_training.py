@@ -4,7 +4,7 @@
 
 Trains while measuring, which takes a few minutes per distribution. Beside the chain of theorem 1 stand the Eulerian and
 the Lagrangian bound and MeanFlow's loss as a bound (tvm_ref/bound/other_bounds.py), and int L of the exact field: over
-the points that the chain looks at, and over a square of the plane. Writes training.json (after every measurement) and
+the points that the chain looks at, and over a square. Writes training.json (after every measurement) and
 training.png. The exit status is 1 if a link of the chain is violated, which the theory excludes.
 """
 

@@ -166,7 +166,7 @@ class Comparison:
     Args:
         base: what all trainings have in common.
         plan: what is compared.
-        costs: of a step of each configuration and of UNIT, by BUDGETS: matmuls, and CPU seconds.
+        costs: cost of a step of each configuration and of UNIT, by BUDGETS: matmuls, and CPU seconds.
         out: folder that keeps the trainings.
         jobs: trainings at a time, one thread each.
     """

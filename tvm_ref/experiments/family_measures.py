@@ -201,7 +201,7 @@ def line_with_velocity(x: Sample, t: Time, velocity: Sample) -> tuple[Sample, Sa
 
 
 class Gradients(NamedTuple):
-    """What the gradients of some jumps' loss are like, see gradients_of_jumps."""
+    """Statistics of the gradients of some jumps' loss, see gradients_of_jumps."""
 
     noise_scale: float | None
     cosine: float | None
@@ -232,8 +232,8 @@ def gradients_of_jumps(
     found: dict[str, list[Gradients]] = {name: [] for name, *_ in members}
     found |= {f"{name}, exact u": [] for name, key, settings in members if takes_exact_velocity(key, settings)}
     for gap in gaps:
-        n, law = chunks * size, TimeSampler("triangle")
-        x0, x1, (u, _, fraction) = batch(distribution, n, law, 3, dtype=torch.float32)
+        n, sampler = chunks * size, TimeSampler("triangle")
+        x0, x1, (u, _, fraction) = batch(distribution, n, sampler, 3, dtype=torch.float32)
         s = u.square() * (1 - gap)  # u^2 is uniform: u is the larger of two uniform times
         times = Times(s + gap, s, fraction)
         x = interpolate(x0, x1, times.t)

@@ -51,7 +51,7 @@ def plot_comparison(
     Args:
         rows: by method, products of a step in plain forwards, and by NFE a paired RMSE per seed.
         families: by method, the name of its family, whose methods share a colour.
-        title: of the figure.
+        title: the figure's title.
     """
     figure, (left, right) = plots.make_figure(2, plane=False)
     figure.set_size_inches(11, 0.36 * len(rows) + 1.6)

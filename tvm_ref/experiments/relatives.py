@@ -196,7 +196,7 @@ class RelativeTraining(Training):
         config: its configuration.
         distribution: the data.
         make: makes its objective.
-        teacher_steps: of flow matching, before; 0 for no teacher.
+        teacher_steps: steps of flow matching before; 0 for no teacher.
     """
 
     def __init__(

@@ -82,8 +82,8 @@ class MeanFlow(ResidualObjective):
     Args:
         flow_map: the model.
         null_label: see Objective.
-        power: of AdaptiveWeight.
-        eps: of AdaptiveWeight.
+        power: see AdaptiveWeight.
+        eps: see AdaptiveWeight.
     """
 
     method = Method(

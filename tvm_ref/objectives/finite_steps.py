@@ -66,9 +66,9 @@ class AlphaFlow(FiniteStep):
         alpha: a constant, for no curriculum.
         start: fraction of training where the curriculum starts.
         end: and where it ends.
-        temperature: of the sigmoid, their gamma.
+        temperature: temperature of the sigmoid, their gamma.
         clamp: their eta.
-        power: of the adaptive weight alpha^(2 power - 1) / sg(||.||^2 + eps)^power; theirs is 1, and 0 is none.
+        power: exponent of the adaptive weight alpha^(2 power - 1) / sg(||.||^2 + eps)^power; theirs is 1; 0 is none.
         eps: see power.
 
     Raises:
@@ -150,7 +150,7 @@ class SoFlow(FiniteStep):
         null_label: see Objective.
         first: alpha at the start of training.
         last: alpha at its end.
-        power: of the adaptive weight.
+        power: exponent of the adaptive weight.
         eps: see power.
 
     Raises:

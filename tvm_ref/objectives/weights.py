@@ -50,7 +50,7 @@ class LearnedWeight(nn.Module):
     its weights are the objective's, not the model's.
 
     Args:
-        width: of its hidden layer.
+        width: units of its hidden layer.
     """
 
     def __init__(self, width: int = 32):

@@ -118,8 +118,8 @@ class ToyConfig:
 
     def sampler(self) -> TimeSampler:
         """Make the sampler of training's times."""
-        law = None if self.time_sampler == "own" else TimeSampler(self.time_sampler)
-        return OBJECTIVES[self.objective].make_times(law, self.equal_share, self.noise_share)
+        sampler = None if self.time_sampler == "own" else TimeSampler(self.time_sampler)
+        return OBJECTIVES[self.objective].make_times(sampler, self.equal_share, self.noise_share)
 
     def make_objective(self, model: Any, null_label: int | None) -> Objective:
         """Make the objective with its settings."""

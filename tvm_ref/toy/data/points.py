@@ -28,7 +28,7 @@ class Units:
     """Units of the data: in their own units data are mean + scale x, per axis, where x is what a model learns.
 
     Attributes:
-        mean: of the data, per axis.
+        mean: the data's mean, per axis.
         scale: the own units in one unit of x, per axis.
         columns: names of the axes.
     """

@@ -54,7 +54,7 @@ def make_reference(
         distribution: the data.
         w: a conditional model's guidance weight; None for a model without classes.
         points: N.
-        seed: of noise and data.
+        seed: seed of noise and data.
     """
     generator = torch.Generator().manual_seed(EVALUATION + seed)
     noise, fresh = torch.randn(2, points, distribution.dim, generator=generator, dtype=torch.float64)
@@ -91,9 +91,9 @@ def low_density(samples: Tensor, reference: Reference) -> float:
 def evaluate(jump: Jump, reference: Reference, nfe: int) -> dict[str, float]:
     """Measure what metrics.json holds for one number of function evaluations.
 
-    paired_rmse, paired_median: distance to the exact map of the same noise (heavy-tailed: noise near a separatrix can
-    land in the wrong mode). w2_same_noise: W2 to those exact points, at most paired_rmse, without sampling floor.
-    w2_data: W2 to fresh data, to be read next to w2_floor. low_density: see there.
+    paired_rmse, paired_median: distance to the exact map of the same noise (heavy-tailed: noise near the border between
+    two modes may end in the wrong one). w2_same_noise: W2 to those exact points, at most paired_rmse, without
+    sampling floor. w2_data: W2 to fresh data, to be read next to w2_floor. low_density: see there.
     """
     samples, errors = paired_errors(jump, reference, nfe)
     if not torch.isfinite(samples).all():

@@ -83,7 +83,7 @@ def samples_table(config: ToyConfig, jump: Jump, units: Units, points: int) -> s
     Args:
         config: what the model was trained with.
         jump: how it takes a step.
-        units: of the data.
+        units: the data's units.
         points: rows of the table, next to the line of names.
     """
     noise = torch.randn(points, 2, generator=torch.Generator().manual_seed(SAMPLING))
