@@ -69,8 +69,9 @@ def test_results_are_reproducible_and_depend_on_t(run, capsys):
 def test_several_runs_have_a_table_of_medians(run, tmp_path, capsys):
     folders = [Path(shutil.copytree(run, tmp_path / "copy")), run]
     assert command.main([*map(str, folders), "--points", "20", "--grid", "8"]) == 0
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
     assert printed.count("displacement (eq. 36-38)") == 3  # of each run, and of both
+    assert " 324/324 " in progress  # all calls of the network
     reports = [json.loads((folder / "bound.json").read_text()) for folder in folders]
     assert reports[0] == reports[1]
     reports[1] = reports[0] | {"displacement": 3 * reports[0]["displacement"]}

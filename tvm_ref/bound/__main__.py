@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from tvm_ref.bound.chain import LABELS, TERMS, Bound, measure
 from tvm_ref.bound.measuring import Measuring, require_covered
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, given, run
+from tvm_ref.cli.progress import progress
 from tvm_ref.distances import sampling_floor, wasserstein2
 from tvm_ref.flow_map import FlowMap
 from tvm_ref.seeding import BOUND
@@ -32,6 +34,7 @@ from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.run import load_run, read_config, steps_done
 
 PAIRINGS = 4  # of data and noise, for the loss
+CALLS = 3 * (2 + PAIRINGS)  # of the network at each time: three for paths, for L and for each loss
 Finished = tuple[ToyConfig, GaussianMixture, FlowMap]
 
 
@@ -60,8 +63,10 @@ def load_finished(folder: Path) -> Finished:
     return config, distribution, model
 
 
-def measure_run(folder: Path, finished: Finished, measuring: Measuring) -> dict[str, Any]:
+def measure_run(folder: Path, finished: Finished, measuring: Measuring, bar: tqdm) -> dict[str, Any]:
     """Measure a finished run, print the chain, write bound.json and bound.png; return what bound.json holds.
+
+    The bar moves by every call of the network.
 
     Raises:
         FloatingPointError: a model whose path, or whose bounds, are not finite.
@@ -70,15 +75,15 @@ def measure_run(folder: Path, finished: Finished, measuring: Measuring) -> dict[
     from tvm_ref.toy.report.plots import save_figure
 
     config, distribution, model = finished
-    print(f"measuring {folder}: {measuring.points:,} points at {measuring.grid + 1} times")
+    bar.write(f"measuring {folder}: {measuring.points:,} points at {measuring.grid + 1} times")
+    model.network.register_forward_hook(lambda *_: bar.update())  # of its copies, too
     draws, s = measuring.draw(distribution), measuring.times(distribution)
     bound = measure(model, distribution, draws, s, distribution.time_scale, PAIRINGS)
     report = summary(bound) | {"points": measuring.points, "grid": measuring.grid}
     report["w2_data"], report["w2_floor"], report["w2_floor_deviation"] = against_data(bound, distribution)
     write_atomically(folder / "bound.json", json.dumps(report, indent=2) + "\n")
     save_figure(plot_bound(bound, config.name), folder / "bound.png")
-    print(table(bound, report))
-    print(f"bound.json and bound.png: {folder}")
+    bar.write(f"{table(bound, report)}\nbound.json and bound.png: {folder}")
     return report
 
 
@@ -135,8 +140,10 @@ def main(argv: list[str] | None = None) -> int:
     with command.errors(), user_files():
         measuring = Measuring(**given(arguments, Measuring))
         finished = {folder: load_finished(folder) for folder in arguments.runs}
-    with command.errors():
-        reports = {folder: measure_run(folder, run, measuring) for folder, run in finished.items()}
+    calls = CALLS * (measuring.grid + 1) * len(finished)
+    kept = "the runs whose tables were printed are measured, each in its bound.json"
+    with command.errors(kept), progress(total=calls, unit="call", desc="measuring", smoothing=0) as bar:
+        reports = {folder: measure_run(folder, run, measuring, bar) for folder, run in finished.items()}
     if len(reports) > 1:
         print(table_over_runs(list(reports.values())))
     violated = [f"{folder}: {link}" for folder, report in reports.items() for link in report["violations"]]

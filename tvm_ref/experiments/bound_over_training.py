@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         require_free(out, ("training.json",), "such results", "--overwrite", overwrite=arguments.overwrite)
         out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {}
-    with command.errors():
+    with command.errors(f"what was measured is in {out / 'training.json'}"):
         for name in arguments.dist:
             config = replace(base, dist=name)
             found = report[name] = start(config, measuring)

@@ -26,6 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from tvm_ref.cli.errors import UserError, user_files
 from tvm_ref.cli.files import require_free, write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, check_types, given, option, require_at_least, run
@@ -169,12 +171,15 @@ class Comparison:
         costs: cost of a step of each configuration and of UNIT, by BUDGETS: matmuls, and CPU seconds.
         out: folder that keeps the trainings.
         jobs: trainings at a time, one thread each.
+        bar: of all steps: those that are planned, and more as sweeps are extended and seeds added.
     """
 
-    def __init__(self, base: ToyConfig, plan: Plan, costs: dict[str, dict[str, float]], out: Path, *, jobs: int):
-        self.plan, self.out, self.jobs = plan, out, jobs
+    def __init__(
+        self, base: ToyConfig, plan: Plan, costs: dict[str, dict[str, float]], out: Path, *, jobs: int, bar: tqdm
+    ):
+        self.plan, self.out, self.jobs, self.bar = plan, out, jobs, bar
         self.settings = {name: SETTINGS.get(name, ({},)) for name in plan.methods}
-        self.seconds, cost = costs["time"], costs[plan.budget]
+        cost = costs[plan.budget]
         self.configs = {
             name: replace(config, steps=max(1, round(plan.steps * cost[UNIT] / cost[name])))
             for name, config in plan.configs(base).items()
@@ -189,15 +194,16 @@ class Comparison:
             "methods": {},
         }
 
-    def train(self, runs: Sequence[tuple[str, dict[str, Any], float, int]], into: Any, label: str) -> None:
-        """Train each (method, setting, rate, seed); append the results to into[method]."""
+    def train(
+        self, runs: Sequence[tuple[str, dict[str, Any], float, int]], into: Any, label: str, later: int = 0
+    ) -> None:
+        """Train each (method, setting, rate, seed); append the results to into[method]. `later`: steps that follow."""
         configs = [
             replace(self.configs[named(name, setting)], lr=rate, seed=seed) for name, setting, rate, seed in runs
         ]
-        names = [named(name, setting) for name, setting, *_ in runs]
-        minutes = sum(self.configs[name].steps * self.seconds[name] for name in names) / self.jobs / 60
-        print(f"{label}: {len(runs)} trainings, {self.jobs} at a time: {minutes:.0f} minutes")
-        results = train_many(configs, errors, jobs=self.jobs, points=self.plan.points, label=label, keep=self.out)
+        self.bar.set_description(label, refresh=False)
+        self.bar.total = self.bar.n + sum(config.steps for config in configs) + later
+        results = train_many(configs, errors, jobs=self.jobs, points=self.plan.points, bar=self.bar, keep=self.out)
         for (name, setting, _, _), result in zip(runs, results, strict=True):
             into[name].append(result | {"setting": setting})
 
@@ -210,8 +216,9 @@ class Comparison:
             for setting in settings
             for rate in self.plan.rates
         ]
+        later = self.plan.seeds * sum(self.configs[named(name, s[0])].steps for name, s in self.settings.items())
         for extra in range(EXTRA + 1):
-            self.train(runs, sweeps, "sweeping" if extra == 0 else "sweeping further")
+            self.train(runs, sweeps, "sweeping" if extra == 0 else "sweeping further", later)
             winners = {name: results[best(results)] for name, results in sweeps.items()}
             further = {name: rate for name, results in sweeps.items() if (rate := beyond(results)) is not None}
             if not further:
@@ -282,13 +289,16 @@ def main(argv: list[str] | None = None) -> int:
             require_free(out, FILES, "a comparison", "--overwrite", overwrite=arguments.overwrite)
         base.make_distribution()  # refuses points that cannot be used
         trainings.mkdir(parents=True, exist_ok=True)
-    with command.errors():
+    with command.errors(f"the trainings that were finished are in {trainings}: the same command continues"):
         configs = {UNIT: base, **plan.configs(base)}
         products = {name: step_products(config) for name, config in configs.items()}
         costs = {"products": products, "time": step_seconds(configs)}
-        comparison = Comparison(base, plan, costs, trainings, jobs=arguments.jobs)
-        comparison.sweep()
-        comparison.run()
+        planned = len(plan.rates) * (len(configs) - 1) + len(plan.methods) * plan.seeds
+        print(f"{planned} trainings, and more at the edges of sweeps and close to the best; the bar estimates the time")
+        with progress(unit="step", smoothing=0) as bar:
+            comparison = Comparison(base, plan, costs, trainings, jobs=arguments.jobs, bar=bar)
+            comparison.sweep()
+            comparison.run()
         write_atomically(out / FILES[0], json.dumps(comparison.report, indent=2) + "\n")
         draw(comparison.report, out / FILES[1])
     print(f"paired RMSE to the exact flow map, median over seeds (range), seeds: {plan.seeds}")

@@ -14,6 +14,7 @@ from typing import Any
 from tvm_ref.cli.errors import user_files
 from tvm_ref.cli.files import require_new, write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, given, require_at_least, run
+from tvm_ref.cli.progress import progress
 from tvm_ref.experiments.sweep import train_many
 from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.data.distributions import DISTRIBUTIONS
@@ -72,11 +73,14 @@ def main(argv: list[str] | None = None) -> int:
         require_new(arguments.out)
     configs = [replace(base, dist=dist, seed=seed) for dist in arguments.dist for seed in range(arguments.seeds)]
     results: list[dict[str, Any]] = []
-    with command.errors():
-        for result in train_many(configs, one_step, jobs=arguments.jobs, points=arguments.points, label="training"):
+    steps, out = sum(config.steps for config in configs), arguments.out
+    kept = "nothing is kept without --out" if out is None else f"the trainings that were finished are in {out}"
+    print(f"{len(configs)} trainings; the bar estimates the time that is left from the first steps on")
+    with command.errors(kept), progress(total=steps, unit="step", desc="training", smoothing=0) as bar:
+        for result in train_many(configs, one_step, jobs=arguments.jobs, points=arguments.points, bar=bar):
             results.append(result)
-            if arguments.out is not None:
-                write_atomically(arguments.out, json.dumps(results, indent=2) + "\n")
+            if out is not None:
+                write_atomically(out, json.dumps(results, indent=2) + "\n")
     print(table(results))
     return 0
 

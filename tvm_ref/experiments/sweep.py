@@ -6,19 +6,23 @@ import json
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from tvm_ref.cli.files import write_atomically
-from tvm_ref.cli.progress import progress
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.report.metrics import Reference, make_reference
 from tvm_ref.toy.training import Training
 
 Measure = Callable[[Training, Reference], dict[str, float]]
+Tick = Callable[[int], Any]  # called with a number of steps that were taken
+POLL = 0.5  # seconds between looks at what other processes have done
+_steps: Any = None  # in such a process: how many steps all of them have taken
 
 
 @lru_cache(maxsize=1)
@@ -26,43 +30,64 @@ def _reference(dist: str, data: str | None, bandwidth: float | None, points: int
     return make_reference(ToyConfig(dist=dist, data=data, bandwidth=bandwidth).make_distribution(), points=points)
 
 
-def train_and_measure(config: ToyConfig, measure: Measure, points: int, keep: Path | None = None) -> dict[str, Any]:
+def _join(steps: Any) -> None:
+    """Begin a process that trains: `steps` is shared by all."""
+    global _steps
+    _steps = steps
+    use_one_thread()
+
+
+def _count(steps: int) -> None:
+    with _steps.get_lock():
+        _steps.value += steps
+
+
+def _file(config: ToyConfig, points: int, keep: Path) -> Path:
+    """Return where a result is kept, under a name that the configuration decides."""
+    decides = json.dumps([asdict(config), points], default=dict, sort_keys=True)
+    return keep / f"{config.objective}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.json"
+
+
+def train_and_measure(
+    config: ToyConfig, measure: Measure, points: int, keep: Path | None = None, tick: Tick = _count
+) -> dict[str, Any]:
     """Train one configuration; return dist, objective, lr, seed, diverged and, if it did not, its metrics.
 
-    The result is kept in the folder `keep`, under a name that the configuration decides, and read from there.
+    The result is kept in the folder `keep`, and read from there.
     """
     if keep is None:
-        return _trained(config, measure, points)
-    decides = json.dumps([asdict(config), points], default=dict, sort_keys=True)
-    path = keep / f"{config.objective}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.json"
+        return _trained(config, measure, points, tick)
+    path = _file(config, points, keep)
     if not path.exists():
-        write_atomically(path, json.dumps(_trained(config, measure, points)))
+        write_atomically(path, json.dumps(_trained(config, measure, points, tick)))
     result: dict[str, Any] = json.loads(path.read_text())
     return result
 
 
-def _trained(config: ToyConfig, measure: Measure, points: int) -> dict[str, Any]:
+def _trained(config: ToyConfig, measure: Measure, points: int, tick: Tick) -> dict[str, Any]:
     reference = _reference(config.dist, config.data, config.bandwidth, points)
     training = Training(config, reference.distribution)
     result = {"dist": config.dist, "objective": config.objective, "lr": config.lr, "seed": config.seed}
     try:
         while training.step < config.steps:
             training.train_step()
+            tick(1)
     except FloatingPointError:
+        tick(config.steps - training.step)
         return result | {"diverged": True, "figures": {}}
     return result | {"diverged": False, "figures": measure(training, reference)}
 
 
 @contextlib.contextmanager
 def _in_processes(
-    train: Callable[[ToyConfig], dict[str, Any]], configs: Sequence[ToyConfig], jobs: int
-) -> Iterator[Iterator[dict[str, Any]]]:
+    train: Callable[[ToyConfig], dict[str, Any]], configs: Sequence[ToyConfig], jobs: int, steps: Any
+) -> Iterator[list[Future[dict[str, Any]]]]:
     """Train in processes, which this one ends in the end, whatever they are at; Ctrl-C does not reach them."""
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), use_one_thread)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _join, (steps,))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what starts now
     try:
-        results = pool.map(train, configs)
+        results = [pool.submit(train, config) for config in configs]
     finally:
         signal.signal(signal.SIGINT, before)
     try:
@@ -79,7 +104,7 @@ def train_many(
     *,
     jobs: int,
     points: int,
-    label: str,
+    bar: tqdm,
     keep: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Train each configuration and yield its result, in order; see train_and_measure.
@@ -89,13 +114,33 @@ def train_many(
         measure: a function of the trained model and its reference, importable by name.
         jobs: processes at a time, one thread each; 1 is this one.
         points: samples that errors are measured on.
-        label: name of the progress bar, which moves by one for each training.
+        bar: moves by every step; those of earlier results leave its total.
         keep: folder of earlier results, which are not trained again, and of new ones.
     """
+    bar.total -= sum(config.steps for config in configs if keep is not None and _file(config, points, keep).exists())
     train = partial(train_and_measure, measure=measure, points=points, keep=keep)
     if jobs == 1:
         use_one_thread()
-        yield from progress(map(train, configs), total=len(configs), unit="run", desc=label)
-        return
-    with _in_processes(train, configs, jobs) as results:
-        yield from progress(results, total=len(configs), unit="run", desc=label)
+        results: Iterator[dict[str, Any]] = (train(config, tick=bar.update) for config in configs)
+    else:
+        results = _from_processes(train, configs, jobs, bar)
+    for done, result in enumerate(results, 1):
+        bar.set_postfix_str(f"{done} of {len(configs)} trainings", refresh=False)
+        yield result
+
+
+def _from_processes(
+    train: Callable[[ToyConfig], dict[str, Any]], configs: Sequence[ToyConfig], jobs: int, bar: tqdm
+) -> Iterator[dict[str, Any]]:
+    """Yield the results of processes, in order, and move the bar by their steps."""
+    steps, counted = multiprocessing.get_context("spawn").Value("q", 0), 0
+    with _in_processes(train, configs, jobs, steps) as results:
+        for result in results:
+            finished = False
+            while not finished:
+                finished, now = bool(wait([result], POLL).done), steps.value
+                if bar.n == 0 < now:
+                    bar.unpause()  # what was spent on imports says nothing of what is left
+                bar.update(now - counted)
+                counted = now
+            yield result.result()

@@ -57,17 +57,20 @@ def train(
     """Train every variant on every seed, and yield it; its errors are added to the report, which is written."""
     reference: Reference | None = None
     runs = [(name, seed) for name in configs for seed in range(arguments.seeds)]
-    for name, seed in progress(runs, unit="run", desc="training"):
-        config = replace(configs[name], seed=seed)
-        training = make(name, config)
-        for _ in range(config.steps):
-            training.train_step()
-        reference = reference or make_reference(training.distribution, points=arguments.points)
-        row = {"lr": config.lr, "steps": config.steps, "runs": []}
-        found = {"objective": config.objective, "seed": seed, "figures": errors(training, reference)}
-        report["variants"].setdefault(name, row)["runs"].append(found)
-        write_atomically(out / RESULTS, json.dumps(report, indent=2) + "\n")
-        yield name, training
+    with progress(total=sum(configs[name].steps for name, _ in runs), unit="step", desc="training", smoothing=0) as bar:
+        for done, (name, seed) in enumerate(runs):
+            bar.set_postfix_str(f"{done} of {len(runs)} trainings", refresh=False)
+            config = replace(configs[name], seed=seed)
+            training = make(name, config)
+            for _ in range(config.steps):
+                training.train_step()
+                bar.update()
+            reference = reference or make_reference(training.distribution, points=arguments.points)
+            row = {"lr": config.lr, "steps": config.steps, "runs": []}
+            found = {"objective": config.objective, "seed": seed, "figures": errors(training, reference)}
+            report["variants"].setdefault(name, row)["runs"].append(found)
+            write_atomically(out / RESULTS, json.dumps(report, indent=2) + "\n")
+            yield name, training
 
 
 def table(report: Report) -> str:
