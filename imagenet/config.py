@@ -37,7 +37,7 @@ class Config:
     """
 
     # Data
-    data: Literal["digits", "cifar10", "folder", "latents", "synthetic"] = option("digits", "what to learn")
+    data: Literal["digits", "fashion", "cifar10", "folder", "latents", "synthetic"] = option("digits", "what to learn")
     input_size: int = option(8, "side of the images or latents; pictures of a folder are resized to it")
     in_channels: int = option(1, "channels of the images or latents")
     classes: int = option(10, "classes of the data")
@@ -195,6 +195,10 @@ _IMAGENET256_W2 = Config(
 
 PRESETS = {
     "digits": Config(),
+    "fashion": replace(
+        Config(), data="fashion", input_size=28, hidden_size=128, heads=4, steps=4000, batch_size=64, lr=5e-3,
+        warmup=100, ema=0.998,
+    ),
     "cifar10": replace(
         Config(), data="cifar10", input_size=32, in_channels=3, hidden_size=384, depth=12, heads=6, patch_size=2,
         w=1.5, steps=200_000, batch_size=256, lr=2e-4, warmup=2000, schedule="cosine", ema=0.9999, optimizer="adamw",

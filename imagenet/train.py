@@ -3,6 +3,7 @@
     torchrun imagenet/train.py                                       digits, on a laptop, in minutes
     torchrun imagenet/train.py --resume                              continue that run, bit for bit
     torchrun imagenet/train.py --init runs/imagenet/fm --out runs/imagenet/fm-then-tvm     start from its weights
+    torchrun imagenet/train.py fashion --data-path DATA                Fashion-MNIST: an evening on a CPU
     torchrun imagenet/train.py cifar10 --data-path DATA
     torchrun imagenet/train.py folder --data-path PICTURES             your own: a folder per class, or one for all
     torchrun --nproc-per-node 8 imagenet/train.py imagenet256-w2 --data-path LATENTS --accumulate 16      8 x 80 GB
@@ -57,7 +58,7 @@ class Options:
 
     out: str | None = option(None, "folder of the run (default: runs/imagenet/PRESET)")
     resume: bool = option(False, "continue the run in that folder; start one if there is none")
-    data_path: str | None = option(None, "folder of pictures or latents, or for cifar10, downloaded if missing")
+    data_path: str | None = option(None, "folder of pictures or latents, or for fashion and cifar10, downloaded if missing")
     device: str | None = option(None, "cpu, cuda, ... (default: the GPU if there is one)")
     workers: int = option(0, "processes that load batches ahead")
     log_every: int = option(20, "steps between lines of train.jsonl")

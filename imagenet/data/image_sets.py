@@ -14,6 +14,7 @@ from torch import Tensor
 
 from imagenet.config import Config
 from imagenet.data.digits import load_digits
+from imagenet.data.fashion import load_fashion
 from imagenet.data.latents import Latents
 from imagenet.data.noise import FLIP
 from imagenet.data.pictures import read_pictures
@@ -88,7 +89,7 @@ def load_data(config: Config, folder: str | Path | None = None) -> Data:
 
     Args:
         config: names the data.
-        folder: where latents lie, or cifar10, which is fetched into it if it is not there; the folder of a run that has
+        folder: where latents lie, or fashion or cifar10, fetched into it if they are not there; the folder of a run that has
             read pictures.
 
     Raises:
@@ -102,6 +103,8 @@ def load_data(config: Config, folder: str | Path | None = None) -> Data:
         data: Images | Latents = Images(*load_digits().train)
     elif folder is None:
         raise UserError(f"{config.data} need data_path, the folder that they lie in")
+    elif config.data == "fashion":
+        data = Images(*load_fashion(folder).train)
     elif config.data == "cifar10":
         data = Images(*_load_cifar10(folder), flip=True, seed=config.seed)
     elif config.data == "folder":
