@@ -26,7 +26,7 @@ from torch import nn
 from imagenet.data.image_files import ImageFiles
 from imagenet.metrics.fid import Candidates, measure
 from imagenet.metrics.inception import Extractor, Inception
-from imagenet.metrics.own import SETS, Metrics, measure_model, own_metrics
+from imagenet.metrics.own import Metrics, measure_model, own_metrics, sets_of
 from imagenet.metrics.references import read_reference
 from imagenet.model import distributed
 from imagenet.sampler import Generator, add_model_options, load_model
@@ -44,8 +44,9 @@ def parser() -> OneLineParser:
     p = OneLineParser("evaluate.py", __doc__)
     p.add_argument("source", type=Path, help="images (a folder, a .npz) or a model (a run's folder, a .safetensors)")
     p.add_argument(
-        "--reference", type=Path, help="a .npz or .pkl of statistics, or images; digits and own pictures need none"
+        "--reference", type=Path, help="a .npz or .pkl of statistics, or images; digits, fashion and own pictures need none"
     )
+    p.add_argument("--data-path", help="of a model of Fashion-MNIST: its folder, if the weights do not say")
     p.add_argument("--count", type=int, help=f"images to measure (default: all; of a model: {PUBLISHED:,})")
     p.add_argument("--steps", type=int, nargs="+", default=[1], help="of a model: numbers of steps")
     p.add_argument("--inception", type=Path, help="file of Inception's weights (default: where torch.hub keeps it)")
@@ -82,8 +83,9 @@ def stored_images(source: Path, count: int | None, size: int) -> Candidates:
 def measure_own(generator: Generator, steps: list[int], metrics: Metrics) -> dict[str, Any]:
     """Score a model by the metrics of its own data: {"reference": about them, "figures": by number of steps}."""
     scores = measure_model(generator, steps, metrics).items()
-    figures = {f"{n} NFE": {"samples": len(metrics.labels), "sets": SETS, **found} for n, found in scores}
-    name = "scikit-learn's digits" if generator.config.data == "digits" else "the pictures that it was trained on"
+    figures = {f"{n} NFE": {"samples": len(metrics.labels), "sets": sets_of(metrics), **found} for n, found in scores}
+    names = {"digits": "scikit-learn's digits", "fashion": "Fashion-MNIST"}
+    name = names.get(generator.config.data, "the pictures that it was trained on")
     return {"reference": {"name": name}, "figures": figures}
 
 
@@ -92,7 +94,7 @@ def table(report: dict[str, Any]) -> str:
     lines, reference, measured = [], report["reference"], report["figures"]
     for name, row in measured.items():
         cells = [f"{NAMES.get(key, key)} {value:.4g}" for key, value in row.items() if key not in ("samples", "sets")]
-        sets = f"mean of {row['sets']} sets of " if "sets" in row else ""
+        sets = f"mean of {row['sets']} sets of " if row.get("sets", 1) > 1 else ""
         lines.append(f"{name:<8} {'   '.join(cells)}   ({sets}{row['samples']:,} samples)")
     count = reference.get("images")
     lines.append(f"against {reference['name']}" + (f", {count:,} images" if count else ""))
@@ -116,7 +118,7 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None, vae:
         require_new(options.out)  # a folder that cannot be made is noticed before the work
         is_model = source.suffix == ".safetensors" or (source / "config.json").is_file()
         generator = load_model(options, world, vae) if is_model else None
-        own = None if generator is None or options.reference else own_metrics(generator.config, source)
+        own = None if generator is None or options.reference else own_metrics(generator.config, source, options.data_path)
         if generator is not None and own is not None:
             report = measure_own(generator, steps, own)
         elif options.reference is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imagenet.config import Config
 from imagenet.data.digits import load_digits
-from imagenet.data.fashion import load_fashion
+from imagenet.data.fashion import CLASSES, load_fashion
 from imagenet.data.latents import Latents
 from imagenet.data.noise import FLIP
 from imagenet.data.pictures import read_pictures
@@ -134,6 +134,8 @@ def provenance_of(config: Config, data: Data, folder: str | Path | None = None) 
     known = Provenance(config.data, None if folder is None else str(Path(folder).absolute()))
     if isinstance(data, OwnPictures):
         return replace(known, classes=data.classes, brightness=data.brightness)
+    if config.data == "fashion":
+        return replace(known, classes=CLASSES)
     if not isinstance(data, Latents):
         return known
     return replace(known, autoencoder=data.autoencoder, normalisation=data.normalisation, classes=tuple(data.classes))

@@ -1,7 +1,7 @@
-"""How good a model of digits or of one's own pictures is: mean scores of sets of samples, without Inception.
+"""How good a model of digits, clothes or one's own pictures is: mean scores of sets of samples, without Inception.
 
-A set of samples has as many images as are held out, with the same labels, each from noise of its own. So few leave
-their scores to chance; those of a model are averaged over SETS such sets.
+A set of samples has as many images as are held out, with the same labels, each from noise of its own. Few leave their
+scores to chance; those of a model are averaged over so many sets that they have some SAMPLES images together.
 """
 
 import dataclasses
@@ -12,23 +12,39 @@ from pathlib import Path
 from imagenet.config import Config
 from imagenet.data.pictures import INDEX, read_pictures
 from imagenet.metrics.digits import DigitMetrics, digit_metrics
+from imagenet.metrics.fashion import FashionMetrics, fashion_metrics
 from imagenet.metrics.pictures import NEIGHBOURS, PictureMetrics
 from imagenet.sampler import Generator
+from imagenet.weights import read_provenance
+from tvm_ref.cli.errors import require
 
-SETS = 8  # sets of samples whose scores are averaged
+SAMPLES = 2880  # images that a model is measured by, if no more are held out: 8 sets for digits
 
-Metrics = DigitMetrics | PictureMetrics
+Metrics = DigitMetrics | FashionMetrics | PictureMetrics
 
 
-def own_metrics(config: Config, source: Path) -> Metrics | None:
+def sets_of(metrics: Metrics) -> int:
+    """Return the number of sets of samples that a model is measured by."""
+    return max(1, round(SAMPLES / len(metrics.labels)))
+
+
+def own_metrics(config: Config, source: Path, data_path: str | None = None) -> Metrics | None:
     """Return the metrics of a run's data; None if there are none, or too few pictures are held out.
 
     Args:
         config: of the model.
         source: the folder of the run, or weights in it.
+        data_path: where Fashion-MNIST lies, if the weights do not say.
+
+    Raises:
+        UserError: Fashion-MNIST is needed and cannot be had.
     """
     if config.data == "digits":
         return digit_metrics()
+    if config.data == "fashion":
+        folder = data_path or getattr(read_provenance(source), "path", None)
+        require(folder is not None, "--data-path is needed: the folder of Fashion-MNIST")
+        return fashion_metrics(folder)
     run = next((path for path in (source, *source.absolute().parents) if (path / INDEX).is_file()), None)
     if config.data != "folder" or run is None:
         return None
@@ -37,7 +53,7 @@ def own_metrics(config: Config, source: Path) -> Metrics | None:
 
 
 def measure_model(generator: Generator, nfes: Sequence[int], metrics: Metrics) -> dict[int, dict[str, float]]:
-    """Measure a model by the number of steps: mean scores of SETS sets of samples of the held-out labels.
+    """Measure a model by the number of steps: mean scores of sets of samples of the held-out labels.
 
     Set k of N samples consists of samples k N, ..., (k + 1) N - 1, so that each has other noise.
 
@@ -46,12 +62,12 @@ def measure_model(generator: Generator, nfes: Sequence[int], metrics: Metrics) -
         nfes: numbers of network evaluations per sample.
         metrics: of the data that it was trained on.
     """
-    n = len(metrics.labels)
+    n, sets = len(metrics.labels), sets_of(metrics)
     generator = dataclasses.replace(generator, classes=metrics.labels.tolist())
 
     def mean(nfe: int) -> dict[str, float]:
         """Average the scores over sets."""
-        scores = [metrics.measure(generator.samples(range(k * n, (k + 1) * n), nfe)) for k in range(SETS)]
+        scores = [metrics.measure(generator.samples(range(k * n, (k + 1) * n), nfe)) for k in range(sets)]
         return {name: round(statistics.fmean(s[name] for s in scores), 4) for name in scores[0]}
 
     return {nfe: mean(nfe) for nfe in nfes}

@@ -9,7 +9,7 @@ from imagenet import train
 from imagenet.config import Config, build_model
 from imagenet.data.digits import TEST, load_digits
 from imagenet.metrics.digits import DigitMetrics, accepted, class_means, pixels
-from imagenet.metrics.own import SETS, measure_model
+from imagenet.metrics.own import measure_model, sets_of
 from imagenet.sampler import Generator
 
 
@@ -57,11 +57,12 @@ def test_scores_of_a_model_are_means_over_sets_of_other_noise(digits):
     config = Config(hidden_size=16, depth=1)
     torch.manual_seed(0)
     generator = Generator(build_model(config), config, classes=digits.labels.tolist())
-    sets = generator.samples(range(SETS * TEST), 1).split(TEST)
+    assert sets_of(digits) == 8
+    sets = generator.samples(range(8 * TEST), 1).split(TEST)
     assert not torch.equal(sets[0], sets[1])
     scores = [digits.measure(x) for x in sets]
     for name, value in measure_model(generator, [1], digits)[1].items():
-        assert value == pytest.approx(sum(s[name] for s in scores) / SETS, abs=1e-4)
+        assert value == pytest.approx(sum(s[name] for s in scores) / 8, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
