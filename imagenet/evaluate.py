@@ -44,7 +44,9 @@ def parser() -> OneLineParser:
     p = OneLineParser("evaluate.py", __doc__)
     p.add_argument("source", type=Path, help="images (a folder, a .npz) or a model (a run's folder, a .safetensors)")
     p.add_argument(
-        "--reference", type=Path, help="a .npz or .pkl of statistics, or images; digits, fashion and own pictures need none"
+        "--reference",
+        type=Path,
+        help="a .npz or .pkl of statistics, or images; digits, fashion and own pictures need none",
     )
     p.add_argument("--data-path", help="of a model of Fashion-MNIST: its folder, if the weights do not say")
     p.add_argument("--count", type=int, help=f"images to measure (default: all; of a model: {PUBLISHED:,})")
@@ -118,7 +120,9 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None, vae:
         require_new(options.out)  # a folder that cannot be made is noticed before the work
         is_model = source.suffix == ".safetensors" or (source / "config.json").is_file()
         generator = load_model(options, world, vae) if is_model else None
-        own = None if generator is None or options.reference else own_metrics(generator.config, source, options.data_path)
+        own = (
+            None if generator is None or options.reference else own_metrics(generator.config, source, options.data_path)
+        )
         if generator is not None and own is not None:
             report = measure_own(generator, steps, own)
         elif options.reference is None:

@@ -58,7 +58,9 @@ class Options:
 
     out: str | None = option(None, "folder of the run (default: runs/imagenet/PRESET)")
     resume: bool = option(False, "continue the run in that folder; start one if there is none")
-    data_path: str | None = option(None, "folder of pictures or latents, or for fashion and cifar10, downloaded if missing")
+    data_path: str | None = option(
+        None, "folder of pictures or latents, or for fashion and cifar10, downloaded if missing"
+    )
     device: str | None = option(None, "cpu, cuda, ... (default: the GPU if there is one)")
     workers: int = option(0, "processes that load batches ahead")
     log_every: int = option(20, "steps between lines of train.jsonl")

@@ -78,6 +78,7 @@ def test_commands_of_imagenet_import_library_modules_alone():
         "norms",
         "experiments.random_guidance",
         "experiments.differences",
+        "experiments.fashion",
     }
     assert commands == {f"imagenet.{name}" for name in names} | {"imagenet.cost.table"}
     for name, imported in GRAPH.items():

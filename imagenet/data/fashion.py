@@ -36,14 +36,14 @@ def load_fashion(folder: str | Path) -> Split:
         with user_errors(f"no Fashion-MNIST in {folder}, and it could not be fetched", RuntimeError, OSError):
             folder = Path(FashionMNIST(str(folder), download=True).raw_folder)
     with user_errors(f"the files in {folder} are not those of Fashion-MNIST", ValueError, EOFError, OSError):
-        return Split(_read(folder, "train", 60_000), _read(folder, "t10k", 10_000))
+        return Split(_read(folder, "train"), _read(folder, "t10k"))
 
 
-def _read(folder: Path, part: str, count: int) -> tuple[Tensor, Tensor]:
-    """Read images and labels of a part; both files have a short header, of 16 and 8 bytes."""
+def _read(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+    """Read images and labels of a part; both files begin with a short header, of 16 and 8 bytes."""
     images, labels = (
-        np.frombuffer(gzip.decompress((folder / f"{part}-{kind}-ubyte.gz").read_bytes()), np.uint8, offset=skip)
-        for kind, skip in (("images-idx3", 16), ("labels-idx1", 8))
+        np.frombuffer(gzip.decompress((folder / f"{part}-{kind}-ubyte.gz").read_bytes()), np.uint8, offset=header)
+        for kind, header in (("images-idx3", 16), ("labels-idx1", 8))
     )
-    x = torch.from_numpy(images.reshape(count, 1, 28, 28).copy())
-    return x, torch.from_numpy(labels.reshape(count).astype(np.int64))
+    x = images.reshape(len(labels), 1, 28, 28)  # a ValueError if they do not belong together
+    return torch.tensor(x), torch.tensor(labels, dtype=torch.int64)
