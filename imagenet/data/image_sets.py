@@ -89,7 +89,7 @@ def load_data(config: Config, folder: str | Path | None = None) -> Data:
 
     Args:
         config: names the data.
-        folder: where latents lie, or fashion or cifar10, fetched into it if they are not there; the folder of a run that has
+        folder: where latents lie, or fashion or cifar10, fetched into it if missing; the folder of a run that has
             read pictures.
 
     Raises:
