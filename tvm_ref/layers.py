@@ -1,7 +1,7 @@
-"""Layers that cost no more than they must inside a Jacobian-vector product.
+"""Layers with a cheaper Jacobian-vector product.
 
 Under torch.func.jvp PyTorch derives every operation's tangent on its own. Where a weight or a constant meets a tangent
-it still runs the product rule's empty half, and on small tensors the bookkeeping costs more than the numbers. Each
+it still computes the term of the product rule that is zero, and on small tensors the bookkeeping costs more than the numbers. Each
 layer here takes value and tangent apart, applies its own rule, and puts them together again; in a plain call it is the
 layer that its name says.
 """
@@ -14,8 +14,7 @@ from torch.autograd import forward_ad
 def unpack_dual(a: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return value and tangent of a, the tangent None outside a JVP or where a has none.
 
-    The level is named, there being one only: torch.compile would take "no JVP is running", if the first call finds
-    none, to hold for the JVPs after it.
+    Passes level=0 explicitly: otherwise torch.compile would specialise on "no JVP is running" after a first plain call.
     """
     value, tangent = forward_ad.unpack_dual(a, level=0)
     return value, tangent

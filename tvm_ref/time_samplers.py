@@ -155,7 +155,7 @@ class TimeSampler:
     def from_uniform(self, u: Tensor) -> Times:
         """Map numbers of the unit cube, u [4, n] (float64), to the times of n samples, float32.
 
-        The last row decides on the shares; [3, n] will do where there are none.
+        The last row chooses the samples with t = s or t = 1; without such, [3, n] suffices.
         """
         sampler, first, second = TIME_SAMPLERS[self.kind]
         times = sampler(u[:3], self.first or first, self.second or second)

@@ -86,8 +86,8 @@ class Call(NamedTuple):
 def in_units(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments with strides in units of the power of two, at most 16 channels, that divides them all.
 
-    triton asks of an integer only whether 16 divides it, and rows of 72 channels are as well aligned for loads of 16
-    bytes. The unit 1 tells the kernels that offsets inside a tile may need 64 bits, so it is also that of rows so far
+    Triton specialises an integer only on whether 16 divides it, yet rows of 72 channels are also aligned for loads of
+    16 bytes. The unit 1 tells the kernels that offsets inside a tile may need 64 bits, so it is also that of rows so far
     apart that they do.
     """
     rows = {k: x for k, x in arguments.items() if isinstance(x, tuple) and k not in ("mask", "tiles")}

@@ -21,7 +21,15 @@ PACKAGES = {"tvm_ref": ROOT / "tvm_ref", "jvp_attention": ROOT / "kernels/jvp_at
 project = "Terminal Velocity Matching"
 author = "the contributors of tvm-ref"
 root_doc = "tutorials/site/index"
-include_patterns = ["README.md", "CONTRIBUTING.md", "tvm_ref/**", "kernels/**", "imagenet/**", "tutorials/**"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    ".github/CHANGELOG.md",
+    "tvm_ref/**",
+    "kernels/**",
+    "imagenet/**",
+    "tutorials/**",
+]
 exclude_patterns = ["**/.ipynb_checkpoints", "tutorials/pictures/**", "**/api/*/modules.rst"]
 extensions = ["myst_nb", *(f"sphinx.ext.{name}" for name in ("apidoc", "autodoc", "napoleon", "viewcode"))]
 html_theme = "furo"

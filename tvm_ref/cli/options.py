@@ -19,7 +19,7 @@ from tvm_ref.cli.stopping import INTERRUPTED, is_first_rank
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose help keeps the description's lines and states defaults, and whose errors take one line.
 
-    Of many processes under torchrun the first one speaks.
+    Under torchrun only rank 0 prints.
     """
 
     def __init__(self, prog: str, description: str | None = None, **options: Any):

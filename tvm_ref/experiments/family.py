@@ -3,7 +3,7 @@
     python -m tvm_ref.experiments.family                             all of it, some five minutes of one idle core
     python -m tvm_ref.experiments.family --parts picture noise cost  chosen parts
 
-    picture   who matches what where in the triangle of (t, s): family.png
+    picture   the (t, s) that each method trains, and what it matches there: family.png
     noise     ||dL/dF||^2 of every objective at the exact flow map, of its jumps and in all, over that of flow matching
     cost      products of a training step, in plain forwards
     bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
