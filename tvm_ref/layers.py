@@ -1,9 +1,9 @@
 """Layers with a cheaper Jacobian-vector product.
 
 Under torch.func.jvp PyTorch derives every operation's tangent on its own. Where a weight or a constant meets a tangent
-it still computes the term of the product rule that is zero, and on small tensors the bookkeeping costs more than the numbers. Each
-layer here takes value and tangent apart, applies its own rule, and puts them together again; in a plain call it is the
-layer that its name says.
+it still computes the term of the product rule that is zero, and on small tensors the bookkeeping costs more than the
+numbers. Each layer here takes value and tangent apart, applies its own rule, and puts them together again; in a plain
+call it is the layer that its name says.
 """
 
 import torch.nn.functional as F

@@ -87,8 +87,8 @@ def in_units(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments with strides in units of the power of two, at most 16 channels, that divides them all.
 
     Triton specialises an integer only on whether 16 divides it, yet rows of 72 channels are also aligned for loads of
-    16 bytes. The unit 1 tells the kernels that offsets inside a tile may need 64 bits, so it is also that of rows so far
-    apart that they do.
+    16 bytes. The unit 1 tells the kernels that offsets inside a tile may need 64 bits, so it is also that of rows so
+    far apart that they do.
     """
     rows = {k: x for k, x in arguments.items() if isinstance(x, tuple) and k not in ("mask", "tiles")}
     unit = math.gcd(16, *(s for x in rows.values() for s in x[1:]))
