@@ -1,7 +1,9 @@
 """The notebooks run from top to bottom, their exercises' solutions too, and show a reader no error and no warning."""
 
 import ast
+import collections
 import importlib
+import json
 import os
 import re
 from pathlib import Path
@@ -135,6 +137,23 @@ def test_a_quoted_loop_is_that_of_the_code():
     places = [step.find(line) for line in quoted.splitlines()]
     assert -1 not in places
     assert places == sorted(places)
+
+
+def test_notebook_7_says_what_was_measured():
+    """Its section on rates at which something breaks, against the curves of `python imagenet/norms.py`."""
+    runs = json.loads((ROOT / "tutorials/pictures/norms.json").read_text())["runs"]
+    usual = [run for run in runs if run["variant"] != "semi-lipschitz"]
+    assert max(max(run["flow_matching"]) for run in usual if run["case"] == "64:0.02") < 5
+    broken = [max(run["flow_matching"]) for run in usual if run["case"] != "64:0.02"]
+    assert (round(min(broken)), round(max(broken), -6)) == (13, 2e7)
+    assert 1e16 < max(max(run["gradient_norm"]) for run in usual) < 1e17
+    for width, most in (("64", 10), ("128", 27)):
+        ours = [run for run in runs if run["variant"] == "semi-lipschitz" and run["case"].startswith(width)]
+        assert max(max(run["flow_matching"]) for run in ours) < most
+    ends = collections.defaultdict(list)
+    for run in runs:
+        ends[run["case"], run["seed"]].append((run["embedding"][-1], run["variant"]))
+    assert (sum(max(end)[1] == "semi-lipschitz" for end in ends.values()), len(ends)) == (14, 18)
 
 
 def test_commands_are_understood():
