@@ -79,6 +79,8 @@ def test_commands_of_imagenet_import_library_modules_alone():
         "experiments.random_guidance",
         "experiments.differences",
         "experiments.fashion",
+        "experiments.memory",
+        "experiments.oracle",
     }
     assert commands == {f"imagenet.{name}" for name in names} | {"imagenet.cost.table"}
     for name, imported in GRAPH.items():

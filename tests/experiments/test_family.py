@@ -25,6 +25,7 @@ from tvm_ref.experiments.family_measures import (
     ExactNetwork,
     adaptive_bias,
     adaptive_minimiser,
+    adaptive_velocity,
     batch,
     cost,
     flat_gradient,
@@ -119,6 +120,24 @@ def test_the_minimiser_under_adaptive_weights_against_enumeration(eps):
         residual = F[0] - chosen
         total += mass * residual / (residual.square().mean() + eps)
     assert float(total.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.1])
+def test_the_minimiser_for_a_mixture_against_a_sum_over_a_grid(eps):
+    """In 2D v given x_t is a density: the weighted residuals of all v on a grid cancel. With a large eps F is u."""
+    centres = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [0.2, -1.0]], dtype=torch.float64)
+    oracle = GaussianMixture(centres, 0.6, weights=torch.tensor([1.0, 2.0, 1.5]))
+    x, t = torch.tensor([[0.3, -0.2]], dtype=torch.float64), torch.tensor([0.7], dtype=torch.float64)
+    F = adaptive_velocity(oracle, x, t, eps, iterations=1000)
+    axis = torch.linspace(-6, 6, 1201, dtype=torch.float64)
+    x0 = torch.cartesian_prod(axis, axis)  # v = (x - x0) / t
+    noise = (x - 0.3 * x0) / 0.7
+    joint = (oracle.log_density(x0, torch.zeros(len(x0))) - noise.square().sum(1) / 2).softmax(0)
+    residual = F - (x - x0) / 0.7
+    weighted = residual / (residual.square().mean(1, keepdim=True) + eps)
+    assert float((joint @ weighted).abs().max()) < 1e-3 * float(joint @ weighted.norm(dim=1))
+    assert float((F - oracle.velocity(x, t)).abs().max()) > 0.05
+    torch.testing.assert_close(adaptive_velocity(oracle, x, t, 1e6), oracle.velocity(x, t), rtol=1e-4, atol=1e-5)
 
 
 def test_a_large_eps_is_no_weight_and_many_dimensions_make_the_bias_small():

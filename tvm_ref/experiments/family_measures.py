@@ -123,14 +123,14 @@ def count_products(work: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def step_products(config: ToyConfig, make: Callable[[FlowMap], Objective] | None = None) -> float:
+def step_products(config: ToyConfig, make: Callable[[FlowMap], Objective] | None = None, dim: int = 2) -> float:
     """Return the matmuls of a loss and its gradient, in plain forwards of the same batch; without the optimizer's.
 
     Times are the configuration's, of evenly spread numbers, so that its fraction with t = s is met; a curriculum is
-    averaged over. `make` makes another objective than the configuration's.
+    averaged over. `make` makes another objective than the configuration's; `dim` is the data's dimension.
     """
-    x0, x1, u = torch.randn(64, 2), torch.randn(64, 2), uniform_numbers(64, 4, EVALUATION)
-    model = FlowMap(make_network(config, 2, 0))
+    x0, x1, u = torch.randn(64, dim), torch.randn(64, dim), uniform_numbers(64, 4, EVALUATION)
+    model = FlowMap(make_network(config, dim, 0))
     target = copy.deepcopy(model).requires_grad_(False)
     objective = config.make_objective(model, None) if make is None else make(model)
     times = config.sampler().from_uniform(u.T)
@@ -190,6 +190,36 @@ def adaptive_bias(dim: int, mass: float, samples: int, *, t: float = 0.8, eps: f
     u = (p * v).sum(-1)
     deviation = (p * (v - u[..., None]).square()).sum(-1).mean().sqrt()
     return float((adaptive_minimiser(v, p, eps) - u).square().mean().sqrt() / deviation)
+
+
+def adaptive_velocity(
+    mixture: GaussianMixture, x: Tensor, t: Tensor, eps: float = 1e-3, iterations: int = 100
+) -> Tensor:
+    """Solve E[(F - v) / (||F - v||^2 / D + eps) | x_t = x] = 0 for F [N, D], of a mixture without classes.
+
+    Given x_t and the component k, v is N(mu_k, tau^2 I). As 1/a is the integral of exp(-a y) over y > 0, F is the mean
+    of the mu_k with weights
+
+        P(k | x) int exp(-eps y) q^(D/2 + 1) exp(-q y ||F - mu_k||^2 / D) dy,    q = 1 / (1 + 2 tau^2 y / D),
+
+    and is found by iterating that, from u = E v.
+    """
+    m, t, dim = mixture.centres, t[:, None, None], mixture.dim
+    variance = (1 - t) ** 2 * mixture.sigma**2 + t**2  # of x_t given k [N, 1, 1]
+    residual = x[:, None] - (1 - t) * m  # [N, K, D]
+    mu = (t - (1 - t) * mixture.sigma**2) / variance * residual - m
+    log_posterior = (mixture.log_weights - residual.square().sum(2) / (2 * variance[:, 0])).log_softmax(1)
+    y = torch.linspace(-20, 0, 40, dtype=torch.float64).exp() * 30 / eps  # in equal steps of log y
+    q = 1 / (1 + 2 * mixture.sigma**2 / variance * y / dim)  # tau^2 = sigma^2 / variance; [N, 1, Y]
+    log_measure = y.log() - eps * y + (dim / 2 + 1) * q.log()
+    F = torch.einsum("nk,nkd->nd", log_posterior.exp(), mu)
+    for _ in range(iterations):
+        square = (F[:, None] - mu).square().sum(2, keepdim=True) / dim  # [N, K, 1]
+        weight = (log_posterior + torch.logsumexp(log_measure - q * y * square, dim=2)).softmax(1)
+        F, before = torch.einsum("nk,nkd->nd", weight, mu), F
+        if float((F - before).abs().max()) < 1e-6:
+            break
+    return F
 
 
 def line_with_velocity(x: Sample, t: Time, velocity: Sample) -> tuple[Sample, Sample]:

@@ -53,9 +53,9 @@ def train(
     arguments: Any,
     report: Report,
     out: Path,
+    reference: Reference | None = None,
 ) -> Iterator[tuple[str, Training]]:
     """Train every variant on every seed, and yield it; its errors are added to the report, which is written."""
-    reference: Reference | None = None
     runs = [(name, seed) for name in configs for seed in range(arguments.seeds)]
     with progress(total=sum(configs[name].steps for name, _ in runs), unit="step", desc="training", smoothing=0) as bar:
         for done, (name, seed) in enumerate(runs):

@@ -69,7 +69,8 @@ class ToyNetwork(nn.Module):
     def __init__(self, dim: int = 2, num_classes: int = 0, width: int = 64, depth: int = 4):
         super().__init__()
         self.register_buffer("frequencies", math.pi * torch.arange(1, FREQUENCIES + 1), persistent=False)
-        self.register_buffer("projection", torch.randn(dim, FOURIER_FEATURES))
+        # angles of one size in any dimension
+        self.register_buffer("projection", math.sqrt(2 / dim) * torch.randn(dim, FOURIER_FEATURES))
         self.means = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.classes = nn.Embedding(num_classes + 1, CLASS_FEATURES) if num_classes else None
         inputs = dim + 2 * FOURIER_FEATURES + 4 * FREQUENCIES + (CLASS_FEATURES + 1 if num_classes else 0)
