@@ -41,6 +41,9 @@ function render({ dots, s, t, curves, lines, ghosts, point, calls, miss, faint =
   $("calls").firstElementChild.textContent = calls[0];
   $("calls").lastElementChild.textContent = calls[1];
   $("miss").textContent = miss ? `off the exact flow by ${digits(miss.rms)}` : "";
+  $("error").textContent = miss
+    ? `Distance to the exact flow: root mean square ${digits(miss.rms)}, median ${digits(miss.median)} (single points decide the first).`
+    : state.how === "exact" ? "What the others aim at." : "solving the exact flow";
   $("hint").textContent = state.view === "explore" && state.x === FIRST.x && state.y === FIRST.y ? "drag the ring" : pad.hint();
 }
 
@@ -120,14 +123,11 @@ function showControls() {
 }
 
 function showNumbers() {
-  const { read, miss } = VIEWS.explore.shot(), pair = a => `(${digits(a[0], 2)}, ${digits(a[1], 2)})`;
+  const { read } = VIEWS.explore.shot(), pair = a => `(${digits(a[0], 2)}, ${digits(a[1], 2)})`;
   $("df").textContent = pair(read.rate);
   $("u").textContent = pair(read.velocity);
   $("loss").textContent = digits(lossOf(read), 4);
   $("off").textContent = digits(Math.hypot(read.landing[0] - read.exact[0], read.landing[1] - read.exact[1]));
-  $("error").textContent = miss
-    ? `Distance to the exact flow: root mean square ${digits(miss.rms)}, median ${digits(miss.median)} (single points decide the first).`
-    : "What the others aim at.";
 }
 
 // The address: what differs from the start, and points that were drawn
