@@ -69,6 +69,7 @@ def test_commands_of_imagenet_import_library_modules_alone():
     commands = {name for name in COMMANDS if name.startswith("imagenet.")}
     names = {
         "train",
+        "average",
         "sample",
         "evaluate",
         "encode",
