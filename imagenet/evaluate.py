@@ -11,8 +11,8 @@ score needs none. references.py lists the formats. Pickles are read without
 executing anything in them.
 
 The features are those of 2015's Inception, from torch-fidelity, whose weights must be on this machine (--inception); no
-other network ever stands in. Published figures use 50,000 samples, and FID is larger for fewer. Figures are comparable
-only against the same reference.
+other network ever stands in. Published figures use 50,000 samples; FID of fewer is biased: larger. Figures are
+comparable only against the same reference.
 """
 
 import json
@@ -30,6 +30,7 @@ from imagenet.metrics.own import Metrics, measure_model, own_metrics, sets_of
 from imagenet.metrics.references import read_reference
 from imagenet.model import distributed
 from imagenet.sampler import Generator, add_model_options, load_model
+from imagenet.weights import find_model
 from tvm_ref.cli.errors import UserError, require
 from tvm_ref.cli.files import require_new, write_atomically
 from tvm_ref.cli.options import OneLineParser, require_at_least, run
@@ -104,7 +105,7 @@ def table(report: dict[str, Any]) -> str:
         if "precision" not in row:
             lines.append("no precision and recall: the reference has no images")
         if row["samples"] != PUBLISHED:
-            lines.append(f"published figures use {PUBLISHED:,} samples; FID is larger for fewer")
+            lines.append(f"published figures use {PUBLISHED:,} samples; FID of fewer is biased: larger")
     return "\n".join(lines)
 
 
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None, vae:
         require_at_least(LEAST, count=PUBLISHED if options.count is None else options.count)
         require(world.size == 1, "this runs as one process; sample.py under torchrun draws images faster")
         require_new(options.out)  # a folder that cannot be made is noticed before the work
+        source = find_model(source)
         is_model = source.suffix == ".safetensors" or (source / "config.json").is_file()
         generator = load_model(options, world, vae) if is_model else None
         own = (

@@ -1,5 +1,6 @@
-"""Draw images from a trained model: a run's folder, or weights as .safetensors.
+"""Draw images from a trained model: a run's folder, weights as .safetensors, or the name of a model that comes along.
 
+    python imagenet/sample.py digits --out digits.png                          nothing to train: pretrained/README.md
     python imagenet/sample.py runs/imagenet/digits --out digits.png                    a grid, one step
     python imagenet/sample.py imagenet256-w2.safetensors --out cats.png --classes 281 282 285 --steps 4
     python imagenet/sample.py runs/imagenet/folder --out pictures.png --classes "red things"     by names of folders
@@ -42,7 +43,7 @@ ABOUT = "samples.json"  # says of a folder that it holds samples, all of them
 def parser() -> OneLineParser:
     """Build the command line."""
     p = OneLineParser("sample.py", __doc__)
-    p.add_argument("source", type=Path, help="a run's folder, or weights as .safetensors")
+    p.add_argument("source", type=Path, help="a run's folder, weights as .safetensors, or a name, as digits")
     p.add_argument("--out", type=Path, required=True, help="GRID.png, IMAGES.npz or a folder")
     p.add_argument("--count", type=int, help=f"number of images (default: {COUNT}; of a grid {ROWS} per class)")
     p.add_argument("--steps", type=int, default=1, help="network evaluations per image")

@@ -130,7 +130,7 @@ def load_generator(
     """Load the model of a run's folder or of a .safetensors file.
 
     Args:
-        source: the folder or file.
+        source: the folder or file, or the name of a model in imagenet/pretrained/, such as digits.
         device: where to run.
         classes: see Generator; a text is a class's name, if the weights know it, or a number.
         w: see Generator; untrained_guidance warns if the model does not know it.

@@ -14,11 +14,13 @@ from imagenet.config import Config, build_model
 from imagenet.data.provenance import Provenance
 from tvm_ref import FlowMap
 from tvm_ref.cli.errors import UserError, first_line, require, user_errors
+from tvm_ref.cli.files import find
 
 WEIGHTS = "weights.safetensors"  # the evaluation weights, in a run's folder and in each of its checkpoints
 CONFIG = "config.json"
 DATA = "data.json"
 CHECKPOINTS = "checkpoints"
+PRETRAINED = Path(__file__).parent / "pretrained"  # weights that come along, known by their names without an ending
 # fields that decide which weights fit; time_init decides only how new ones start
 NETWORK = ("input_size", "in_channels", "classes", "patch_size", "hidden_size", "depth", "heads", "norms", "scaled")
 
@@ -68,13 +70,13 @@ def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[Flo
     Of a run that has not finished it is the evaluation weights of the newest checkpoint.
 
     Args:
-        path: the file or folder.
+        path: the file or folder, or the name of a model in PRETRAINED.
         attention: a key of ATTENTION in place of the configuration's.
 
     Raises:
         UserError: no weights there, damaged ones, or weights that do not fit their configuration.
     """
-    path = weights_file(Path(path))
+    path = weights_file(find_model(path))
     metadata, weights = _open(path, tensors=True)
     require("config" in metadata, f"{path} does not say which configuration its weights need (metadata 'config')")
     with user_errors(path, UserError):
@@ -84,6 +86,15 @@ def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[Flo
     model = build_model(config, attention=attention)
     model.network.load_state_dict(weights)
     return model.eval().requires_grad_(False), config
+
+
+def find_model(source: str | Path) -> Path:
+    """Return a file or folder that exists, or else the weights of that name in PRETRAINED.
+
+    Raises:
+        UserError: neither is there; lists the names.
+    """
+    return find(source, PRETRAINED.glob("*.safetensors"))
 
 
 def weights_file(source: Path) -> Path:
@@ -140,7 +151,7 @@ def read_provenance(source: str | Path) -> Provenance | None:
     Raises:
         UserError: damaged files.
     """
-    source = Path(source)
+    source = find_model(source)
     if source.is_dir():
         path = source / DATA
         stored = path.read_text() if path.exists() else None

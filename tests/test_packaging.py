@@ -110,6 +110,15 @@ def test_torchrun_finds_the_command_away_from_the_checkout(python, tmp_path):
 
 
 @pytest.mark.slow
+def test_weights_come_along(python, tmp_path):
+    done = run(python, tmp_path, "-m", "imagenet.sample", "digits", "--out", "digits.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "digits.png").exists()
+    done = run(python, tmp_path, "-c", "from tvm_ref.toy.run import load_run; print(load_run('moons')[0].steps)")
+    assert done.stdout == "3000\n", done.stderr
+
+
+@pytest.mark.slow
 def test_a_step_and_a_sample_need_the_core_alone(python, tmp_path):
     others = ["triton", "scipy", "ot", "matplotlib", "pytorch_optimizer", "tqdm", "sklearn", "PIL", "torchvision"]
     done = run(python, tmp_path, "-c", A_STEP % others)

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
+
+
+def find(given: str | Path, shipped: Iterable[Path]) -> Path:
+    """Return a path that exists, or else the one of that name among the models that come with this package.
+
+    Args:
+        given: a path, or a name.
+        shipped: files or folders, each named after its model.
+
+    Raises:
+        UserError: neither is there; says which names there are.
+    """
+    path, known = Path(given), {model.stem: model for model in shipped}
+    if path.exists() or path.is_symlink():
+        return path
+    names = ", ".join(sorted(known))
+    require(str(given) in known, f"{given} cannot be read: nothing is there; models that come along: {names}")
+    return known[str(given)]
 
 
 def read_json(path: Path, what: str, keys: Sequence[str] = ()) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tvm_ref.cli.errors import require, user_errors
-from tvm_ref.cli.files import write_atomically
+from tvm_ref.cli.files import find, write_atomically
 from tvm_ref.cli.progress import progress
 from tvm_ref.cli.stopping import Interruption
 from tvm_ref.flow_map import FlowMap
@@ -48,6 +48,7 @@ DATA, POINTS = "data.json", "points.npy"
 WEIGHTS, SNAPSHOTS = "weights.safetensors", "snapshots.safetensors"
 METRICS, SAMPLES = "metrics.json", "samples.csv"
 PICTURES = ("samples.png", "trajectories.png", "map.png", "losses.png")
+PRETRAINED = Path(__file__).parent / "pretrained"  # runs that come along, known by their names
 MARKS = (CONFIG, LOG)  # a folder that has both holds a run
 OWN_FILES = (*MARKS, CHECKPOINT, DATA, POINTS, WEIGHTS, SNAPSHOTS, METRICS, SAMPLES, *PICTURES)  # --overwrite removes
 
@@ -175,7 +176,7 @@ def require_known_format(path: Path, version: int) -> None:
 
 
 def load_run(folder: Path | str) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
-    """Load configuration, distribution and evaluation model of a run's folder.
+    """Load configuration, distribution and evaluation model of a run's folder, or of the name of one in PRETRAINED.
 
     `units_of(distribution).restore` turns the model's samples into the units of own points.
 
@@ -183,8 +184,9 @@ def load_run(folder: Path | str) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
         UserError: a folder that is no run, one that has written no model, or a damaged one.
         OSError: files that cannot be read.
     """
+    folder = find(folder, PRETRAINED.glob("*/"))
     config, model, units = load_model(folder)
-    distribution = load_distribution(Path(folder), config)
+    distribution = load_distribution(folder, config)
     require(units_of(distribution) == units, f"{folder} was trained on other points than its {POINTS} has")
     return config, distribution, model
 
@@ -205,12 +207,12 @@ def load_distribution(folder: Path, config: ToyConfig) -> GaussianMixture:
 
 
 def load_model(folder: Path | str) -> tuple[ToyConfig, FlowMap, Units]:
-    """Load configuration, evaluation model and units of a run's folder; own points themselves are not needed.
+    """Load configuration, evaluation model and units as load_run does; own points themselves are not needed.
 
     Raises:
         UserError, OSError: see load_run.
     """
-    folder = Path(folder)
+    folder = find(folder, PRETRAINED.glob("*/"))
     config = read_config(folder)
     require((folder / WEIGHTS).is_file(), f"{folder} holds no model yet; finish it with --resume")
     network = make_network(config, 2, config.make_distribution().num_classes if config.conditional else 0)
