@@ -20,7 +20,7 @@ SENTINEL = 777.0
 
 
 def interpreter_works() -> bool:
-    """Whether Triton's interpreter can run a loop: that of triton 3.6 fails with numpy 2.4."""
+    """Tell whether Triton's interpreter can run a loop: that of triton 3.6 fails with numpy 2.4."""
     return importlib.metadata.version("triton") >= "3.7" or np.lib.NumpyVersion(np.__version__) < "2.4.0"
 
 

@@ -1,4 +1,4 @@
-"""How a command ends, for the tests of commands."""
+"""The end of a command, for the tests of commands."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What checks.py does to the functions under it: it checks once, keeps tracebacks, and changes nothing else."""
+"""checks.py checks each call once, keeps tracebacks, and changes nothing else."""
 
 import traceback
 
@@ -30,7 +30,7 @@ def test_importing_the_library_changes_nothing_in_the_process():
 
 
 def test_a_step_is_checked_once(monkeypatch):
-    """Of five checked calls inside a guided loss, none checks again; after it, the next call does."""
+    """None of five checked calls inside a guided loss checks again; after it, the next call does."""
     looked = []
     for name in ("check_data", "check_condition", "check_times"):
         check = getattr(checks, name)

@@ -51,7 +51,7 @@ def test_products_under_a_jvp(layer, forward, both):
 
 
 def test_compiled_a_plain_call_before_a_jvp_does_not_hide_its_tangent():
-    """As improved MeanFlow, or MeanFlow with guidance, calls a network: first as it is, then inside a JVP.
+    """Improved MeanFlow, and MeanFlow with guidance, call a network twice: first as it is, then inside a JVP.
 
     torch.compile once took the level of the first call, "no JVP is running", for that of the second, and failed.
     """

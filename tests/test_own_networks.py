@@ -134,5 +134,5 @@ def compare_in_ddp(rank: int) -> None:
 
 @pytest.mark.slow
 def test_ddp_inside_a_flow_map_averages_the_gradients_of_processes(tmp_path):
-    """Where DDP stands inside the JVP, too, and is called three times per loss (pytorch 182661)."""
+    """DDP may stand inside the JVP, too, and be called three times per loss (pytorch 182661)."""
     in_two_processes("tests.test_own_networks.compare_in_ddp", tmp_path / "store")

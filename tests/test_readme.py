@@ -65,7 +65,7 @@ def test_the_quoted_lines_are_those_of_the_code():
 
 
 class Network(torch.nn.Module):
-    """As small as a network can be that reads everything it is given."""
+    """The smallest network that reads everything it is given."""
 
     def __init__(self):
         super().__init__()

@@ -25,7 +25,7 @@ def followed(model, oracle, x0, x1, s) -> tuple[Draws, bound_paths.Paths]:
 
 @pytest.mark.parametrize("t", [0.6, 1.0])
 def test_the_eulerian_residual_integrates_to_the_error(t):
-    """Of every sample, with its sign, for an arbitrary network: X_0 - Y_0 = int rho ds."""
+    """Holds for every sample, with its sign, and an arbitrary network: X_0 - Y_0 = int rho ds."""
     oracle, model = make_distribution("moons"), random_model(0).double()
     s = time_grid(t, oracle.time_scale, 192)
     _, paths = followed(model, oracle, *draws(oracle, 8), s)

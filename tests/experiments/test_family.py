@@ -165,7 +165,7 @@ def test_a_line_passes_its_point_with_its_velocity():
 
 
 def test_the_gradient_of_regression_on_the_exact_map_points_where_the_true_error_falls():
-    """Of one length, X - psi is that length times F less its exact value. Its negative points the other way."""
+    """For jumps of one length X - psi is that length times F less its exact value; its negative points away."""
     oracle = make_distribution("moons")
     model, x, x0, x1, times = exact_lines(oracle, gap := 0.4, 32)
     t, s, _ = (a[:32] for a in times)

@@ -47,7 +47,7 @@ def prepare_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the kernels run."""
+    """The device on which the kernels run."""
     if ON_GPU:
         return "cuda"
     from tests.attention_cases import interpreter_works

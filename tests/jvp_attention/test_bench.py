@@ -1,4 +1,4 @@
-"""What of the benchmark needs no GPU: its counting, its refusals, its tables."""
+"""The parts of the benchmark that need no GPU: counting, refusals, tables."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What callers hand over: masks that broadcast, mapped axes, mixed dtypes, autocast, precisions, tensors without data.
+"""Callers' arguments: masks that broadcast, mapped axes, mixed dtypes, autocast, precisions, tensors without data.
 
 python -m pytest --slow tests/jvp_attention/test_boundary.py       # 120 drawn problems, each a seed
 """
@@ -155,7 +155,7 @@ def test_tensors_without_data_have_results_of_the_right_layout(both, fake):
 
 
 def test_logits_of_minus_infinity_without_a_mask(both):
-    """As an additive mask in a channel of its own makes them: a first tile without a finite logit gave NaN."""
+    """An additive mask in a channel of its own makes such logits: a first tile without a finite logit gave NaN."""
     q, k, v = torch.randn(3, 1, 1, 32, 8, device=both)
     q[..., 0], k[:, :, :20, 0] = 1, -math.inf
     near(jvp_attention.attention(q, k, v), reference.attention(*(x.double() for x in (q, k, v))))
@@ -248,7 +248,7 @@ def test_a_number_of_no_axes_changes_no_dtype(both):
 
 
 def test_a_loss_of_value_and_tangent_in_a_dual_level(both):
-    """Where PyTorch's softmax fails in the backward: its forward-mode rule writes in place (pytorch 162350)."""
+    """PyTorch's softmax fails in this backward: its forward-mode rule writes in place (pytorch 162350)."""
     x = [y.requires_grad_() for y in (*inputs(device=both), *inputs(device=both))]
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(y, dy) for y, dy in zip(x[:3], x[3:], strict=True)]

@@ -1,4 +1,4 @@
-"""Where kernels break: huge logits, peaked and flat rows, means, far memory."""
+"""Inputs that break kernels: huge logits, peaked and flat rows, means, far memory."""
 
 import pytest
 import torch

@@ -54,7 +54,7 @@ def test_memory_grows_with_the_length_not_its_square(call, monkeypatch):
 )
 @pytest.mark.parametrize("gradients", [(True, True), (True, False), (False, True)])
 def test_any_chunk_gives_the_same(chunk, which, gradients, monkeypatch):
-    """Of one query, of a few, of all; with any of the tangents and of the gradients."""
+    """Chunks of one query, of a few, of all; with any of the tangents and gradients."""
     monkeypatch.setattr(fallback, "CHUNK", chunk)
     monkeypatch.setattr(fallback, "FEWEST_ROWS", 1)
     case = Case((2, 3, 6, 7, 4), torch.float64, True, 0.6, which, gradients, lengths=[5, 0])

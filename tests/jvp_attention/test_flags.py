@@ -69,7 +69,7 @@ def test_gradients_that_are_not_wanted(check, device, small_tiles, wanted):
 
 
 def test_no_residuals_without_gradients(launch, monkeypatch, device):
-    """Where no gradient is wanted nothing is kept of what rounding took; and attention says which is the case."""
+    """Rounding residuals are kept only where a gradient is wanted, which attention finds out."""
     tensors = Case((1, 1, 4, 5, 16), torch.float16, device=device).tensors
     given = a_problem(tensors)
     results, fewer = (launch.run(launch.forward_calls(given, keep)) for keep in (True, False))
@@ -173,7 +173,7 @@ def test_masks_with_lengths_and_causal_and_any_strides(check, device, small_tile
 
 
 def test_tiles_that_see_nothing_are_passed_over(launch, dots, small_tiles):
-    """Of 3 x 3 tiles the 3 on the diagonal are multiplied."""
+    """Only the 3 diagonal tiles of 3 x 3 are multiplied."""
     small_tiles(16, 16)
     *tensors, go, gdo = Case((1, 1, 48, 48, 16)).tensors
     given = a_problem(tensors, mask=a_mask("blocks", 1, 1, 48, 48))

@@ -18,7 +18,7 @@ COUNT = 20 if torch.cuda.is_available() else 200  # on a GPU nearly every proble
 
 
 class Problem(NamedTuple):
-    """What is drawn for one seed."""
+    """The problem drawn for one seed."""
 
     transform: str
     dtype: torch.dtype
@@ -134,7 +134,7 @@ def results(p: Problem, which: Any, inputs: list[Tensor], device: str) -> list[T
 
 @pytest.fixture
 def errors(guarded, device, small_tiles):
-    """Of a seed, and perhaps a dtype: the dtype, the kernels' error and that of plain PyTorch in the same dtype."""
+    """Return dtype, the kernels' error and that of plain PyTorch in it, for a seed and perhaps a dtype."""
 
     def of(seed: int, dtype: torch.dtype | None = None) -> tuple[torch.dtype, float, float]:
         p = draw(seed)

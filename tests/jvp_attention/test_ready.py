@@ -208,7 +208,7 @@ def test_under_vmap_and_grad_inside_the_jvp(network):
 
 
 def test_a_jvp_of_a_jvp():
-    """Of functions, and where the inner one's tangent depends on the outer's."""
+    """JVPs of functions, also where the inner tangent depends on the outer."""
 
     def inner(x: torch.Tensor) -> torch.Tensor:
         return torch.func.jvp(lambda x: F.layer_norm(x, (8,)), (x,), (x.sin(),))[1]

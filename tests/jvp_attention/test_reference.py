@@ -85,7 +85,7 @@ def test_the_cpu_falls_back_and_says_so_once(monkeypatch, caplog):
 
 @pytest.mark.slow
 def test_works_without_triton():
-    """As on macOS, where triton cannot be installed."""
+    """On macOS triton cannot be installed."""
     code = """
 import sys
 sys.modules["triton"] = None  # import triton raises ImportError

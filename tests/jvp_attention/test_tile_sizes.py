@@ -74,7 +74,7 @@ def test_lengths_take_no_more_products_and_spill_next_to_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_derivatives_fit_a_consumer_card(tmp_path):
-    """Where once no tile for derivatives with 128 channels fitted."""
+    """Once no tile for derivatives with 128 channels fitted there."""
     reports = compiled(tmp_path, [128], "--kernels", *DUAL, sm=89)
     assert {r["kernel"] for r in reports} == kernels(128, 2, SHARED_KIB[89]) & set(DUAL)
 
@@ -93,7 +93,7 @@ def test_tiles_fit_every_card(tmp_path, dims, sm, dtype):
 
 @pytest.mark.slow
 def test_every_specialisation_passes_the_front_end():
-    """What may be absent, in every combination; masks and lengths; sizes of 1, which the compiler makes constants."""
+    """Every combination of what may be absent; masks and lengths; sizes of 1, which the compiler makes constants."""
     paths = os.pathsep.join([str(Path(compile_report.__file__).parent), os.environ.get("PYTHONPATH", "")])
     run = python("-m", "tests.jvp_attention.front_end", PYTHONPATH=paths)
     assert run.stdout.split() == ["800"], run.stderr[-2000:]

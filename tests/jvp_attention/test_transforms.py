@@ -161,7 +161,7 @@ def of_both(options: dict, which) -> tuple[Callable, Callable]:
 @pytest.mark.parametrize("options", ["none", "all"])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_plain_pytorch_is_right_or_refuses(name, options):
-    """Where no kernel runs: here in float64, on the CPU."""
+    """In float64, on the CPU, no kernel runs."""
     given = hidden(options)
     x = problem(torch.float64, groups=1, batch=2) if given else problem(torch.float64)
     call = partial(TRANSFORMS[name], *of_both(given, jvp_attention), x)

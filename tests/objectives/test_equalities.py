@@ -189,7 +189,7 @@ def test_the_laws_of_times_give_every_method_what_it_needs():
 
 @pytest.mark.parametrize("kind", OBJECTIVES.values())
 def test_methods_that_meet_the_data_at_equal_times_alone_need_such_times(kind):
-    """Where s < t, their loss does not change with v = x1 - x0 as long as x_t stays; all others' does."""
+    """For s < t their loss does not change with v = x1 - x0 as long as x_t stays; all others' does."""
     model, target, x0, x1, times = setup()
     t, change = times.t[:, None], 0.1
 

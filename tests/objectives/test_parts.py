@@ -29,7 +29,7 @@ def batch(equal):
 @pytest.mark.parametrize("which", EQUAL)
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_those_of_the_whole_batch(kind, which):
-    """As it was done before: all samples as jumps, with v for the right side where t = s."""
+    """The earlier form: all samples as jumps, with v for the right side where t = s."""
     model, target, x0, x1, times, condition = batch(EQUAL[which])
     if not kind.has_guidance:
         condition = condition._replace(beta=torch.ones_like(condition.beta))

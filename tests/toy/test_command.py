@@ -115,7 +115,7 @@ def test_own_points_come_back_as_samples_in_their_own_units(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_keeps_its_own_points(tmp_path, capsys):
-    """What is made of it later needs no table, and is of the points that were learned, whatever the table holds now."""
+    """Later commands need no table, and use the points that were learned, whatever the table holds now."""
     data, folder = tmp_path / "points.csv", tmp_path / "run"
     points = TABLE.copy()
     np.savetxt(data, points, delimiter=";", header="height;weight", comments="")
