@@ -26,5 +26,5 @@ def test_general_factor_equals_closed_form_and_keeps_the_velocity_condition():
 def test_mean_flow_and_its_relatives_refuse_another_factor():
     x, (t, s) = torch.randn(5, 2, dtype=torch.float64), some_times(5)
     model = GeneralFactor(Waves(), lambda t, s: s.sin() - t.sin())
-    with pytest.raises(ValueError, match="factor s - t alone"):
+    with pytest.raises(ValueError, match="only for the factor s - t"):
         MeanFlow(model)(x, x, Times(t, s, s))

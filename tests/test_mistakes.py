@@ -96,7 +96,7 @@ MISTAKES = {  # what is done: how, which error, what it says
     "labels from 1, as many as classes": (
         lambda m: drop_labels(Condition(LABEL + 1, HALF), 5),
         ValueError,
-        "label 5 means no class, where beta is 1; classes are 0 to 4",
+        "label 5 means no class and needs beta = 1; classes are 0 to 4",
     ),
     "labels from 1, in a loss": (
         lambda m: TVM(m, null_label=5)(X0, X1, TIMES, Condition(LABEL + 1, HALF)),
@@ -111,7 +111,7 @@ MISTAKES = {  # what is done: how, which error, what it says
     "more classes than an embedding has": (
         lambda m: sample(FlowMap(Classes(3)), X1, 1, Condition(LABEL, HALF)),
         IndexError,
-        r"C for no class: their embedding has C \+ 1 rows",
+        r"C for no class: the embedding needs C \+ 1 rows",
     ),
     "labels as a column": (
         lambda m: drop_labels(Condition(LABEL[:, None], HALF), 5),
@@ -138,7 +138,7 @@ MISTAKES = {  # what is done: how, which error, what it says
     "float32 convolutions": (
         lambda m: sample(FlowMap(Convolution()), IMAGES[0].permute(0, 3, 1, 2)),
         RuntimeError,
-        "one dtype",
+        "same dtype",
     ),
     "channels last": (
         lambda m: sample(FlowMap(Convolution().double()), IMAGES[0]),
@@ -150,7 +150,7 @@ MISTAKES = {  # what is done: how, which error, what it says
     "one step as a number with a point": (
         lambda m: sample(m, X1, 1.0),
         TypeError,
-        "number of steps, as 1, or a grid",
+        r"number of steps \(1\) or a grid",
     ),
     "classes forgotten": (lambda m: TVM(m, null_label=3)(X0, X1, TIMES), ValueError, "null_label needs a condition"),
     "backward of the terms": (
@@ -191,7 +191,7 @@ def test_data_far_out_and_beta_that_may_be_w_are_warned_of():
     for wrong in (torch.inf, torch.nan):
         with pytest.warns(UserWarning, match="data hold NaN or infinite"):
             TVM(FlowMap(Waves()))(torch.full_like(X0, wrong), X1, TIMES)
-    with pytest.warns(UserWarning, match="was w meant"):
+    with pytest.warns(UserWarning, match="did you pass w as beta"):
         FlowMap(Waves()).velocity(X1, T, Condition(LABEL, torch.full((5,), 2.0, dtype=torch.float64)))
 
 

@@ -103,7 +103,7 @@ WRONG = {  # layers, options, what is said of which
     "a wrong jvp": (
         lambda: [nn.Tanh(), Applied(WrongSine.apply)],
         {},
-        r"layers\.1 \(Applied\): its tangent is wrong; has an autograd",
+        r"layers\.1 \(Applied\): its tangent is wrong; does an autograd",
     ),
     "1 % behind layers that are right": (
         lambda: [
@@ -118,7 +118,7 @@ WRONG = {  # layers, options, what is said of which
             Applied(SlightlyWrongSine.apply),
         ],
         {},
-        r"errors.*\nlayers\.7 \(Applied\): its tangent is wrong; has an autograd.Function in it a wrong jvp\?$",
+        r"errors.*\nlayers\.7 \(Applied\): its tangent is wrong; does an autograd.Function in it have a wrong jvp\?$",
     ),
     "in place on what the backward needs": (
         lambda: [nn.Tanh(), nn.ReLU(inplace=True), Applied(SlightlyWrongSine.apply)],

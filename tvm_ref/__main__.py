@@ -8,7 +8,7 @@ PACKAGES = ("tvm_ref", "imagenet", "jvp_attention")
 
 
 def main() -> None:
-    """Print every command of the packages that are installed, with the first line of what it says of itself."""
+    """Print every command of the installed packages, with the first line of its docstring."""
     roots = [Path(spec.origin).parent for spec in map(find_spec, PACKAGES) if spec is not None and spec.origin]
     for path in (path for root in roots for path in sorted(root.rglob("*.py")) if path != Path(__file__)):
         source = path.read_text()

@@ -1,8 +1,8 @@
-"""Every guard and warning of the method, put on from outside, so that the mathematics has none between its lines.
+"""Every guard and warning of the method, attached by decorators, so that the equations stay free of them.
 
-A function with `@checked` above it checks its arguments once, where a user calls it; what it calls in turn is not
-checked again. Values are looked at only where that costs nothing: on the CPU, outside torch.compile; labels in the
-first steps of a guided training elsewhere, too.
+A function decorated with `@checked` checks its arguments once, where a user calls it; what it calls in turn is not
+checked again. Values are read only where that costs nothing: on the CPU, outside torch.compile. In the first steps of
+a guided training, labels are read on other devices too.
 """
 
 import functools
@@ -29,53 +29,53 @@ with warnings.catch_warnings():  # PyTorch's first JVP imports these rules, and 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-FAR = 100.0  # standard deviations of the noise: images left in 0 to 255 go beyond
-PATIENCE = 5  # steps: a zero-initialised DiT depends on s from its third on
-LONG = 200  # losses after which a training without dropped labels or target is warned of; a step may sum over many
+FAR = 100.0  # standard deviations of the noise; images left in 0 to 255 exceed it
+PATIENCE = 5  # steps before a warning; a zero-initialised DiT depends on s from its third step
+LONG = 200  # losses before a warning of missing dropped labels or target; a step may sum over many
 ONE_DTYPE = (
-    "data, noise and weights must be of one dtype, as data.float(); for bfloat16 put torch.autocast around the call"
+    "data, noise and weights must have the same dtype: data.float(); for bfloat16 put torch.autocast around the call"
 )
-CHANNELS = "if they are images, x.permute(0, 3, 1, 2) puts channels first, where PyTorch's convolutions have them"
-HINTS = {  # words of an error raised inside the user's network: what to do
-    "in-place operation": "no JVP runs through a layer that changes a buffer in its forward, as BatchNorm does in "
-    "training; take GroupNorm or RMSNorm",
+CHANNELS = "if they are images, x.permute(0, 3, 1, 2) puts channels first, as PyTorch's convolutions expect"
+HINTS = {  # text of an error raised inside the user's network: what to do
+    "in-place operation": "a JVP cannot run through a layer that changes a buffer in its forward, as BatchNorm "
+    "does in training; use GroupNorm or RMSNorm",
     "must have the same dtype": ONE_DTYPE,
     "should be the same": ONE_DTYPE,
     "channels, but got": CHANNELS,
-    "index out of range in self": "labels are 0 to C - 1, and C for no class: their embedding has C + 1 rows",
+    "index out of range in self": "labels are 0 to C - 1, or C for no class: the embedding needs C + 1 rows",
 }
 
 
 def require(true: bool, otherwise: str) -> None:
-    """Raise ValueError with a message unless something holds."""
+    """Raise ValueError(otherwise) unless `true` holds."""
     if not true:
         raise ValueError(otherwise)
 
 
 def require_one_of(name: str, value: str, choices: Collection[str]) -> None:
-    """Raise ValueError unless a value is one of some words."""
+    """Raise ValueError unless `value` is one of `choices`."""
     require(value in choices, f"{name} must be one of {', '.join(choices)}; got '{value}'")
 
 
 def has_values(a: Tensor) -> bool:
-    """Tell whether a tensor's numbers can be looked at: not under torch.compile, on "meta" or in a fake tensor."""
+    """Return whether a tensor's values can be read: not under torch.compile, on "meta" or in a fake tensor."""
     return not torch.compiler.is_compiling() and not a.is_meta and type(a) in (Tensor, nn.Parameter)
 
 
 def values_are_cheap(a: Tensor) -> bool:
-    """Tell whether looking at numbers costs nothing: an accelerator's queue would stall."""
+    """Return whether reading values costs nothing: only on the CPU, as an accelerator's queue would stall."""
     return has_values(a) and a.device.type == "cpu"
 
 
 def require_kind(true: bool, otherwise: str, a: Any) -> None:
-    """Raise TypeError with a message and the type of `a` unless something holds."""
+    """Raise TypeError with the message `otherwise` and the type of `a` unless `true` holds."""
     if not true:
         raise TypeError(f"{otherwise}; got {type(a).__name__}")
 
 
 def check_batch(x: Tensor, *per_sample: Tensor) -> None:
     """Raise ValueError unless x is [B, ...] and every other tensor is [B], TypeError for what is not a tensor."""
-    require_kind(isinstance(x, Tensor), "x must be a tensor [B, ...], as torch.from_numpy makes one", x)
+    require_kind(isinstance(x, Tensor), "x must be a tensor [B, ...] (torch.from_numpy converts arrays)", x)
     require(x.ndim >= 2, f"x must be of shape [B, ...] with at least two axes, got {list(x.shape)}")
     check_per_sample(len(x), *per_sample)
 
@@ -96,16 +96,16 @@ def check_times(t: Tensor, s: Tensor) -> None:
 
 
 def check_condition(condition: Any, flow_map: Any) -> None:
-    """Raise TypeError for another type, ValueError for None if the flow map is scaled; warn if beta may be w."""
+    """Raise TypeError for a wrong type, ValueError for None if the flow map is scaled; warn if beta may be w."""
     if condition is None:
         scaled = getattr(flow_map, "scaled", False)
         require(not scaled, "a scaled flow map, f = (s - t) w F, needs a condition: Condition(label, beta=1/w)")
     elif not hasattr(condition, "beta"):
-        require_kind(False, "the condition must be Condition(label, beta), beta = 1/w, 1 without guidance", condition)
+        require_kind(False, "the condition must be Condition(label, beta); beta = 1/w, 1 without guidance", condition)
     elif isinstance(label := condition.label, Tensor) and (label.is_floating_point() or label.dtype == torch.bool):
         raise TypeError(f"labels must be whole numbers, the classes 0, 1, ...; got {label.dtype}")
     elif isinstance(condition.beta, Tensor) and values_are_cheap(condition.beta) and bool((condition.beta > 1).any()):
-        warnings.warn("beta = 1/w is above 1, a guidance weight w below 1; was w meant?", stacklevel=4)
+        warnings.warn("beta = 1/w is above 1, a guidance weight w below 1; did you pass w as beta?", stacklevel=4)
 
 
 def check_classes(condition: Any, null_label: int) -> None:
@@ -116,14 +116,14 @@ def check_classes(condition: Any, null_label: int) -> None:
         fit = bool(((label >= 0) & (label <= null_label)).all())
         require(fit, f"labels must lie in 0 to {null_label - 1}, or be the null label {null_label}; got {seen}")
         guided = bool(((label == null_label) & (beta != 1)).any())
-        require(not guided, f"label {null_label} means no class, where beta is 1; classes are 0 to {null_label - 1}")
+        require(not guided, f"label {null_label} means no class and needs beta = 1; classes are 0 to {null_label - 1}")
 
 
 def check_data(x0: Tensor, x1: Tensor, t: Tensor) -> None:
-    """Raise TypeError for data of whole numbers, ValueError for shapes that do not fit; warn of odd values or axes."""
+    """Raise TypeError for integer data, ValueError for shapes that do not fit; warn of suspicious values or axes."""
     for a in (x0, x1):
         require_kind(
-            isinstance(a, Tensor), "data and noise must be tensors [B, ...], as torch.from_numpy makes them", a
+            isinstance(a, Tensor), "data and noise must be tensors [B, ...] (torch.from_numpy converts arrays)", a
         )
     if not x0.is_floating_point():
         raise TypeError(f"data must be floating-point numbers, got {x0.dtype}; scale images to [-1, 1]: x0 / 127.5 - 1")
@@ -133,22 +133,22 @@ def check_data(x0: Tensor, x1: Tensor, t: Tensor) -> None:
         warnings.warn(f"data are of shape {list(x0.shape)}; {CHANNELS}", stacklevel=4)
     if values_are_cheap(x0) and x0.numel() and not (farthest := float(x0.detach().abs().amax())) <= FAR:
         far = f"reach beyond {FAR:g}, where noise has standard deviation 1; scale them"
-        # no error: in one process of several it would leave the others waiting, where a loss of NaN ends them all
+        # no error: raised in one of several processes it would leave the others waiting; a NaN loss ends them all
         warnings.warn(f"data {far if math.isfinite(farthest) else 'hold NaN or infinite numbers'}", stacklevel=4)
 
 
 def is_average(a: Any) -> bool:
-    """Tell whether something is an EMA, which holds a model and is none."""
+    """Return whether something is an EMA, which holds a model but is not one."""
     return not isinstance(a, nn.Module) and hasattr(a, "decay") and hasattr(a, "module")
 
 
 def require_network(network: Any) -> None:
-    """Raise TypeError unless a network is what a FlowMap is made around, called as network(x, t, s, condition)."""
+    """Raise TypeError unless a FlowMap can wrap the network, which is called as network(x, t, s, condition)."""
     fit = not hasattr(network, "displacement") and not is_average(network)
     require_kind(fit, "a FlowMap is made around a network itself", network)
     try:
         signature = inspect.signature(getattr(network, "forward", network))
-    except (TypeError, ValueError):  # of compiled code
+    except (TypeError, ValueError):  # compiled code has no signature
         return
     try:
         signature.bind("x", "t", "s", "condition")
@@ -159,24 +159,24 @@ def require_network(network: Any) -> None:
 
 
 def check_objective(kind: Any, flow_map: Any, null_label: int | None) -> None:
-    """Raise TypeError for an objective of a bare network, ValueError for guidance that the method does not have."""
+    """Raise TypeError for a bare network, ValueError for guidance that the method does not support."""
     require(null_label is None or kind.has_guidance, f"{kind.__name__} takes no null_label: it has no guidance here")
     if not hasattr(flow_map, "velocity"):
         raise TypeError(f"{kind.__name__} trains a flow map; wrap the network: FlowMap(network)")
 
 
 def check_sampling(jump: Any, noise: Any, times: Any) -> None:
-    """Raise TypeError for what takes no steps, ValueError for a grid of times that does not fall within [0, 1]."""
+    """Raise TypeError if `jump` cannot take steps, ValueError for a time grid that does not fall within [0, 1]."""
     if is_average(jump):
-        raise TypeError("an EMA holds a model and is none: sample from its .module")
+        raise TypeError("an EMA holds a model but is not one: sample from its .module")
     if isinstance(jump, Tensor):
         raise TypeError("sample(model, noise, steps): the model comes first")
-    model = getattr(jump, "flow", jump)  # of an EulerStep
+    model = getattr(jump, "flow", jump)  # an EulerStep holds a flow
     if isinstance(model, nn.Module) and not hasattr(model, "displacement"):
         raise TypeError(f"{type(model).__name__} is a network, not a flow map; wrap it: FlowMap(network)")
-    require_kind(isinstance(noise, Tensor), "noise must be a tensor [B, ...], as torch.randn(64, 2)", noise)
+    require_kind(isinstance(noise, Tensor), "noise must be a tensor [B, ...], such as torch.randn(64, 2)", noise)
     if isinstance(times, float) or getattr(times, "ndim", 1) == 0:
-        raise TypeError(f"times must be a number of steps, as 1, or a grid, as [1.0, 0.5, 0.0]; got {times}")
+        raise TypeError(f"times must be a number of steps (1) or a grid ([1.0, 0.5, 0.0]); got {times}")
     if isinstance(times, int):
         return
     grid = [float(a) for a in times]
@@ -185,7 +185,7 @@ def check_sampling(jump: Any, noise: Any, times: Any) -> None:
 
 
 class _Inside(threading.local):
-    checked = False  # whether a checked call is under way, whose callees are trusted
+    checked = False  # True inside a checked call: what it calls is not checked again
 
 
 _inside = _Inside()
@@ -196,8 +196,8 @@ def checks(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a decorator that calls `before(**arguments)`, then the function, then `after(result, **arguments)`.
 
-    `before` is left out while another checked call is under way. Errors that come from inside the user's network keep
-    their type and traceback, and get a note of what to do.
+    `before` is skipped inside another checked call. Errors raised inside the user's network keep their type and
+    traceback, and get a note that says what to do.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -223,7 +223,7 @@ def checks(
 
 
 def _call(function: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
-    """Call a function whose callees are trusted."""
+    """Call a function without checking the calls inside it."""
     _inside.checked = True
     try:
         return function(*arguments, **options)
@@ -243,7 +243,7 @@ def _check_exact(self: Any, x: Tensor, t: Tensor, s: Tensor | None = None, **oth
 
 
 def _check(self: Any, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Any = None, **others: Any) -> None:
-    """Check a call of a FlowMap, (x, t[, s], condition): shapes, 0 <= s <= t <= 1, a condition where there must be."""
+    """Check a call of a FlowMap, (x, t[, s], condition): shapes, 0 <= s <= t <= 1, a condition where one is needed."""
     s = t if s is None else s
     check_condition(condition, self)
     check_batch(x, t, s, *(condition or ()))
@@ -251,7 +251,7 @@ def _check(self: Any, x: Tensor, t: Tensor, s: Tensor | None = None, condition: 
 
 
 def _check_labels(condition: Any, null_label: int, rate: float = 0.1, **others: Any) -> None:
-    """Check labels that are to be dropped."""
+    """Check the arguments of drop_labels."""
     check_condition(condition, None)
     check_per_sample(len(condition.label), *condition)
     require(0 <= rate <= 1, f"the label dropout rate must lie in [0, 1], got {rate}")
@@ -261,7 +261,7 @@ def _check_labels(condition: Any, null_label: int, rate: float = 0.1, **others: 
 def _check_loss(
     self: Any, x0: Tensor, x1: Tensor, times: Any, condition: Any = None, target: Any = None, **others: Any
 ) -> None:
-    """Check what an objective is called with: data, noise, times, condition with its null label, and target."""
+    """Check the arguments of an objective: data, noise, times, condition with its null label, and target."""
     drawn = "times must be Times(t, s, s_prime), as TimeSampler().draw(len(x0)) returns"
     require_kind(hasattr(times, "s_prime"), drawn, times)
     check_data(x0, x1, times.t)
@@ -276,22 +276,22 @@ def _check_loss(
     elif values_are_cheap(condition.beta):
         require(bool((condition.beta == 1).all()), "guidance (beta other than 1) needs the objective's null_label")
     fit = target is None or is_average(target) or hasattr(target, "velocity")
-    require_kind(fit, "the target must be a flow map, as EMA(FlowMap(network), decay).module", target)
+    require_kind(fit, "the target must be a flow map, such as EMA(FlowMap(network), decay).module", target)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _warn_of_training(self, condition, target)
 
 
-_counts: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()  # of each objective: losses, those that drop
+_counts: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()  # per objective: losses, dropped labels
 _averages: WeakKeyDictionary[nn.Module, weakref.ref[Any]] = WeakKeyDictionary()  # the EMA that a module belongs to
 
 
 def register_average(ema: Any) -> None:
-    """Remember whose module an average is, so that one that is never updated can be warned of."""
+    """Remember which EMA owns a module, to warn if the EMA is never updated."""
     _averages[ema.module] = weakref.ref(ema)
 
 
 def _warn_of_training(objective: Any, condition: Any, target: Any) -> None:
-    """Warn after LONG losses of guidance without dropped labels, and of a target that is not there or stands still."""
+    """After LONG losses, warn of guidance without dropped labels and of a target that is missing or never updated."""
     counts, null = _counts.setdefault(objective, Counter()), objective.null_label
     counts["all"] += 1
     if counts["all"] > LONG:
@@ -317,19 +317,19 @@ def _check_output(F: Tensor, x: Tensor, **others: Any) -> None:
         raise ValueError(f"the network must return the shape of x, {list(x.shape)}; it returned {list(F.shape)}")
 
 
-_steps_blind: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # of each flow map, how often dF/ds was zero
+_steps_blind: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # per flow map: how often dF/ds was zero
 
 
 def _warn_if_blind(result: tuple[Tensor, Tensor], self: nn.Module, t: Tensor, s: Tensor, **others: Any) -> None:
-    """Warn once of a network that after PATIENCE steps of training does not depend on s, from f and d/ds f."""
+    """Warn once, judging by f and d/ds f, if after PATIENCE training steps the network does not depend on s."""
     f, df_ds = result
     if torch.compiler.is_compiling() or not f.requires_grad or not values_are_cheap(f):
         return
     steps = _steps_blind.get(self, 0)
-    if steps >= PATIENCE or not bool(f.any()):  # an output of zeros says nothing: many networks start so
+    if steps >= PATIENCE or not bool(f.any()):  # an output of zeros says nothing: many networks start there
         return
-    if not torch.equal(over(s - t, f) * df_ds, f):  # d/ds f = F + (s - t) dF/ds is more than F
-        _steps_blind[self] = PATIENCE  # it was seen to depend on s
+    if not torch.equal(over(s - t, f) * df_ds, f):  # d/ds f = F + (s - t) dF/ds differs from F
+        _steps_blind[self] = PATIENCE  # it depends on s: no need to look again
         return
     _steps_blind[self] = steps + 1
     if steps + 1 == PATIENCE:
@@ -347,8 +347,8 @@ warns_if_blind = checks(after=_warn_if_blind)
 
 
 class NotALoss:
-    """Base of terms per sample, which people take for the loss."""
+    """Base class of per-sample terms, which are easily mistaken for the loss."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Raise AttributeError, for `backward`, `mean` and other methods of a tensor, with what to do."""
-        raise AttributeError(f"LossTerms have no {name!r}, they are per sample: take terms.total.mean().backward()")
+        """Raise an AttributeError that says what to do, for `backward`, `mean` and other methods of a tensor."""
+        raise AttributeError(f"LossTerms have no {name!r}, they are per sample: call terms.total.mean().backward()")

@@ -11,9 +11,9 @@ from tvm_ref.checks import require
 
 
 def wasserstein2(x: Tensor, y: Tensor) -> float:
-    """Measure W2 between the empirical measures of x [N, D] and y [M, D]: the exact optimal transport cost, its root.
+    """Compute W2 between the empirical measures of x [N, D] and y [M, D]: the root of the optimal transport cost.
 
-    Where points lie close to those of the same row, as a model's samples to the exact flow's, SciPy finds the best
+    Where each x lies close to the y in its row, as samples of a model and of the exact flow do, SciPy finds the best
     pairing several times faster than POT finds a plan; elsewhere it is slower. O(N^3): about a second at N = M = 2,000.
 
     Raises:
@@ -25,7 +25,7 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
     require(bool(np.isfinite(a).all() and np.isfinite(b).all()), "W2 needs finite points")
     # an optimal plan between equally many points of equal weight is a pairing
     if len(a) == len(b) and np.square(a - b).sum() < 0.02 * np.square(a - a.mean(0)).sum():
-        from scipy.optimize import linear_sum_assignment  # half a second of CPU, which --help need not wait for
+        from scipy.optimize import linear_sum_assignment  # half a second of CPU, which --help should not cost
         from scipy.spatial.distance import cdist
 
         costs = cdist(a, b, "sqeuclidean")
@@ -38,7 +38,7 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
 def sampling_floor(
     draw: Callable[[int, torch.Generator], Tensor], points: int, *, repeats: int = 5, seed: int = 0
 ) -> tuple[float, float]:
-    """Measure what a perfect model scores: mean and standard deviation of W2 between two fresh clouds of the data.
+    """Measure the score of a perfect model: mean and standard deviation of W2 between two fresh clouds of the data.
 
     Args:
         draw: called as draw(n, generator), returns data [n, D].

@@ -33,7 +33,7 @@ class EMA(Generic[M]):
         register_average(self)
 
     def __getattr__(self, name: str) -> Any:
-        """Raise AttributeError for what only the model has, with where to find it."""
+        """Raise an AttributeError that says where to find attributes of the model."""
         raise AttributeError(f"an EMA has no {name!r}; the averaged model is its .module: pass ema.module")
 
     @torch.no_grad()
@@ -53,6 +53,6 @@ class EMA(Generic[M]):
         return {"module": self.module.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what state_dict gave."""
+        """Restore the weights and number of updates from `state_dict`."""
         self.module.load_state_dict(state["module"])
         self.updates = state["updates"]

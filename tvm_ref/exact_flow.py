@@ -35,7 +35,7 @@ def rk4_step(velocity: Velocity, x: Sample, z: Time, step: Time, scale: float) -
 def follow(velocity: Velocity, x: Sample, t: Time, s: Time, scale: float, steps: int) -> Sample:
     """Solve for psi(x, t, s) [B, ...] (eq. 2), each sample from its own t to its own s [B], in either direction."""
     z, z_end = ((time.to(x.dtype) / scale).asinh() for time in (t, s))
-    step = (z_end - z) / steps  # of each sample its own, so one batch may hold jumps of all lengths
+    step = (z_end - z) / steps  # one per sample, so a batch may hold jumps of all lengths
     for i in range(steps):
         x = rk4_step(velocity, x, z + i * step, step, scale)
     return x

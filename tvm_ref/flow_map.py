@@ -37,7 +37,7 @@ class FlowMap(nn.Module):
 
     Every method except F raises TypeError for a condition that is not a Condition and for times that are not tensors,
     and ValueError for shapes that do not fit, for a missing condition if `scaled` and, on the CPU outside
-    torch.compile, for times that violate 0 <= s <= t <= 1. There it also warns of beta above 1 and, in training, of a
+    torch.compile, for times that violate 0 <= s <= t <= 1. There they also warn of beta above 1 and, in training, of a
     network whose output does not depend on s.
 
     Raises:

@@ -30,7 +30,7 @@ class GeneralFactor(FlowMap):
 
     def F(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
         """Raise ValueError, for objectives that are stated for gamma = s - t, where F is the average velocity."""
-        raise ValueError("MeanFlow and its relatives are stated for the factor s - t alone (eq. 18)")
+        raise ValueError("MeanFlow and its relatives are stated only for the factor s - t (eq. 18)")
 
     @checked
     def displacement(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
@@ -48,7 +48,7 @@ class GeneralFactor(FlowMap):
         self, x: Sample, t: Time, s: Time, condition: Condition | None = None, *, detach_jvp: bool = False
     ) -> tuple[Sample, Sample]:
         """Return f and d/ds f = gamma_s F + gamma dF/ds, both [B, ...], by one JVP in s (eq. 22)."""
-        # product rule on f = gamma F, of which s - t is the case gamma_s = 1
+        # product rule on f = gamma F; for gamma = s - t, gamma_s = 1
         F, dF_ds = jvp(lambda s: FlowMap.F(self, x, t, s, condition), (s,), (torch.ones_like(s),))
         dF_ds = dF_ds.detach() if detach_jvp else dF_ds
         gamma, gamma_s = (over(a, x) for a in self._gamma_and_slope(t, s))

@@ -50,7 +50,7 @@ def drop_labels(
 
 
 def without_label(condition: Condition, null_label: int, where: Tensor | None = None) -> Condition:
-    """Take the class from a condition (label null, w = 1): for all samples, or where `where` [B] is true."""
+    """Remove the class from a condition (null label, w = 1): for all samples, or where `where` [B] is true."""
     label, beta = condition
     where = torch.ones_like(label, dtype=torch.bool) if where is None else where
     # without a class there is nothing to guide towards, so w = 1 goes with the null label

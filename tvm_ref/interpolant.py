@@ -10,7 +10,7 @@ def interpolate(x0: Sample, x1: Sample, t: Time) -> Sample:
 
     Raises:
         ValueError: shapes that do not fit.
-        TypeError: whole numbers, as image files hold them.
+        TypeError: integer data, such as raw images.
     """
     # a straight line from data (t = 0) to noise (t = 1), so that its velocity does not depend on t
     return over(1 - t, x0) * x0 + over(t, x0) * x1

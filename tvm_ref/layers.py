@@ -2,8 +2,8 @@
 
 Under torch.func.jvp PyTorch derives every operation's tangent on its own. Where a weight or a constant meets a tangent
 it still computes the term of the product rule that is zero, and on small tensors the bookkeeping costs more than the
-numbers. Each layer here takes value and tangent apart, applies its own rule, and puts them together again; in a plain
-call it is the layer that its name says.
+numbers. Each layer here separates value and tangent, applies its own rule and recombines them; in a plain call it is
+PyTorch's layer of the same name.
 """
 
 import torch.nn.functional as F
@@ -21,15 +21,15 @@ def unpack_dual(a: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def has_tangent(a: Tensor) -> bool:
-    """Tell whether a is inside a JVP, with a tangent of its own."""
+    """Return whether a has a tangent in the current JVP."""
     return unpack_dual(a)[1] is not None
 
 
 class Linear(nn.Linear):
-    """nn.Linear with the tangent rule y' = x' W^T: one product each for value and tangent.
+    """nn.Linear with the tangent rule y' = x' W^T: one matmul each for value and tangent.
 
-    PyTorch's rule y' = x' W^T + x W'^T runs its second product, forward and backward, though W' is zero: leaving it
-    out saves 1 of 3 products forward and 3 of 8 forward and backward. With tangents on the weights this is nn.Linear.
+    PyTorch's rule y' = x' W^T + x W'^T runs its second matmul, forward and backward, though W' is zero: leaving it
+    out saves 1 of 3 matmuls forward and 3 of 8 forward and backward. With tangents on the weights this is nn.Linear.
     """
 
     def forward(self, input: Tensor) -> Tensor:

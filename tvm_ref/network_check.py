@@ -1,8 +1,8 @@
-"""check_network: hold a network's derivatives, as Terminal Velocity Matching takes them, to differences of its values.
+"""Compare a network's derivatives, as Terminal Velocity Matching takes them, with differences of its values.
 
-The loss goes through dF/ds, so reverse mode runs over a JVP, where layers may be wrong without a word. Here value,
-tangent and gradient are compared with differences in float64; where they do not agree, every submodule is compared on
-its own, on the inputs that it met, and the innermost ones that are wrong are named.
+The loss contains dF/ds, so reverse mode runs through a JVP, where layers may be silently wrong. check_network compares
+value, tangent and gradient with finite differences in float64. Where they disagree, it checks every submodule
+separately, on the inputs that it received, and names the innermost ones that are wrong.
 """
 
 import copy
@@ -19,17 +19,17 @@ from tvm_ref.flow_map import FlowMap, jvp
 from tvm_ref.guidance import Condition
 from tvm_ref.shapes import Sample, over
 
-STEP = 1e-4  # of a five-point difference: errors of STEP^4 and, of a difference of differences, 1e-16 / STEP^2
-TOLERANCE = 1e-4  # relative; right layers are at 1e-8, wrong ones at 1e-2 to 1
-DIRECTIONS = 3  # random ones, in all parameters, in which the gradient is compared
+STEP = 1e-4  # of five-point differences: their error is STEP^4, plus 1e-16 / STEP^2 for a difference of differences
+TOLERANCE = 1e-4  # relative; correct layers reach 1e-8, wrong ones 1e-2 to 1
+DIRECTIONS = 3  # random directions, over all parameters, along which the gradient is compared
 STATISTICS = nn.modules.batchnorm._NormBase  # norms that update running statistics while they train
 
 WORDS = {
     "": "",
-    "value": "its value under a JVP is not that of a plain call; does its forward change a buffer?",
-    "tangent": "its tangent is wrong; has an autograd.Function in it a wrong jvp?",
+    "value": "its value under a JVP differs from that of a plain call; does its forward change a buffer?",
+    "tangent": "its tangent is wrong; does an autograd.Function in it have a wrong jvp?",
     "gradient": "value and tangent are right, the gradient through the tangent is wrong; "
-    "take the JVP in jvp_attention.jvp_ready(); if it is, look for detach, no_grad or an autograd.Function",
+    "take the JVP inside jvp_attention.jvp_ready(); if you do, look for detach, no_grad or an autograd.Function",
 }
 JVP: TypeAlias = Callable[[Callable[..., Tensor], tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, Tensor]]
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -37,7 +37,7 @@ Call: TypeAlias = tuple[list[Any], Any]  # leaves of a module's arguments, and t
 
 
 class Errors(NamedTuple):
-    """Relative errors of what a JVP gives and of the gradient through it, less what differences leave in doubt."""
+    """Relative errors of a JVP and of the gradient through it, less the uncertainty of the differences."""
 
     value: float
     tangent: float
@@ -45,12 +45,12 @@ class Errors(NamedTuple):
 
     @property
     def wrong(self) -> str:
-        """The name of the first that is wrong; empty if none is."""
+        """The name of the first wrong result; empty if there is none."""
         return next((name for name, error in self._asdict().items() if not error <= TOLERANCE), "")
 
 
 class NetworkCheck(NamedTuple):
-    """The findings of check_network: print them, or ask `ok`."""
+    """The result of check_network: print it, or read `ok`."""
 
     errors: Errors | None  # of the whole network; None where its JVP fails
     findings: tuple[str, ...]  # what is wrong, in words
@@ -72,16 +72,16 @@ def check_network(
 ) -> NetworkCheck:
     """Compare value, dF/ds and the gradient of the terminal-velocity loss with differences; name the layers at fault.
 
-    It takes seconds for a small network, on a copy in float64 in which parameters that are all zero are random,
-    dropout is off and other noise is the same in every call. A warning says what is wrong, too.
+    It works on a float64 copy, where parameters that are all zero are made random, dropout is off and other noise is
+    the same in every call. It takes seconds for a small network. It also warns of what is wrong.
 
     Args:
         network: called as network(x, t, s, condition), or a FlowMap of one.
-        x: some samples [B, ...], of which the first `samples` are taken.
-        condition: as the network takes it.
-        jvp: torch.func.jvp for a training loop that calls it outside `jvp_attention.jvp_ready`; FlowMap's JVP, which
-            is inside, unless given.
-        samples: how many.
+        x: samples [B, ...]; only the first `samples` are used.
+        condition: labels and beta [B], or None.
+        jvp: FlowMap's JVP, which runs inside `jvp_attention.jvp_ready`. Give torch.func.jvp if your training loop
+            calls it outside of that.
+        samples: how many samples to use.
     """
     network = _ready_to_differ(network.network if isinstance(network, FlowMap) else network)
     check_batch(x)
@@ -106,7 +106,7 @@ def check_network(
     try:
         errors = measure(F, [s], [torch.ones_like(s)], list(network.parameters()), loss, jvp)
         wrong = errors.wrong
-    except Exception as error:  # whatever a layer raises is what is looked for
+    except Exception as error:  # any error that a layer raises is a finding
         wrong = _first_line(error)
     if wrong:
         findings += _layers_at_fault(network, F, s, jvp)
@@ -139,7 +139,7 @@ def measure(
     y, dy = jvp(function, tuple(values), tuple(tangents))
     total = loss(y, dy)
     gradients: tuple[Tensor, ...] = tuple(map(torch.zeros_like, variables))
-    if total.requires_grad:  # else it is constant in all of them
+    if total.requires_grad:  # else it does not depend on any of them
         gradients = torch.autograd.grad(total, variables, allow_unused=True, materialize_grads=True)
     with torch.no_grad():
         error_of_value = float((y - function(*values)).norm() / y.norm().clamp(min=1e-12))
@@ -153,15 +153,15 @@ def measure(
 
 
 def difference(function: Callable[[float], Tensor], step: float) -> Tensor:
-    """Return the derivative of a function of one number at 0, by five points."""
+    """Return the derivative at 0 of a function of one number, by a five-point difference."""
     at = {k: function(k * step) for k in (-2, -1, 1, 2)}
     return (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step)
 
 
 def _error(found: Tensor, derivative: Callable[[float], Tensor], scale: float = 0.0) -> float:
-    """Return the relative error of a derivative, less ten times what differences of other steps say otherwise.
+    """Return the relative error of a derivative, less ten times the change when the differences take other steps.
 
-    They do where a kink is near or a network rounds to float32 inside.
+    That change is large near a kink, or where a network rounds to float32 inside.
     """
     exact, wide, narrow = (derivative(step) for step in (STEP, 3 * STEP, STEP / 3))
     doubt = 10 * max(float((exact - wide).norm()), float((exact - narrow).norm()))
@@ -171,11 +171,11 @@ def _error(found: Tensor, derivative: Callable[[float], Tensor], scale: float = 
 def _error_along(
     variables: list[Tensor], gradients: Sequence[Tensor], loss: Callable[[float], Tensor], generator: torch.Generator
 ) -> float:
-    """Return the error of a gradient in a random direction, over what it is in most; `loss` takes its own step."""
+    """Return the error of a gradient along a random direction, relative to its norm; `loss` takes its own step."""
     starts = [v.detach().clone() for v in variables]
     ds = [torch.randn(v.shape, generator=generator, dtype=v.dtype).to(v.device) for v in variables]
     length = float(torch.stack([d.norm() for d in ds]).norm())
-    ds = [d * min(1.0, 10 / length) for d in ds]  # short, as there are kinks
+    ds = [d * min(1.0, 10 / length) for d in ds]  # short, to cross few kinks
 
     def derivative(step: float) -> Tensor:
         def moved(e: float) -> Tensor:
@@ -202,9 +202,9 @@ def _with_one_noise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _ready_to_differ(network: nn.Module) -> nn.Module:
-    """Copy a network to float64, its zeros random and its dropout off, as it was before torch.compile."""
+    """Copy a network to float64, without torch.compile and dropout, its all-zero parameters made random."""
     network = copy.deepcopy(getattr(network, "_orig_mod", network)).double()
-    for p in network.parameters():  # module.double() leaves complex tensors, and those that are plain attributes
+    for p in network.parameters():  # module.double() skips complex tensors and plain attributes
         p.data = _double(p.data)
     for module in network.modules():
         for tensors in (module._buffers, vars(module)):
@@ -215,7 +215,7 @@ def _ready_to_differ(network: nn.Module) -> nn.Module:
             p.data.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device))
     for module in network.modules():
         names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else ["dropout", "dropout_p", "drop_prob"]
-        for name in names:  # as dropout layers, attention and stochastic depth call it
+        for name in names:  # the names in dropout layers, attention and stochastic depth
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     return network
@@ -226,11 +226,11 @@ def _double(a: Tensor) -> Tensor:
 
 
 def _record(network: nn.Module, F: Callable[[Tensor], Tensor], s: Tensor) -> dict[nn.Module, list[Call]]:
-    """Return what each module of the network is called with in F(s), in the order of the calls."""
+    """Return the arguments of each module's calls in F(s), in order."""
     calls: dict[nn.Module, list[Call]] = {}
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        leaves, tree = tree_flatten((args, kwargs))  # cloned, as a layer may work in place
+        leaves, tree = tree_flatten((args, kwargs))  # cloned below, as a layer may work in place
         calls.setdefault(module, []).append(([a.clone() if isinstance(a, Tensor) else a for a in leaves], tree))
 
     hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in network.modules()]
@@ -244,7 +244,7 @@ def _record(network: nn.Module, F: Callable[[Tensor], Tensor], s: Tensor) -> dic
 
 
 def _layers_at_fault(network: nn.Module, F: Callable[[Tensor], Tensor], s: Tensor, jvp: JVP) -> list[str]:
-    """Say of the innermost modules that are wrong what is, each on its own with the inputs and tangents that it met."""
+    """Describe the innermost wrong modules, each tested separately on the inputs and tangents that it received."""
     here, before, after = (_record(network, F, s + e) for e in (0.0, -STEP, STEP))
     blamed: dict[tuple[str, str], list[str]] = {}
     done: list[str] = []
@@ -263,7 +263,7 @@ def _layers_at_fault(network: nn.Module, F: Callable[[Tensor], Tensor], s: Tenso
 
 
 def _fault(module: nn.Module, here: Call, before: Call, after: Call, jvp: JVP) -> str | None:
-    """Say what is wrong with a module in one call; "" if nothing, None if it meets no tangent or returns no tensor."""
+    """Describe what is wrong in one call of a module: "" if nothing, None if it has no tangent or returns no tensor."""
     met, tree = here
     moving = [i for i, a in enumerate(met) if _is_number(a) and not torch.equal(before[0][i], after[0][i])]
     if not moving:
@@ -286,12 +286,12 @@ def _fault(module: nn.Module, here: Call, before: Call, after: Call, jvp: JVP) -
 
     values = [met[i] for i in moving]
     try:
-        if not function(*values).numel():  # indices, or an object of its own
+        if not function(*values).numel():  # it returned indices, or no tensor
             return None
         wrong = measure(function, values, tangents, list(module.parameters()), loss, jvp).wrong
     except Exception as error:  # as in check_network
         if isinstance(module, STATISTICS) and module.training and module.track_running_stats:
-            return "refused: it updates running statistics, through which no JVP runs: take GroupNorm or RMSNorm"
+            return "refused: it updates running statistics, and a JVP cannot run through that: use GroupNorm or RMSNorm"
         return f"refused: {_first_line(error)}"
     return WORDS[wrong]
 

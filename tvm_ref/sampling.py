@@ -29,7 +29,7 @@ def uniform_times(steps: int) -> list[float]:
 @contextlib.contextmanager
 def _evaluating(jump: Any) -> Iterator[None]:
     """Put a model into eval mode, where dropout is off, and leave each of its modules as it was."""
-    model = getattr(jump, "flow", jump)  # of an EulerStep
+    model = getattr(jump, "flow", jump)  # an EulerStep holds a flow
     training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
     for module in training:
         module.training = False
@@ -58,15 +58,15 @@ def sample_path(
 
 
 def sample(jump: Jump, x1: Sample, times: int | Sequence[float] = 1, condition: Condition | None = None) -> Sample:
-    """Generate: carry noise x1 [B, ...] to data by x <- x + f(x, t_i, t_i+1) (fig. 3); return the samples [B, ...].
+    """Generate samples [B, ...]: carry noise x1 [B, ...] to data by x <- x + f(x, t_i, t_i+1) (fig. 3).
 
     A model is evaluated in eval mode and without gradients, and keeps the mode that it had.
 
         sample(model, torch.randn(64, 3, 32, 32))                      # one step
         sample(model, noise, 4)                                        # four equal steps
-        sample(model, noise, [1.0, 0.3, 0.0])                          # two steps at times of one's own
-        sample(model, noise, 1, Condition(labels, 1 / w * torch.ones(64)))  # of classes, guided with weight w
-        sample(EulerStep(model), noise, 50)                            # of a model that knows its velocity only
+        sample(model, noise, [1.0, 0.3, 0.0])                          # two steps at chosen times
+        sample(model, noise, 1, Condition(labels, 1 / w * torch.ones(64)))  # given classes, with guidance weight w
+        sample(EulerStep(model), noise, 50)                            # a model that knows only its velocity
 
     Args:
         jump: a FlowMap (an average's is `ema.module`), EulerStep, an exact flow's `jump`, or any function called as
@@ -77,14 +77,14 @@ def sample(jump: Jump, x1: Sample, times: int | Sequence[float] = 1, condition: 
 
     Raises:
         ValueError: fewer than one step, or a grid that does not fall within [0, 1].
-        TypeError: an EMA, whose .module is meant; a network that is not wrapped in a FlowMap: it gives average
-            velocities F, not states. A number of steps that is not a whole number, or noise that is none.
+        TypeError: an EMA instead of its .module; a network that is not wrapped in a FlowMap (it returns average
+            velocities F, not states); a number of steps that is not an integer; noise that is not a tensor.
     """
     return sample_path(jump, x1, times, condition)[-1]
 
 
 class EulerStep:
-    """x + (s - t) u(x, t): how a model that knows only its velocity, as after flow matching, takes a step."""
+    """The Euler step x + (s - t) u(x, t), for a model that knows only its velocity, as after flow matching."""
 
     def __init__(self, flow: Flow):
         self.flow = flow

@@ -1,4 +1,4 @@
-"""Distributions of the times of training: the four of the paper's sec. 7.3, each exact, and those of its relatives."""
+"""Distributions of training times: the paper's four (sec. 7.3), sampled exactly, and those of related methods."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Times(NamedTuple):
         t: where jumps start.
         s: where jumps end.
         s_prime: where flow matching is done: TVM's second term, and samples with t = s. Equal to s unless the
-            sampler draws it on its own.
+            sampler draws it independently.
     """
 
     t: Time
@@ -31,7 +31,7 @@ class Times(NamedTuple):
 def logit_normal(u: Tensor, normal: Normal, upper: Tensor | None = None) -> Tensor:
     """Map uniform u [n] to times [n]: sigmoid(z), z ~ N(mean, std^2), truncated to (0, upper] if `upper` [n] is given.
 
-    Inverse-CDF sampling: to truncate, u is scaled by the CDF at `upper`. So it is exact, and smooth in u.
+    Inverse-CDF sampling: to truncate, u is scaled by the CDF at `upper`. The result is exact, and smooth in u.
     """
     mean, std = normal
     u = u.clamp_min(torch.finfo(u.dtype).tiny)
@@ -52,7 +52,7 @@ def trunc(u: Tensor, t: Normal, s: Normal) -> Times:
 
 
 def clamp(u: Tensor, t: Normal, s: Normal) -> Times:
-    """Draw t and s on their own, then s = min(s, t) (sec. 7.3)."""
+    """Draw t and s independently, then s = min(s, t) (sec. 7.3)."""
     start = logit_normal(u[0], t)
     end = torch.minimum(logit_normal(u[1], s), start)
     return Times(start, end, end)
@@ -66,18 +66,18 @@ def gap(u: Tensor, g: Normal, s: Normal) -> Times:
 
 
 def gap_star(u: Tensor, g: Normal, s: Normal) -> Times:
-    """Draw as gap does, and s' on its own for flow matching: logit-normal like s, not truncated (sec. 7.3)."""
+    """Draw as gap does, and s' independently for flow matching: logit-normal like s, not truncated (sec. 7.3)."""
     return gap(u, g, s)._replace(s_prime=logit_normal(u[2], s))
 
 
 def sorted_pair(u: Tensor, first: Normal, second: Normal) -> Times:
-    """Draw two times on their own; the larger is t, the smaller s, and s' is t (MeanFlow, 2505.13447, sec. 4.3)."""
+    """Draw two times independently; the larger is t, the smaller s, and s' is t (MeanFlow, 2505.13447, sec. 4.3)."""
     a, b = logit_normal(u[0], first), logit_normal(u[1], second)
     return Times(torch.maximum(a, b), torch.minimum(a, b), torch.maximum(a, b))
 
 
 def triangle(u: Tensor, first: Normal, second: Normal) -> Times:
-    """Draw (t, s) uniformly on 0 <= s <= t <= 1, and s' on its own (self-distillation, 2505.18825); no normals."""
+    """Draw (t, s) uniformly on 0 <= s <= t <= 1, and s' independently (self-distillation, 2505.18825); no normals."""
     return Times(torch.maximum(u[0], u[1]), torch.minimum(u[0], u[1]), u[2])
 
 
@@ -93,7 +93,7 @@ def dyadic(u: Tensor, first: Normal, second: Normal) -> Times:
 
 
 def soflow(u: Tensor, t: Normal, s: Normal) -> Times:
-    """Draw as clamp does, with s at most t - 1e-4, and s' on its own (SoFlow, 2512.15657, its authors' code)."""
+    """Draw as clamp does, with s at most t - 1e-4, and s' independently (SoFlow, 2512.15657, its authors' code)."""
     start = logit_normal(u[0], t)
     end = torch.minimum(logit_normal(u[1], s), start - 1e-4).clamp_min(0.0)
     return Times(start, end, logit_normal(u[2], (-0.2, 1.0)))
@@ -120,14 +120,14 @@ class TimeSampler:
     """A sampler of TIME_SAMPLERS with its settings.
 
     Raises:
-        ValueError: an unknown kind, a standard deviation that is not positive, normals for a kind that has none, shares
-            outside [0, 1].
+        ValueError: an unknown kind, a standard deviation that is not positive, normals for a kind that has none,
+            fractions outside [0, 1].
     """
 
     kind: str = "gap*"  # the paper's final choice (fig. 9)
     first: Normal | None = None  # (mean, std) of t (trunc, clamp) or of t - s (gap, gap*); None: the paper's
     second: Normal | None = None  # (mean, std) of s; None: the paper's
-    share_equal: float = 0.0  # fraction of samples with t = s = s': flow matching but in PID (table 4d)
+    share_equal: float = 0.0  # fraction of samples with t = s = s': flow matching except in PID (table 4d)
     share_noise: float = 0.0  # fraction of samples with t set to 1, where one-step generation starts (not in the paper)
 
     def __post_init__(self) -> None:
@@ -155,7 +155,7 @@ class TimeSampler:
     def from_uniform(self, u: Tensor) -> Times:
         """Map numbers of the unit cube, u [4, n] (float64), to the times of n samples, float32.
 
-        The last row chooses the samples with t = s or t = 1; without such, [3, n] suffices.
+        The last row chooses the samples with t = s or t = 1; if there are none, [3, n] suffices.
         """
         sampler, first, second = TIME_SAMPLERS[self.kind]
         times = sampler(u[:3], self.first or first, self.second or second)

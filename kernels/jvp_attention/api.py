@@ -41,11 +41,11 @@ def attention(
         q: [B, H, N, D], D at most 256.
         k: [B, G, M, D]; G divides H, and each head of keys serves H/G heads of q that follow each other.
         v: [B, G, M, D].
-        scale: factor of the logits; 1/sqrt(D) unless given. A number: a tensor is multiplied into q instead.
+        scale: factor of the logits; 1/sqrt(D) unless given. A number; multiply a tensor into q instead.
         causal: query i sees keys 0 to i, also where N and M differ.
-        lengths: [B], int32 or int64: queries of batch element b see keys 0 to lengths[b]-1 only. What lies beyond has
-            no influence, whatever it is, and gradients of zero. Values from 1 to M are meant; others count as the
-            nearest of 0 and M.
+        lengths: [B], int32 or int64: queries of batch element b see keys 0 to lengths[b]-1 only. Keys beyond have
+            no influence, whatever their values, and gradients of zero. Give values from 1 to M; others are clamped
+            to [0, M].
         mask: boolean, broadcast to [B, H, N, M]: queries see the keys where it is true. Where causal, lengths and mask
             meet, all apply; a query that sees no key has a result, a tangent and gradients of zero.
 
@@ -72,7 +72,7 @@ def dual_attention(
 ) -> tuple[Queries, Queries]:
     """Compute attention and its derivative along the tangents dq, dk, dv: (o, do), for tangents carried by hand.
 
-    What attention computes under torch.func.jvp, without it; a tangent that is None is zero. Arguments and errors are
+    The same as attention under torch.func.jvp; a tangent that is None is zero. Other arguments and errors are
     those of attention; a tangent has its input's shape and dtype.
     """
     given = check_and_cast(Given(q, k, v, dq, dk, dv, lengths, mask, scale, causal))  # type: ignore[arg-type]

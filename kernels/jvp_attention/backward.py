@@ -1,8 +1,8 @@
 """The backward kernels: gradients of q, k, v and, if there are tangents, of dq, dk, dv.
 
 With the equation numbers of the paper (arXiv 2511.19797, appendix C); go and gdo are the gradients of o and do. The
-paper takes the gradients through o from another backward; here one gives both. Its row sums (76) and (77) run over
-pairs; here they follow from what the forward left, without a pass over pairs:
+paper takes the gradients through o from another backward; here one pass gives both. Its row sums (76) and (77) run
+over pairs; here they follow from the forward's results, without a pass over pairs:
 
     c = row sum of gdo * o                              (76)
     r = row sum of go * o + gdo * do                    (77), and what ordinary attention subtracts
@@ -85,7 +85,7 @@ def row_sum_kernel(
     heads,
     N,
     D: tl.constexpr,
-    UNIT: tl.constexpr,  # of strides, in elements (see rows.py)
+    UNIT: tl.constexpr,  # unit of strides, in elements (see rows.py)
     QUERIES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -135,10 +135,10 @@ def query_kernel(
     M,
     GROUP: tl.constexpr,  # heads of q that share one of k and v
     D: tl.constexpr,
-    UNIT: tl.constexpr,  # of strides, in elements (see rows.py)
+    UNIT: tl.constexpr,  # unit of strides, in elements (see rows.py)
     CAUSAL: tl.constexpr,
     WHOLE_KEYS: tl.constexpr,  # all keys of every tile are visible: M is a multiple of KEYS, no lengths, no mask
-    PRECISION: tl.constexpr,  # of float32 matmuls; no effect on 16-bit ones
+    PRECISION: tl.constexpr,  # how float32 matmuls are computed; no effect on 16-bit ones
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -256,10 +256,10 @@ def key_kernel(
     M,
     GROUP: tl.constexpr,  # heads of q that share one of k and v
     D: tl.constexpr,
-    UNIT: tl.constexpr,  # of strides, in elements (see rows.py)
+    UNIT: tl.constexpr,  # unit of strides, in elements (see rows.py)
     CAUSAL: tl.constexpr,
     WHOLE_QUERIES: tl.constexpr,  # N is a multiple of QUERIES
-    PRECISION: tl.constexpr,  # of float32 matmuls; no effect on 16-bit ones
+    PRECISION: tl.constexpr,  # how float32 matmuls are computed; no effect on 16-bit ones
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,

@@ -1,4 +1,4 @@
-"""Measure time and memory of attention's JVP, forward and backward, beside others' on a CUDA device.
+"""Compare time and memory of attention's JVP, forward and backward, with other implementations' on a CUDA device.
 
     python -m jvp_attention.bench --out h100.json
     python -m jvp_attention.bench --official ~/tvm          # a checkout of the paper's code: its kernels too
@@ -8,8 +8,8 @@ Sizes are those of the paper's table 5 (B 1, H 1 and 24, N 128 to 32768, D 128) 
 18 heads of 64 channels and 16 of 72). Implementations: ours, plain PyTorch attention under torch.func.jvp,
 jvp_flash_attention if it is installed, and the official kernels. Each is first compared with float64 on the same
 inputs; a pass whose value, tangent or gradients are wrong is not timed. Times are medians; memory is the peak above the
-inputs; rates count for everyone the matmuls that ours takes up to 64 channels (6 forward, 21 backward; a backward in
-one pass could do with 15), as a fraction of the rate of a large matmul measured in the same run.
+inputs; rates count for every implementation the matmuls that ours takes up to 64 channels (6 forward, 21 backward; 15
+would do for a backward in one pass), as a fraction of the rate of a large matmul measured in the same run.
 """
 
 import argparse
@@ -62,7 +62,7 @@ SIZES = {"table5": TABLE_5, "dit": DIT, "all": TABLE_5 + DIT}
 
 
 def official_attention(checkout: Path) -> Attention:
-    """Import the kernels of a checkout of the paper's repository: correct under torch.func.jvp alone."""
+    """Import the kernels of a checkout of the paper's repository: correct only under torch.func.jvp."""
     sys.path.insert(0, str(checkout))
     from jvp_utils.functional import sdpa_jvp  # type: ignore[import-not-found]
 
@@ -105,7 +105,7 @@ def wrong(function: Attention, size: Size, device: str, dtype: torch.dtype) -> d
         found |= {"backward": _differences(RESULTS["backward"], *pair, dtype)}
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a stranger's code may raise
+    except Exception as error:  # third-party code may raise anything
         message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         found |= {problem: message}
     return {passes: text for passes, text in found.items() if text}
@@ -182,7 +182,7 @@ def table(rows: list[dict[str, Any]], rate: float) -> str:
 
 
 def speedups(rows: list[dict[str, Any]]) -> str:
-    """Compute how many times faster ours is than each other: geometric means over the sizes that both were timed at."""
+    """Compute how many times faster ours is than each other one: geometric means over sizes where both were timed."""
     timed = {(r["name"], *(r[k] for k in Size._fields)): r for r in rows}
     lines = []
     for name in dict.fromkeys(r["name"] for r in rows if r["name"] != "ours"):
@@ -203,11 +203,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--sizes", choices=SIZES, default="all", help="which sizes (default: all)")
+    p.add_argument("--sizes", choices=SIZES, default="all", help="which sizes to measure (default: all)")
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="data type of the inputs (default: bfloat16)")
-    p.add_argument("--official", type=Path, metavar="PATH", help="a checkout of the paper's repository")
+    p.add_argument("--official", type=Path, metavar="PATH", help="also measure this checkout of the paper's code")
     p.add_argument("--tune", action="store_true", help="let every kernel choose its fastest tiles first")
-    p.add_argument("--out", type=Path, metavar="FILE", help="also write the figures to this new JSON file")
+    p.add_argument("--out", type=Path, metavar="FILE", help="also write the results to this new JSON file")
     return p
 
 

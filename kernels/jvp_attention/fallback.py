@@ -1,15 +1,15 @@
 """Plain PyTorch in place of the kernels, on any device and in any dtype.
 
-Without tangents PyTorch's own fused attention answers (pytorchs.py). With tangents the kernels' formulas are written
+Without tangents PyTorch's own fused attention is used (pytorchs.py). With tangents the kernels' formulas are written
 out, in chunks of queries: only a chunk's rows of the N x M matrices are held at a time, so memory grows with N and M,
-not with their product. Float16 is computed in float32. A tangent or gradient that is absent is zeros expanded from one
-row.
+not with their product. Float16 is computed in float32. An absent tangent or gradient is one row of zeros,
+expanded.
 
-Of bfloat16 the logits are computed in float32. Other matmuls take and give 16 bits: of every other N x M matrix only
-the differences within a row matter, so a number near the row's mean is subtracted before it is rounded.
+For bfloat16 inputs the logits are computed in float32. Other matmuls take and return 16 bits: in every other N x M
+matrix only differences within a row matter, so a number near the row's mean is subtracted before rounding.
 
-What is written out computes what it needs from the inputs, not from what a forward left, and changes nothing in place
-where PyTorch is to differentiate it: that is how derivatives are found that the kernels do not know.
+The written-out formulas use only the inputs, no results of the forward, and change nothing in place where PyTorch is
+to differentiate them: they provide the derivatives that the kernels lack.
 """
 
 import operator
@@ -27,7 +27,7 @@ from jvp_attention.reference import hidden_keys, one_per_query_head, to_length
 from jvp_attention.shapes import Given
 
 CHUNK = 2**20  # elements of each of a chunk's matrices, so that they fit a cache
-FEWEST_ROWS = 64  # of a chunk: matmuls of fewer are slow
+FEWEST_ROWS = 64  # per chunk: matmuls with fewer rows are slow
 
 
 def forward(given: Given, keep: bool) -> Results:
@@ -39,8 +39,8 @@ def forward(given: Given, keep: bool) -> Results:
 def backward(given: Given, results: Results, go: Tensor | None, gdo: Tensor | None, wanted: list[bool]) -> list[Tensor]:
     """Compute the wanted ones among the gradients of q, k, v, dq, dk, dv from those of o and do."""
     trimmed = trim(given)
-    if gdo is None and go is not None and pytorchs.tells_lse(given.q):  # the tangents have no part in o
-        if given.has_tangent:  # nor has their forward found lse
+    if gdo is None and go is not None and pytorchs.tells_lse(given.q):  # o does not depend on the tangents
+        if given.has_tangent:  # and the forward with tangents computed no lse
             results = pytorchs.attention(trimmed)
         found = pytorchs.gradients(trimmed, results, go)
     else:
@@ -49,7 +49,7 @@ def backward(given: Given, results: Results, go: Tensor | None, gdo: Tensor | No
 
 
 def trim(given: Given) -> Given:
-    """Leave out the keys beyond the greatest length, where to read that does not wait for a GPU."""
+    """Leave out the keys beyond the greatest length, where reading it does not wait for a GPU."""
     if given.lengths is None or given.lengths.device.type != "cpu" or not given.lengths.numel():
         return given
     visible = slice(0, min(max(int(given.lengths.max()), 1), given.k.shape[2]))
@@ -65,14 +65,14 @@ def trim(given: Given) -> Given:
 class _Problem(NamedTuple):
     """Inputs of the formulas: zeros for absent ones, as many heads of k as of q.
 
-    In bfloat16, where the inputs are and no derivative is to be found, so that all matmuls but that of S have operands
-    of 16 bits; else in float32 at least.
+    In bfloat16 if the inputs are and PyTorch is not to differentiate, so that all matmuls except that of S have 16-bit
+    operands; else in float32 or wider.
     """
 
     q: Tensor  # q and dq side by side [B, H, N, 2 D]
     k: Tensor  # dk, k: q, dq times their transpose is T / scale
     v: Tensor  # dv, v
-    g: Tensor  # gdo, go: times their transpose it is A
+    g: Tensor  # gdo, go: g times the transpose of v is A
     lengths: Tensor | None
     mask: Tensor | None
     visible: Tensor | None  # which keys are visible to any query [B or 1, H or 1, M, 1], where not all are
@@ -92,7 +92,7 @@ class _Problem(NamedTuple):
 
     @property
     def wide(self) -> torch.dtype:
-        """Return the dtype of what is summed."""
+        """Return the dtype of sums."""
         return number_type(self.q)
 
     @property
@@ -102,7 +102,7 @@ class _Problem(NamedTuple):
 
     def rows(self) -> int:
         """Return how many queries a chunk has."""
-        rows = CHUNK // self.k.shape[2] // (4 if self.causal else 1)  # fewer skip more keys that no query sees
+        rows = CHUNK // self.k.shape[2] // (4 if self.causal else 1)  # small chunks skip more of the hidden keys
         return min(self.q.shape[2], max(FEWEST_ROWS, rows))
 
     def chunks(self) -> Iterator[tuple[slice, slice]]:
@@ -135,7 +135,7 @@ def _dual(x: _Problem, given: Given, keep: bool) -> Results:
     dtype = given.q.dtype
     rounded = keep and dtype.itemsize < 4
     o_residual, do_residual = ((y - y.to(dtype)).to(dtype) if rounded else nothing(given.q) for y in (o, do))
-    lse = o.new_zeros(o.shape[:3])  # which nothing reads, like mu
+    lse = o.new_zeros(o.shape[:3])  # nothing reads it, nor mu
     mu = torch.zeros_like(lse) if given.logits_have_tangent else nothing(lse)
     return Results(o.to(dtype), do.to(dtype), o_residual, do_residual, lse, mu)
 
@@ -168,7 +168,7 @@ def _gradients_of_part(x: _Problem, wanted: list[bool]) -> list[Tensor | None]:
     centred_k = _less_mean(x, x.k).roll(x.channels, -1)  # k, dk
     for rows, keys in x.chunks():
         gq, gk, gv, gdq, gdk, gdv = _gradients_of_chunk(x, centred_k[:, :, keys], rows, keys, wanted)
-        of_queries.append([gq, gdq])  # rows of this chunk only, while to the keys all chunks add
+        of_queries.append([gq, gdq])  # this chunk's rows; the keys' gradients are sums over all chunks
         of_keys = [_add(total, part, x.k) for total, part in zip(of_keys, (gk, gv, gdk, gdv), strict=True)]
     gq, gdq = (None if parts[0] is None else torch.cat(parts, 2) for parts in zip(*of_queries, strict=True))
     gk, gv, gdk, gdv = of_keys
@@ -215,12 +215,12 @@ def _transposed_matmul(m: Tensor, a: Tensor) -> Tensor:
 
 
 def _less_mean(x: _Problem, keys: Tensor) -> Tensor:
-    """Take the mean off keys or values that rows of zero sum are multiplied with, whose rounding it would enlarge."""
+    """Subtract the mean from keys or values that multiply rows of zero sum, where it would only add rounding errors."""
     return (keys - _mean(x, keys)).to(keys.dtype)
 
 
 def _mean(x: _Problem, keys: Tensor) -> Tensor:
-    """Compute the mean of the visible ones among the first keys or values, in float32 at least: [B, H, 1, ...]."""
+    """Compute the mean of the visible keys or values, in float32 or wider: [B, H, 1, ...]."""
     if x.visible is None:
         return keys.mean(2, keepdim=True, dtype=x.wide)
     visible = x.visible[:, :, : keys.shape[2]].to(x.wide)
@@ -228,10 +228,10 @@ def _mean(x: _Problem, keys: Tensor) -> Tensor:
 
 
 def _times_keys(x: _Problem, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
-    """Compute factor a b^T for keys or values b, in bfloat16 less a number per row.
+    """Compute factor a b^T for keys or values b, in bfloat16 minus one number per row.
 
-    A matmul of bfloat16 rounds its result, so it first subtracts what the mean of b gives. Nobody misses that: of each
-    row the mean under P is taken off anyway. But 8 bits suffice for what is left, like for P and the gradients.
+    A bfloat16 matmul rounds its result, so the part from b's mean is subtracted first. That changes nothing: each row's
+    mean under P is subtracted later anyway. 8 bits suffice for the rest, as for P and the gradients.
     """
     if a.dtype != torch.bfloat16:
         return (factor * a) @ b.mT
@@ -294,11 +294,11 @@ def _like_inputs(gradients: list[Tensor | None], given: Given, wanted: list[bool
 
 
 def _like_input(gradient: Tensor, x: Tensor) -> Tensor:
-    if gradient.shape[1] != x.shape[1]:  # heads that share keys add to their gradient
+    if gradient.shape[1] != x.shape[1]:  # heads that share keys sum their gradients
         gradient = gradient.unflatten(1, (x.shape[1], -1)).sum(2)
     return _pad_keys(gradient, x.shape[2]).to(x.dtype)
 
 
 def _pad_keys(x: Tensor, count: int) -> Tensor:
-    """Append rows of zeros up to a count; returns x itself where it has them, which `pad` copies."""
+    """Append rows of zeros up to a count; return x itself, not `pad`'s copy, if it has as many."""
     return x if x.shape[2] == count else pad(x, (0, 0, 0, count - x.shape[2]))

@@ -54,10 +54,10 @@ def forward_kernel(
     M,
     GROUP: tl.constexpr,  # heads of q that share one of k and v
     D: tl.constexpr,
-    UNIT: tl.constexpr,  # of strides, in elements (see rows.py)
+    UNIT: tl.constexpr,  # unit of strides, in elements (see rows.py)
     CAUSAL: tl.constexpr,
     WHOLE_KEYS: tl.constexpr,  # all keys of every tile are visible: M is a multiple of KEYS, no lengths, no mask
-    PRECISION: tl.constexpr,  # of float32 matmuls; no effect on 16-bit ones
+    PRECISION: tl.constexpr,  # how float32 matmuls are computed; no effect on 16-bit ones
     QUERIES: tl.constexpr,  # queries per tile
     KEYS: tl.constexpr,  # keys per tile
     CHANNELS: tl.constexpr,  # D rounded up to a size that a tile may have
@@ -82,7 +82,7 @@ def forward_kernel(
     factor = tl.maximum(size * LOG2_E, 1e-30)  # not 0, because 0 times the -inf of a hidden key is NaN
     q_tile = load_rows(q, b, h, start, N, D, UNIT, QUERIES, CHANNELS, False)
     largest = tl.full([QUERIES], float("-inf"), tl.float32)  # q k^T so far
-    total = tl.full([QUERIES, 8], 0.0, tl.float32)  # of P, in eight partial sums
+    total = tl.full([QUERIES, 8], 0.0, tl.float32)  # sum of P, in eight partial sums
     sum_pv = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)
     if DUAL:
         sum_do = tl.full([QUERIES, CHANNELS], 0.0, tl.float32)  # (P * T) v + P dv
@@ -160,7 +160,7 @@ def forward_kernel(
         sum_pt = row_sum(sum_pt)
     if lengths is not None or mask is not None:
         shift = tl.where(total == 0, 0.0, shift)
-        total = tl.where(total == 0, 1.0, total)  # no key is visible: the sums are 0, so o and do are
+        total = tl.where(total == 0, 1.0, total)  # no key is visible: the sums are 0, so o and do are 0
     value = sum_pv / total[:, None]
     store_rows(o, value, b, h, start, N, D, UNIT, QUERIES, CHANNELS)
     store_numbers(lse, shift + tl.log2(total), head, start, N, QUERIES)

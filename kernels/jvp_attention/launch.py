@@ -1,7 +1,7 @@
 """From tensors to kernel launches. Importing this needs triton.
 
 Every operation allocates its results and returns them with the calls that fill them, so that the same calls can also
-be compiled for a GPU that is not there.
+be compiled for a GPU that is not present.
 """
 
 import functools
@@ -37,12 +37,12 @@ _too_large: set[tuple[Any, Tiles]] = set()
 
 
 class Call(NamedTuple):
-    """One launch of a kernel: its arguments but for the tiles, and what its programs share out."""
+    """One launch of a kernel: its arguments except the tiles, and the axis that its programs divide."""
 
     name: str  # in the tables of tile_sizes
     kernel: Any
     arguments: dict[str, Any]
-    tiled: str  # QUERIES or KEYS: what a program has one tile of
+    tiled: str  # QUERIES or KEYS: the axis of which each program takes one tile
 
     @property
     def like(self) -> Tensor:
@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
     @property
     def heads(self) -> int:
-        """Batch elements times heads, of k where keys are shared out."""
+        """Batch elements times heads, of k where programs divide the keys."""
         batch, heads = self.like.shape[:2]
         return batch * heads // (self.arguments["GROUP"] if self.tiled == "KEYS" else 1)
 
@@ -111,7 +111,7 @@ def run(work: Work) -> Any:
 
 
 def _launch_what_fits(call: Call) -> None:
-    """Launch with the first candidate that fits the card; what did not is not tried again for such a call."""
+    """Launch with the first candidate that fits the card; those that do not are not tried again for such calls."""
     several = call.candidates()
     for tiles in several:
         if _too_large and (_kind(call), tiles) in _too_large:
@@ -125,7 +125,7 @@ def _launch_what_fits(call: Call) -> None:
 
 
 def _kind(call: Call) -> tuple[Any, ...]:
-    """Name what decides which code a call runs, but for the tiles."""
+    """Return the key of the code that a call runs, apart from the tiles."""
     a = call.arguments
     options = tuple(name for name in OPTIONAL if a.get(name) is not None)
     return call.name, call.like.dtype, call.like.device, a["D"], a.get("CAUSAL"), a.get("PRECISION"), options
@@ -203,7 +203,7 @@ def _attention_arguments(given: Given) -> dict[str, Any]:
     if given.scale < 0:  # the kernels take |scale| for logits, and the queries negated with it
         given = given._replace(q=-given.q, dq=None if given.dq is None else -given.dq)
     q, k = given.q, given.k
-    # which the older torch.set_float32_matmul_precision sets, too
+    # torch.set_float32_matmul_precision, the older way, sets this too
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         **{name: _rows(getattr(given, name)) for name in ("q", "k", "v", "dq", "dk", "dv")},
@@ -255,7 +255,7 @@ def backward_calls(
     sums = any(x is not None for x in (gq, gdq, gk, gdk))
     common = {
         **_attention_arguments(given),
-        # contiguous, which vmap's are not
+        # under vmap they are not contiguous
         **{"lse": results.lse.contiguous(), "mu": results.mu.contiguous() if has_t else None},
         **{"go": _rows(go), "gdo": _rows(gdo)},
         **{"r": empty_numbers(q) if sums else None, "c": empty_numbers(q) if sums and has_t else None},

@@ -9,7 +9,7 @@ from jvp_attention.shapes import Given
 
 
 class Results(NamedTuple):
-    """Results of the forward, and what its backward takes; without tangents all but o and lse are `nothing`."""
+    """Results of the forward, and what the backward needs from it; without tangents all but o and lse are `nothing`."""
 
     o: Tensor  # [B, H, N, D]
     do: Tensor  # [B, H, N, D]
@@ -49,7 +49,7 @@ def empty_results(given: Given, keep: bool) -> Results:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Return x [B, H, rows, D] in the memory order of `empty_rows`, itself if it lies so; a placeholder as it is."""
+    """Return x [B, H, rows, D] in the memory order of `empty_rows`, x itself if it is; placeholders are unchanged."""
     return x if x.ndim != 4 or x.stride() == row_strides(x) else empty_rows(x).copy_(x)
 
 
@@ -69,7 +69,7 @@ def number_type(like: Tensor) -> torch.dtype:
 
 
 def rows_in_order(x: Tensor) -> Tensor:
-    """Return x itself if its channels lie side by side, else a copy of which that is true."""
+    """Return x itself if its channels lie side by side, else such a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

@@ -46,7 +46,7 @@ GIVEN = (
     "Tensor q, Tensor k, Tensor v, Tensor? dq, Tensor? dk, Tensor? dv, "
     "Tensor? lengths, Tensor? mask, float scale, bool causal"
 )
-OLDER_VMAP = torch._C._parse_dispatch_key("Batched") or ""  # of gradcheck and torch.autograd.functional.jacobian
+OLDER_VMAP = torch._C._parse_dispatch_key("Batched") or ""  # used by gradcheck and torch.autograd.functional.jacobian
 MASK = Given._fields.index("mask")
 RESULTS = "Tensor o, Tensor do, Tensor o_residual, Tensor do_residual, Tensor lse, Tensor mu"
 FORWARD_ARGUMENTS = f"{GIVEN}, bool keep"  # keep: also the residuals, for a backward
@@ -72,14 +72,14 @@ def backward(*arguments: Any) -> Six:
             return tuple(as_rows(x) for x in fallback.backward(given, Results(*results), go, gdo, wanted))
     from jvp_attention import launch
 
-    if gdo is None:  # the tangents have no part in o: ordinary attention's backward
+    if gdo is None:  # o does not depend on the tangents: ordinary attention's backward
         given = given.without_tangents()
     found = launch.run(launch.backward_calls(given, Results(*results), go, gdo, wanted))
     return tuple(nothing(given.q) if x is None else x for x in found)
 
 
 def stands_in(given: Given) -> bool:
-    """Return whether plain PyTorch stands in for the kernels. The log says why, once: a warning if on a GPU."""
+    """Return whether plain PyTorch replaces the kernels. The log says why, once: a warning if on a GPU."""
     reason = why_not(given)
     if reason:
         _log_once(reason, logging.WARNING if given.q.is_cuda else logging.INFO)
@@ -115,14 +115,14 @@ def _log_once(reason: str, level: int) -> None:
 
 
 def attend(given: Given) -> Six:
-    """Call the forward operator; its plain PyTorch at once where nothing else would happen, which takes less time."""
+    """Call the forward operator, or directly its plain PyTorch where the dispatcher would add only overhead."""
     if torch.compiler.is_compiling() or _needs_the_dispatcher(given) or not stands_in(given):
         return FORWARD(*given, False)
     return forward(*given, False)
 
 
 def _needs_the_dispatcher(given: Given) -> bool:
-    """Return whether an operator is more than its kernel: with derivatives, transforms, modes, classes of tensors."""
+    """Return whether derivatives, transforms, modes or tensor subclasses make an operator more than its kernel."""
     tensors = [x for x in given if isinstance(x, Tensor)]
     return (
         forward_ad._current_level >= 0
@@ -150,13 +150,13 @@ def _backward_shapes(*arguments: Any) -> Six:
 
 @contextlib.contextmanager
 def _all_levels() -> Iterator[None]:
-    """Switch derivatives on again, which an autograd.Function's forward has off, for the transforms further out."""
+    """Switch derivatives, which are off in an autograd.Function's forward, on again for the outer transforms."""
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         yield
 
 
 class _Attention(_SingleLevelFunction):
-    """The forward operator where a gradient is wanted: saves what the backward needs, of what has a gradient."""
+    """The forward operator where a gradient is wanted: saves what the backward needs for the inputs with a gradient."""
 
     _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
 
@@ -177,7 +177,7 @@ class _Attention(_SingleLevelFunction):
     def backward(ctx: Any, go: Tensor | None, gdo: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Call the backward operator for the gradients that are asked for."""
         wanted = list(ctx.needs_input_grad[1:7])
-        if gdo is None:  # the tangents have no part in o
+        if gdo is None:  # o does not depend on the tangents
             wanted[3:] = [False] * 3
         found: tuple[Tensor | None, ...] = (None,) * 6
         if any(wanted) and not (go is None and gdo is None):
@@ -189,7 +189,7 @@ class _Attention(_SingleLevelFunction):
 
 
 class _Gradients(_SingleLevelFunction):
-    """The backward operator where a gradient of its results may be wanted, which is refused when it is."""
+    """The backward operator where a gradient of its results may be wanted: asking for one raises."""
 
     _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
 
@@ -212,7 +212,7 @@ class _Gradients(_SingleLevelFunction):
 
 
 def _unpack(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Tensor | None]]:
-    """Take values and tangents apart, of the transform that the dispatcher is at."""
+    """Separate values and tangents of the transform that the dispatcher is at."""
     values = list(arguments)
     tangents: list[Tensor | None] = [None] * len(arguments)
     for i, x in enumerate(arguments):
@@ -248,7 +248,7 @@ def _forward_derivatives(keys: Any, *arguments: Any) -> Six:
     given, (keep,) = Given.split(tuple(values))
     if given.has_tangent:
         return _second(fallback.written_out, arguments)
-    # PyTorch's rule for a number of no axes makes tangents of another dtype (pytorch 160513)
+    # PyTorch's rule for a zero-dimensional tensor makes tangents of another dtype (pytorch 160513)
     dq, dk, dv = (None if dx is None else dx.to(given.q.dtype) for dx in tangents[:3])
     dual = given._replace(dq=dq, dk=dk, dv=dv)
     if any(torch._C._dispatch_keys(dx).has(OLDER_VMAP) for dx in (dq, dk, dv) if dx is not None):
@@ -292,11 +292,11 @@ def _vmap(operator: Any) -> Callable[..., tuple[Six, tuple[int | None, ...]]]:
         q, batch = arguments[0], info.batch_size
         elements = q.shape[0] if axes_of["q"] is None else q.movedim(axes_of["q"], 0).shape[1]
 
-        def fold(x: Any, axis: Any, is_mask: bool) -> Any:  # of a list of flags the axis is a list
+        def fold(x: Any, axis: Any, is_mask: bool) -> Any:  # the axis of a list of flags is a list
             if not isinstance(x, Tensor) or (axis is None and x.ndim == 1 and x.numel() == 0):
                 return x
             if axis is None and is_mask and x.shape[0] == 1:
-                return x  # one for all
+                return x  # the same for every entry
             x = x.expand(batch, *x.shape) if axis is None else x.movedim(axis, 0)
             if is_mask:
                 x = x.expand(-1, elements, *x.shape[2:])

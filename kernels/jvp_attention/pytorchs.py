@@ -1,6 +1,6 @@
-"""Ordinary attention by PyTorch's own, where the kernels cannot run.
+"""Ordinary attention by PyTorch's own operators, where the kernels cannot run.
 
-On a CPU that is the operator below scaled_dot_product_attention, since only that returns the lse that its backward
+On a CPU this is the operator below scaled_dot_product_attention, the only one that returns the lse that its backward
 takes; elsewhere gradients are written out.
 """
 
@@ -23,7 +23,7 @@ class _Plain(NamedTuple):
     v: Tensor
     bias: Tensor | None  # 0 or -inf; 0 for queries that see no key, for which it would give NaN
     blind: Tensor | None
-    scale: float  # positive, as the sign of another is multiplied into q
+    scale: float  # positive: the sign of a negative one is multiplied into q
     factor: float  # of q
 
 
@@ -35,7 +35,7 @@ def _plain(given: Given) -> _Plain:
     hidden = hidden_keys(rows, k.shape[2], False, given.lengths, given.mask)
     if hidden is None:
         return _Plain(q, k, v, None, None, scale, factor)
-    causal = given.causal and given.mask is not None  # with lengths alone a query that sees any key sees the first
+    causal = given.causal and given.mask is not None  # with only lengths, a query that sees any key sees the first
     causally = hidden_keys(rows, k.shape[2], causal, given.lengths, given.mask)
     blind = (hidden if causally is None else causally).all(-1, keepdim=True)
     hidden = hidden & ~blind
@@ -57,11 +57,11 @@ def attention(given: Given) -> Results:
         )
     else:
         bias = x.bias
-        if causal and bias is not None:  # of which scaled_dot_product_attention takes one
+        if causal and bias is not None:  # scaled_dot_product_attention takes only one of them
             later = torch.ones(x.q.shape[2], x.k.shape[2], dtype=torch.bool, device=x.q.device).triu(1)
             bias, causal = bias.masked_fill(later, float("-inf")), False
         o = scaled_dot_product_attention(x.q, x.k, x.v, attn_mask=bias, is_causal=causal, scale=x.scale)
-        lse = x.q.new_zeros(x.q.shape[:3], dtype=number_type(x.q))  # which nothing reads
+        lse = x.q.new_zeros(x.q.shape[:3], dtype=number_type(x.q))  # nothing reads it
     return Results.plain(o if x.blind is None else o.masked_fill(x.blind, 0), lse.contiguous())
 
 

@@ -1,12 +1,12 @@
-"""jvp_ready: a mode in which ordinary networks are right under a differentiated JVP.
+"""jvp_ready: a mode that makes ordinary networks correct under a differentiated JVP.
 
 A `torch.overrides.TorchFunctionMode` sees every call of PyTorch's functions in its own thread, under whatever name a
 network imported them, and torch.compile traces it. Replacing the names in torch.nn.functional would miss those imported
 by value, and reach other threads; other rules for the operators would stay in the process, and escape torch.compile.
 
-While a mode answers, PyTorch takes it off, so it does not see what a function written in Python calls. Of those only
-nn.MultiheadAttention's matters, and `opened` shows it. What is called in C++ stays unseen: nn.LSTM is right, but
-multiplies by absent tangents. torch.utils.checkpoint is no such function; one attribute is set for it.
+While a mode handles a call, PyTorch disables it, so it does not see calls inside a function written in Python. Only
+nn.MultiheadAttention's matter, and `opened` exposes them. Calls in C++ stay unseen: nn.LSTM is right, but multiplies
+by absent tangents. torch.utils.checkpoint is not such a function; one attribute is set for it.
 """
 
 import functools
@@ -35,7 +35,7 @@ CHECKPOINT_OPTIONS = {"preserve_rng_state"} | {  # of checkpoint itself; other k
 
 
 class jvp_ready(TorchFunctionMode):
-    """Enter a context in which PyTorch's functions are right, and waste nothing, where they meet a tangent.
+    """Context in which PyTorch's functions handle tangents correctly and without wasted work.
 
     >>> with jvp_ready():
     ...     y, dy = torch.func.jvp(network, (x,), (dx,))
@@ -46,7 +46,7 @@ class jvp_ready(TorchFunctionMode):
     - `layer_norm`, `instance_norm`, `batch_norm` without running statistics, `linalg.solve`, `tensorsolve`, `det`,
       `slogdet` and `logdet`, whose gradient through a JVP PyTorch gets wrong, and `glu` and `hardsigmoid`, which it
       refuses, are written out.
-    - Linear layers, convolutions and matrix products leave out the product with a tangent that is not there.
+    - Linear layers, convolutions and matmuls leave out the product with an absent tangent.
     - `torch.utils.checkpoint` recomputes the block's JVP.
 
     Values are PyTorch's up to rounding, and bit for bit where no argument has a tangent. Needs no GPU and no triton.
@@ -62,11 +62,11 @@ class jvp_ready(TorchFunctionMode):
         return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer one call."""
+        """Handle one call."""
         kwargs = kwargs or {}
-        if func is torch.Tensor.unflatten:  # which calls super(): torch.compile of PyTorch 2.11 cannot follow from here
+        if func is torch.Tensor.unflatten:  # it calls super(), which torch.compile of PyTorch 2.11 cannot trace here
             func = torch.unflatten
-        if func is checkpoint:  # which only torch.compile asks about
+        if func is checkpoint:  # seen only under torch.compile
             return recomputed(checkpoint, *args, **kwargs)
         answer = ANSWERS.get(func)
         if answer is None:
@@ -82,7 +82,7 @@ class InBlock(jvp_ready):
 
 
 def opened(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Copy a function of torch.nn.functional without its question who else may answer: what it calls is then seen."""
+    """Copy a function of torch.nn.functional without its check for overrides, so that the mode sees its calls."""
     space = types.ModuleType(f"{__name__}.opened")  # a module, as torch.compile looks a function's names up in one
     space.__dict__.update(function.__globals__, has_torch_function=lambda _: False, __name__=space.__name__)
     sys.modules[space.__name__] = space
@@ -117,7 +117,7 @@ def recomputed(checkpoint: Callable[..., Any], function: Callable[..., Any], *ar
     tangents.
 
     Raises:
-        NotImplementedError: a function that uses a tensor with a tangent that is none of its arguments.
+        NotImplementedError: a function that uses a tensor with a tangent that is not among its arguments.
     """
     options = {name: kwargs.pop(name) for name in CHECKPOINT_OPTIONS & set(kwargs)}
     leaves, tree = tree_flatten((args, kwargs))
@@ -130,7 +130,7 @@ def recomputed(checkpoint: Callable[..., Any], function: Callable[..., Any], *ar
     if any(isinstance(mode, InBlock) for mode in entered):  # PyTorch fails to recompute a block of a block
         return function(*args, **kwargs)
 
-    rest: list[Any] = []  # of results that are not one tensor: a JVP returns only tensors
+    rest: list[Any] = []  # the structure of results that are not one tensor: a JVP returns only tensors
 
     def of_moving(*values: Tensor) -> Any:
         given = list(leaves)
@@ -178,7 +178,7 @@ def in_mode(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def see_checkpoints() -> None:
-    """Let torch.utils.checkpoint.checkpoint come by here, under every name that it was imported by.
+    """Route torch.utils.checkpoint.checkpoint through here, under whatever name it was imported.
 
     PyTorch keeps, as an attribute of the function, the form of it that eager mode calls; this sets the attribute. It is
     done once for the process: where no argument has a tangent nothing changes.
@@ -187,7 +187,7 @@ def see_checkpoints() -> None:
     if inner is None:
         return
 
-    def first_call(*args: Any, **kwargs: Any) -> Any:  # torch._dynamo takes a second to import
+    def first_call(*args: Any, **kwargs: Any) -> Any:  # here, because torch._dynamo takes a second to import
         import torch._dynamo
 
         here = torch._dynamo.disable(functools.partial(recomputed, inner), wrapping=False)
@@ -205,7 +205,7 @@ AFFINE = (
 PRODUCTS = (
     torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm,
 )  # fmt: skip
-REFUSED = {  # whose tangent, or the gradient through it, is wrong; what to call instead
+REFUSED = {  # functions whose tangent, or the gradient through it, is wrong; what to call instead
     torch.native_layer_norm: "torch.nn.functional.layer_norm",
     torch.instance_norm: "torch.nn.functional.instance_norm",
     **dict.fromkeys((torch.batch_norm, torch.native_batch_norm), "torch.nn.functional.batch_norm"),

@@ -88,7 +88,7 @@ def softmax_of_visible(logits: Tensor, hidden: Tensor | None) -> Tensor:
     """Return the softmax over the keys that are visible; zeros for a query that sees none."""
     if hidden is None:
         return logits.softmax(-1)
-    # a row of -inf alone would be NaN, so such rows are left as they are and set to zero afterwards
+    # a row of only -inf would give NaN, so such rows are left as they are and set to zero afterwards
     blind = hidden.all(-1, keepdim=True)
     return logits.masked_fill(hidden & ~blind, float("-inf")).softmax(-1).masked_fill(blind, 0)
 

@@ -40,7 +40,7 @@ def tile_of_program(length, heads, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr)
     """
     tiles = (length + SIZE - 1) // SIZE
     program = tl.program_id(0)
-    head = program // tiles  # divided in 32 bits: in 64 it is a call, with a stack
+    head = program // tiles  # divided in 32 bits: a 64-bit division is a function call, with a stack
     b, h = head // heads, head % heads
     tile = program % tiles
     if LAST_FIRST:
@@ -50,7 +50,7 @@ def tile_of_program(length, heads, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr)
 
 @triton.jit
 def visible_keys(lengths, b, M):
-    """Return how many keys are visible in batch element b: lengths[b], held to [0, M]; all M without lengths."""
+    """Return how many keys are visible in batch element b: lengths[b], clamped to [0, M]; all M without lengths."""
     visible = M
     if lengths is not None:
         visible = tl.minimum(tl.maximum(tl.load(lengths + b), 0), M).to(tl.int32)
@@ -140,7 +140,7 @@ def load_mask(mask, b, h, start, length, at, others, ROWS: tl.constexpr, COLUMNS
 
 @triton.jit
 def keep_up_to(s, keys, last, needed):
-    """Logits s, -inf where a key's index exceeds the last visible one; untouched, and fast, unless that is needed."""
+    """Return logits s, -inf where a key's index exceeds the last visible one; unchanged unless that is `needed`."""
     if needed:
         s = tl.where(keys <= last, s, float("-inf"))
     return s

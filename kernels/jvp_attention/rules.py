@@ -1,13 +1,13 @@
-"""PyTorch's functions again, in forms whose gradient through a JVP is right and that multiply by no absent tangent.
+"""PyTorch's functions, rewritten so that gradients through a JVP are right and absent tangents cost nothing.
 
 Each takes the arguments of the function that it stands in for. PyTorch's own rules fail in two ways:
 
 - `layer_norm`, `instance_norm`, `batch_norm`, `linalg.solve`, `tensorsolve`, `det`, `slogdet` and `logdet` have a
-  tangent that reads results of the forward which reverse mode takes for constants: value and tangent are right, the
-  gradient through the tangent is wrong without a word. Written out in functions whose rules are right, they are right
-  at every order.
-- A product of which only one factor has a tangent, such as a layer's input and its weights, is computed with the
-  other's zero tangent, too: 3 products forward and 8 with the backward where 2 and 6 do.
+  tangent that reads results of the forward which reverse mode treats as constants: value and tangent are right, the
+  gradient through the tangent is silently wrong. Here they are written out in functions whose rules are right, so they
+  are right at every order.
+- A product where only one factor has a tangent, such as a layer's input but not its weights, is also computed with the
+  other's zero tangent: 3 products forward and 8 with the backward, where 2 and 6 suffice.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +27,9 @@ Function: TypeAlias = Callable[..., Tensor]
 
 
 def tangents_are_hidden() -> bool:
-    """Return whether the innermost transform is vmap or grad: then only further out can be seen what has a tangent.
+    """Return whether the innermost transform is vmap or grad: then only outer levels know which tensors have tangents.
 
-    Asked of private functions of PyTorch, because there are no public ones; torch.compile knows these.
+    Uses private functions of PyTorch, because there are no public ones; torch.compile can trace them.
     """
     if not torch._C._are_functorch_transforms_active():
         return False
@@ -39,8 +39,7 @@ def tangents_are_hidden() -> bool:
 def unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return value and tangent of x, the tangent None where x has none.
 
-    The level is given, there being one only: torch.compile would take "no JVP is running", if a first call finds none,
-    to hold for the JVPs after it.
+    Passes level=0 explicitly: otherwise torch.compile would specialise on "no JVP is running" after a first plain call.
     """
     value, tangent = forward_ad.unpack_dual(x, level=0)
     return value, tangent
@@ -85,7 +84,7 @@ def layer_norm(
     if weight is not None:
         y = y * weight
     y = y if bias is None else y + bias
-    # as PyTorch's: autocast runs it in float32, but for that of the CPU
+    # as in PyTorch: autocast runs it in float32, except on the CPU
     return y if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
 
@@ -213,7 +212,7 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def refused(function: Function, instead: str, *args: Any, **kwargs: Any) -> Any:
-    """Call a function whose gradient through a JVP is wrong, and for which something else can be called.
+    """Call a function whose gradient through a JVP is wrong; raise and name an alternative if there is a JVP.
 
     Raises:
         NotImplementedError: an argument that has a tangent.

@@ -14,7 +14,7 @@ Mask: TypeAlias = Bool[Tensor, "..."]  # which keys are visible to a query; broa
 
 LARGEST_HEAD = 256  # channels of a head
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LOWERED = (torch.float16, torch.bfloat16, torch.float32)  # by autocast
+LOWERED = (torch.float16, torch.bfloat16, torch.float32)  # dtypes that autocast casts
 
 
 class Given(NamedTuple):
@@ -61,8 +61,8 @@ def check_and_cast(given: Given) -> Given:
     """Cast as autocast wants the inputs of matmuls, check the arguments, and fill in what they leave out.
 
     Raises:
-        TypeError: inputs that are no tensors, or nested; dtypes that differ or are not taken; a scale that is a tensor;
-            lengths that are no int32 or int64 tensor; a mask that is no boolean one.
+        TypeError: inputs that are not tensors, or nested; dtypes that differ or are not supported; a tensor as scale;
+            lengths that are not an int32 or int64 tensor; a mask that is not boolean.
         ValueError: shapes that do not fit, no queries, keys or channels, more than LARGEST_HEAD channels per head, or a
             scale that is not finite.
     """
@@ -71,7 +71,7 @@ def check_and_cast(given: Given) -> Given:
         if not isinstance(x, Tensor) and not (x is None and name.startswith("d")):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if isinstance(x, Tensor) and x.is_nested:
-            raise TypeError(f"{name} is a nested tensor; pad it, and say by `lengths` which keys are there")
+            raise TypeError(f"{name} is a nested tensor; pad it, and give each length in `lengths`")
     device = given.q.device.type
     # devices without autocast, such as meta, would raise; torch.compile of PyTorch 2.11 cannot ask which those are
     if (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
@@ -80,13 +80,13 @@ def check_and_cast(given: Given) -> Given:
         given = given._replace(**casts)  # type: ignore[arg-type]
     _check(given)
     q, k, mask = given.q, given.k, given.mask
-    if mask is not None:  # axes of one entry, as scaled_dot_product_attention broadcasts them, but batch and heads
+    if mask is not None:  # broadcast as in scaled_dot_product_attention, except batch and heads
         mask = mask[(None,) * (4 - mask.ndim)].expand(-1, -1, q.shape[2], k.shape[2])
     return given._replace(scale=default_scale(q, given.scale), mask=mask)
 
 
 def _check(given: Given) -> None:
-    # in one expression each, because attention's time on the host is counted
+    # one expression each, to save time on the host
     q, k, v, *tangents = given[:6]
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(_misfit(q, k, v))
@@ -112,7 +112,7 @@ def _check(given: Given) -> None:
         raise ValueError(f"attention takes inputs on one device, got {', '.join(str(x.device) for x in (q, *others))}")
     if isinstance(given.scale, Tensor):
         raise TypeError(
-            "scale must be a number; a scale that is a tensor, and may have derivatives, is multiplied into q: "
+            "scale must be a number; multiply a scale that is a tensor, and may have derivatives, into q: "
             "attention(scale * q, k, v, scale=1.0)"
         )
     if given.scale is not None and not math.isfinite(given.scale):
@@ -132,7 +132,7 @@ def _misfit(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def _check_lengths(q: Tensor, lengths: Tensor) -> None:
-    """Raise unless lengths is [B], of int32 or int64, on q's device. Its values are not read, to wait for no GPU."""
+    """Raise unless lengths is [B], of int32 or int64, on q's device. It never reads the values, to wait for no GPU."""
     if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
         found = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise TypeError(f"lengths must be a tensor of int32 or int64, got {found}")

@@ -1,7 +1,7 @@
-"""Tiles: how much of the work one program of a kernel takes at a time, by the card, by default and when tuned.
+"""Tile sizes: how much work one program of a kernel takes at a time, by card, by default and when tuned.
 
-A program keeps the tile that it was given in registers or shared memory and streams through the others. What a block
-may have of shared memory decides between two tables: LARGE for Hopper and data-centre Blackwell (sm_90, sm_100: 227
+A program keeps its own tile in registers or shared memory and streams through the others. The shared memory that a
+block may have decides between two tables: LARGE for Hopper and data-centre Blackwell (sm_90, sm_100: 227
 KiB), SMALL for all others from sm_80 on (99 KiB on sm_86, sm_89 and sm_120). Sizes were chosen by what the compiler
 makes of them (`kernels/tools/compile_report.py`: shared memory, registers, spills), not by timing.
 """
@@ -17,15 +17,15 @@ class Tiles(NamedTuple):
     queries: int
     keys: int
     warps: int
-    stages: int  # of loads under way
-    effort: int = 3  # of the assembler: its -O
+    stages: int  # loads in flight
+    effort: int = 3  # optimisation level of the assembler (-O)
 
     def sizes(self) -> dict[str, int]:
-        """Give them as arguments of a kernel."""
+        """Return the sizes as arguments of a kernel."""
         return {"QUERIES": self.queries, "KEYS": self.keys}
 
     def options(self) -> dict[str, Any]:
-        """Give them as options of a launch."""
+        """Return the compiler options of a launch."""
         options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         return options if self.effort == 3 else options | {"ptx_options": f"-O{self.effort}"}
 
@@ -114,11 +114,11 @@ def _float32(sizes: dict[int, int], of_duals: dict[int, int]) -> Table:
 
 LARGE_FLOAT32 = _float32({64: 64, 128: 32, 256: 16}, {64: 64, 128: 16, 256: 16})
 SMALL_FLOAT32 = _float32({32: 64, 64: 32, 128: 16}, {32: 64, 64: 32, 128: 16})
-for _table in (LARGE_FLOAT32, SMALL_FLOAT32):  # here more keys fit
+for _table in (LARGE_FLOAT32, SMALL_FLOAT32):  # more keys fit here
     _table["forward_dual"][128] = [Tiles(16, 32, 4, 1, 1)]
 
-LARGE_KIB, SMALL_KIB = 227, 99  # of shared memory per block that the tables fit
-SMALLEST_CHANNELS = 16  # of a matmul in a kernel
+LARGE_KIB, SMALL_KIB = 227, 99  # shared memory per block that the tables assume
+SMALLEST_CHANNELS = 16  # least that a matmul in a kernel takes
 LARGEST_TILE = 128  # rows
 SHORT = 1024  # rows: up to here the room for a second block on a multiprocessor counts for more than large tiles
 
@@ -133,11 +133,11 @@ def candidates(name: str, channels: int, itemsize: int, kib: int = LARGE_KIB, sh
     """List the tiles to choose from for a kernel; default first, then what to fall back to. Empty if none fits.
 
     Args:
-        name: the kernel's, in the tables.
+        name: name of the kernel in the tables.
         channels: channels of a tile.
         itemsize: bytes of a number.
         kib: KiB of shared memory that a block may have.
-        short: prefer what leaves room for two blocks on a multiprocessor: sequences of at most SHORT.
+        short: prefer tiles that leave room for two blocks on a multiprocessor; for sequences of at most SHORT.
     """
     tables = (SMALL, LARGE) if itemsize == 2 else (SMALL_FLOAT32, LARGE_FLOAT32)
     small, large = (_of_channels(table[name], channels) for table in tables)
@@ -149,12 +149,12 @@ def candidates(name: str, channels: int, itemsize: int, kib: int = LARGE_KIB, sh
 
 
 def _of_channels(table: dict[int, list[Tiles]], channels: int) -> list[Tiles]:
-    """Return the entry of the fewest channels that hold these; row sums alone may take more than the table has."""
+    """Return the smallest entry that holds these channels; only row sums may take more than the table has."""
     return table[min(c for c in table if c >= channels)] if channels <= max(table) else []
 
 
 def splits_keys(channels: int, itemsize: int) -> bool:
-    """Return if the dual backward's key side takes two launches: registers do not hold four sums of 128 channels."""
+    """Return whether the dual backward takes two launches for keys: registers cannot hold four sums of 128 channels."""
     return channels * itemsize > 2 * max(LARGE["key_dual"])
 
 

@@ -2,11 +2,11 @@
 
     python kernels/tools/compile_report.py                       # default tiles, bfloat16, heads of 64 and 128
     python kernels/tools/compile_report.py --dims 72 256 --dtype float32
-    python kernels/tools/compile_report.py --all                 # every candidate of the tuning, not the default alone
+    python kernels/tools/compile_report.py --all                 # every candidate of the tuning, not only the default
     python kernels/tools/compile_report.py --arch 80 89 120      # other cards than an H100 (90)
 
 Prints, per kernel: matmuls per pair of tiles, registers per thread (255 is the most), bytes of stack per
-thread (registers that were spilled lie there), shared memory (the most is 227 KiB on sm_90 and sm_100, 163 on sm_80, 99
+thread (for spilled registers), shared memory (the most is 227 KiB on sm_90 and sm_100, 163 on sm_80, 99
 on sm_86, sm_89 and sm_120) and instructions for Hopper's matrix units (none for float32, which runs without). Takes
 seconds per kernel.
 """
@@ -98,7 +98,7 @@ def usage(compiled: Any) -> tuple[int, int]:
 
 
 def report(call: Any, tiles: Tiles, sm: int = SM) -> dict[str, Any]:
-    """Collect the figures of a kernel with a choice of tiles."""
+    """Collect the metrics of a kernel with a choice of tiles."""
     compiled = triton.compile(source(call, tiles), target=GPUTarget("cuda", sm, 32), options=tiles.options())
     registers, stack = usage(compiled)
     return {
@@ -129,12 +129,12 @@ def main() -> None:
     )
     p.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="channels of a head (default: 64 128)")
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="data type of the inputs (default: bfloat16)")
-    p.add_argument("--kernels", nargs="+", metavar="NAME", help="only these (default: all)")
-    p.add_argument("--causal", action="store_true", help="the causal kernels")
-    p.add_argument("--lengths", action="store_true", help="the kernels that are given how many keys to see")
-    p.add_argument("--all", action="store_true", help="every candidate of the tuning, not the default alone")
-    p.add_argument("--arch", type=int, nargs="+", choices=SHARED_KIB, default=[SM], help="to compile for (default: 90)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    p.add_argument("--kernels", nargs="+", metavar="NAME", help="report only these kernels (default: all)")
+    p.add_argument("--causal", action="store_true", help="report the causal kernels")
+    p.add_argument("--lengths", action="store_true", help="report the kernels with `lengths`")
+    p.add_argument("--all", action="store_true", help="every candidate of the tuning, not only the default")
+    p.add_argument("--arch", type=int, nargs="+", choices=SHARED_KIB, default=[SM], help="target GPUs (default: 90)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
     args = p.parse_args()
     if max(args.dims) > LARGEST_HEAD:
         p.error(f"--dims are at most {LARGEST_HEAD}")

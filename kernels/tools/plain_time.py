@@ -1,9 +1,9 @@
-"""Compare the plain PyTorch that stands in for the kernels with what one would use instead, on a CPU.
+"""Compare the plain PyTorch fallback of the kernels with what one would use instead, on a CPU.
 
     python kernels/tools/plain_time.py           # N = 1024
     python kernels/tools/plain_time.py 256 2048
 
-One batch element, 4 heads of 64 channels, one thread; CPU times are medians of calls that take turns. Without tangents
+One batch element, 4 heads of 64 channels, one thread; CPU times are medians of interleaved calls. Without tangents
 the ratio is to scaled_dot_product_attention, with tangents to softmax(q k^T) v under torch.func.jvp. "lengths" are an
 eighth of the keys, and their ratio is to the same call without.
 """
@@ -22,7 +22,7 @@ from jvp_attention import attention, reference
 
 
 def median_milliseconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Return each call's median CPU time; they take turns, so that what disturbs one disturbs all."""
+    """Return each call's median CPU time; calls are interleaved, so that disturbances affect all alike."""
     times: dict[str, list[int]] = {name: [] for name in calls}
     for i in range(repeats + 3):
         for name, call in calls.items():
@@ -55,7 +55,7 @@ def all_six(function: Callable[..., Any], x: list[Any]) -> Any:
 
 
 def ratios(n: int, dtype: torch.dtype) -> dict[str, float]:
-    """Measure what is slower or faster by how much."""
+    """Measure the ratio of times for each case."""
     data = [torch.randn(1, 4, n, 64, dtype=dtype) for _ in range(7)]
     variables = [x.requires_grad_() for x in data[:6]] + data[6:]
     found = {}

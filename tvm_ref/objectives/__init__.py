@@ -1,7 +1,7 @@
 """Terminal Velocity Matching and its relatives: objectives that learn a flow map, on the same FlowMap.
 
-One file per identity of the flow map (see README.md here); a method is the two sides of an equation, what is stopped
-in them, a distribution of times and a weight. A new one is a class with its record, `method`, listed in KINDS.
+One file per identity of the flow map (see README.md here). A method is the two sides of an equation, their
+stop-gradients, a distribution of times and a weight. To add one, write a class with its `method` and list it in KINDS.
 """
 
 from tvm_ref.objectives.base import (

@@ -176,7 +176,7 @@ class Objective(nn.Module):
         missing or never updated, and guidance without dropped labels.
 
         Raises:
-            ValueError: shapes that do not fit, times that violate 0 <= s <= t <= 1, labels that are no classes,
+            ValueError: shapes that do not fit, times that violate 0 <= s <= t <= 1, labels that are not classes,
                 guidance without a null label, a null label without a condition.
             TypeError: times that are not a Times, data of integers, a target that is not a flow map.
         """
@@ -221,11 +221,11 @@ class ResidualObjective(Objective):
     Args:
         flow_map: the model.
         null_label: see Objective.
-        weight: maps squares to losses (see weights.py); None leaves them.
+        weight: maps squares to losses (see weights.py); None: no weight.
     """
 
     flow_map: FlowMap
-    one_term: ClassVar[bool] = False  # report all of the loss as `jump`, also where t = s
+    one_term: ClassVar[bool] = False  # report all of the loss as `jump`, even where t = s
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None, weight: Weight | None = None):
         super().__init__(flow_map, null_label=null_label)
@@ -267,8 +267,8 @@ class ResidualObjective(Objective):
         for rows, square in ((~equal, self.square_of_jumps), (equal, self.square_of_velocity)):
             index = rows.nonzero()[:, 0]
             if len(index) or (torch.distributed.is_available() and torch.distributed.is_initialized()):
-                # every process must call the network equally often, because FSDP gathers its weights in every call: a
-                # process without such a sample computes one anyway and drops it
+                # every process must call the network the same number of times, because each call of FSDP gathers the
+                # weights: a process without such a sample computes one anyway and drops it
                 used = index if len(index) else index.new_zeros(1)
                 squares.append(square(jumps.at(used))[: len(index)])
                 order.append(index)
@@ -298,14 +298,14 @@ class SelfDistillation(ResidualObjective):
     Args:
         flow_map: the model.
         null_label: must be None: these methods have no guidance here; TVM, whose first term is LSD's, does.
-        stops: which stop-gradients to use, one of STOPS; the first, the paper's, if None.
+        stops: which stop-gradients to use, one of STOPS; None: the first, the paper's.
         learned_weight: weigh by LearnedWeight, as the paper does for images; then optimise the objective's parameters.
 
     Raises:
         ValueError: `stops` is not one of STOPS, or a null label is given.
     """
 
-    STOPS: ClassVar[tuple[str, ...]] = ("convex", "none")  # the target's part is detached; nothing is
+    STOPS: ClassVar[tuple[str, ...]] = ("convex", "none")  # detach the target's part; detach nothing
     has_guidance = False
     needs_equal_times = True
     default_times = TimeSampler("triangle", share_equal=0.75)

@@ -22,8 +22,8 @@ class ESD(SelfDistillation):
             algorithm 3.
         "convex": u* is the target's, detached; gradients flow through F and D F.
         "none": u* is the model's own, and nothing is detached.
-        "all": u* is the target's; gradients flow only through F. Not in the paper: it is what MeanFlow, which has the
-            random v for u*, does in expectation.
+        "all": u* is the target's; gradients flow only through F. Not in the paper; in expectation MeanFlow does the
+            same, with the random v for u*.
     """
 
     method = Method(
@@ -74,8 +74,8 @@ def mean_flow_sides(flow_map: FlowMap, jumps: Jumps) -> tuple[Sample, Sample]:
 class MeanFlow(ResidualObjective):
     """MeanFlow (Geng and others, 2505.13447; eq. 18): ||F(x_t, t, s) - sg(v + (s - t) [v . grad_x F + dF/dt])||^2.
 
-    The random v stands for u. It is flow matching at t = s, so its times need a fraction with t = s (the paper's is
-    three quarters). The paper's adaptive weight moves the minimiser (see AdaptiveWeight); power=0 is without.
+    The random v replaces u. At t = s the loss is flow matching, so some samples need t = s (in the paper three
+    quarters). The paper's adaptive weight moves the minimiser (see AdaptiveWeight); power=0 switches it off.
     Guidance is eq. 14, its sec. 4.2 with kappa = 0; kappa (1/2 in its code's default, .92 for XL) and the interval of t
     where guidance acts are left out.
 
@@ -107,8 +107,8 @@ class MeanFlow(ResidualObjective):
 class ImprovedMeanFlow(MeanFlow):
     """Improved MeanFlow (Geng and others, 2512.02012, eq. 12): V = F + (t - s) sg[dF/dt + (grad_x F) u], ||V - v||^2.
 
-    MeanFlow with the model's own u = F(x_t, t, t) for the direction of the derivative, so that V is a function of x_t
-    alone, and v is only what it is regressed on. Half of the paper's batch lies on the diagonal. Guidance is by eq. 14,
+    MeanFlow with the model's own u = F(x_t, t, t) for the direction of the derivative, so that V depends only on x_t
+    and v is only the regression target. Half of the paper's batch lies on the diagonal. Guidance is by eq. 14,
     which has the paper's fixed point, with the w that the caller draws (the paper: log-uniform on [1, 8]); its second
     head for u, and guidance within an interval of t, are left out.
     """
@@ -116,7 +116,7 @@ class ImprovedMeanFlow(MeanFlow):
     method = Method(
         "imf",
         "improved MeanFlow",
-        "Improved MeanFlow trains by the velocity where a jump starts, as its own u has it.",
+        "Improved MeanFlow trains by the velocity where a jump starts, by its own estimate.",
         sweeps=({}, {"settings": {"power": 0.0}}, {"settings": {"power": 0.0}, "equal_share": 0.25}),
         measured_as=(("improved MeanFlow", {"power": 0}),),
     )
@@ -125,7 +125,7 @@ class ImprovedMeanFlow(MeanFlow):
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
         """Return V = F - (s - t) D F along u, where D F is detached, and v."""
         x, v, t, s, _, condition, _ = jumps
-        # one more forward buys a direction without noise; v stays only as what V is regressed on
+        # one more forward buys a direction without noise; v remains only as the regression target
         with torch.no_grad():
             u = self.flow_map.velocity(x, t, condition)
         F, DF = self.flow_map.F_and_total_derivative(x, t, s, u, condition)
@@ -137,15 +137,15 @@ class ContinuousConsistency(ResidualObjective):
 
         ||F - sg F + sg g / (||g|| + c)||^2,    g = F(x_t, t, 0) - v + t [v . grad_x F + dF/dt]
 
-    g is minus the tangent of the consistency function X(x, t, 0) along the path. Only jumps to s = 0 are trained, so a
-    model is for one step; samples with t = s, where the times have some, are flow matching, the anchor of FACM
+    g is minus the tangent of the consistency function X(x, t, 0) along the path. Only jumps to s = 0 are trained, so
+    sample in one step; samples with t = s, if the times have any, train flow matching, the anchor of FACM
     (2507.03738). Left out are the paper's TrigFlow path, on which the tangent has a factor cos(t) (normalised losses
     differ by 4 to 34 %), the warm-up of the tangent and the learned weight; its distribution of noise levels (CIFAR-10:
     log sigma ~ N(-1, 1.4^2) for data of deviation 1/2) is kept, as logit(t) = log(sigma / deviation).
 
     Args:
         flow_map: the model.
-        null_label: refused: training from scratch with guidance is not in the paper.
+        null_label: must be None: training from scratch with guidance is not in the paper.
         constant: c; None for no normalisation. ||g|| is the root mean square over elements.
     """
 
@@ -172,7 +172,7 @@ class ContinuousConsistency(ResidualObjective):
         F, DF = self.flow_map.F_and_total_derivative(x, t, s, v, condition)
         g = (F - v - over(s - t, F) * DF).detach()
         if self.constant is not None:
-            # tangents differ in length by orders of magnitude; only their direction is kept, but for the shortest
+            # tangents differ in length by orders of magnitude; only their direction is kept, except for the shortest
             g = g / over(mean_square(g).sqrt() + self.constant, g)
         # a square whose gradient in F is 2 g / (||g|| + c), whatever the size of F - its target
         return F, F.detach() - g

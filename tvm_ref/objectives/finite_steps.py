@@ -20,7 +20,7 @@ from tvm_ref.time_samplers import TimeSampler
 
 
 class FiniteStep(ResidualObjective):
-    """The frame of both: alpha [], which a curriculum moves, and the sides of the residual."""
+    """Base class of both methods: a scalar alpha, which a curriculum moves, and the sides of the residual."""
 
     has_curriculum = True
     alpha_now: Tensor
@@ -28,7 +28,7 @@ class FiniteStep(ResidualObjective):
     def __init__(self, flow_map: Flow, null_label: int | None, power: float, eps: float):
         super().__init__(flow_map, null_label=null_label)
         self.power, self.eps = power, eps
-        # a tensor, so that torch.compile takes every alpha above 0 for the same program
+        # a tensor, so that torch.compile uses one program for every alpha above 0
         self.register_buffer("alpha_now", torch.ones(()), persistent=False)
 
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
@@ -38,7 +38,7 @@ class FiniteStep(ResidualObjective):
         r = (t - alpha * (t - s)).clamp(s, t)  # rounding must not put it outside [s, t]
         # the start moves along the straight path that v belongs to, on which x_r is the sample's x at time r
         x_r = x - over(t - r, x) * v
-        # the rest of the jump, from r on, is what the model says today; sg, as only the whole jump is to be corrected
+        # the rest of the jump, from r on, is the model's current estimate; sg, because only the whole jump is corrected
         with torch.no_grad():
             F_r = self.flow_map.F(x_r, r, s, condition)
         # averages over [s, r] and [r, t], each by its fraction of t - s
@@ -63,22 +63,22 @@ class AlphaFlow(FiniteStep):
     Args:
         flow_map: the model.
         null_label: see Objective.
-        alpha: a constant, for no curriculum.
+        alpha: a constant alpha instead of the curriculum.
         start: fraction of training where the curriculum starts.
-        end: and where it ends.
+        end: fraction of training where it ends.
         temperature: temperature of the sigmoid, their gamma.
         clamp: their eta.
         power: exponent of the adaptive weight alpha^(2 power - 1) / sg(||.||^2 + eps)^power; theirs is 1; 0 is none.
         eps: see power.
 
     Raises:
-        ValueError: an alpha outside [0, 1], a curriculum that does not lie in training.
+        ValueError: an alpha outside [0, 1], a curriculum that does not fit within training.
     """
 
     method = Method(
         "alphaflow",
         "alpha-Flow",
-        "alpha-Flow trains a jump by one from a point a part of the way on; the part shrinks.",
+        "alpha-Flow trains a jump by one from a point further along; that step shrinks in training.",
         sweeps=({}, {"settings": {"power": 0.0}}, {"settings": {"power": 0.0}, "equal_share": 0.25}),
         measured_as=(
             ("alpha-Flow, alpha 0.5", {"alpha": 0.5, "power": 0}),
@@ -115,13 +115,13 @@ class AlphaFlow(FiniteStep):
         # a sigmoid, from trajectory flow matching (easy, biased) to MeanFlow (unbiased, noisy)
         centred = (progress - (self.start + self.end) / 2) / (self.end - self.start)
         alpha = 1 - 1 / (1 + math.exp(-self.temperature * centred))
-        # clamped at both ends: a step that short would drown in rounding, and near 1 F_r counts nothing
+        # clamped at both ends: so short a step would be lost in rounding, and near 1 F_r has no weight
         return 1.0 if alpha > 1 - self.clamp else 0.0 if alpha < self.clamp else alpha
 
     def set_progress(self, progress: float) -> None:
         """Move alpha along its curriculum."""
         alpha = self.alpha(progress)
-        self.continuous = alpha == 0  # a Python bool: another program, which torch.compile must know of
+        self.continuous = alpha == 0  # a Python bool, so that torch.compile compiles this case separately
         self.alpha_now.fill_(alpha)
 
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
@@ -138,8 +138,8 @@ class AlphaFlow(FiniteStep):
 class SoFlow(FiniteStep):
     """SoFlow (Luo, Yuan, Liu, 2512.15657): ||X(x_t, t, s) - sg X(x_t + (l - t) v, l, s)||^2 with l = t - alpha (t - s).
 
-    Over (t - l)(t - s), as its authors train it, this is alpha-Flow's loss alpha^-1 ||.||^2. alpha falls from `first`
-    to `last` exponentially. Three quarters of the paper's data are flow matching, with the same adaptive weight
+    Divided by (t - l)(t - s), as its authors train it, this is alpha-Flow's loss alpha^-1 ||.||^2. alpha falls from
+    `first` to `last` exponentially. Three quarters of the paper's data are flow matching, with the same adaptive weight
     1 / sg(||Q||^2 + eps)^power, Q = (X(x_t, t, s) - X(x_l, l, s)) / (t - l). Times are those of its authors' code, in
     which a jump's gradient is half of the square's. Guidance: eq. 14, without its authors' mixing with the model's own
     velocity, which fades above t = .8. They sample n steps by jumping to 0 and adding new noise; here jumps are
@@ -149,7 +149,7 @@ class SoFlow(FiniteStep):
         flow_map: the model.
         null_label: see Objective.
         first: alpha at the start of training.
-        last: alpha at its end.
+        last: alpha at the end.
         power: exponent of the adaptive weight.
         eps: see power.
 
@@ -160,7 +160,7 @@ class SoFlow(FiniteStep):
     method = Method(
         "soflow",
         "SoFlow",
-        "SoFlow trains a jump by one from a point a part of the way on; the part shrinks.",
+        "SoFlow trains a jump by one from a point further along; that step shrinks in training.",
         sweeps=({}, {"settings": {"power": 0.0}}),
         measured_as=(("SoFlow, alpha 0.002", {"first": 0.002, "last": 0.002, "power": 0}),),
     )
@@ -177,7 +177,7 @@ class SoFlow(FiniteStep):
         eps: float = 1e-2,
     ):
         super().__init__(flow_map, null_label, power, eps)
-        require(0 < last <= first <= 1, f"alpha must fall within (0, 1], got from {first} to {last}")
+        require(0 < last <= first <= 1, f"alpha must fall within (0, 1]; got first {first}, last {last}")
         self.first, self.last = first, last
         self.set_progress(0.0)
 
@@ -189,5 +189,5 @@ class SoFlow(FiniteStep):
     def weigh(self, square: PerSample, t: Time, s: Time) -> PerSample:
         """Return alpha^-1 square / sg(||Q||^2 + eps)^power [B], ||Q||^2 = square / alpha^2."""
         alpha = self.alphas(t, s)
-        # Q is the residual over the step: of one size for all alpha, so that eps means the same throughout
+        # Q is the residual divided by the step, of one size for all alpha, so that eps always means the same
         return square / alpha / ((square / alpha**2).detach() + self.eps) ** self.power

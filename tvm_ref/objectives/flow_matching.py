@@ -1,4 +1,4 @@
-"""Flow matching (Lipman and others, 2210.02747): only the velocity, where all of the family starts."""
+"""Flow matching (Lipman and others, 2210.02747): only the velocity, from which the whole family starts."""
 
 import torch
 
@@ -14,7 +14,7 @@ from tvm_ref.time_samplers import Times
 class FlowMatching(Objective):
     """Flow matching (eq. 1): ||u(x_s', s') - v||^2. It trains only the velocity.
 
-    With a condition it is eq. 14, weighted by 1/w^2: guided_target stands for v.
+    With a condition it is eq. 14, weighted by 1/w^2: guided_target replaces v.
     """
 
     method = Method(
@@ -31,7 +31,7 @@ class FlowMatching(Objective):
         """Return the loss terms [B], see Objective; of the times only s_prime is used."""
         target = self.flow_map if target is None else target
         x, t = interpolate(x0, x1, times.s_prime), times.s_prime
-        # v is random given x_t; its mean, which the square's minimum is, is u(x_t, t)
+        # v is random given x_t; the square is smallest at its mean, which is u(x_t, t)
         v = guided_target(conditional_velocity(x0, x1), x, t, condition, self.null_label, target)
         error = mean_square(self.flow_map.velocity(x, t, condition) - v)
         weight = torch.ones_like(t) if condition is None else condition.beta**2  # 1/w^2 (eq. 15)

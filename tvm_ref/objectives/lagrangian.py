@@ -18,7 +18,7 @@ from tvm_ref.time_samplers import Times
 
 
 class LSD(SelfDistillation):
-    """Lagrangian self-distillation (Boffi, Albergo, Vanden-Eijnden, 2505.18825; TVM's first term, half a year before).
+    """Lagrangian self-distillation (Boffi, Albergo, Vanden-Eijnden, 2505.18825; TVM's first term, half a year earlier).
 
         ||d/ds X(x_t, t, s) - sg u*(sg X(x_t, t, s), s)||^2
 

@@ -52,7 +52,7 @@ class PSD(SelfDistillation):
         self.split = split
 
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
-        """Return F(x_t, t, s), and the average velocity over two jumps by way of r."""
+        """Return F(x_t, t, s), and the average velocity over two jumps via r."""
         x, _, t, s, s_prime, condition, target = jumps
         # shorter jumps are learned sooner, so they teach the longer one
         teacher = self.flow_map if self.stops == "none" else target
@@ -73,16 +73,16 @@ class PSD(SelfDistillation):
 class Shortcut(PSD):
     """Shortcut models (Frans and others, 2410.12557): PSD at the midpoint, for jumps that halve from 1 to 2/M.
 
-    Jumps of 1/M and shorter count as velocities: for them F(x, t, t) stands, the only place where the exact flow map
-    is not a minimum (its error is of the order of 1/M). Times are the paper's: three quarters of a batch on the
+    Jumps of 1/M and shorter count as velocities: F(x, t, t) replaces them, the only place where the exact flow map is
+    not a minimum (the error is of the order of 1/M). Times are the paper's: three quarters of a batch on the
     diagonal, levels uniform; in its code seven eighths, levels not uniform, and targets clipped at 4. The target is an
     EMA, as in the code. Its guidance, by one fixed weight only at the shortest jumps, is left out. A model sampled in M
     steps or more takes jumps here, where the code takes F(x, t, t).
 
     Args:
         flow_map: the model.
-        null_label: refused.
-        steps: M; the times "dyadic" go with 128.
+        null_label: must be None.
+        steps: M; the time sampler "dyadic" assumes 128.
     """
 
     method = Method(

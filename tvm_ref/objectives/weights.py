@@ -22,7 +22,7 @@ class AdaptiveWeight:
     """square / sg(square + eps)^power, the adaptive weight of MeanFlow (2505.13447, sec. 4.3) and of its successors.
 
     Where the residual contains the random velocity v, so does the weight, and the minimiser is no longer the flow map
-    unless power is 0: of a few dimensions the bias is large, see README.md of this folder. Squares are means over
+    unless power is 0: in a few dimensions the bias is large, see README.md in this folder. Squares are means over
     elements here, as everywhere in this package; MeanFlow's are sums over D elements, and its code has eps = .01, which
     is eps = .01 / D here (CIFAR-10: power .75, 1e-3 / D). The default, 1e-3 of means, is ours.
 
@@ -46,8 +46,8 @@ class AdaptiveWeight:
 class LearnedWeight(nn.Module):
     """exp(-w(t, s)) square + w(t, s) with a learned w, as in self-distillation (2505.18825, its code's calc_weight).
 
-    For each (t, s) the best w is log E[square], so that all jumps weigh alike. w is a small MLP that starts at zero;
-    its weights are the objective's, not the model's.
+    For each (t, s) the best w is log E[square], so that all jumps have the same weight. w is a small MLP that starts at
+    zero; its weights are the objective's, not the model's.
 
     Args:
         width: units of its hidden layer.
