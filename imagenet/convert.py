@@ -31,9 +31,7 @@ def parser() -> OneLineParser:
     p = OneLineParser("convert.py", __doc__)
     p.add_argument("source", type=Path, help="a .pkl file")
     p.add_argument("out", type=Path, help="the .safetensors file to write")
-    p.add_argument(
-        "--preset", choices=list(PRESETS), help="what the weights were trained as (default: by the file's name)"
-    )
+    p.add_argument("--preset", choices=list(PRESETS), help="preset of the weights (default: by the file's name)")
     return p
 
 

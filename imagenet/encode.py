@@ -42,7 +42,7 @@ PLAN = "encode.json"  # how they are encoded; written after the listing
 
 @dataclass(frozen=True)
 class Settings:
-    """How images are encoded.
+    """Settings of the encoding of images.
 
     Raises:
         UserError: a bad value, named by its option.
@@ -60,7 +60,7 @@ class Settings:
 
     @property
     def is_paper_s(self) -> bool:
-        """Whether latents are normalised by the paper's constants, which are those of one autoencoder, by name."""
+        """True if latents are normalised by the paper's constants, which are those of one autoencoder, by name."""
         return self.image_size in NORMALISATION and Path(self.vae).name == Path(VAE).name
 
 

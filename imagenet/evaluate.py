@@ -51,7 +51,7 @@ def parser() -> OneLineParser:
     )
     p.add_argument("--data-path", help="of a model of Fashion-MNIST: its folder, if the weights do not say")
     p.add_argument("--count", type=int, help=f"images to measure (default: all; of a model: {PUBLISHED:,})")
-    p.add_argument("--steps", type=int, nargs="+", default=[1], help="of a model: numbers of steps")
+    p.add_argument("--steps", type=int, nargs="+", default=[1], help="numbers of steps of a model")
     p.add_argument("--inception", type=Path, help="file of Inception's weights (default: where torch.hub keeps it)")
     p.add_argument("--out", type=Path, help="write the figures as JSON")
     add_model_options(p.add_argument_group("of a model"))

@@ -41,9 +41,9 @@ class Generator:
         device: where it runs.
         classes: sample i has class classes[i % len(classes)]; None is all classes in turn.
         w: guidance weight; None is the one of the configuration.
-        seed: of the noise.
-        vae: of latents; None for models of pixels.
-        normalisation: of latents.
+        seed: seed of the noise.
+        vae: decoder of latents; None for models of pixels.
+        normalisation: that of latents.
     """
 
     flow_map: FlowMap
@@ -180,7 +180,7 @@ def untrained_guidance(config: Config, w: float) -> str | None:
 def add_model_options(p: argparse._ActionsContainer) -> None:
     """Add the options of commands that decide how a model draws images."""
     p.add_argument("--classes", nargs="+", help="names or numbers of classes, in turn (default: all)")
-    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--seed", type=int, default=0, help="seed of the noise")
     p.add_argument("--w", type=float, help="guidance weight in place of the one that the model was trained with")
     p.add_argument("--batch-size", type=int, default=BATCH, help="images at a time, per process")
     p.add_argument("--vae", help="the autoencoder of latents, by folder or name (default: the one that made them)")

@@ -54,7 +54,7 @@ Plan = tuple[Config, bool, Provenance]  # (configuration, whether the run is res
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How and where to run, besides the configuration: folders, device, logging, checkpoints."""
+    """Options besides the configuration: folders, device, logging, checkpoints."""
 
     out: str | None = option(None, "folder of the run (default: runs/imagenet/PRESET)")
     resume: bool = option(False, "continue the run in that folder; start one if there is none")

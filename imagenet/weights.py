@@ -35,7 +35,7 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], config: Config, *
 
     Args:
         path: a .safetensors file.
-        state_dict: of the DiT, without a prefix.
+        state_dict: that of the DiT, without a prefix.
         config: the configuration.
         metadata: more to say in the file.
 

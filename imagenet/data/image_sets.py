@@ -29,7 +29,7 @@ class Images:
         x: [N, C, H, W], uint8 (0 to 255) or float in [-1, 1].
         labels: [N].
         flip: mirror half of them, others at each visit.
-        seed: of the flips.
+        seed: seed of the flips.
     """
 
     def __init__(self, x: Tensor, labels: Tensor, *, flip: bool = False, seed: int = 0):

@@ -53,7 +53,7 @@ class Latents:
 
     Args:
         folder: what encode.py wrote.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
         ValueError: no latents there, or shards that cannot be read.

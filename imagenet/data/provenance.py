@@ -1,4 +1,4 @@
-"""What a model was trained on. A run keeps it as data.json, weights in their metadata (`data`).
+"""The data that a model was trained on. A run keeps this as data.json, weights in their metadata (`data`).
 
 Latents of another autoencoder, by name, or of another normalisation are refused, as images would become worse without a
 word. Data are not compared: continuing on others is possible.
@@ -13,13 +13,13 @@ from tvm_ref.cli.errors import UserError
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the data of a model are from; what is not known is None.
+    """The source of a model's data; what is not known is None.
 
     Attributes:
         data: name of the data, as in Config.
         path: folder that they were read from.
         autoencoder: name of the autoencoder of latents: a folder, or on the Hugging Face hub.
-        normalisation: of latents.
+        normalisation: that of latents.
         classes: names of the classes, by number, where the data name them.
         brightness: mean of all pixels of pictures, from black 0 to white 1.
     """

@@ -36,7 +36,7 @@ class DigitMetrics:
     """The metrics, with a classifier, a network of features and statistics of the real digits.
 
     Attributes:
-        labels: [360], of the held-out images; samples have the same.
+        labels: [360], those of the held-out images; samples have the same.
         held_out: the Frechet distance of the held-out images.
     """
 

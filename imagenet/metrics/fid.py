@@ -66,7 +66,7 @@ def measure(candidates: Candidates, reference: Reference, extractor: Extractor, 
     Args:
         candidates: what to measure.
         reference: what to measure it against.
-        extractor: of features.
+        extractor: computes features.
         size: images of the reference at a time.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How good a model of digits, clothes or one's own pictures is: mean scores of sets of samples, without Inception.
+"""Metrics of a model of digits, clothes or one's own pictures: mean scores of sets of samples, without Inception.
 
 A set of samples has as many images as are held out, with the same labels, each from noise of its own. Few leave their
 scores to chance; those of a model are averaged over so many sets that they have some SAMPLES images together.
@@ -32,7 +32,7 @@ def own_metrics(config: Config, source: Path, data_path: str | None = None) -> M
     """Return the metrics of a run's data; None if there are none, or too few pictures are held out.
 
     Args:
-        config: of the model.
+        config: the model's configuration.
         source: the folder of the run, or weights in it.
         data_path: where Fashion-MNIST lies, if the weights do not say.
 
@@ -60,7 +60,7 @@ def measure_model(generator: Generator, nfes: Sequence[int], metrics: Metrics) -
     Args:
         generator: the model; its classes are replaced by those labels.
         nfes: numbers of network evaluations per sample.
-        metrics: of the data that it was trained on.
+        metrics: metrics of the data that it was trained on.
     """
     n, sets = len(metrics.labels), sets_of(metrics)
     generator = dataclasses.replace(generator, classes=metrics.labels.tolist())

@@ -33,7 +33,7 @@ class PictureMetrics:
     """The metrics, with statistics of the real pictures, uint8 [N, C, H, W].
 
     Attributes:
-        labels: of the held-out pictures; samples have the same.
+        labels: labels of the held-out pictures; samples have the same.
         held_out: the Frechet distance of the held-out pictures.
     """
 

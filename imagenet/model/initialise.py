@@ -13,7 +13,7 @@ def initialise(network: nn.Module, time_init: str) -> None:
 
     Args:
         network: a DiT.
-        time_init: of the embeddings of t, t - s and beta: normal, N(0, 0.02^2), or spectral as the rest.
+        time_init: initial embeddings of t, t - s and beta: normal, N(0, 0.02^2), or spectral as the rest.
     """
     for name, module in network.named_modules():
         if isinstance(module, nn.Embedding):

@@ -28,7 +28,7 @@ class Log:
     """Losses averaged between lines, and the time that training took. Only the first process writes.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         training: what is logged.
     """
 

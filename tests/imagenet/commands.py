@@ -70,7 +70,7 @@ def losses(folder):
 
 
 def same(a, b):
-    """Whether two states are equal, bit for bit."""
+    """Tell whether two states are equal, bit for bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list):

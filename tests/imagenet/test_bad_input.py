@@ -1,4 +1,4 @@
-"""What the person at the keyboard can mend ends every command with one line and status 2, and leaves nothing behind."""
+"""Mistakes that the user can mend end every command with one line and status 2, and leaves nothing behind."""
 
 import importlib
 import pickle

@@ -28,7 +28,7 @@ def _small_presets(monkeypatch):
 
 
 class Released(nn.Module):
-    """What is around the network in a released file."""
+    """The parts of a released file around the network."""
 
     def __init__(self, network: nn.Module, do_scale_param: bool = True) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ def test_a_library_that_is_not_there_ends_with_one_line(tmp_path, monkeypatch, c
 
 
 def commands_to_copy() -> list[str]:
-    """Of the README, its pages and each script, without what is said about them."""
+    """Return the commands of the README, its pages and each script, without comments."""
     texts = [
         *(path.read_text() for path in PAGES),
         *(importlib.import_module(f"imagenet.{c}").__doc__ for c in COMMANDS),

@@ -51,7 +51,7 @@ def test_both_layer_norms_have_the_same_values_in_all_three_copies():
 
 @pytest.mark.parametrize("variant", norms.VARIANTS)
 def test_the_gradient_through_the_jvp_is_wrong_for_pytorchs_norm_alone(variant):
-    """Of sum c df/ds in all weights along a random direction, against central differences of the tangent's values."""
+    """Compare the gradient of sum c df/ds along a random direction of weights with central differences."""
     model, g = randomised(variant), generator(0)
     x, c = (torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=g) for _ in range(2))
     s = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)

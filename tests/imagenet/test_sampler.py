@@ -89,7 +89,7 @@ def test_untrained_guidance_is_named(w_max, w, warns):
 
 
 def test_the_readme_s_lines_from_weights_to_images(run, tmp_path, monkeypatch):
-    """As printed, on a run at the place that they name."""
+    """The README's commands as printed, on a run at the place that they name."""
     (tmp_path / "runs" / "imagenet").mkdir(parents=True)
     (tmp_path / "runs" / "imagenet" / "digits").symlink_to(run)
     monkeypatch.chdir(tmp_path)

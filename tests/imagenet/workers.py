@@ -1,4 +1,4 @@
-"""What the tests run in processes of their own."""
+"""Functions that tests run in processes of their own."""
 
 import copy
 import os
@@ -20,7 +20,7 @@ SMALL = Config(hidden_size=16, depth=2, batch_size=12, steps=50, w=2.0, warmup=3
 
 
 def fsdp_works() -> bool:
-    """Whether this PyTorch has an FSDP whose JVP is right."""
+    """Tell whether this PyTorch has an FSDP whose JVP is right."""
     try:
         parallelize.check_version()
     except ValueError:

@@ -25,7 +25,7 @@ SIZES = {
 
 
 def step_flops(config: Config, batch: int = 3) -> int:
-    """Of a TVM step as training runs it, on real numbers."""
+    """Count a TVM step as training runs it, on real numbers."""
     model = build_model(config)
     objective = TVM(model, null_label=config.classes if config.w != 1 else None, detach_jvp=config.detach_jvp)
     target = EMA(model, 0.99)

@@ -18,7 +18,7 @@ SMALL = Config(depth=2, batch_size=64)
 
 
 def test_a_peak_is_what_is_held_at_a_time():
-    """Of vectors of 4 kB: both of two, one of two after the other, and what a backward needs of a forward."""
+    """With vectors of 4 kB: two at once, one after the other, and those that a backward keeps of a forward."""
     a = torch.randn(1000, requires_grad=True)
     b = a.detach()
     for work, peak in (

@@ -1,4 +1,4 @@
-"""What a model was trained on stays with it; latents of another autoencoder or normalisation are refused."""
+"""The description of its data stays with a model; latents of another autoencoder or normalisation are refused."""
 
 import json
 import shutil

@@ -98,7 +98,7 @@ def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, 
 
 
 def test_training_goes_on_while_a_state_is_written(tmp_path, monkeypatch):
-    """What is written is what there was when it was asked for; another state waits for it."""
+    """A checkpoint holds the state at the time of the request; another state waits for it."""
     on_disk, fsync = threading.Event(), os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (on_disk.wait(60), fsync(descriptor)))
     weights = torch.ones(5)

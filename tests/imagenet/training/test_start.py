@@ -58,7 +58,7 @@ def test_a_run_from_given_weights_resumes_bit_for_bit_without_them(given, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_of_a_constant_rate_goes_on_for_longer_bit_for_bit(tmp_path, capsys):
-    """As if it had been asked for all steps at once; its first weights stay, under another name."""
+    """Equals a run that was asked for all steps at once; its first weights stay, under another name."""
     constant = ["--schedule", "constant", "--log-every", 3]
     assert command(tmp_path / "whole", "--steps", 12, *constant) == 0
     assert command(tmp_path / "run", "--steps", 6, *constant) == 0
