@@ -17,7 +17,9 @@ paper is this against the batch size, for each attention, with gradients through
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -57,30 +59,35 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Time some work on a device."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the floating-point operations per second of large matrix products; the best of several."""
     n = MATRIX.get(device.type, MATRIX["cpu"])
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(REPEATS):
-        synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * n**3 / min(seconds)
+    return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(REPEATS))
 
 
-def step_seconds(training: Training, batches: Batches, timed: int) -> list[float]:
-    """Time each of `timed` training steps, after FIRST others; making the batch is not counted."""
+def step_seconds(training: Training, batches: Batches, timed: int) -> list[tuple[float, float]]:
+    """Time each of `timed` training steps, after FIRST others, and beside it a forward of as many samples.
+
+    Making the batch is not counted.
+    """
+    config, device = training.config, training.world.device
     seconds = []
     for step in progress(range(FIRST + timed), "steps", leave=False):
         batch = batches[step]
-        synchronize(training.world.device)
-        started = time.perf_counter()
-        training.train_step(batch)
-        synchronize(training.world.device)
-        seconds.append(time.perf_counter() - started)
+        _, x1, (t, s, _), condition = batch.slice(0, config.batch_size // config.accumulate).to(device)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            forward = config.accumulate * seconds_of(partial(training.model, x1, t, s, condition), device)
+        seconds.append((seconds_of(partial(training.train_step, batch), device), forward))
     return seconds[FIRST:]
 
 
@@ -93,7 +100,9 @@ def measure(config: Config, world: World, timed: int) -> list[str]:
     least = least_step_flops(config.network(), detach_jvp=config.detach_jvp, guided=config.guided)
     counted = counted_step_flops(config)
     batches = Batches(config, load_data(config))
-    seconds = statistics.median(step_seconds(Training(config, world), batches, timed))
+    pairs = step_seconds(Training(config, world), batches, timed)
+    seconds = statistics.median(step for step, _ in pairs)
+    forwards = statistics.median(step / forward for step, forward in pairs)  # of pairs, on a machine that others use
     speed = config.batch_size / seconds
     weights = sum(shape.numel() for shape in weights_of(config))
     of_least = f", {counted / least:.3f} of the least that it needs" if config.objective == "tvm" else ""
@@ -103,6 +112,7 @@ def measure(config: Config, world: World, timed: int) -> list[str]:
         f"{counted / 1e9:.4g} GFLOP per image and step{of_least}",
         f"{1000 * seconds:.1f} ms per step, {speed:.4g} images per second, {peak_memory(device) / 2**30:.2f} GiB, "
         f"MFU {speed * (least if config.objective == 'tvm' else counted) / rate:.1%}",
+        f"a step takes as long as {forwards:.1f} forwards of its batch without gradients",
     ]
 
 

@@ -45,6 +45,7 @@ FUNCTIONS = {  # function, shapes of its inputs
     ),
     "det": (torch.linalg.det, [(2, 3, 3)]),
     "slogdet": (lambda A: torch.slogdet(A).logabsdet + A.slogdet().sign, [(2, 3, 3)]),
+    "gelu": (lambda x, y: F.gelu(x, approximate="tanh") * F.gelu(3 * y), [(3, 8), (3, 8)]),
     "glu": (F.glu, [(3, 8)]),
     "hardsigmoid": (F.hardsigmoid, [(3, 8)]),
     "hardsigmoid-inplace": (lambda x: (y := 2 * x) * F.hardsigmoid(y, inplace=True), [(3, 8)]),
