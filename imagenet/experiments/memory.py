@@ -20,6 +20,7 @@ class. The picture has ten samples of each model in one step, above the nearest 
 import statistics
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from tvm_ref.cli.files import require_new, require_suffix
 from tvm_ref.cli.options import OneLineParser, require_at_least, run
 from tvm_ref.cli.progress import progress
 
+distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # zero between equal images
 COLUMNS = ("frechet", "nearest", "nearer", "learned first")
 
 
@@ -43,9 +45,9 @@ def memory(samples: Tensor, learned: Tensor, held_out: Tensor) -> dict[str, floa
 
     Ties count as half. A sample equal to a held-out image is taken for that image, which is not its own nearest.
     """
-    to_learned, to_held_out = torch.cdist(samples, learned).amin(1), torch.cdist(samples, held_out)
+    to_learned, usual = distances(samples, learned).amin(1), distances(held_out, learned).amin(1)
+    to_held_out = distances(samples, held_out)
     to_held_out = to_held_out.masked_fill(to_held_out == 0, torch.inf).amin(1)
-    usual = torch.cdist(held_out, learned).amin(1)
     return {
         "nearest": float(to_learned.median()),
         "nearer": first(to_learned[:, None], usual),
@@ -60,13 +62,10 @@ def first(a: Tensor, b: Tensor) -> float:
 
 def measure(sets: Iterable[Tensor]) -> dict[str, float]:
     """Measure sets of samples [360, 1, 8, 8]; returns the mean of each of COLUMNS."""
-    (x_train, _), (x_test, _) = load_digits()
-    learned, held_out = (torch.from_numpy(pixels(x)).double() for x in (x_train, x_test))
-    scores = [
-        {"frechet": digit_metrics().measure(x)["frechet"]}
-        | memory(torch.from_numpy(pixels(x)).double(), learned, held_out)
-        for x in sets
-    ]
+    scores = []
+    for x in sets:
+        points = (torch.from_numpy(pixels(images)) for images in (x, *(part[0] for part in load_digits())))
+        scores.append(memory(*points) | {"frechet": digit_metrics().measure(x)["frechet"]})
     return {name: statistics.fmean(score[name] for score in scores) for name in COLUMNS}
 
 
@@ -97,22 +96,22 @@ def main(argv: list[str] | None = None) -> int:
     o = command.parse_args(argv)
     labels = load_digits().test[1].tolist()
     with command.errors(), user_files():
-        for steps in o.steps:
-            require_at_least(1, steps=steps)
+        require_at_least(1, steps=min(o.steps))
         if o.out is not None:
             require_suffix(o.out, ".png")
             require_new(o.out)
         models = {source: load_generator(source, classes=labels) for source in o.sources}
         for source, model in models.items():
             require(model.config.data == "digits", f"{source} is not a model of digits")
-    table = {("", "", name): found for name, found in controls().items()}
+    table, n, sets = (
+        {("", "", name): found for name, found in controls().items()},
+        len(labels),
+        sets_of(digit_metrics()),
+    )
     for source, model in progress(models.items(), "sampling", leave=False):
         for steps in o.steps:
-            sets = (
-                model.samples(range(k * len(labels), (k + 1) * len(labels)), steps)
-                for k in range(sets_of(digit_metrics()))
-            )
-            table[str(model.config.steps), str(steps), source] = measure(sets)
+            found = measure(model.samples(range(k * n, (k + 1) * n), steps) for k in range(sets))
+            table[str(model.config.steps), str(steps), source] = found
     print(f"{'trained':>7} {'NFE':>4} " + " ".join(f"{name:>13}" for name in COLUMNS))
     for (trained, steps, source), found in table.items():
         print(f"{trained:>7} {steps:>4} " + " ".join(f"{found[name]:>13.3f}" for name in COLUMNS) + f"  {source}")
@@ -120,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = []
         for model in models.values():
             x, learned = replace(model, classes=range(10)).samples(range(10), 1), load_digits().train[0]
-            rows += [x, learned[torch.cdist(x.flatten(1), learned.flatten(1)).argmin(1)]]
+            rows += [x, learned[distances(x.flatten(1), learned.flatten(1)).argmin(1)]]
         save_png(o.out, grid(to_pixels(torch.cat(rows)), 10))
     return 0
 

@@ -56,11 +56,11 @@ def test_velocity_against_the_gradient_of_the_log_density(mixture):
 
 
 def test_the_flow_map_converges_at_order_four_and_composes(mixture):
-    x1, one = torch.randn(N, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.ones(N)
+    x1, one = torch.randn(4, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.ones(4)
     ends = [follow(mixture.velocity, x1, one, 0 * one, mixture.time_scale, steps) for steps in (48, 96, 192)]
     errors = [float((end - ends[2]).norm()) for end in ends[:2]]
     assert errors[0] / errors[1] > 10
-    assert errors[1] / math.sqrt(N * D) < 1e-5
+    assert errors[1] / math.sqrt(4 * D) < 1e-5
     half = mixture.jump(x1, one, 0.6 * one)
     torch.testing.assert_close(mixture.jump(half, 0.6 * one, 0 * one), ends[2], rtol=0, atol=1e-2)
     torch.testing.assert_close(mixture.jump(half, 0.6 * one, one), x1, rtol=0, atol=1e-4)
@@ -77,10 +77,8 @@ def test_the_likeliest_bandwidth_around_one_image_is_the_deviation_from_it():
 def test_trainings_have_equal_products():
     made = configs(["tvm", "lsd", "fm"], 1000, None, D)
     assert made["tvm"].steps == 1000
-    for config in made.values():
-        assert config.steps * step_products(config, dim=D) == pytest.approx(
-            1000 * step_products(made["tvm"], dim=D), rel=0.01
-        )
+    products = [config.steps * step_products(config, dim=D) for config in made.values()]
+    assert products == pytest.approx([products[0]] * 3, rel=0.01)
 
 
 @pytest.mark.slow
@@ -88,17 +86,7 @@ def test_trainings_have_equal_products():
 def test_the_command_writes_what_it_prints(tmp_path, capsys, monkeypatch, options):
     for name, value in {"MEASURING": Measuring(points=10, grid=4), "FEW": 2, "POINTS": 20}.items():
         monkeypatch.setattr(oracle, name, value)
-    small = [
-        "--steps",
-        "2",
-        "--seeds",
-        "1",
-        "--objectives",
-        "tvm",
-        "fm",
-        "--out",
-        str(tmp_path / "o"),
-    ]
+    small = ["--steps", "2", "--seeds", "1", "--out", str(tmp_path / "o"), "--objectives", "tvm", "fm"]
     assert oracle.main([*small, *options]) == 0
     report = json.loads((tmp_path / "o/results.json").read_text())
     assert ("chain" in report) == ("bias" in report) == (not options)
