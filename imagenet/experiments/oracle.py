@@ -1,6 +1,6 @@
 """Train on images whose exact flow is known, and measure how far from it the models of several objectives are.
 
-    python -m imagenet.experiments.oracle                                 all, a quarter of an hour of one core
+    python -m imagenet.experiments.oracle                                 all, some ten minutes of one core
     python -m imagenet.experiments.oracle --objectives tvm fm --seeds 1   some, a few minutes
     python -m imagenet.experiments.oracle --objectives tvm --w 2          of classes, guided
 
@@ -55,13 +55,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "imf": {"objective": "imf"} | UNWEIGHTED,
     "fm": {"objective": "fm"},
 }
-SETTINGS: dict[str, Any] = {"width": 256, "batch_size": 256, "lr": 0.01, "ema": 0.99}  # of every training
+SETTINGS: dict[str, Any] = {"width": 128, "batch_size": 128, "lr": 0.01, "ema": 0.99}  # of every training
 BANDWIDTHS = [k / 100 for k in range(4, 61)]  # that are tried; pixels are in [-1, 1]
 MEASURING = Measuring(points=64, grid=24)  # of the bound
 COLUMNS = 12  # of the picture
 POINTS = 1000  # samples that errors are measured on
 TIMES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # at which the weight's bias is measured
-FEW = 48  # samples that it is measured on
+FEW = 32  # samples that it is measured on
 
 
 class ImageMixture(GaussianMixture):
@@ -155,7 +155,7 @@ def parser() -> OneLineParser:
     p = OneLineParser("python -m imagenet.experiments.oracle", __doc__)
     p.add_argument("--objectives", nargs="+", choices=tuple(OBJECTIVES), default=tuple(OBJECTIVES), help="to train")
     p.add_argument("--w", type=float, help="train with classes and this guidance weight (default: without classes)")
-    p.add_argument("--steps", type=int, default=300, help="budget of each training, in steps of TVM")
+    p.add_argument("--steps", type=int, default=600, help="budget of each training, in steps of TVM")
     p.add_argument("--seeds", type=int, default=2, help="seeds per objective")
     p.add_argument("--out", type=Path, default=Path("runs/imagenet/oracle"), help="folder to write")
     return p
