@@ -3,6 +3,7 @@
     python -m imagenet.experiments.oracle                                 all, some ten minutes of one core
     python -m imagenet.experiments.oracle --objectives tvm fm --seeds 1   some, a few minutes
     python -m imagenet.experiments.oracle --objectives tvm --w 2          of classes, guided
+    python -m imagenet.experiments.oracle --seeds 0                       what needs no training: the adaptive weight
 
 The digits to learn from, each with a Gaussian around it, are a Gaussian mixture in 64 dimensions: its velocity, flow
 map and density are known, as on the plane. The Gaussians are as wide as makes the held-out digits likeliest. Every
@@ -142,7 +143,8 @@ def table(report: dict[str, Any]) -> str:
     """Format all that was measured."""
     lines = [f"{'bandwidth':<28}{report['bandwidth']:g} in [-1, 1]; log likelihood of held-out images by bandwidth:"]
     lines += ["  ".join(f"{h} {value:.1f}" for h, value in report["held_out"].items())]
-    lines += [f"{'RMSE of the mean image':<28}{report['mean image']:.3f}", variants.table(report)]
+    lines += [f"{'RMSE of the mean image':<28}{report['mean image']:.3f}"]
+    lines += [variants.table(report)] * bool(report["variants"])
     if "model" in report:
         lines += ["tvm, seed 0", metrics.table(report["model"])]
     lines += [f"{LABELS.get(name, name):<28}{value:.4g}" for name, value in report.get("chain", {}).items()]
@@ -167,7 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     o = command.parse_args(argv)
     use_one_thread()
     with command.errors(), user_files():
-        require_at_least(1, steps=o.steps, seeds=o.seeds)
+        require_at_least(1, steps=o.steps)
+        require_at_least(0, seeds=o.seeds)
         (train, labels), (held_out, _) = load_digits()
         made = configs(o.objectives, o.steps, o.w, train[0].numel())
         require_free(o.out, [variants.RESULTS], "measurements")
