@@ -148,7 +148,7 @@ def table(report: dict[str, Any]) -> str:
     if "model" in report:
         lines += ["tvm, seed 0", metrics.table(report["model"])]
     lines += [f"{LABELS.get(name, name):<28}{value:.4g}" for name, value in report.get("chain", {}).items()]
-    lines += [f"{'bias of the weight, ' + name:<28}{value:.4g}" for name, value in report.get("bias", {}).items()]
+    lines += [f"{'bias of the weight, ' + name:<34}{value:.4g}" for name, value in report.get("bias", {}).items()]
     return "\n".join(lines)
 
 

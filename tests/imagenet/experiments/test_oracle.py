@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tvm_ref.exact_flow import follow
 from tvm_ref.experiments.family_measures import step_products
 from tvm_ref.guidance import Condition
 
-N, D = 20, 64
+ROOT, N, D = Path(__file__).parents[3], 20, 64
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +94,10 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys, monkeypatch, option
     assert ("bias" in report) == ("0" in options)
     assert oracle.table(report) in capsys.readouterr().out
     assert (tmp_path / "o/oracle.png").stat().st_size
+
+
+def test_the_tables_of_the_page_are_those_of_the_stored_results():
+    page = (ROOT / "tutorials/site/imagenet_oracle.md").read_text()
+    lines = [line.rstrip() for line in page.splitlines()]
+    for report in json.loads((ROOT / "tutorials/pictures/oracle.json").read_text()).values():
+        assert all(row.rstrip() in lines for row in oracle.table(report).splitlines())
