@@ -66,7 +66,8 @@ def test_results_are_reproducible_and_depend_on_t(run, capsys):
 
 
 @pytest.mark.slow
-def test_several_runs_have_a_table_of_medians(run, tmp_path, capsys):
+def test_several_runs_have_a_table_of_medians(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tvm_ref.cli.progress.LOG_INTERVAL", 0.0)  # the bar is shown at every call
     folders = [Path(shutil.copytree(run, tmp_path / "copy")), run]
     assert command.main([*map(str, folders), "--points", "20", "--grid", "8"]) == 0
     printed, progress = capsys.readouterr()

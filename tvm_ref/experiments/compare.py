@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
             require_free(out, FILES, "a comparison", "--overwrite", overwrite=arguments.overwrite)
         base.make_distribution()  # refuses points that cannot be used
         trainings.mkdir(parents=True, exist_ok=True)
-    with command.errors(f"the trainings that were finished are in {trainings}: the same command continues"):
+    with command.errors(f"trainings that were finished, if any, are in {trainings}; the same command continues"):
         configs = {UNIT: base, **plan.configs(base)}
         products = {name: step_products(config) for name, config in configs.items()}
         costs = {"products": products, "time": step_seconds(configs)}

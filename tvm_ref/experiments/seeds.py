@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     configs = [replace(base, dist=dist, seed=seed) for dist in arguments.dist for seed in range(arguments.seeds)]
     results: list[dict[str, Any]] = []
     steps, out = sum(config.steps for config in configs), arguments.out
-    kept = "nothing is kept without --out" if out is None else f"the trainings that were finished are in {out}"
+    kept = "nothing is kept without --out" if out is None else f"trainings that were finished, if any, are in {out}"
     print(f"{len(configs)} trainings; the bar estimates the time that is left from the first steps on")
     with command.errors(kept), progress(total=steps, unit="step", desc="training", smoothing=0) as bar:
         for result in train_many(configs, one_step, jobs=arguments.jobs, points=arguments.points, bar=bar):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.toy.config import ToyConfig, use_one_thread
+from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.report.metrics import Reference, make_reference
 from tvm_ref.toy.training import Training
 
@@ -26,8 +27,13 @@ _steps: Any = None  # in such a process: how many steps all of them have taken
 
 
 @lru_cache(maxsize=1)
+def _distribution(dist: str, data: str | None, bandwidth: float | None) -> GaussianMixture:
+    return ToyConfig(dist=dist, data=data, bandwidth=bandwidth).make_distribution()
+
+
+@lru_cache(maxsize=1)
 def _reference(dist: str, data: str | None, bandwidth: float | None, points: int) -> Reference:
-    return make_reference(ToyConfig(dist=dist, data=data, bandwidth=bandwidth).make_distribution(), points=points)
+    return make_reference(_distribution(dist, data, bandwidth), points=points)
 
 
 def _join(steps: Any) -> None:
@@ -65,8 +71,8 @@ def train_and_measure(
 
 
 def _trained(config: ToyConfig, measure: Measure, points: int, tick: Tick) -> dict[str, Any]:
-    reference = _reference(config.dist, config.data, config.bandwidth, points)
-    training = Training(config, reference.distribution)
+    data = (config.dist, config.data, config.bandwidth)
+    training = Training(config, _distribution(*data))
     result = {"dist": config.dist, "objective": config.objective, "lr": config.lr, "seed": config.seed}
     try:
         while training.step < config.steps:
@@ -75,7 +81,7 @@ def _trained(config: ToyConfig, measure: Measure, points: int, tick: Tick) -> di
     except FloatingPointError:
         tick(config.steps - training.step)
         return result | {"diverged": True, "figures": {}}
-    return result | {"diverged": False, "figures": measure(training, reference)}
+    return result | {"diverged": False, "figures": measure(training, _reference(*data, points))}
 
 
 @contextlib.contextmanager
