@@ -6,11 +6,11 @@
     python imagenet/benchmark.py imagenet256-w2 --batch-size 32 --compile --checkpointing
 
 Whole steps of train.py are timed, optimizer and averages included, on synthetic data, on one device. Figure 10 of the
-paper is this against the batch size, for each attention, with gradients through the JVP and without.
+paper plots these against the batch size, for each attention, with and without gradients through the JVP.
 
-    FLOP     floating-point operations of matrix products per image and step: those that run, and the least that a TVM
+    FLOP     floating-point operations of matmuls per image and step: those that run, and the least that a TVM
              step needs (cost/flops.py)
-    memory   on a GPU the peak of what is allocated, on a CPU what the process holds
+    memory   on a GPU the peak of allocated memory, on a CPU the memory that the process holds
     MFU      model FLOP utilisation: the least arithmetic of a step, over its time, over the rate at which this device
              multiplies large matrices (measured first)
 """
@@ -38,23 +38,23 @@ from tvm_ref.cli.progress import progress
 VARIED = (  # fields of Config that change what a step costs
     "batch_size", "objective", "settings", "attention", "precision", "compile", "checkpointing", "accumulate",
 )  # fmt: skip
-MATRIX = {"cuda": 8192, "cpu": 1024}  # side of the matrices that the device's rate is measured with
-REPEATS = 10  # of each measurement of that rate
-FIRST = 3  # steps that are not timed, for kernels to be chosen and compiled
+MATRIX = {"cuda": 8192, "cpu": 1024}  # side of the matrices that measure the device's rate
+REPEATS = 10  # repeats of each measurement of that rate
+FIRST = 3  # warm-up steps, not timed: kernels are chosen and compiled
 
 
 def parser() -> OneLineParser:
     """Build the command line."""
     p = OneLineParser("benchmark.py", __doc__)
-    p.add_argument("preset", nargs="?", default="digits", choices=tuple(PRESETS), help="the default is digits")
-    p.add_argument("--timed", type=int, default=10, help="steps that are timed")
+    p.add_argument("preset", nargs="?", default="digits", choices=tuple(PRESETS), help="preset (default: digits)")
+    p.add_argument("--timed", type=int, default=10, help="number of steps to time")
     p.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     add_options(p.add_argument_group("the configuration (defaults are the preset's)"), Config, VARIED)
     return p
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU is done with what it was given."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

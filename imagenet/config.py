@@ -1,4 +1,4 @@
-"""The configuration of a run, one frozen dataclass with a reason beside each field, and the presets."""
+"""The configuration of a run, one frozen dataclass with a description of each field, and the presets."""
 
 import argparse
 import dataclasses
@@ -15,10 +15,10 @@ from tvm_ref.cli.errors import UserError, require, user_errors
 from tvm_ref.cli.options import check_types, flag, option, read_settings, require_at_least
 from tvm_ref.objectives import Objective
 
-FORMAT = 1  # of stored configurations: to be raised when a field changes its meaning, or goes
+FORMAT = 1  # of stored configurations: raise it when a field changes its meaning or is removed
 LABEL_DROPOUT = 0.1  # fraction of labels replaced by "no class" (sec. 3)
 OF_DATA = ("data", "in_channels", "classes")  # decided by the preset and the data, not by options
-# sizes beyond what fits any machine, so that a bad file is refused before its network is built
+# sizes that no machine can hold, so that a bad file is refused before its network is built
 LARGEST = {
     "input_size": 2**12, "in_channels": 2**12, "patch_size": 2**12, "classes": 2**24,
     "hidden_size": 2**16, "depth": 2**8, "heads": 2**12,
@@ -30,23 +30,23 @@ SWITCH = {"action": argparse.BooleanOptionalAction}  # off by default, but a sto
 class Config:
     """All that decides a run; stored as JSON in its folder and with its weights. The defaults are the preset `digits`.
 
-    A field that is added must have a default that leaves earlier runs what they were: they are read with it.
+    A new field needs a default that leaves earlier runs unchanged: they are read with it.
 
     Raises:
         ValueError: a bad value, named by its option.
     """
 
     # Data
-    data: Literal["digits", "fashion", "cifar10", "folder", "latents", "synthetic"] = option("digits", "what to learn")
+    data: Literal["digits", "fashion", "cifar10", "folder", "latents", "synthetic"] = option("digits", "data to learn")
     input_size: int = option(8, "side of the images or latents; pictures of a folder are resized to it")
     in_channels: int = option(1, "channels of the images or latents")
-    classes: int = option(10, "classes of the data")
+    classes: int = option(10, "number of classes of the data")
     flip: bool = option(False, "mirror half of a folder's pictures, others at each visit (cifar10: always)")
     # Network
-    patch_size: int = option(4, "side of the square that becomes a token")
-    hidden_size: int = option(64, "numbers per token (S 384, B 768, L 1024, XL 1152)")
-    depth: int = option(4, "blocks (S 12, B 12, L 24, XL 28)")
-    heads: int = option(2, "heads of each attention (S 6, B 12, L 16, XL 18)")
+    patch_size: int = option(4, "side of the square patch that becomes a token")
+    hidden_size: int = option(64, "width of a token (S 384, B 768, L 1024, XL 1152)")
+    depth: int = option(4, "number of blocks (S 12, B 12, L 24, XL 28)")
+    heads: int = option(2, "number of attention heads (S 6, B 12, L 16, XL 18)")
     time_init: Literal["normal", "spectral"] = option(
         "normal", "initial weights of the embeddings of times and beta (table 6)"
     )
@@ -55,14 +55,14 @@ class Config:
     )
     scaled: bool = option(True, "scaled parameterisation f = (s - t) w F (sec. 4)")
     # Objective
-    objective: str = option("tvm", "what to minimise: TVM, or what it is compared with", choices=OBJECTIVES)
+    objective: str = option("tvm", "what to minimise: TVM or a related method", choices=OBJECTIVES)
     settings: Mapping[str, Any] = option(
-        {}, "the objective's own settings, as power=0 or stops=none (tvm_ref/objectives/README.md)"
+        {}, "the objective's own settings, such as power=0 or stops=none (tvm_ref/objectives/README.md)"
     )
-    w: float = option(1.0, "classifier-free guidance weight (eq. 15); the network learns this one; 1: none")
+    w: float = option(1.0, "classifier-free guidance weight to learn (eq. 15); 1: no guidance")
     w_max: float | None = option(None, "draw beta = 1/w between 1/w_max and 1/w (F.1); default: only w")
     time_sampler: str = option(
-        "own", "how times are drawn (sec. 7.3); own: as the objective's paper does, gap* in TVM",
+        "own", "how times are drawn (sec. 7.3); own: as in the objective's paper, gap* in TVM",
         choices=("own", *TIME_SAMPLERS),
     )  # fmt: skip
     noise_share: float = option(
@@ -74,11 +74,11 @@ class Config:
     # Optimisation
     init: str | None = option(None, "start from these weights: a .safetensors file or a run's folder (default: new)")
     steps: int = option(1000, "training steps")
-    batch_size: int = option(128, "samples per step, over all processes")
+    batch_size: int = option(128, "samples per step, summed over processes")
     optimizer: Literal["adamw", "soap"] = option(
         "soap", "AdamW as in the paper; SOAP (Adam in a basis learned from gradients) learns digits faster"
     )
-    lr: float = option(1e-2, "learning rate, at its peak")
+    lr: float = option(1e-2, "peak learning rate")
     beta2: float = option(0.95, "decay of the second moment: 0.95 keeps TVM steady (sec. 4)")
     warmup: int = option(50, "steps of linear warm-up (the paper: none)")
     schedule: Literal["constant", "cosine"] = option("cosine", "learning rate after warm-up (the paper: constant)")
@@ -86,9 +86,9 @@ class Config:
     target_ema: float = option(0.99, "decay of the target's weights theta* (table 4b)")
     ema: float = option(0.99, "decay of the evaluated weights theta** (the paper: 0.9999)")
     seed: int = option(0, "seed of initial weights, order of the data, noise and times")
-    # How it is computed: --resume may change these
+    # How to compute it: --resume may change these
     precision: Literal["float32", "bfloat16"] = option(
-        "float32", "data type of matrix products; weights stay float32", resume=True
+        "float32", "data type of matmuls; weights stay float32", resume=True
     )
     attention: str = option(
         "plain", "plain: any device; fused: one kernel for value and tangent", choices=ATTENTION, resume=True
@@ -100,7 +100,7 @@ class Config:
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "ddp: a copy per process; fsdp: weights sharded over processes", resume=True
     )
-    accumulate: int = option(1, "micro-batches per step and process: less memory", resume=True)
+    accumulate: int = option(1, "number of micro-batches per step and process; more need less memory", resume=True)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -133,7 +133,7 @@ class Config:
             self.sampler()
             self.network()
             self.make_objective(FlowMap(nn.Module()))
-        except ValueError as error:  # sizes, shares and settings that the method refuses
+        except ValueError as error:  # sizes, fractions and settings that the method refuses
             raise UserError(str(error)) from error
 
     @property
@@ -172,10 +172,10 @@ class Config:
 
     @staticmethod
     def from_json(text: str) -> "Config":
-        """Read what to_json wrote, also an earlier version of it: a field that is missing was added later.
+        """Read the output of to_json, also of an earlier version: missing fields get their defaults.
 
         Raises:
-            UserError: no JSON, a later format, unknown keys, bad values.
+            UserError: not JSON, a later format, unknown keys, bad values.
         """
         damaged = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
         with user_errors("not a configuration of this program", *damaged):
@@ -221,10 +221,10 @@ def build_model(config: Config, *, attention: str | None = None) -> FlowMap:
 
     Args:
         config: sizes and parameterisation.
-        attention: a key of ATTENTION in place of the configuration's; the weights are the same for all.
+        attention: a key of ATTENTION that replaces the configuration's; the weights are the same for all.
 
     Raises:
-        ValueError: attention that cannot be had here.
+        ValueError: attention that is not available here.
     """
     attend = ATTENTION[attention or config.attention]()
     return FlowMap(DiT(config.network(), attend, checkpointing=config.checkpointing), scaled=config.scaled)

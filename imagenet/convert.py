@@ -4,7 +4,7 @@
     python imagenet/convert.py network-snapshot-500.pkl out.safetensors --preset imagenet256-w1.75
 
 The released .pkl files are pickles that carry Python source, and loading them as usual runs it. Here a reader builds
-tensors and nothing else (foreign/luma.py); a file that asks for anything more is refused, and what it asks for is
+tensors and nothing else (foreign/luma.py); a file that asks for more is refused, and its request is
 printed. Names, shapes and numbers of the tensors are checked against the preset, which the file's name decides for
 Luma's own files and --preset for others. The result holds the preset's configuration, so that sample.py and evaluate.py
 need nothing else. The weights keep their owner's terms.
@@ -29,20 +29,20 @@ from tvm_ref.cli.options import OneLineParser, run
 def parser() -> OneLineParser:
     """Build the command line."""
     p = OneLineParser("convert.py", __doc__)
-    p.add_argument("source", type=Path, help="a .pkl file")
+    p.add_argument("source", type=Path, help="the released .pkl file")
     p.add_argument("out", type=Path, help="the .safetensors file to write")
     p.add_argument("--preset", choices=list(PRESETS), help="preset of the weights (default: by the file's name)")
     return p
 
 
 def data_of(config: Config) -> Provenance:
-    """Describe what released weights were trained on: latents of ImageNet, of the sizes that are known."""
+    """Describe the data of released weights: latents of ImageNet, where their size is known."""
     known = NORMALISATION.get(LATENT_SIDE * config.input_size) if config.data == "latents" else None
     return Provenance(config.data, autoencoder=VAE if known else None, normalisation=known)
 
 
 def convert(source: Path, out: Path, preset: str | None = None) -> Config:
-    """Convert a file; returns the configuration that its weights need.
+    """Convert a file; return the configuration that its weights need.
 
     Raises:
         UserError: a file that is refused, or does not hold what it should; `out` exists or is not .safetensors.
@@ -54,7 +54,7 @@ def convert(source: Path, out: Path, preset: str | None = None) -> Config:
         names = ", ".join(f"{name}.pkl" for name in luma.PRESETS)
         raise UserError(f"the name {source.name} is not one of {names}: say the preset with --preset")
     tensors, scaled = luma.read_released(source)
-    config = PRESETS[preset] if scaled is None else replace(PRESETS[preset], scaled=scaled)  # the file knows best
+    config = PRESETS[preset] if scaled is None else replace(PRESETS[preset], scaled=scaled)  # the file decides
     with user_errors(source, UserError):
         check_weights(tensors, config)
     with source.open("rb") as stream:

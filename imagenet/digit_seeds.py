@@ -7,9 +7,9 @@
     python imagenet/digit_seeds.py --options --steps 2000 --target-ema 0.5       with options of train.py
 
 Each run is one of train.py. The controls are one-step samples of flow matching and the mean image of each class. With
---rates, every objective is first trained with each on a seed of its own, and the rate with the least Frechet distance
-in one step is used. All take the same number of steps, or, with --budget products, as many as cost the matrix products
-of the first objective's. results.json has every score. An interrupted comparison continues with the same command.
+--rates, every objective is first trained with each on a separate seed, and the rate with the least Frechet distance
+in one step is used. All take the same number of steps, or, with --budget products, as many as cost the same matmuls as
+those of the first objective. results.json has every score. An interrupted comparison continues with the same command.
 The exit status is 0 if every seed of the first objective passes (metrics/digits.py) and every control fails, else 1.
 """
 
@@ -40,10 +40,10 @@ def parser() -> OneLineParser:
     """Build the command line."""
     p = OneLineParser("digit_seeds.py", __doc__)
     p.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    p.add_argument("--jobs", type=int, default=2, help="number of runs at a time, one thread each")
     p.add_argument("--out", type=Path, default=Path("runs/imagenet/digits-seeds"), help="folder of the runs")
-    p.add_argument("--objectives", nargs="+", choices=CHOICES, default=["tvm"], help="what to minimise")
-    p.add_argument("--budget", choices=("steps", "products"), default="steps", help="what is equal")
+    p.add_argument("--objectives", nargs="+", choices=CHOICES, default=["tvm"], help="objectives to compare")
+    p.add_argument("--budget", choices=("steps", "products"), default="steps", help="what all get equally")
     p.add_argument("--rates", nargs="+", type=float, default=[], help="learning rates to try (default: the preset's)")
     p.add_argument(
         "--options", nargs=argparse.REMAINDER, default=[], help="put last: further options of train.py, for every run"
@@ -52,10 +52,10 @@ def parser() -> OneLineParser:
 
 
 def train_and_score(folder: Path, options: Sequence[str]) -> dict[str, Scores]:
-    """Run train.py on the preset, or go on with the run; returns the scores by number of steps, DIVERGED if it did.
+    """Run train.py on the preset, or continue the run; return the scores by number of steps, or DIVERGED.
 
     Raises:
-        UserError: it failed, with its last words.
+        UserError: it failed; with the last line of its output.
     """
     resume = ["--resume"] if (folder / "config.json").exists() else []
     command = [sys.executable, "-m", "imagenet.train", "digits", "--out", str(folder), *options, *resume]
@@ -129,7 +129,7 @@ def table(rows: Mapping[str, Sequence[Scores]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 if all is as it should be, else 1."""
+    """Run the command; return the exit status: 0 if seeds pass and controls fail, else 1."""
     command = parser()
     options = command.parse_args(argv)
     with command.errors():

@@ -36,8 +36,8 @@ from tvm_ref.cli.files import read_json, require_free, write_atomically
 from tvm_ref.cli.options import OneLineParser, add_options, given, option, require_at_least, run
 from tvm_ref.cli.progress import progress
 
-LISTING = "images.txt"  # class and path of each image, as they were found at the start
-PLAN = "encode.json"  # how they are encoded; written after the listing
+LISTING = "images.txt"  # class and path of each image, listed at the start
+PLAN = "encode.json"  # settings of the encoding; written after the listing
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Settings:
         UserError: a bad value, named by its option.
     """
 
-    image_size: int = option(256, "side of the square that is cut out")
-    vae: str = option(VAE, "an AutoencoderKL, by folder or by name on the hub")
-    batch_size: int = option(64, "images per call of the autoencoder")
-    shard_size: int = option(8192, "images per file")
+    image_size: int = option(256, "side of the square to crop, in pixels")
+    vae: str = option(VAE, "folder of an AutoencoderKL, or its name on the Hugging Face hub")
+    batch_size: int = option(64, "number of images per call of the autoencoder")
+    shard_size: int = option(8192, "number of images per file")
     workers: int = option(8, "threads that read images, per process")
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class Settings:
 
     @property
     def is_paper_s(self) -> bool:
-        """True if latents are normalised by the paper's constants, which are those of one autoencoder, by name."""
+        """True if latents are normalised by the paper's constants, which belong to one autoencoder, by name."""
         return self.image_size in NORMALISATION and Path(self.vae).name == Path(VAE).name
 
 
@@ -68,16 +68,16 @@ def parser() -> OneLineParser:
     """Build the command line."""
     p = OneLineParser("encode.py", __doc__)
     p.add_argument("source", type=Path, help="folder with one folder of images per class")
-    p.add_argument("--out", type=Path, required=True, help="folder for the latents")
+    p.add_argument("--out", type=Path, required=True, help="folder to write the latents into")
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU per process where there is one)")
     add_options(p, Settings)
     return p
 
 
 def prepare(source: Path, out: Path, plan: dict[str, Any]) -> None:
-    """Make the folder of an encoding, or check that what it holds is the same encoding.
+    """Make the folder of an encoding, or check that it holds the same encoding.
 
-    The images are listed once: those that vanish before they are read are skipped, and what is done stays done.
+    The images are listed once: those that vanish before they are read are skipped, and finished shards are kept.
 
     Raises:
         UserError: anything else is in the way.
@@ -100,7 +100,7 @@ def prepare(source: Path, out: Path, plan: dict[str, Any]) -> None:
 def encode_shard(
     source: Path, out: Path, name: str, entries: Sequence[Entry], vae: nn.Module, settings: Settings
 ) -> Iterator[int]:
-    """Write one shard, and NAME.json last, the sign that the shard is complete; yields numbers of images that are done.
+    """Write one shard, and NAME.json last, the sign that the shard is complete; yield the numbers of images done.
 
     Raises:
         FloatingPointError: latents that are not finite.
@@ -126,7 +126,7 @@ def encode_shard(
             labels += [label for label, *_ in good]
         yield len(results)
     if not source.is_dir():
-        raise FileNotFoundError(f"{source} is gone")  # not each of its images
+        raise FileNotFoundError(f"{source} is gone")  # one error, not one per image
     if labels:
         stored = np.concatenate(posteriors)
         write_shard(out, name, stored, np.array(labels, np.int64))
@@ -135,7 +135,7 @@ def encode_shard(
 
 
 def finish(out: Path, shards: dict[str, list[Entry]], plan: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """Write latents.json, the sign that all is done; returns what it holds.
+    """Write latents.json, the sign that the encoding is complete; return its contents.
 
     Raises:
         UserError: not one image could be read.
@@ -162,9 +162,9 @@ def finish(out: Path, shards: dict[str, list[Entry]], plan: dict[str, Any], sett
 def encode_folder(
     source: Path, out: Path, settings: Settings, world: World, vae: nn.Module | None = None
 ) -> dict[str, Any] | None:
-    """Encode a folder of images, or continue; all processes take part. The first returns what latents.json holds.
+    """Encode a folder of images, or continue; all processes take part. Rank 0 returns the contents of latents.json.
 
-    `vae` is an autoencoder in place of the one that the settings name.
+    `vae` replaces the autoencoder that the settings name.
 
     Raises:
         UserError: bad input.

@@ -6,12 +6,12 @@
     python imagenet/evaluate.py runs/imagenet/digits --steps 1 4      digits and own pictures have their own metrics
 
 A model's images are made on the fly, the same that sample.py draws; sample.py under torchrun is faster for many.
-The reference decides what is measured: statistics (mu, sigma) give FID, images also precision and recall; the inception
-score needs none. references.py lists the formats. Pickles are read without
+The reference decides which metrics are computed: statistics (mu, sigma) give FID, images also precision and recall; the
+inception score needs no reference. references.py lists the formats. Pickles are read without
 executing anything in them.
 
 The features are those of 2015's Inception, from torch-fidelity, whose weights must be on this machine (--inception); no
-other network ever stands in. Published figures use 50,000 samples; FID of fewer is biased: larger. Figures are
+other network replaces it. Published figures use 50,000 samples; FID of fewer is larger (biased). Figures are
 comparable only against the same reference.
 """
 
@@ -35,7 +35,7 @@ from tvm_ref.cli.errors import UserError, require
 from tvm_ref.cli.files import require_new, write_atomically
 from tvm_ref.cli.options import OneLineParser, require_at_least, run
 
-LEAST = 10  # images: the inception score is a mean over as many parts
+LEAST = 10  # images: the inception score is a mean over this many parts
 PUBLISHED = 50_000  # samples that published figures use
 NAMES = {"fid": "FID", "inception_score": "IS", "inception_score_std": "+-"}
 
@@ -49,12 +49,12 @@ def parser() -> OneLineParser:
         type=Path,
         help="a .npz or .pkl of statistics, or images; digits, fashion and own pictures need none",
     )
-    p.add_argument("--data-path", help="of a model of Fashion-MNIST: its folder, if the weights do not say")
-    p.add_argument("--count", type=int, help=f"images to measure (default: all; of a model: {PUBLISHED:,})")
-    p.add_argument("--steps", type=int, nargs="+", default=[1], help="numbers of steps of a model")
+    p.add_argument("--data-path", help="folder of Fashion-MNIST, for its models, if the weights do not say")
+    p.add_argument("--count", type=int, help=f"number of images to measure (default: all; for a model {PUBLISHED:,})")
+    p.add_argument("--steps", type=int, nargs="+", default=[1], help="for a model: numbers of sampling steps")
     p.add_argument("--inception", type=Path, help="file of Inception's weights (default: where torch.hub keeps it)")
-    p.add_argument("--out", type=Path, help="write the figures as JSON")
-    add_model_options(p.add_argument_group("of a model"))
+    p.add_argument("--out", type=Path, help="JSON file to write the metrics to")
+    add_model_options(p.add_argument_group("options for a model"))
     return p
 
 
@@ -93,7 +93,7 @@ def measure_own(generator: Generator, steps: list[int], metrics: Metrics) -> dic
 
 
 def table(report: dict[str, Any]) -> str:
-    """Format the figures, what they were measured against, and what could not be measured."""
+    """Format the metrics, the reference, and what could not be measured."""
     lines, reference, measured = [], report["reference"], report["figures"]
     for name, row in measured.items():
         cells = [f"{NAMES.get(key, key)} {value:.4g}" for key, value in row.items() if key not in ("samples", "sets")]

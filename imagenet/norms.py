@@ -1,13 +1,13 @@
-"""Ask the paper's figure 4 in the small: is it the usual norms that make a DiT explode under TVM.
+"""Repeat the paper's figure 4 on small DiTs: test whether the usual norms make them diverge under TVM.
 
     python imagenet/norms.py                                                  the measurements of the documentation
     python imagenet/norms.py --cases 64:0.02 256:0.02:bfloat16 --steps 1000   width:rate[:precision], longer
 
 Trains small DiTs on the digits (AdamW, constant rate, no clipping) from the same weights, on the same batches:
 
-    pytorch         LayerNorm as PyTorch has it, whose gradient through a JVP is wrong; no QK norm, plain modulation
+    pytorch         PyTorch's LayerNorm, whose gradient through a JVP is wrong; no QK norm, plain modulation
     exact           the same network, with a LayerNorm whose gradient is right
-    semi-lipschitz  RMSNorm in its place, also of queries, keys and modulation vectors (the paper's network)
+    semi-lipschitz  RMSNorm instead, also for queries, keys and modulation vectors (the paper's network)
 
 Recorded every ten steps are the means of both loss terms and the maxima of the gradient's norm and of the root mean
 square of the embedding of t - s. A training ends where a loss or a gradient is not finite (`broken_at` in the JSON).
@@ -46,10 +46,10 @@ def parser() -> OneLineParser:
     case = "width, learning rate, perhaps bfloat16 (default: CASES)"
     p.add_argument("--cases", nargs="+", type=read_case, default=list(map(read_case, CASES)), help=case)
     p.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    p.add_argument("--steps", type=int, default=100, help="steps of each training")
-    p.add_argument("--batch-size", type=int, default=32, help="images per step")
+    p.add_argument("--steps", type=int, default=100, help="number of steps of each training")
+    p.add_argument("--batch-size", type=int, default=32, help="number of images per step")
     p.add_argument("--depth", type=int, default=3, help="number of blocks")
-    p.add_argument("--out", type=Path, default=Path("runs/imagenet/norms.json"), help="file; its figure is beside it")
+    p.add_argument("--out", type=Path, default=Path("runs/imagenet/norms.json"), help="JSON file, next to its figure")
     return p
 
 

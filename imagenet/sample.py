@@ -3,7 +3,7 @@
     python imagenet/sample.py digits --out digits.png                          nothing to train: pretrained/README.md
     python imagenet/sample.py runs/imagenet/digits --out digits.png                    a grid, one step
     python imagenet/sample.py imagenet256-w2.safetensors --out cats.png --classes 281 282 285 --steps 4
-    python imagenet/sample.py runs/imagenet/folder --out pictures.png --classes "red things"     by names of folders
+    python imagenet/sample.py runs/imagenet/folder --out pictures.png --classes "red things"     classes by folder name
     python imagenet/sample.py imagenet256-w2.safetensors --out samples256 --count 50000                 a folder of PNG
     torchrun --nproc-per-node 8 imagenet/sample.py runs/imagenet/imagenet256-w2 --out samples.npz --count 50000
 
@@ -35,17 +35,17 @@ from tvm_ref.cli.files import require_free, require_new, write_atomically
 from tvm_ref.cli.options import OneLineParser, require_at_least, run
 from tvm_ref.cli.progress import progress
 
-COUNT = 64  # images, where nothing else is said
+COUNT = 64  # default number of images
 CHUNK = 256  # images put together at a time
-ABOUT = "samples.json"  # says of a folder that it holds samples, all of them
+ABOUT = "samples.json"  # marks a complete folder of samples
 
 
 def parser() -> OneLineParser:
     """Build the command line."""
     p = OneLineParser("sample.py", __doc__)
     p.add_argument("source", type=Path, help="a run's folder, weights as .safetensors, or a name, as digits")
-    p.add_argument("--out", type=Path, required=True, help="GRID.png, IMAGES.npz or a folder")
-    p.add_argument("--count", type=int, help=f"number of images (default: {COUNT}; of a grid {ROWS} per class)")
+    p.add_argument("--out", type=Path, required=True, help="file or folder to write: GRID.png, IMAGES.npz or a folder")
+    p.add_argument("--count", type=int, help=f"number of images (default: {COUNT}; for a grid {ROWS} per class)")
     p.add_argument("--steps", type=int, default=1, help="network evaluations per image")
     add_model_options(p)
     return p
@@ -81,7 +81,7 @@ def draw(generator: Generator, folder: Path, numbers: range, steps: int, batch_s
 
 
 def finish(generator: Generator, out: Path, folder: Path, count: int, steps: int) -> None:
-    """Say of --out that it is complete, or make it, a file, of the images in a folder."""
+    """Mark the folder --out as complete, or make the file --out from the images in a folder."""
     labels = generator.labels(range(count))
     if folder == out:
         about = {"steps": steps, "w": generator.guidance, "seed": generator.seed, "labels": labels}

@@ -24,9 +24,9 @@ from tvm_ref import OBJECTIVES, Condition, FlowMap, sample
 from tvm_ref.cli.errors import UserError, require
 
 CPU = torch.device("cpu")
-BATCH = 64  # samples at a time, where nothing else is said
+BATCH = 64  # default number of samples at a time
 DECODED = 8  # latents that the autoencoder decodes at a time: it needs far more memory per image than the model
-COLUMNS, ROWS = 10, 8  # of a grid, where nothing else is said: a class per column
+COLUMNS, ROWS = 10, 8  # default size of a grid, with a class per column
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Generator:
 
     Attributes:
         flow_map: the model, on the device.
-        config: what it was trained as.
+        config: the configuration that it was trained with.
         device: where it runs.
         classes: sample i has class classes[i % len(classes)]; None is all classes in turn.
         w: guidance weight; None is the one of the configuration.
         seed: seed of the noise.
-        vae: decoder of latents; None for models of pixels.
-        normalisation: that of latents.
+        vae: autoencoder of the latents; None for models of pixels.
+        normalisation: of latents.
     """
 
     flow_map: FlowMap
@@ -97,7 +97,7 @@ class Generator:
         return min(count, len(self.with_columns().classes or ()))
 
     def grid_count(self) -> int:
-        """Return the number of samples of a grid, where nothing else is said."""
+        """Return the default number of samples of a grid."""
         return ROWS * (ROWS if self.config.classes == 1 else len(self.with_columns().classes or ()))
 
     def grid(self, steps: int = 1, count: int | None = None) -> Pixels:
@@ -113,7 +113,7 @@ class Generator:
         return [classes[i % len(classes)] for i in numbers]
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Multiply in bfloat16 on a GPU, if the model was trained so; a CPU gains nothing by it."""
+        """Multiply in bfloat16 on a GPU, if the model was trained so; on a CPU this gains nothing."""
         half = self.config.precision == "bfloat16" and self.device.type == "cuda"
         return torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext()
 
@@ -179,11 +179,11 @@ def untrained_guidance(config: Config, w: float) -> str | None:
 
 def add_model_options(p: argparse._ActionsContainer) -> None:
     """Add the options of commands that decide how a model draws images."""
-    p.add_argument("--classes", nargs="+", help="names or numbers of classes, in turn (default: all)")
+    p.add_argument("--classes", nargs="+", help="names or numbers of the classes to draw, in turn (default: all)")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    p.add_argument("--w", type=float, help="guidance weight in place of the one that the model was trained with")
-    p.add_argument("--batch-size", type=int, default=BATCH, help="images at a time, per process")
-    p.add_argument("--vae", help="the autoencoder of latents, by folder or name (default: the one that made them)")
+    p.add_argument("--w", type=float, help="guidance weight (default: the one that the model was trained with)")
+    p.add_argument("--batch-size", type=int, default=BATCH, help="number of images at a time, per process")
+    p.add_argument("--vae", help="folder or name of the latents' autoencoder (default: the one that made them)")
     p.add_argument("--device", help="cpu, cuda, ... (default: a GPU per process where there is one)")
 
 

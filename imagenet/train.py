@@ -62,9 +62,9 @@ class Options:
         None, "folder of pictures or latents, or for fashion and cifar10, downloaded if missing"
     )
     device: str | None = option(None, "cpu, cuda, ... (default: the GPU if there is one)")
-    workers: int = option(0, "processes that load batches ahead")
-    log_every: int = option(20, "steps between lines of train.jsonl")
-    save_every: int = option(250, "steps between checkpoints, each with its evaluation weights and a grid of samples")
+    workers: int = option(0, "number of processes that load batches ahead")
+    log_every: int = option(20, "number of steps between lines of train.jsonl")
+    save_every: int = option(250, "steps between checkpoints, each with evaluation weights and a grid of samples")
     keep: int = option(3, "number of newest checkpoints to keep")
 
     def __post_init__(self) -> None:
@@ -154,7 +154,7 @@ def make_plan(
     provenance = provenance_of(config, data, options.data_path)
     earlier = str(out) if resumed else config.init  # a resumed run has no use for `init`: it has a checkpoint
     if earlier is not None and (before := read_provenance(earlier)) is not None:
-        if resumed and config.data == "folder":  # its pictures were read when the run began
+        if resumed and config.data == "folder":  # its pictures were read when the run started
             provenance = dataclasses.replace(provenance, path=before.path)
         before.check_latents(provenance, f"{earlier} was trained on other latents than --data-path holds")
     return (config, resumed, provenance), data
@@ -164,7 +164,7 @@ def read_pictures_of(data_path: str | None, size: int, out: Path) -> None:
     """Read the pictures of --data-path into the folder of a run.
 
     Raises:
-        UserError: no pictures there, or a run that would be among them.
+        UserError: no pictures there, or --out lies among them.
     """
     if data_path is None or not Path(data_path).is_dir():
         raise UserError(f"--data-path must be a folder of pictures, got {data_path}")
@@ -244,7 +244,7 @@ def train(run: Run, data: Data, options: Options) -> bool:
         for batch in run.log.timed(ahead):
             metrics = training.train_step(batch)
             step = training.step
-            # what any process is asked to do, all do after the same step
+            # if any process is asked to stop or save, all do after the same step
             stop, save = world.any(interruption.requested or run.saver.failed, requests.take())
             run.log.note(metrics)
             bar.update()

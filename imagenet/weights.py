@@ -1,4 +1,4 @@
-"""Weights as safetensors, with the configuration that they need in the metadata: how models leave a training."""
+"""Weights as safetensors, with the configuration that they need in the metadata: the format of trained models."""
 
 import json
 import os
@@ -37,10 +37,10 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], config: Config, *
         path: a .safetensors file.
         state_dict: that of the DiT, without a prefix.
         config: the configuration.
-        metadata: more to say in the file.
+        metadata: further entries of the file's metadata.
 
     Raises:
-        OSError: the file could not be written; what was there stays.
+        OSError: the file could not be written; an existing file stays.
     """
     partial = path.with_name(path.name + ".partial")
     tensors = {name: a.detach().cpu().contiguous() for name, a in state_dict.items()}
@@ -53,7 +53,7 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], config: Config, *
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a .safetensors file, whose order is left to chance: equal weights become equal files."""
+    """Sort the metadata of a .safetensors file, whose order is random, so that equal weights give equal files."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -67,11 +67,11 @@ def _sort_metadata(path: Path) -> None:
 def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[FlowMap, Config]:
     """Load the model of a .safetensors file or of a run's folder, without gradients, and its configuration.
 
-    Of a run that has not finished it is the evaluation weights of the newest checkpoint.
+    For an unfinished run these are the evaluation weights of the newest checkpoint.
 
     Args:
         path: the file or folder, or the name of a model in PRETRAINED.
-        attention: a key of ATTENTION in place of the configuration's.
+        attention: a key of ATTENTION that replaces the configuration's.
 
     Raises:
         UserError: no weights there, damaged ones, or weights that do not fit their configuration.
@@ -126,7 +126,7 @@ def load_initial(config: Config) -> dict[str, Tensor]:
 
 
 def check_weights(weights: Mapping[str, Tensor], config: Config) -> None:
-    """Check that tensors are all that the network of a configuration has, and numbers; nothing is built.
+    """Check names, shapes and values of weights against a configuration's network, without building it.
 
     Raises:
         UserError: a tensor too few, too many, of another shape or kind, or with numbers that are not finite.
@@ -146,7 +146,7 @@ def check_weights(weights: Mapping[str, Tensor], config: Config) -> None:
 
 
 def read_provenance(source: str | Path) -> Provenance | None:
-    """Read what the model of a .safetensors file or of a run's folder was trained on; None if it does not say.
+    """Read the origin of the data of a .safetensors file's or run's model; None if it is not recorded.
 
     Raises:
         UserError: damaged files.

@@ -1,6 +1,6 @@
-"""The arithmetic of a TVM step: how much there must be, and how much there is.
+"""Count the arithmetic of a TVM step: the least possible, and what runs.
 
-Only matrix products count; everything else (norms, GELU, softmax, optimizer) is a few per cent of them.
+Only matmuls count; everything else (norms, GELU, softmax, optimizer) is a few per cent of them.
 
 A layer y = x W^T costs one product in a forward, and two in its backward: one for x, one for W. In the pass with a
 tangent, y' = x' W^T is a second product, and its backward two more. Both factors of attention's two products have
@@ -15,8 +15,8 @@ In products per forward product,
     TVM step                               11                  14
     the same, gradient of JVP detached     9                   10
 
-Layers in front of which nothing is trained (patches, the first of each scalar embedding) save the product for x, and
-layers that s does not reach (patches, embeddings of t and of beta) those of tangents.
+Layers with nothing trained before them (patches, the first of each scalar embedding) save the product for x, and
+layers that do not depend on s (patches, embeddings of t and of beta) save those of tangents.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class Part(NamedTuple):
     Attributes:
         macs: multiplications with addition in a forward of one sample.
         moves: factors of each product that have a tangent once s has one: 0, 1 (a layer) or 2 (attention).
-        gradients: factors of each product that need a gradient: the weight, and what is in front if it is trained.
+        gradients: factors of each product that need a gradient: the weight, and the input if it is trained.
     """
 
     macs: int
@@ -85,8 +85,8 @@ def least_step_flops(config: DiTConfig, *, detach_jvp: bool = False, guided: boo
 
 
 def count_flops(step: Callable[[], object]) -> int:
-    """Count the floating-point operations of the matrix products that `step` runs; it may run on the device "meta"."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which commands that print help need not
+    """Count the floating-point operations of the matmuls that `step` runs; it may run on the device "meta"."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton: not for --help
 
     with FlopCounterMode(display=False) as counter:
         step()
@@ -98,7 +98,7 @@ def counted_step_flops(config: Config) -> int:
 
     Nothing is computed (it runs on the device "meta"), and attention is plain: a fused kernel hides its products. A
     curriculum is at its end, where alpha-Flow is MeanFlow. Where a method's times decide whether a sample is a jump or
-    flow matching, both are counted, and weighed by how often the times are equal.
+    flow matching, both are counted, weighted by how often the times are equal.
     """
     objective = OBJECTIVES[config.objective]
     if not issubclass(objective, ResidualObjective):

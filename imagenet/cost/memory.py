@@ -17,11 +17,11 @@ from imagenet.model.distributed import World
 from tvm_ref import EMA, Condition
 from tvm_ref.seeding import generator, uniform_numbers
 
-SMALL = 100  # trainings that fit into memory this many times by their state alone are not looked at
+SMALL = 100  # trainings whose state fits into memory this many times are not checked
 
 
 class _Held(TorchDispatchMode):
-    """Counts bytes of storages, from the operator that makes them until they are freed."""
+    """Count the bytes of storages, from the operator that makes them until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class _Held(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for a in tree_leaves((args, kwargs)):
             if isinstance(a, Tensor):
-                self._known.add(a.untyped_storage())  # was there before, or is counted already
+                self._known.add(a.untyped_storage())  # existed before, or is counted already
         for a in tree_leaves(result):
             if isinstance(a, Tensor) and (storage := a.untyped_storage()) not in self._known:
                 self._known.add(storage)
@@ -46,7 +46,7 @@ class _Held(TorchDispatchMode):
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Count the most bytes of tensors that some work has allocated at a time, beyond those that were there."""
+    """Return the peak of the bytes of tensors that some work allocates, on top of existing ones."""
     with _Held() as held:
         work()
     return held.peak
@@ -89,7 +89,7 @@ def shortage(config: Config, world: World) -> str | None:
     if world.device.type != "cpu" or SMALL * state < free:
         return None
     micro_batch = replace(config, batch_size=config.batch_size // config.accumulate // world.size, accumulate=1)
-    if config.accumulate > 1:  # gradients of earlier micro-batches are there from the start
+    if config.accumulate > 1:  # gradients of earlier micro-batches exist from the start
         state += 4 * sum(shape.numel() for shape in weights_of(config))
     of_process = state / (world.size if config.parallel == "fsdp" else 1) + step_bytes(micro_batch, "meta")
     need = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * of_process

@@ -1,12 +1,12 @@
-"""Print what each preset costs, by arithmetic only: nothing is run.
+"""Print the cost of each preset, by arithmetic only: nothing is run.
 
     python -m imagenet.cost.table
     python -m imagenet.cost.table --objectives        a step of every objective, and its memory; three minutes
 
 The columns: trained weights; the state of a training (weights, two averages, the optimizer's moments); floating-point
-operations of matrix products per image, once forward, in a TVM step, and in one whose gradient through the JVP is
-detached (flops.py); and those of the whole training. With --objectives: products of a step in plain forwards of the
-same batch, and the peak memory of a step on digits over that of flow matching, measured (memory.py).
+operations of matmuls per image, in a forward, in a TVM step, and in one whose gradient through the JVP is
+detached (flops.py); and those of the whole training. With --objectives: matmuls of a step in units of a plain forward
+of the same batch, and the measured peak memory of a step on digits relative to flow matching (memory.py).
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ def parser() -> OneLineParser:
     p.add_argument(
         "--objectives",
         action="store_true",
-        help="a step of every objective, without guidance, instead; takes some three minutes",
+        help="print the cost of a step of every objective instead, without guidance; takes about three minutes",
     )
     return p
 

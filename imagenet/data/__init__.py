@@ -2,5 +2,5 @@
 
 Read image_sets.py first (`load_data`, and what a data set is), then batches.py (the batch of a step). Behind them:
 digits.py, pictures.py (folders of pictures), latents.py and vae.py, and image_files.py for all that is read as pictures
-or written as such. noise.py holds the keys of random numbers, provenance.py what a model keeps of the data it learned.
+or written as such. noise.py holds the keys of random numbers, provenance.py the record of a model's data.
 """

@@ -2,8 +2,8 @@
 
 Each epoch visits the samples in a new order, decided by (seed, epoch). Noise, times and dropped labels are drawn in
 blocks of BLOCK samples decided by (seed, step, block), so that any process can draw any block. Noise and times of
-small images are quasi-random: points of one sequence for SPAN steps, decided by (seed, span), distributed as
-independent numbers are, but without their clumps and gaps, which halves the variance of the gradient.
+small images are quasi-random: points of one sequence for SPAN steps, decided by (seed, span), with the distribution
+of independent numbers but without their clumps and gaps, which halves the variance of the gradient.
 """
 
 import math
@@ -27,7 +27,7 @@ from tvm_ref.seeding import uniform_numbers
 
 BLOCK = 32  # samples whose noise and times are drawn at once
 SPAN = 32  # steps whose quasi-random numbers are drawn at once
-SMALL = 64  # numbers of an image up to which they are used: points fill few dimensions evenly, not thousands
+SMALL = 64  # largest image (in numbers) that uses them: points fill few dimensions evenly, not thousands
 
 
 class Batch(NamedTuple):
@@ -58,7 +58,7 @@ class Batches:
         config: batch size, seed, times, guidance.
         data: the samples.
         rank: this process.
-        world: how many there are; divides the batch size.
+        world: number of processes; divides the batch size.
     """
 
     def __init__(self, config: Config, data: Data, rank: int = 0, world: int = 1):
@@ -138,6 +138,6 @@ def loader(batches: Batches, start: int, workers: int, *, pin: bool = False) -> 
 
 
 def _ignore_signals(_: int) -> None:
-    """Leave Ctrl-C, torchrun's SIGTERM and SIGUSR1, which reach every process of a group, to the trainer."""
+    """Ignore Ctrl-C, torchrun's SIGTERM and SIGUSR1, which reach every process of a group: the trainer handles them."""
     for number in (signal.SIGINT, signal.SIGTERM, *SAVE_SIGNALS):
         signal.signal(number, signal.SIG_IGN)

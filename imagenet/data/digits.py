@@ -21,7 +21,7 @@ class Split(NamedTuple):
 
 @functools.cache
 def load_digits() -> Split:
-    """Load the digits, split once and for all, with every class in both parts in proportion.
+    """Load the digits, in a fixed split that keeps the proportions of the classes.
 
     Raises:
         ValueError: scikit-learn is not installed.

@@ -1,4 +1,4 @@
-"""Images on disk: folders of pictures and .npz files to read (as a stream: they may not fit memory), PNG, .npz, grids.
+"""Read folders of pictures and .npz files (as streams: they may not fit in memory); write PNG, .npz and grids.
 
 Pictures come in all modes and shapes. Here each becomes upright, in RGB of 8 bits, white where it is transparent.
 Floating-point numbers, whose scale is unknown, are refused.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tvm_ref.cli.errors import UserError, first_line, require, user_errors
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}  # of a GIF the first image
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}  # the first image of a GIF
 DAMAGED = zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError  # raised by readers of .npz files
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"  # as in the .npz files of ADM
 GAP = 1  # pixels between the images of a grid, before enlarging
@@ -36,7 +36,7 @@ Pixels = NDArray[np.uint8]  # [B, H, W, 3]
 def to_pixels(x: Float[Tensor, "n c h w"]) -> Pixels:
     """Convert images with values about [-1, 1] to uint8 [N, H, W, 3]: one channel is grey, three are colours.
 
-    Of latents these are the first three channels, at half contrast.
+    For latents these are the first three channels, at half contrast.
     """
     x = x.float().cpu()
     if x.shape[1] not in (1, 3):
@@ -65,7 +65,7 @@ def save_png(path: Path, pixels: Pixels) -> None:
 
 
 def write_npz(path: Path, count: int, batches: Iterable[Pixels], labels: NDArray[np.int64]) -> None:
-    """Write arr_0 [count, H, W, 3] and arr_1 [count], as ADM's evaluation takes them; only a batch is held at a time.
+    """Write arr_0 [count, H, W, 3] and arr_1 [count], as ADM's evaluation expects them, a batch at a time.
 
     Raises:
         ValueError: batches that do not add up to `count`.
@@ -89,9 +89,9 @@ def write_npz(path: Path, count: int, batches: Iterable[Pixels], labels: NDArray
 
 
 def find_images(source: Path) -> tuple[list[str], int]:
-    """Find the pictures below a folder, at any depth, and count the files that are none by their endings.
+    """Find the pictures below a folder, at any depth, and count the files whose endings are not those of pictures.
 
-    Hidden files and folders are ignored; links are followed, but into no folder twice. Pictures are paths below the
+    Hidden files and folders are ignored; links are followed, but no folder twice. Pictures are paths below the
     folder, in order of names; a link to nothing is a picture that cannot be read.
     """
     found, left_out = [], 0
@@ -159,7 +159,7 @@ class ImageFiles:
     def __init__(self, source: Path):
         self.source = source
         self._paths: list[Path] = []
-        self.left_out = 0  # files of the folder that are no images by their endings
+        self.left_out = 0  # files of the folder without an image's ending
         if source.is_dir():
             names, self.left_out = find_images(source)
             self._paths = [source / name for name in names]

@@ -1,7 +1,7 @@
-"""Data sets of images and of latents, and `load_data`, which finds that of a configuration.
+"""Data sets of images and of latents, and `load_data`, which loads that of a configuration.
 
-A data set gives many samples at once: data.batch(indices, draw). `draw` counts the epochs: what is random at each visit
-(flips, latents of a posterior) is decided by (seed, draw, index).
+A data set returns many samples at once: data.batch(indices, draw). `draw` counts the epochs: random choices at each
+visit (flips, latents of a posterior) are decided by (seed, draw, index).
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Images:
     Args:
         x: [N, C, H, W], uint8 (0 to 255) or float in [-1, 1].
         labels: [N].
-        flip: mirror half of them, others at each visit.
+        flip: mirror half of them, different ones at each visit.
         seed: seed of the flips.
     """
 
@@ -51,7 +51,7 @@ class Images:
 
 
 class OwnPictures(Images):
-    """The pictures of a person's folder that are to be learned, as a run has read them into its own folder.
+    """The training pictures of a user's folder, as a run has stored them in its own folder.
 
     Raises:
         UserError: no pictures there.
@@ -130,7 +130,7 @@ def fit_to_data(config: Config, folder: str | Path) -> Config:
 
 
 def provenance_of(config: Config, data: Data, folder: str | Path | None = None) -> Provenance:
-    """Describe the data that a configuration is trained on, and the folder that they are from."""
+    """Describe the data that a configuration is trained on, and their folder."""
     known = Provenance(config.data, None if folder is None else str(Path(folder).absolute()))
     if isinstance(data, OwnPictures):
         return replace(known, classes=data.classes, brightness=data.brightness)
@@ -147,5 +147,5 @@ def _load_cifar10(folder: str | Path) -> tuple[Tensor, Tensor]:
         from torchvision.datasets import CIFAR10
     # a RuntimeError is torchvision's way to say that files are damaged
     with user_errors(f"no CIFAR-10 in {folder}, and it could not be fetched", RuntimeError, OSError):
-        stored = CIFAR10(str(folder), train=True, download=True)  # only what is missing
+        stored = CIFAR10(str(folder), train=True, download=True)  # downloads only missing files
     return torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(stored.targets)

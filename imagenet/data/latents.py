@@ -49,10 +49,10 @@ def measured_normalisation(reports: Iterable[dict[str, Any]]) -> Normalisation:
 class Latents:
     """The latents of a folder: each is a draw from the image's posterior, normalised, decided by (seed, draw, index).
 
-    A resumed training therefore sees what an uninterrupted one would.
+    A resumed training therefore sees the same latents as an uninterrupted one.
 
     Args:
-        folder: what encode.py wrote.
+        folder: output of encode.py.
         seed: seed of the draws.
 
     Raises:

@@ -13,7 +13,7 @@ EVEN = 104  # quasi-random noise and times of a span of steps
 def normal(shape: tuple[int, ...], *key: int) -> Tensor:
     """Draw N(0, I) in float32, decided by the key (integers from 0 on). Different keys give independent noise.
 
-    These are numpy's numbers. tvm_ref.seeding has a generator of PyTorch by such keys, which this would be today: but
-    published scores, and grids that a run draws again, belong to the noise that is drawn here.
+    These are numpy's numbers. New code would use the PyTorch generator of tvm_ref.seeding, but published scores, and
+    grids that a run draws again, depend on this noise.
     """
     return torch.from_numpy(np.random.default_rng(key).standard_normal(shape, dtype=np.float32))

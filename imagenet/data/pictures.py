@@ -26,22 +26,22 @@ from tvm_ref.cli.files import read_json, write_atomically
 from tvm_ref.cli.progress import progress
 
 Entry = tuple[int, str]  # a picture of a folder: its class, and its path below the folder
-PARTS = {"train", "training", "val", "valid", "validation", "test"}  # of data sets: folders that are no classes
-LONGEST = 8  # ratio of an image's sides beyond which its ends are cut off before it is resized
+PARTS = {"train", "training", "val", "valid", "validation", "test"}  # folders that are parts of a data set, not classes
+LONGEST = 8  # ratio of sides beyond which an image's ends are cut off before it is resized
 PIXELS, INDEX = "pictures.bin", "pictures.json"
-HELD_OUT, MOST = 10, 500  # one in so many pictures is held out for what is measured; no more than MOST in all
-BATCH, THREADS = 64, 8  # pictures that are read at a time, and by how many threads
+HELD_OUT, MOST = 10, 500  # one picture in HELD_OUT is held out for metrics, at most MOST in all
+BATCH, THREADS = 64, 8  # pictures per read, and number of threads
 
 
 @user_files()
 def list_images(source: Path) -> tuple[list[str], list[Entry], int]:
     """List the classes and pictures of a folder, both in order of their names, and count its other files.
 
-    Its folders that hold pictures, at any depth, are the classes; but where more pictures lie beside them than in them,
-    it is one class itself.
+    Its folders that hold pictures, at any depth, are the classes; but if more pictures lie next to them than in them,
+    the whole folder is one class.
 
     Raises:
-        UserError: no pictures, or parts of a data set in place of classes.
+        UserError: no pictures, or parts of a data set instead of classes.
     """
     folders = sorted(path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
     classes: list[str] = []
@@ -67,7 +67,7 @@ def list_images(source: Path) -> tuple[list[str], list[Entry], int]:
 
 
 def summary(count: int, classes: int, skipped: Counter[str]) -> str:
-    """Say how many pictures and classes there are, and how many files were skipped, with the reasons."""
+    """Describe the number of pictures, of classes, and of skipped files, with the reasons."""
     reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common() if n)
     words = f"{count} pictures, {classes} class{'es' * (classes > 1)}, {skipped.total()} skipped"
     return f"{words} ({reasons})" if reasons else words
@@ -75,7 +75,7 @@ def summary(count: int, classes: int, skipped: Counter[str]) -> str:
 
 def centre_crop(image: Image.Image, size: int) -> Pixels:
     """Cut the middle out of an image in RGB, resized as in ADM: uint8 [size, size, 3]."""
-    if max(image.size) > LONGEST * min(image.size):  # else a strip of 4000 x 1 would be a million pixels long
+    if max(image.size) > LONGEST * min(image.size):  # else a strip of 4000 x 1 would become a million pixels long
         w, h = (min(side, LONGEST * min(image.size)) for side in image.size)
         left, top = (image.width - w) // 2, (image.height - h) // 2
         image = image.crop((left, top, left + w, top + h))
@@ -109,12 +109,12 @@ def load_ahead(paths: Sequence[Path], size: int, batch_size: int, workers: int) 
 
 
 def hold_out(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
-    """Part pictures into those to learn from and those held out: at random, of each class in proportion."""
+    """Split pictures at random into training and held-out ones, in proportion to the classes."""
     keys = np.random.default_rng(0).random(len(entries)).tolist()
     mixed = [entry for _, _, entry in sorted((entry[0], key, entry) for key, entry in zip(keys, entries, strict=True))]
     every = max(HELD_OUT, -(-len(entries) // MOST))
     places = range(every - 1, len(mixed), every)
-    held = {mixed[i] for i in places if mixed[i][0] == mixed[i - 1][0]}  # not the only one of its class
+    held = {mixed[i] for i in places if mixed[i][0] == mixed[i - 1][0]}  # never the only one of its class
     return sorted(set(entries) - held), sorted(held)
 
 
@@ -145,7 +145,7 @@ def read_folder(source: Path, size: int, out: Path) -> None:
                 grey = grey and bool((image == image[..., :1]).all())
                 brightness += float(image.mean()) / 255
     if not source.is_dir():
-        raise FileNotFoundError(f"{source} is gone")  # not each of its pictures
+        raise FileNotFoundError(f"{source} is gone")  # one error, not one per picture
     if not learned:
         raise UserError(f"not one of {len(entries)} pictures in {source} could be read")
     kept, numbers = np.unique(labels, return_inverse=True)  # classes whose pictures can be read
@@ -185,7 +185,7 @@ def read_pictures(folder: Path) -> Pictures:
     )
     n, size = len(about["labels"]), about["size"]
     try:
-        stored = np.memmap(folder / PIXELS, np.uint8, "c", shape=(n, size, size, 3))  # copies what is written to
+        stored = np.memmap(folder / PIXELS, np.uint8, "c", shape=(n, size, size, 3))  # copy on write
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / PIXELS} cannot be read: {error}") from None
     x, y = torch.from_numpy(stored).permute(0, 3, 1, 2)[:, : about["channels"]], torch.tensor(about["labels"])

@@ -1,7 +1,7 @@
-"""The data that a model was trained on. A run keeps this as data.json, weights in their metadata (`data`).
+"""The record of a model's training data. A run keeps it as data.json, weights in their metadata (`data`).
 
-Latents of another autoencoder, by name, or of another normalisation are refused, as images would become worse without a
-word. Data are not compared: continuing on others is possible.
+Latents of another autoencoder, by name, or of another normalisation are refused, because images would silently become
+worse. Data are not compared: training may continue on others.
 """
 
 import json
@@ -13,7 +13,7 @@ from tvm_ref.cli.errors import UserError
 
 @dataclass(frozen=True)
 class Provenance:
-    """The source of a model's data; what is not known is None.
+    """The origin of a model's data; unknown fields are None.
 
     Attributes:
         data: name of the data, as in Config.
@@ -37,7 +37,7 @@ class Provenance:
 
     @staticmethod
     def from_json(text: str) -> "Provenance":
-        """Read what to_json wrote.
+        """Read the output of to_json.
 
         Raises:
             UserError: anything else.
@@ -54,7 +54,7 @@ class Provenance:
             raise UserError(f"no description of data: {text!r:.80}") from None
 
     def check_latents(self, other: "Provenance", what: str) -> None:
-        """Raise UserError, which begins with `what`, unless latents mean the same, as far as both know.
+        """Raise UserError, which begins with `what`, if latents are known to differ in autoencoder or normalisation.
 
         A folder and a name on the hub are the same autoencoder if their last parts are.
         """

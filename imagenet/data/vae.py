@@ -1,4 +1,4 @@
-"""The autoencoder of latents: how it is loaded, what it encodes and decodes, and how its latents are normalised."""
+"""The autoencoder of latents: loading, encoding, decoding, and the normalisation of its latents."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ VAE = "stabilityai/sd-vae-ft-ema"
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Latents that the model sees are (raw - mean) / std, channel by channel; raw is what the autoencoder speaks.
+    """The model's latents are (raw - mean) / std, channel by channel; raw latents are the autoencoder's.
 
     Attributes:
         mean: one number per channel.
@@ -59,7 +59,7 @@ def load_vae(name: str = VAE) -> nn.Module:
     with user_errors("the autoencoder needs diffusers (pip install -e '.[imagenet]')", ImportError):
         from diffusers import AutoencoderKL
     with user_errors(f"no autoencoder {name} here, and it could not be fetched", OSError, ValueError):
-        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)  # True asks for accelerate, in four lines
+        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)  # True prints a plea for accelerate
     return vae.eval().requires_grad_(False)
 
 

@@ -1,1 +1,1 @@
-"""Questions about the method that need images or classes: commands, which nothing imports."""
+"""Experiments that need images or classes. These are commands; nothing imports them."""

@@ -1,10 +1,10 @@
-"""Ask of trained models if they need the JVP: how wrong dF/ds is by central differences in s.
+"""Test whether trained models need the JVP: measure the error of dF/ds by central differences in s.
 
     python -m imagenet.experiments.differences runs/imagenet/digits
     python -m imagenet.experiments.differences runs/imagenet/a runs/imagenet/b        ranges over several models
 
 The table is that of python -m tvm_ref.experiments.relatives: errors relative to a JVP in float64, of the JVP and of
-differences by their step, where products are in a data type, and where times are rounded to it, too. The points are
+differences by their step, with matmuls in a data type, and with times rounded to it as well. The points are
 those of a training batch, on the CPU. Prints one line of JSON per model with --json.
 """
 
@@ -27,8 +27,8 @@ def parser() -> OneLineParser:
     """Build the command line."""
     p = OneLineParser("python -m imagenet.experiments.differences", __doc__)
     p.add_argument("sources", nargs="+", help="folders of runs, or .safetensors files")
-    p.add_argument("--data-path", help="folder of latents, or of cifar10")
-    p.add_argument("--batch-size", type=int, default=256, help="samples to measure on")
+    p.add_argument("--data-path", help="folder of the latents or of cifar10 that the models learned")
+    p.add_argument("--batch-size", type=int, default=256, help="number of samples to measure on")
     p.add_argument("--json", action="store_true", help="print JSON instead of the table")
     return p
 

@@ -1,4 +1,4 @@
-"""Ask in the small if random guidance weights unsettle MeanFlow but not TVM (sec. 7.2, fig. 7), and what beta2 does.
+"""Test on small models if random guidance weights make MeanFlow but not TVM unstable (sec. 7.2, fig. 7); vary beta2.
 
     python -m imagenet.experiments.random_guidance                                           two moons
     python -m imagenet.experiments.random_guidance --data digits --batch-size 64             digits, half an hour
@@ -51,7 +51,7 @@ from tvm_ref.toy.report.metrics import Reference, make_reference, paired_errors
 
 W, W_MIN, W_MAX, KAPPA_MAX = 2.0, 1.0, 3.0, 3.0  # constant; bounds of random weights; bound of kappa
 DEFAULT, OTHER = 0.95, 0.999  # beta2
-POINTS = 1000  # samples that errors are measured on
+POINTS = 1000  # samples to measure errors on
 NFES = (1, 4)
 EVERY = 10  # steps per recorded norm
 TRIANGLE = {"time_sampler": "triangle", "equal_share": 0.75}  # times of LSD
@@ -245,11 +245,11 @@ def table(report: Mapping[str, Any]) -> str:
 def parser() -> OneLineParser:
     """Build the command line."""
     p = OneLineParser("python -m imagenet.experiments.random_guidance", __doc__)
-    p.add_argument("--data", choices=("moons", "digits"), default="moons", help="what to learn")
+    p.add_argument("--data", choices=("moons", "digits"), default="moons", help="data to learn")
     p.add_argument("--cases", nargs="+", default=CASES, help="method:guidance, or method:guidance:0.999")
-    p.add_argument("--steps", type=int, default=300, help="steps of each training")
-    p.add_argument("--batch-size", type=int, default=128, help="samples per step")
-    p.add_argument("--seeds", type=int, default=3, help="seeds per case")
+    p.add_argument("--steps", type=int, default=300, help="number of steps of each training")
+    p.add_argument("--batch-size", type=int, default=128, help="number of samples per step")
+    p.add_argument("--seeds", type=int, default=3, help="number of seeds per case")
     p.add_argument("--out", type=Path, help="folder to write (default: runs/imagenet/random-guidance-DATA)")
     return p
 

@@ -22,9 +22,9 @@ PRESETS = {  # by name of the file
     "im512_w2p5": "imagenet512-w2.5",
     "im512_w2p25": "imagenet512-w2.25",
 }
-WRAPPERS = re.compile(r"^((_orig_mod|model)\.)+")  # around the network, in front of its names
+WRAPPERS = re.compile(r"^((_orig_mod|model)\.)+")  # wrappers around the network, which prefix its names
 MAX_PARTS = 20_000  # modules and tensors of one network, each as often as it stands in it
-MAX_NAME = 500  # letters of a tensor's name, with those of the modules around it
+MAX_NAME = 500  # characters of a tensor's full name
 MAX_LAYERS = 16  # of modules that are made with a module
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before its archives, in which tensors still pickle their storages

@@ -1,8 +1,8 @@
-"""Read pickles of others without executing anything in them.
+"""Read untrusted pickles without executing anything in them.
 
 A pickle is a program for a small machine: it puts objects on a stack, names functions and calls them. The machine here
 calls nothing. A name becomes a Global, and a call becomes an Object, which records the function's name and arguments.
-`to_array` and luma.py make arrays and tensors of such records, if they know the name.
+`to_array` and luma.py turn such records into arrays and tensors if they know the name.
 
 A small file cannot cost much memory or time either: lengths beyond the file's end stop the reading, the number of steps
 is bounded, and keys are numbers or texts (the hash of a tuple of shared tuples, n deep, takes 2^n steps).
@@ -34,7 +34,7 @@ NEEDLESS = (  # opcodes for instances of Python 2, extensions, buffers outside, 
 
 
 class Refused(UserError):
-    """A pickle asks for something that its readers do not give."""
+    """A pickle asks for something that its readers do not support."""
 
 
 class Global(NamedTuple):
@@ -171,7 +171,7 @@ def read_pickle(path: Path) -> Any:
     """
     with path.open("rb") as stream:
         try:
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:  # read as it is needed
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:  # read on demand
                 return Machine(content).load()
         except Refused as error:
             raise Refused(f"{path} is refused: {error}") from None

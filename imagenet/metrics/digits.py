@@ -86,7 +86,7 @@ def class_means(labels: Tensor) -> Tensor:
 
 
 def accepted(metrics: dict[str, float]) -> bool:
-    """Tell whether metrics reach ACCEPTED."""
+    """Return whether metrics reach ACCEPTED."""
     return (
         metrics["accuracy"] >= ACCEPTED["accuracy"]
         and metrics["frechet"] <= ACCEPTED["frechet"]

@@ -1,4 +1,4 @@
-"""FID and its relatives, of images against a reference."""
+"""FID and related metrics of images against a reference."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -64,10 +64,10 @@ def measure(candidates: Candidates, reference: Reference, extractor: Extractor, 
     """Measure images against a reference: {"reference": about it, "figures": by name of the images}.
 
     Args:
-        candidates: what to measure.
-        reference: what to measure it against.
+        candidates: images to measure.
+        reference: reference to compare with.
         extractor: computes features.
-        size: images of the reference at a time.
+        size: number of reference images at a time.
 
     Raises:
         ValueError: features that do not fit the reference's.

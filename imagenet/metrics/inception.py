@@ -1,4 +1,4 @@
-"""Features of images for FID and its relatives: the Inception network of 2015, from torch-fidelity.
+"""Features of images for FID and related metrics: the Inception network of 2015, from torch-fidelity.
 
 `pool` [B, 2048] is for FID, precision and recall; `logits` [B, 1008] for the inception score, without the last layer's
 bias, as in the first implementations.
@@ -15,7 +15,7 @@ from torch import Tensor
 from tvm_ref.cli.errors import require, user_errors
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
-SHA256 = "6726825d"  # how the digest of these weights begins: no other network may stand in for this one
+SHA256 = "6726825d"  # start of the digest of these weights: no other network is accepted
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
 
 
@@ -30,11 +30,11 @@ Extractor = Callable[[Tensor], Features]  # of images uint8 [B, 3, H, W]
 
 
 class Inception:
-    """The extractor that published figures are measured with.
+    """The extractor of published FID scores.
 
     Args:
-        weights: file of the weights; without, where torch.hub keeps what it downloads.
-        device: where to run.
+        weights: file of the weights; None: the download folder of torch.hub.
+        device: device to run on.
 
     Raises:
         UserError: torch-fidelity is not installed, or the weights are not there, or are others.

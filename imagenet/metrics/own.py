@@ -1,7 +1,7 @@
-"""Metrics of a model of digits, clothes or one's own pictures: mean scores of sets of samples, without Inception.
+"""Measure models of digits, clothes or your own pictures: mean scores of sets of samples, without Inception.
 
-A set of samples has as many images as are held out, with the same labels, each from noise of its own. Few leave their
-scores to chance; those of a model are averaged over so many sets that they have some SAMPLES images together.
+A set of samples has as many images as are held out, with the same labels, each from its own noise. Scores of small
+sets are noisy, so they are averaged over enough sets to have about SAMPLES images together.
 """
 
 import dataclasses

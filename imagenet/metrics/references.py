@@ -1,4 +1,4 @@
-"""Reference statistics for FID and its relatives, read without executing anything.
+"""Reference statistics for FID and related metrics, read without executing anything.
 
 .npz of ADM, EDM   mu, sigma; of ADM also arr_0, the images, for precision and recall
 .pkl of EDM2       {"fid": {"mu", "sigma"}, ...}
@@ -18,7 +18,7 @@ from imagenet.metrics.frechet import Gaussian
 from imagenet.metrics.inception import Features
 from tvm_ref.cli.errors import UserError, require, user_errors, user_files
 
-MAX_SIZE = 4096  # of a mean: Inception's features have 2048 numbers
+MAX_SIZE = 4096  # largest length of a mean: Inception's features have 2048 numbers
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The network: a semi-Lipschitz DiT, how its weights start, the processes that train it, and DDP or FSDP around it.
+"""The network: a semi-Lipschitz DiT, its initial weights, the processes that train it, and DDP or FSDP around it.
 
 It imports only the method; everything else in imagenet/ may import it. Read dit.py first.
 """

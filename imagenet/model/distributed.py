@@ -15,20 +15,20 @@ from tvm_ref.cli.options import require_device
 
 CPU = torch.device("cpu")
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl"}  # numbers on the CPU travel by gloo, gradients by NCCL
-TIMEOUT = timedelta(minutes=10)  # of gradients that wait for those of another process, by NCCL
-PATIENCE = timedelta(hours=2)  # of everything else, as while one process downloads or writes a checkpoint
+TIMEOUT = timedelta(minutes=10)  # for gradients of other processes, by NCCL
+PATIENCE = timedelta(hours=2)  # for everything else, such as one process downloading or writing a checkpoint
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that work together, as one of them sees them; by default one process on the CPU."""
+    """The group of processes, seen from one of them; by default one process on the CPU."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
     group: Any = None  # of gloo, with PATIENCE; None is the default group
-    saving: Any = None  # another one, for states that are written while training continues
+    saving: Any = None  # a second group, for states that are written while training continues
 
     @property
     def first(self) -> bool:
@@ -45,7 +45,7 @@ class World:
         return torch.stack(rows)
 
     def any(self, *flags: bool) -> list[bool]:
-        """Tell of each flag whether it is set in any process."""
+        """Return for each flag whether it is set in any process."""
         found: list[bool] = (self.all_gather([float(flag) for flag in flags]) > 0).any(0).tolist()
         return found
 
@@ -54,7 +54,7 @@ class World:
         self.all_gather([0.0])
 
     def partition(self, n: int) -> range:
-        """Return this process's part of 0 to n - 1: contiguous, and as large as the others' but for one."""
+        """Return this process's part of 0 to n - 1: contiguous; sizes differ by at most one."""
         return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def broadcast(self, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""DDP and FSDP around the objective, and states as all processes hold them together.
+"""DDP and FSDP around the objective, and gathering and sharding of states.
 
 The objective's forward holds the JVP, and what is wrapped is the objective: a JVP over a DDP module fails, and calling
 the module inside one trains without synchronising, silently.
@@ -21,7 +21,7 @@ from tvm_ref.objectives import Objective
 
 
 def check_version() -> None:
-    """Raise ValueError where FSDP under a JVP is known to fail or, worse, to be wrong in silence."""
+    """Raise ValueError where FSDP under a JVP is known to fail or, worse, to be silently wrong."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     right = version >= (2, 13)
     require(right, f"parallel fsdp needs PyTorch 2.13 or later, as a JVP is wrong before; this is {version}")
@@ -35,7 +35,7 @@ def wrap(objective: Objective, averages: list[EMA[FlowMap]], world: World, kind:
     if kind == "fsdp":
         from torch.distributed.fsdp import fully_shard
 
-        if not distributed.is_initialized():  # one process; FSDP needs a group all the same
+        if not distributed.is_initialized():  # one process; FSDP needs a group anyway
             backend = BACKENDS.get(world.device.type, "gloo")
             distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
         for block in (m for module in (objective, *(a.module for a in averages)) for m in module.modules()):

@@ -1,11 +1,11 @@
-"""Checkpoints of a run: complete under their name or not there, whatever happens meanwhile.
+"""Checkpoints of a run: each is complete or absent, whatever happens while it is written.
 
     RUN/checkpoints/00002000/    everything that continues the run bit for bit
         *.distcp, .metadata      tensors (state.py)
-        weights.safetensors      the evaluation weights, for everybody else (weights.py)
-        checkpoint.json          all of the state that is no tensor, and the size of every file; written last
+        weights.safetensors      the evaluation weights, for other commands (weights.py)
+        checkpoint.json          the rest of the state, and the size of every file; written last
 
-A checkpoint is written into 00002000.partial and renamed. One that is damaged is named, and the one before it is used.
+A checkpoint is written into 00002000.partial and renamed. A damaged one is reported, and the one before it is used.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ SUMMARY = "checkpoint.json"
 
 
 class Saver:
-    """Saves the states of a run, one at a time. As a context it waits, at its end, for what is being written.
+    """Saves the states of a run, one at a time. As a context manager it waits at its end for the last write.
 
     On a GPU training continues as soon as the state is copied to host memory. On a CPU nothing is copied, and training
     waits: a copy of the state of DiT-XL/2 takes 13.6 GB.
@@ -83,11 +83,11 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Tell whether the last state could not be written, as far as this process knows; `wait` raises the error."""
+        """Return whether the last save is known to have failed in this process; `wait` raises the error."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def wait(self) -> None:
-        """Wait until what is being written is on the disk.
+        """Wait until the current save is on the disk.
 
         Raises:
             OSError: in every process, if it could not be written.
@@ -99,7 +99,7 @@ class Saver:
 
     @contextlib.contextmanager
     def _failing(self) -> Any:
-        """Name the step that could not be written, and remove what was written of it."""
+        """Raise an error that names the step that could not be written, and remove its files."""
         try:
             yield
         except BaseException as error:
@@ -116,7 +116,7 @@ class Saver:
             raise failure(f"the checkpoint of step {self._step} could not be written: {reason}{kept}") from error
 
     def _commit(self, partial: Path) -> None:
-        """Give a state that is written its name, and remove old ones; in the first process."""
+        """Rename a complete state to its final name, and remove old ones; in rank 0."""
         final = partial.with_suffix("")
         for path in (*partial.iterdir(), partial):
             flush(path)
@@ -139,7 +139,7 @@ def flush(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a crash while writing left behind."""
+    """Remove files left behind by a crash while writing."""
     for path in (*folder.glob("*.partial"), *folder.glob("*.old")):
         shutil.rmtree(path)
 

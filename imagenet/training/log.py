@@ -96,11 +96,11 @@ class Log:
         return line
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold, so that the next line is the same."""
+        """Return the state that a checkpoint needs, so that the next line is the same."""
         return {"seconds": self.seconds, "sums": self._sums, "summed": self._summed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what state_dict gave."""
+        """Restore the state from `state_dict`."""
         self.seconds = self.before = state["seconds"]
         self._sums, self._summed = state["sums"], state["summed"]
 

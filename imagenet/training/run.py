@@ -1,12 +1,12 @@
-"""A run: a training, and the folder that holds all that comes of it.
+"""A run: a training, and the folder of its results.
 
     config.json            the configuration
-    data.json              what it is trained on (provenance.py)
-    pictures.bin, .json    of a person's folder of pictures, what is trained on (pictures.py)
+    data.json              origin of the training data (provenance.py)
+    pictures.bin, .json    for a user's folder of pictures: the pictures (pictures.py)
     train.jsonl            a line per --log-every steps (log.py)
     samples/               a grid per checkpoint
     checkpoints/           the newest states, each with its evaluation weights (checkpoint.py)
-    weights.safetensors    evaluation weights, once training is done, as all below
+    weights.safetensors    evaluation weights, once training is done, like everything below
     samples-1.png, -4.png  grids of one-step and four-step samples
     metrics.json           seconds, and for digits and pictures scores, by number of function evaluations
 
@@ -35,17 +35,17 @@ from imagenet.weights import CONFIG, DATA, WEIGHTS, load_initial, read_config, s
 from tvm_ref import OBJECTIVES
 from tvm_ref.cli.files import write_atomically
 
-NFES = (1, 4)  # numbers of steps that are drawn and scored at the end
+NFES = (1, 4)  # numbers of sampling steps that are drawn and scored at the end
 
 
 class Run:
     """A training and its folder. All processes take part in every method.
 
     Args:
-        folder: where everything goes.
+        folder: the folder of all files.
         training: the training.
-        provenance: what it is trained on.
-        keep: number of checkpoints that stay.
+        provenance: origin of the training data.
+        keep: number of checkpoints to keep.
         vae: the autoencoder of latents, on the device; None shows latents as they are.
     """
 
@@ -63,7 +63,7 @@ class Run:
         weights = self.folder / WEIGHTS
         if weights.exists() and (steps := read_config(self.folder).steps) < self.training.config.steps:
             weights.rename(weights.with_stem(f"{weights.stem}-{steps:08d}"))
-        if self.training.step == 0:  # of a run that failed before it saved
+        if self.training.step == 0:  # left by a run that failed before it saved
             shutil.rmtree(self.folder / "samples", ignore_errors=True)
         write_atomically(self.folder / DATA, self.provenance.to_json() + "\n")
         write_atomically(self.folder / CONFIG, self.training.config.to_json() + "\n")

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from imagenet.model.distributed import World
 from tvm_ref.cli.errors import UserError, first_line
 
-ALONE = "torch.distributed is disabled"  # how a warning begins that is true of one process, and no fault
+ALONE = "torch.distributed is disabled"  # start of a harmless warning in a single process
 PLAN = {"flatten_state_dict": False, "flatten_sharded_tensors": False}  # states arrive flat
 METADATA = "ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties TensorStorageMetadata"
 KNOWN = {
@@ -38,7 +38,7 @@ KNOWN = {
     "WindowsPath": "pathlib",
 }
 
-Slot = Callable[[str, torch.Size, torch.dtype], Tensor]  # the tensor that a stored one is read into, by its name
+Slot = Callable[[str, torch.Size, torch.dtype], Tensor]  # name, shape, dtype to the tensor that an entry is read into
 
 
 def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -48,7 +48,7 @@ def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
     def walk(value: Any, path: tuple[str, ...]) -> Any:
         if isinstance(value, Tensor):
             tensors["/".join(path)] = value.detach()
-            # products of SOAP's transposed matrices round differently if they come back contiguous
+            # matmuls of SOAP's transposed matrices round differently if they come back contiguous
             stride = {} if value.is_contiguous() else {"stride": value.stride()}
             return {"tensor": "/".join(path), **stride}
         if isinstance(value, Mapping):
@@ -73,7 +73,7 @@ def unflatten(rest: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def part_of_rank(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
-    """Return what a process writes: its shards of sharded tensors, and about 1 / size of those that all processes have.
+    """Return the part that a process writes: its shards, and about 1 / size of the tensors that all processes have.
 
     DCP would also write each tensor once, but copy all of them in every process first.
     """
@@ -100,11 +100,11 @@ class _Writer(filesystem.FileSystemWriter):
         """Write this process's file."""
         try:
             return super().write_data(plan, planner)
-        except RuntimeError as error:  # torch.save hides what the disk said
+        except RuntimeError as error:  # torch.save hides the disk's error
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
     def finish(self, metadata: Metadata, results: Any) -> None:
-        """Write .metadata and end; only the first process is asked."""
+        """Write .metadata and end; called only in rank 0."""
         super().finish(metadata, results)
         self._finish()
 
@@ -139,7 +139,7 @@ def write_tensors(
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Return what went wrong in the first process where something did."""
+    """Return the error of the first process that failed."""
     if isinstance(error, dcp.CheckpointException):
         return next((cause for cause, _ in error.failures.values()), error)
     return error
@@ -149,7 +149,7 @@ class _Unpickler(pickle.Unpickler):
     """Knows the classes of DCP's metadata and data types; refuses any other name."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a name stands for."""
+        """Return the class of a name."""
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if KNOWN.get(name) != module.replace("pathlib._local", "pathlib"):
@@ -161,7 +161,7 @@ class _Reader(filesystem.FileSystemReader):
     """Reads .metadata by the Unpickler above."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Return where everything lies."""
+        """Return the metadata."""
         with (Path(self.path) / ".metadata").open("rb") as stream:
             return cast("Metadata", _Unpickler(stream).load())
 
@@ -201,6 +201,6 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """Silence what DCP says of every state."""
+    """Silence DCP's warnings about every state."""
     _dcp_logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ALONE)  # not in a context: the thread that writes outlives it

@@ -2,7 +2,7 @@
 
     python -m tvm_ref.bound runs/toy/moons                 a finished run of python -m tvm_ref.toy
     python -m tvm_ref.bound runs/toy/moons --time 0.5      the jump from t = 0.5 instead of from noise
-    python -m tvm_ref.bound runs/toy/moons-*               several runs, as of several seeds: medians and ranges, too
+    python -m tvm_ref.bound runs/toy/moons-*               several runs, such as seeds: also medians and ranges
 
 Prints the chain W2 <= displacement <= bounds as a table, and writes bound.json and bound.png into a run's folder.
 "/ W2" says how loose a term is. The exit status is 1 if a link of the chain is violated, which the theory excludes.
@@ -33,8 +33,8 @@ from tvm_ref.toy.data.distributions import DISTRIBUTIONS
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.run import load_run, read_config, steps_done
 
-PAIRINGS = 4  # of data and noise, for the loss
-CALLS = 3 * (2 + PAIRINGS)  # of the network at each time: three for paths, for L and for each loss
+PAIRINGS = 4  # pairings of data and noise that the loss is averaged over
+CALLS = 3 * (2 + PAIRINGS)  # network calls at each time: three for the paths, three for L, three per loss
 Finished = tuple[ToyConfig, GaussianMixture, FlowMap]
 
 
@@ -47,7 +47,7 @@ def parser() -> OneLineParser:
 
 
 def load_finished(folder: Path) -> Finished:
-    """Load a run that the bound can be measured on, as load_run does.
+    """Load a run, as load_run does, and check that the bound can be measured on it.
 
     Raises:
         ValueError, OSError: no run, an unfinished or damaged one, one with classes, or one that learned no jumps.
@@ -66,7 +66,7 @@ def load_finished(folder: Path) -> Finished:
 def measure_run(folder: Path, finished: Finished, measuring: Measuring, bar: tqdm) -> dict[str, Any]:
     """Measure a finished run, print the chain, write bound.json and bound.png; return what bound.json holds.
 
-    The bar moves by every call of the network.
+    The bar advances with every call of the network.
 
     Raises:
         FloatingPointError: a model whose path, or whose bounds, are not finite.
@@ -92,7 +92,7 @@ def measure_run(folder: Path, finished: Finished, measuring: Measuring, bar: tqd
 
 
 def against_data(bound: Bound, distribution: GaussianMixture) -> tuple[float, float, float]:
-    """Measure W2 of the model's samples against fresh data; then what perfect ones have: mean, standard deviation."""
+    """Measure W2 of the model's samples to fresh data; then mean and standard deviation of that for perfect samples."""
     generator = torch.Generator().manual_seed(BOUND + 1)
     samples = bound.paths.x[0]
     floor = sampling_floor(lambda n, g: distribution.sample(n, g)[0], len(samples), seed=BOUND + 2)
@@ -100,7 +100,7 @@ def against_data(bound: Bound, distribution: GaussianMixture) -> tuple[float, fl
 
 
 def summary(bound: Bound) -> dict[str, Any]:
-    """List what bound.json holds: every term as a distance, and how sure each is."""
+    """Return the contents of bound.json: every term as a distance, with its error."""
     names = ("t", "quadrature_error", "medians", "standard_error", "loss", "loss_minimum", "constant")
     known = {name: getattr(bound, name) for name in names} | {"quadrature_errors": bound.errors}
     return known | bound.values | {"path_lipschitz": bound.lipschitz_integral, "violations": bound.violations()}

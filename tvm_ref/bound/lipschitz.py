@@ -8,7 +8,7 @@ from torch import Tensor
 from tvm_ref.flow_map import jvp
 from tvm_ref.shapes import PerSample, Sample
 
-Field = Callable[[Tensor], Tensor]  # x [B, ...] to u(x) [B, ...], each sample on its own
+Field = Callable[[Tensor], Tensor]  # x [B, ...] to u(x) [B, ...], each sample independently
 POWER_ITERATIONS = 30
 
 
@@ -27,7 +27,7 @@ def exact_norms(field: Field, x: Sample) -> PerSample:
 
 
 def power_iteration_norms(field: Field, x: Sample, iterations: int = POWER_ITERATIONS) -> PerSample:
-    """Approach the largest singular value [B] of the Jacobian at x [B, ...] from below, by power iteration on J^T J."""
+    """Estimate the largest singular value [B] of the Jacobian at x [B, ...] from below, by power iteration on J^T J."""
     generator = torch.Generator(x.device).manual_seed(0)
     direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     norm = direction.new_zeros(len(x))

@@ -1,4 +1,4 @@
-"""Settings of a measurement of the bound, for the commands here and in experiments: what to draw, and where in time."""
+"""Settings for measuring the bound, for the commands here and in experiments: how many points, at which times."""
 
 from dataclasses import dataclass
 
@@ -25,8 +25,8 @@ class Measuring:
         UserError: a bad value, named by its option.
     """
 
-    time: float = option(1.0, "t in (0, 1], where the jump to 0 starts")
-    points: int = option(2000, "points measured on (default: 2000 for a finished run, 500 in experiments)")
+    time: float = option(1.0, "time t in (0, 1] at which the jump to 0 starts")
+    points: int = option(2000, "number of points to measure on (default: 2000 for a finished run, 500 in experiments)")
     grid: int = option(
         STEPS, f"time steps of the integrals, even (default: {STEPS} for a finished run, {STEPS // 2} in experiments)"
     )

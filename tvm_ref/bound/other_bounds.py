@@ -1,14 +1,14 @@
-"""Bounds by other losses, of the same jump's error on the same paths; and the slopes of the exact field.
+"""Bounds from other losses on the error of the same jump, on the same paths; and the slopes of the exact field.
 
-The model's jump from time s to 0 ends at X(x, s, 0) = x - s F(x, s, 0). Beside the chain (chain.py, whose names these
-are), with expectations over points and all as distances,
+The model's jump from time s to 0 ends at X(x, s, 0) = x - s F(x, s, 0). In the notation of chain.py, with expectations
+over points and all as distances, the bounds are
 
     eulerian      sqrt(t int_0^t E ||rho(s)||^2 ds),   rho = d/ds X(Y_s, s, 0) = u - F - s D F   (2406.07507, prop. 3.8)
     mean_flow     sqrt(t int_0^t L_MF(s, 0) ds),   L_MF the loss of MeanFlow: rho with the random v for u
     lagrangian    sqrt(int_0^t exp(s + 2 int_0^s C) E ||d/ds f - u(X_s, s)||^2 ds)               (2406.07507, prop. 3.7)
 
-X(Y_s, s, 0) is Y_0 at s = 0 and the model's sample X_0 at s = t, so X_0 - Y_0 is the integral of rho, of whatever
-model: by Cauchy-Schwarz the Eulerian bound asks for no Lipschitz constant (the proposition has e where this has t).
+X(Y_s, s, 0) is Y_0 at s = 0 and the model's sample X_0 at s = t, so X_0 - Y_0 is the integral of rho for any model:
+by Cauchy-Schwarz the Eulerian bound needs no Lipschitz constant (the proposition has e where this has t).
 MeanFlow's exceeds it by the noise (grad_x X)(u - v), and needs no oracle: u is the mean of v.
 
 C(s) is the exact field's one-sided Lipschitz constant, the largest -<u(x) - u(y), x - y> / ||x - y||^2. The bound is
@@ -86,7 +86,7 @@ def slopes(oracle: GaussianMixture, s: Tensor, points: Iterable[Tensor]) -> tupl
 
 
 def with_exact_field(oracle: GaussianMixture, paths: Paths) -> Paths:
-    """Put the exact velocity in the place of the model's, at X_s and Y_s: b is zero, and a is d/ds f - u(X_s, s)."""
+    """Replace the model's velocity by the exact one at X_s and Y_s: b is zero, and a is d/ds f - u(X_s, s)."""
     u_x = torch.stack([oracle.velocity(x, at(time, x)) for time, x in zip(paths.s, paths.x, strict=True)])
     return replace(paths, u_x=u_x, u_y=paths.exact)
 
@@ -100,11 +100,11 @@ def lagrangian(exact: Paths, C: Tensor) -> float:
 def measure(model: FlowMap, oracle: GaussianMixture, draws: Draws, paths: Paths) -> dict[str, float]:
     """Measure the bounds of a model in float64, on paths that chain.measure followed from the same draws.
 
-    `exact_lipschitz` beside them is int_0^t L(s) ds of the exact field, over the points that the chain looks at.
+    Also returns `exact_lipschitz`, int_0^t L(s) ds of the exact field, over the points that the chain visits.
     """
     exact = with_exact_field(oracle, paths)
     L, C = slopes(oracle, paths.s, (torch.cat([x, y, (x + y) / 2]) for x, y in zip(paths.x, paths.y, strict=True)))
-    # between the points that were looked at the field may be steeper: so are the ratios seen on the paths
+    # the field may be steeper between these points, so include the ratios observed on the paths
     L, C = torch.maximum(L, two_sided_rate(exact).amax(1)), torch.maximum(C, one_sided_rate(exact).amax(1))
     return {
         "eulerian": rms(root_with_time(norms(eulerian_residual(model, paths)).square(), paths.s)),

@@ -90,7 +90,7 @@ def running_integral(values: Tensor, s: Tensor) -> Tensor:
 
 
 def at(time: Tensor, x: Sample) -> Time:
-    """Repeat a time for every sample of x: [] to [N], with memory of its own, as a JVP in it needs."""
+    """Repeat a time for every sample of x: [] to [N], with its own memory, as a JVP needs."""
     return x.new_full((len(x),), float(time))
 
 
@@ -100,7 +100,7 @@ def follow(model: Flow, oracle: Flow, x_t: Sample, s: Tensor, scale: float) -> P
     for time, y_s in zip(s, exact_path(oracle, x_t, s, scale), strict=True):
         now = at(time, x_t)
         f, df_ds = model.displacement_and_terminal_velocity(x_t, t, now)
-        x_s = x_t + f  # one jump of the model to each s, from the same start: no errors accumulate (eq. 3)
+        x_s = x_t + f  # one jump from the same start to each s: no errors accumulate (eq. 3)
         # the model's field on both paths: their difference is what drives them apart
         u_x, u_y = model.velocity(x_s, now), model.velocity(y_s, now)
         rows.append((x_s, y_s, df_ds, u_x, u_y, oracle.velocity(y_s, now)))
@@ -108,7 +108,7 @@ def follow(model: Flow, oracle: Flow, x_t: Sample, s: Tensor, scale: float) -> P
 
 
 def in_float64(model: Flow) -> Flow:
-    """Copy a network in float64, so that differences between paths are not those of rounding; leave other flows."""
+    """Copy a network in float64, so that rounding does not enter differences between paths; leave other flows."""
     return copy.deepcopy(model).double().requires_grad_(False) if isinstance(model, nn.Module) else model
 
 
@@ -139,7 +139,7 @@ def solver_error(oracle: Flow, paths: Paths, scale: float) -> PerSample:
 
 
 def repaired(x1: Sample, times: int, seed: int = 0) -> Tensor:
-    """Shuffle noise x1 again for every time, [times, N, ...], so that with x0 as it is each time has its own draws.
+    """Shuffle noise x1 anew for every time, [times, N, ...], so that with fixed x0 each time has its own draws.
 
     Errors of the mean then average out over times as well as over samples.
     """
@@ -158,7 +158,7 @@ def tvm_loss(model: Flow, x0: Sample, x1: Tensor, s: Tensor) -> Tensor:
         x1: noise at every time [S, N, ...].
         s: [S] times, of the jump's end and of the flow-matching term.
     """
-    objective = TVM(model, detach_landing=False)  # eq. 9 has no stopped gradient, and the model is its own target
+    objective = TVM(model, detach_landing=False)  # eq. 9 has no stop-gradient, and the model is its own target
     t = at(s[-1], x0)
     rows = []
     for time, noise in zip(s, x1, strict=True):
@@ -168,11 +168,11 @@ def tvm_loss(model: Flow, x0: Sample, x1: Tensor, s: Tensor) -> Tensor:
 
 
 def flow_matching_minimum(oracle: Flow, x0: Sample, x1: Tensor, s: Tensor) -> Tensor:
-    """Return ||v - u(x_s, s)||^2 of every draw of tvm_loss [S, N]: what no velocity can learn (eq. 1, its minimum)."""
+    """Return ||v - u(x_s, s)||^2 of every draw of tvm_loss [S, N]: the minimum of eq. 1."""
     rows = []
     for time, noise in zip(s, x1, strict=True):
         now = at(time, x0)
-        # v is random given x_s: no function of x_s comes closer to it than its mean u
+        # v is random given x_s: no function of x_s is closer to it than its mean u
         error = conditional_velocity(x0, noise) - oracle.velocity(interpolate(x0, noise, now), now)
         rows.append(error.flatten(1).square().sum(1))
     return torch.stack(rows)

@@ -13,7 +13,7 @@ from tvm_ref.bound.paths import displacement_error, flow_matching_residual, term
 from tvm_ref.toy.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, make_figure
 
 COLOURS = dict(zip(TERMS, ("#000000", BLUE, SKY, RED, GREEN, ORANGE, PINK, GREY), strict=True))
-OVER_TRAINING = {  # what is drawn: label, colour, line
+OVER_TRAINING = {  # term: label, colour, line style
     "global": (LABELS["global"], PINK, "-"),
     "lagrangian": (other_bounds.LABELS["lagrangian"], GREY, "-"),
     "mean_flow": (other_bounds.LABELS["mean_flow"], ORANGE, "-"),
@@ -29,7 +29,7 @@ OVER_TRAINING = {  # what is drawn: label, colour, line
 def plot_bound(bound: Bound, title: str) -> Figure:
     """Draw residuals and errors over s, growth rates over s, and the chain from its smallest term up.
 
-    Time runs as the bound is integrated, from noise on the left to data.
+    Time runs from noise on the left to data on the right.
     """
     figure, (left, middle, right) = make_figure(3, 5.2, plane=False)
     figure.suptitle(f"{title}: the 2-Wasserstein bound, t = {bound.t:g}", fontsize=16)

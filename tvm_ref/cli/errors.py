@@ -1,4 +1,4 @@
-"""UserError: what the person at the keyboard can mend. It becomes one line; every other error keeps its traceback."""
+"""UserError: an error that the user can fix. It becomes one line; every other error keeps its traceback."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ class UserError(ValueError):
 
 
 def require(true: bool, otherwise: str) -> None:
-    """Raise UserError with a message unless something holds."""
+    """Raise UserError(otherwise) unless `true` holds."""
     if not true:
         raise UserError(otherwise)
 
 
 def first_line(error: BaseException) -> str:
-    """Say in one line what went wrong; of a file, with its name. What would steer a terminal is escaped."""
+    """Describe an error in one line, with the name of its file, if any. Control characters are escaped."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -24,7 +24,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def user_errors(what: object, *errors: type[Exception]) -> Iterator[None]:
-    """Raise UserError, "WHAT: REASON", for errors of these types: around the reading of what may be bad or damaged."""
+    """Raise UserError, "WHAT: REASON", for errors of these types. Put it around reading what may be damaged."""
     try:
         yield
     except errors as error:
@@ -33,7 +33,7 @@ def user_errors(what: object, *errors: type[Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def user_files() -> Iterator[None]:
-    """Raise UserError for an OSError: around the reading of files that the user named, never around long work."""
+    """Raise UserError for an OSError. Put it around reading files that the user named, never around long work."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Folders and files that commands write: never over something else, and never half."""
+"""Write folders and files without overwriting anything else and without leaving half-written files."""
 
 import contextlib
 import fcntl
@@ -15,9 +15,9 @@ LOCK = "lock"  # says which process writes into a folder
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Make a folder if it is not there, and keep other processes from holding it, too.
+    """Make a folder if needed, and lock it against other processes.
 
-    The system's lock on the file LOCK ends with the process, however that ends. What a killed one leaves is reported.
+    The system's lock on the file LOCK ends with the process, however it ends. A file left by a killed one is reported.
 
     Raises:
         UserError: another process holds it, or it cannot be written to.
@@ -52,7 +52,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _require_writable(out: Path) -> Path:
-    """Raise UserError unless a folder can be written to, or made; returns the part of its path that exists."""
+    """Raise UserError unless a folder can be written to, or made; return the part of its path that exists."""
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     require(place.is_dir(), f"{place} is a file, not a folder")
     require(os.access(place, os.W_OK), f"{place} cannot be written to: choose another --out")
@@ -70,12 +70,12 @@ def require_free(
     """Raise UserError unless results may be written into the folder `out`, which need not exist yet.
 
     Args:
-        out: must be new, empty, or hold earlier results that `overwrite` gives up; a lock does not count.
+        out: must be new, empty, or hold earlier results that `overwrite` may replace; a lock does not count.
         marks: names of files; a folder with all of them holds earlier results.
-        what: these results are.
-        ways: options that would do, for the message, as "--resume, --overwrite".
+        what: what the results are, for the message, such as "a run".
+        ways: options to suggest in the message, such as "--resume, --overwrite".
         overwrite: whether earlier results may be replaced.
-        leftovers: names of files that do not count, either.
+        leftovers: names of other files that do not count.
     """
     place = _require_writable(out)
     if place != out or all(path.name in (LOCK, *leftovers) for path in out.iterdir()):
@@ -86,7 +86,7 @@ def require_free(
 
 
 def require_new(out: Path | None) -> None:
-    """Raise UserError unless the file `out` can be made, and is not there yet; makes its folder. None is no file."""
+    """Raise UserError unless the file `out` is new and can be made; make its folder. None means no file."""
     if out is not None:
         if out.exists():
             raise UserError(f"{out} exists already; choose another --out")
@@ -96,12 +96,12 @@ def require_new(out: Path | None) -> None:
 
 
 def require_suffix(path: Path, suffix: str) -> None:
-    """Raise UserError unless a file that is to be written, and may be there, is named as its kind is."""
+    """Raise UserError unless the file to write, which may exist, has the right suffix."""
     require(path.suffix.lower() == suffix, f"--out {path}: the file to write must end in {suffix}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    """Write a file so that a reader, or a crash, sees either the old content or the new, never a mixture."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
@@ -126,12 +126,12 @@ def find(given: str | Path, shipped: Iterable[Path]) -> Path:
 
 
 def read_json(path: Path, what: str, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """Read an object of JSON that a command wrote earlier.
+    """Read a JSON object that a command wrote earlier.
 
     Args:
         path: the file.
-        what: it describes, for the message.
-        keys: that it must have.
+        what: what it describes, for the message.
+        keys: keys that it must have.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -140,7 +140,7 @@ def read_json(path: Path, what: str, keys: Sequence[str] = ()) -> dict[str, Any]
         stored = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):  # no JSON, or no text
+    except (ValueError, RecursionError):  # not JSON, or not text
         stored = None
     if not isinstance(stored, dict) or not all(key in stored for key in keys):
         raise UserError(f"{path} is damaged: it does not describe a {what}")

@@ -1,4 +1,4 @@
-"""Options of commands: made from a dataclass, checked against its annotations; errors of one line."""
+"""Command-line options made from a dataclass and checked against its annotations, with one-line errors."""
 
 import argparse
 import contextlib
@@ -27,12 +27,12 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(prog, description=description, **defaults | options)
 
     def error(self, message: str) -> NoReturn:
-        """Print `message` and where help is, and exit with status 2."""
+        """Print `message` and a pointer to --help, and exit with status 2."""
         self._end(f"error: {message} (--help lists all options)", 2)
 
     @contextlib.contextmanager
     def errors(self, hint: str = "") -> Iterator[None]:
-        """End with one line where the user can mend what is wrong (status 2) or pressed Ctrl-C (status 130).
+        """Exit with one line if the user can fix the error (status 2) or pressed Ctrl-C (status 130).
 
         So does a training that diverges (FloatingPointError, which its checks raise; status 1). Every other error
         keeps its traceback.
@@ -66,7 +66,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def _with_default(text: str, default: Any) -> str:
-    """Add "(default: X)" to an option's help, unless the text speaks of it or there is none; False goes unsaid."""
+    """Add "(default: X)" to an option's help, unless the text states it or there is none; False is not shown."""
     if "default" in text or default in (None, False, {}, argparse.SUPPRESS):
         return text
     shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
@@ -85,10 +85,10 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def option(default: Any, help: str, **argparse_options: Any) -> Any:
-    """Make a field of a configuration from its default, the reason for it, and what its annotation does not say.
+    """Make a field of a configuration from its default, its help, and options that the annotation cannot express.
 
-    `choices` are the keys of a registry; `resume` is for the program: whether a run may be resumed with another value.
-    A dict, which is filled by words NAME=VALUE, is each object's own, and left out of its hash.
+    `choices` are the keys of a registry; `resume` tells the program whether a run may be resumed with another value.
+    A dict, filled from words NAME=VALUE, is copied for each object and left out of its hash.
     """
     metadata = {"help": help, **argparse_options}
     if isinstance(default, dict):
@@ -104,7 +104,7 @@ def flag(name: str) -> str:
 def kinds(config: type) -> dict[str, tuple[type, bool, tuple[str, ...] | None]]:
     """Return the type of each field of a dataclass, whether it may be None, and its choices, if they are listed.
 
-    Of a field with one or more values (nargs "+" beside its annotation tuple[float, ...]) it is their type.
+    For a field with several values (annotation tuple[float, ...] and nargs "+") the type is that of one value.
     """
     found, hints = {}, typing.get_type_hints(config)
     for f in dataclasses.fields(config):
@@ -141,7 +141,7 @@ def add_options(parser: argparse._ActionsContainer, config: type, only: Sequence
 
 
 class _NamedValues(argparse.Action):
-    """Collect words NAME=VALUE in a dict of texts."""
+    """Collect words NAME=VALUE in a dict of strings."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         pairs = [word.partition("=") for word in values]
@@ -156,13 +156,13 @@ def read_settings(
     """Read values of a function's keyword-only arguments by their annotations: int, float, bool or str, or None.
 
     Args:
-        option: where they were given, for messages.
-        function: what they are for.
-        values: by name; a text, as a command line has it, or the value itself, as JSON does.
-        without: arguments that are not for the user.
+        option: the option that gave them, for messages.
+        function: the function to call with them.
+        values: by name: strings from a command line, or values from JSON.
+        without: arguments that the user may not give.
 
     Raises:
-        UserError: a name that the function does not have, a value that is not what its annotation says.
+        UserError: a name that the function does not have, a value that does not fit its annotation.
     """
     parameters = inspect.signature(function).parameters.values()
     known = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in without}
@@ -173,7 +173,7 @@ def read_settings(
 
 
 def _read(option: str, value: Any, annotation: Any) -> Any:
-    """Read one value by its annotation: a kind, or a kind and None."""
+    """Read one value by its annotation: a type, or a type or None."""
     allowed = typing.get_args(annotation) or (annotation,)
     if types.NoneType in allowed and value in ("none", None):
         return None
@@ -194,7 +194,7 @@ def given(arguments: argparse.Namespace, config: type) -> dict[str, Any]:
 
 
 def check_types(config: Any) -> None:
-    """Raise UserError, naming the option, for a field that is not what its annotation says, as a file may have it."""
+    """Raise UserError, naming the option, for a field that does not fit its annotation, as may come from a file."""
     many = {f.name for f in dataclasses.fields(config) if f.metadata.get("nargs")}
     for name, (kind, optional, choices) in kinds(type(config)).items():
         value = getattr(config, name)
@@ -207,7 +207,7 @@ def check_types(config: Any) -> None:
 
 
 def _check_type(option: str, value: Any, kind: type, choices: tuple[str, ...] | None) -> None:
-    """Raise UserError, naming the option, for a value that is of another kind, or none of the choices."""
+    """Raise UserError, naming the option, for a value of another type, or not among the choices."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Mapping: "names and values"}
     if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
         raise UserError(f"{option} must be {words.get(kind, kind.__name__)}, got {value!r:.80}")

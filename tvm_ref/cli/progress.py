@@ -12,7 +12,7 @@ LINE = "{l_bar}{bar:20}{r_bar}"
 def progress(*arguments: Any, **options: Any) -> tqdm:
     """Make a tqdm bar with its arguments and options, on standard error unless said otherwise.
 
-    Where there is no terminal it prints lines; a bar that is to vanish (leave=False) prints none.
+    Without a terminal it prints lines; a temporary bar (leave=False) prints none.
     """
     options["file"] = file = options.get("file") or sys.stderr
     if not file.isatty():

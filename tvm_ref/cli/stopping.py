@@ -9,12 +9,12 @@ SAVE_SIGNALS = tuple(s for s in signal.Signals if s.name == "SIGUSR1")  # none o
 
 
 def is_first_rank() -> bool:
-    """Tell whether this process is the one that prints: the first under torchrun, or the only one."""
+    """Return whether this process is the one that prints: rank 0 under torchrun, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class _Noted:
-    """Signals, noted instead of raised while this is entered."""
+    """Context that records signals instead of raising them."""
 
     signals: tuple[signal.Signals, ...] = ()
 
@@ -34,7 +34,7 @@ class _Noted:
 
 
 class Interruption(_Noted):
-    """Ctrl-C or SIGTERM, noted instead of raised, so that the step under way is finished. A second one is raised."""
+    """Record Ctrl-C or SIGTERM instead of raising, so that the current step finishes. A second signal is raised."""
 
     signals = (signal.SIGINT, signal.SIGTERM)
 
@@ -44,11 +44,11 @@ class Interruption(_Noted):
 
 
 class SaveRequests(_Noted):
-    """SIGUSR1, noted: a scheduler sends it some time before it ends a job, to save and go on."""
+    """Record SIGUSR1, which schedulers send some time before they end a job, to save and go on."""
 
     signals = SAVE_SIGNALS
 
     def take(self) -> bool:
-        """Tell whether a signal came since this was last asked."""
+        """Return whether a signal came since the last call."""
         noted, self.requested = self.requested, False
         return noted

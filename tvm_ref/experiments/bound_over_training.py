@@ -2,9 +2,9 @@
 
     python -m tvm_ref.experiments.bound_over_training --dist moons checkerboard
 
-Trains while measuring, which takes a few minutes per distribution. Beside the chain of theorem 1 stand the Eulerian and
-the Lagrangian bound and MeanFlow's loss as a bound (tvm_ref/bound/other_bounds.py), and int L of the exact field: over
-the points that the chain looks at, and over a square. Writes training.json (after every measurement) and
+Trains while measuring, which takes a few minutes per distribution. Measures the chain of theorem 1, the Eulerian and
+Lagrangian bounds, MeanFlow's loss as a bound (tvm_ref/bound/other_bounds.py), and int L of the exact field, over the
+points that the chain visits and over a square. Writes training.json (after every measurement) and
 training.png. The exit status is 1 if a link of the chain is violated, which the theory excludes.
 """
 
@@ -82,7 +82,7 @@ def measure_over_training(config: ToyConfig, measuring: Measuring) -> Iterator[R
 
 
 def table(found: dict[str, Any]) -> str:
-    """Format every third record of a distribution and the last, and what L says over the plane."""
+    """Format every third record of a distribution and the last, and int L over the 2D square."""
     records, plane = found["records"], found["plane"]
     lines = [f"{'step':>8}{'W2':>9}" + "".join(f"{title:>12}" for title in COLUMNS.values())]
     for r in records[::-3][::-1]:
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
                 found["records"].append(record)
                 write_atomically(out / "training.json", json.dumps(report, indent=1) + "\n")
             print(f"{name}\n{table(found)}")
-        from tvm_ref.bound.plots import plot_training  # matplotlib, which --help need not wait for
+        from tvm_ref.bound.plots import plot_training  # slow to import: not for --help
         from tvm_ref.toy.report.plots import save_figure
 
         save_figure(plot_training(report), out / "training.png")
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def start(config: ToyConfig, measuring: Measuring) -> dict[str, Any]:
-    """Describe what is measured on, and the slopes of the exact field over the plane."""
+    """Return the data of the measurement, and the slopes of the exact field over a 2D square."""
     distribution = config.make_distribution()
     length, points = other_bounds.slope_integral(distribution, measuring.times(distribution))
     factor = math.sqrt(2 * measuring.time) * math.exp(length)  # lambda(t) = 2 t exp(2 int L)

@@ -1,12 +1,12 @@
-"""Find the part of a method that its error comes from: train with the oracle in place of that part.
+"""Find which part of a method causes its error: train with the oracle in place of that part.
 
     python -m tvm_ref.experiments.causes                                  all, some twenty minutes of one core
     python -m tvm_ref.experiments.causes --variants TVM "TVM, exact u"    some
 
-The parts that the oracle takes the place of: the velocity that a jump is held against ("exact u", where it lands), the
-random velocity of the data ("u for v", at x_t), or all, as the network is regressed on the exact flow map ("network's
-floor"): what that leaves is no method's fault. Beside them, the same losses with other stop-gradients.
-Each training has the products of --steps steps of TVM (experiments/compare.py), without a sweep of rates.
+The oracle replaces the velocity that a jump is compared with ("exact u", where it lands), the random velocity of the
+data ("u for v", at x_t), or everything: the network is then regressed on the exact flow map ("network's floor"), and
+the remaining error is no method's fault. The same losses with other stop-gradients are trained too.
+Each training has the matmuls of --steps steps of TVM (experiments/compare.py), without a sweep of rates.
 Writes results.json, with every training, into a folder of its own.
 """
 
@@ -29,7 +29,7 @@ from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.training import Batch, Training
 
-PATHS, TIMES = 20_000, 129  # exact paths that the network is regressed on, and times of each
+PATHS, TIMES = 20_000, 129  # number of exact paths that the network is regressed on, and of times on each
 
 
 def _without_weight(key: str) -> dict[str, Any]:
@@ -39,8 +39,8 @@ def _without_weight(key: str) -> dict[str, Any]:
 # regressing F on v is alpha-Flow's loss at alpha = 1, whatever v is
 _REGRESSION = {"objective": "alphaflow", "settings": {"alpha": 1.0, "power": 0.0}}
 _FLOOR = _REGRESSION | {"time_sampler": "gap*", "equal_share": 0.25}
-# options of the toy, and what the oracle stands for: nothing, the velocity of the "target", the random "v", or, in
-# place of v, the average velocity of each jump: the whole "map"
+# options of the toy, and what the oracle replaces: nothing, the velocity of the "target", the random "v", or the whole
+# "map": then the average velocity of each jump replaces v
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "network's floor": (_FLOOR, "map"),
     "the same, 1/4 at t = 1": (_FLOOR | {"noise_share": 0.25}, "map"),
@@ -61,7 +61,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 class ExactPaths(NamedTuple):
-    """Paths of the exact flow: where noise is at each of some times.
+    """Paths of the exact flow: the positions of noise points at some times.
 
     Attributes:
         times: [T] from 0 to 1, finest near 0.
@@ -83,8 +83,7 @@ class ExactPaths(NamedTuple):
     def lines(self, times: Times, which: Tensor, distribution: GaussianMixture) -> tuple[Tensor, Tensor, Times]:
         """Return x0 and x1 [B, D] of lines with the average velocity of jumps, at the nearest of the paths' times.
 
-        A line passes the path `which` [B] at t; its velocity is that with which the path goes from t to s in a straight
-        line, or u where t = s.
+        A line meets the path `which` [B] at t; its velocity is the path's average over [s, t], or u where t = s.
         """
         i, j = (torch.searchsorted(self.times, a.double()).clamp_max(len(self.times) - 1) for a in times[:2])
         t, s, x = self.times[i], self.times[j], self.x[i, which]
@@ -95,7 +94,7 @@ class ExactPaths(NamedTuple):
 
 
 class OracleTraining(Training):
-    """A training in which the oracle stands for a part of the method.
+    """A training in which the oracle replaces a part of the method.
 
     Args:
         config: its configuration.
@@ -113,7 +112,7 @@ class OracleTraining(Training):
             self.target: Any = SimpleNamespace(module=distribution, update=lambda model: None)  # follows no weights
 
     def batch(self, step: int) -> Batch:
-        """Return the data of a step; with lines of an exact velocity for "v" and "map"."""
+        """Return the data of a step; for "v" and "map", lines with an exact velocity."""
         batch = super().batch(step)
         if self.exact == "v":
             x, t = interpolate(batch.x0, batch.x1, batch.times.t), batch.times.t

@@ -4,12 +4,12 @@
     python -m tvm_ref.experiments.compare --dist moons --methods TVM MeanFlow "flow matching"   some
     python -m tvm_ref.experiments.compare --dist moons --budget time                            equal time
 
-The budget is what TVM spends in --steps steps: matrix products of losses and gradients, which are counted and depend on
-no machine, or time. The table has both for each method, as multiples of TVM's. Step times are measured side by side
+The budget is what TVM spends in --steps steps: matmuls of losses and gradients, which are counted and do not depend on
+the machine, or time. The table has both for each method, as multiples of TVM's. Step times are measured side by side
 first; a load on the machine changes their ratios, by up to 45 % with three other busy programs.
 Each method has its own distribution of times and its own sweep, of learning rates and of the settings that its paper
-stresses, on a seed of its own, measured at the NFE that it is for (1; 64 for flow matching). While a method's best rate
-is the lowest or highest tried, one beyond it is tried as well; if it still is after four, an asterisk marks it. With
+stresses, on a separate seed, measured at the method's own NFE (1; 64 for flow matching). While a method's best rate
+is the lowest or highest tried, the next one is tried too; if it still is after four, an asterisk marks it. With
 the best rate and setting the method is then trained on --seeds seeds, and on two more if its median error at one step
 is within 1.5 times the least.
 Writes into a folder of its own results.json, which holds every training, and error.png: cost of a step, and error in 1,
@@ -45,9 +45,9 @@ BUDGETS = ("products", "time")
 UNIT = "a TVM step"  # in which the budget is counted
 FILES = ("results.json", "error.png")
 CLOSE, MORE_SEEDS = 1.5, 2  # methods within this factor of the best at one step are trained on more seeds
-SWEEP_SEED = 1000  # apart from the seeds that are reported
-ROUNDS, REPEATS = 8, 20  # of step times: turns of each method, and steps in a turn
-EXTRA = 4  # rates that a sweep is extended by at most
+SWEEP_SEED = 1000  # distinct from the seeds that are reported
+ROUNDS, REPEATS = 8, 20  # for step times: turns of each method, and steps in a turn
+EXTRA = 4  # at most so many rates are added to a sweep
 SHARED = ("dist", "data", "bandwidth", "batch_size", "width", "depth", "time_sampler")  # options of all trainings
 LADDER = [float(f"{digit}e{exponent}") for exponent in range(-9, 3) for digit in (1, 3)]  # the rates beyond
 
@@ -64,11 +64,11 @@ class Plan:
         tuple(METHODS), "of " + ", ".join(map(repr, METHODS)) + ", or names of --objective (default: all)",
         choices=tuple(METHODS), nargs="+", metavar="METHOD", type=method_named,
     )  # fmt: skip
-    budget: str = option("products", "what is equal", choices=BUDGETS)
+    budget: str = option("products", "what all methods get equally: matmuls or time", choices=BUDGETS)
     steps: int = option(1200, "budget of each training, in steps of TVM")
-    seeds: int = option(3, "seeds per method")
+    seeds: int = option(3, "number of seeds per method")
     rates: tuple[float, ...] = option((0.003, 0.01), "learning rates to sweep first", nargs="+")
-    points: int = option(POINTS, "samples that errors are measured on")
+    points: int = option(POINTS, "number of samples to measure errors on")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -78,7 +78,7 @@ class Plan:
             raise UserError("--rates must be positive and finite")
 
     def configs(self, base: ToyConfig) -> dict[str, ToyConfig]:
-        """Make the configuration of each method with each of its settings, by name, from what all have in common."""
+        """Make the configuration of each method with each of its settings, by name, from the common options."""
         return {
             named(name, setting): replace(base, **METHODS[name] | setting)
             for name in self.methods
@@ -87,7 +87,7 @@ class Plan:
 
 
 def step_seconds(configs: dict[str, ToyConfig]) -> dict[str, float]:
-    """Measure median CPU seconds per training step of each configuration, in turns, as loads come and go."""
+    """Measure median CPU seconds per training step of each configuration, in turns, as loads vary."""
     trainings = {name: Training(config, config.make_distribution()) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
     turns = [turn for _ in range(ROUNDS) for turn in trainings.items()]
@@ -107,12 +107,12 @@ def errors(training: Training, reference: Reference) -> dict[str, float]:
 
 
 def error(result: dict[str, Any], nfe: int) -> float:
-    """Look up a training's paired RMSE: infinite if it diverged, NaN at an NFE that the method is not for."""
+    """Look up a training's paired RMSE: infinite if it diverged, NaN at an NFE that was not measured."""
     return result["figures"].get(str(nfe), float("nan") if result["figures"] else float("inf"))
 
 
 def best(results: Sequence[dict[str, Any]]) -> int:
-    """Choose the training with the lowest error at the NFE that the method is for: 1, or 64 for flow matching."""
+    """Choose the training with the lowest error at the method's own NFE: 1, or 64 for flow matching."""
     nfes = [1 if OBJECTIVES[result["objective"]].learns_jumps else 64 for result in results]
     found = [error(result, nfe) for result, nfe in zip(results, nfes, strict=True)]
     return min(range(len(results)), key=lambda i: float("inf") if math.isnan(found[i]) else found[i])
@@ -166,7 +166,7 @@ class Comparison:
     """Trainings of one budget, and the report of their results.
 
     Args:
-        base: what all trainings have in common.
+        base: the common options.
         plan: what is compared.
         costs: cost of a step of each configuration and of UNIT, by BUDGETS: matmuls, and CPU seconds.
         out: folder that keeps the trainings.
@@ -249,7 +249,7 @@ class Comparison:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw cost and errors into a PNG file."""
-    from tvm_ref.experiments.family_plots import plot_comparison  # matplotlib, which --help need not wait for
+    from tvm_ref.experiments.family_plots import plot_comparison  # slow to import: not for --help
     from tvm_ref.toy.report.plots import save_figure
 
     cost = report["step_products"]
@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         finished = (out / FILES[0]).exists() or not trainings.is_dir()
         if finished:
             require_free(out, FILES, "a comparison", "--overwrite", overwrite=arguments.overwrite)
-        base.make_distribution()  # refuses points that cannot be used
+        base.make_distribution()  # raises for unusable points
         trainings.mkdir(parents=True, exist_ok=True)
     with command.errors(f"trainings that were finished, if any, are in {trainings}; the same command continues"):
         configs = {UNIT: base, **plan.configs(base)}

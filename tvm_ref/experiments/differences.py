@@ -1,4 +1,4 @@
-"""Take dF/ds by a central difference in s in place of a JVP, and measure what that costs in accuracy."""
+"""Take dF/ds by a central difference in s instead of a JVP, and measure the loss of accuracy."""
 
 import contextlib
 import copy
@@ -12,10 +12,10 @@ from tvm_ref.flow_map import FlowMap, jvp
 from tvm_ref.guidance import Condition
 from tvm_ref.shapes import Sample, Time, over
 
-STEPS = (0.001, 0.003, 0.01, 0.03, 0.1)  # of the differences
+STEPS = (0.001, 0.003, 0.01, 0.03, 0.1)  # step sizes of the differences
 Errors = dict[str, dict[str, float]]  # by precision and by method
 
-# data types of matmuls, and whether times are rounded to them
+# data type of matmuls, and whether times are rounded to it
 PRECISIONS: dict[str, tuple[torch.dtype, bool]] = {
     "float32": (torch.float32, False),
     "bfloat16": (torch.bfloat16, False),
@@ -33,7 +33,7 @@ def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
 class Differenced(FlowMap):
     """A FlowMap whose dF/ds is a central difference: two forwards of any network, and no JVP.
 
-    It is that of f = (s - t) F as well: with F for the mean of both, (f(s + h) - f(s - h)) / (2 h) = F + (s - t) dF/ds.
+    It is also that of f = (s - t) F: with F the mean of both, (f(s + h) - f(s - h)) / (2 h) = F + (s - t) dF/ds.
     Within h of the ends the network is called with s outside of [0, t].
     """
 
@@ -86,7 +86,7 @@ def derivative_errors(network: nn.Module, x: Sample, t: Time, s: Time, condition
 
 
 def derivative_table(measured: Sequence[Errors]) -> str:
-    """Format the relative error of dF/ds, of several networks the least and the largest, by precision and method."""
+    """Format the relative error of dF/ds, the least and the largest over several networks, by precision and method."""
     lines = [f"{'error of dF/ds':<20}" + "".join(f"{method:>18}" for method in measured[0]["float32"])]
     for name, row in measured[0].items():
         ranges = ([found[name][method] for found in measured] for method in row)

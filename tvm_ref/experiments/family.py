@@ -4,8 +4,8 @@
     python -m tvm_ref.experiments.family --parts picture noise cost  chosen parts
 
     picture   the (t, s) that each method trains, and what it matches there: family.png
-    noise     ||dL/dF||^2 of every objective at the exact flow map, of its jumps and in all, over that of flow matching
-    cost      products of a training step, in plain forwards
+    noise     ||dL/dF||^2 of every objective at the exact flow map, of its jumps and in total, relative to flow matching
+    cost      matmuls of a training step, in units of a plain forward
     bias      how far the adaptive weight of MeanFlow moves its minimiser, by dimension
     gradients at the default run's network, early and late, by t - s: the batch at which a gradient's noise equals its
               signal, and the cosine between it and the gradient of the true error
@@ -32,8 +32,8 @@ from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.training import Training
 
 PARTS = ("picture", "noise", "cost", "bias", "gradients")
-STAGES = (0.1, 0.3, 1.0)  # of a training, where gradients are measured
-COORDINATES = {"masses 0.8 and 0.2": 0.8, "masses 0.5 and 0.5": 0.5}  # of a coordinate's two values
+STAGES = (0.1, 0.3, 1.0)  # fractions of a training at which gradients are measured
+COORDINATES = {"masses 0.8 and 0.2": 0.8, "masses 0.5 and 0.5": 0.5}  # probability of one of a coordinate's values
 DIMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GAPS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
 
@@ -51,7 +51,7 @@ def trained(config: ToyConfig) -> dict[int, FlowMap]:
 def measure(
     parts: list[str], config: ToyConfig, distribution: GaussianMixture, samples: int, dims: tuple[int, ...]
 ) -> Iterator[tuple[str, Any]]:
-    """Measure the parts that are asked for; print each, and yield its key in results.json and its numbers."""
+    """Measure the chosen parts; print each, and yield its key in results.json and its numbers."""
     if "noise" in parts:
         noise = family_measures.noise_at_the_solution(distribution, samples)
         print(noise_table(noise))
@@ -115,7 +115,7 @@ def parser() -> OneLineParser:
         "--samples", type=int, default=500,
         help="samples at the exact flow map; 16 times as many for gradients",
     )  # fmt: skip
-    p.add_argument("--dims", type=int, nargs="+", default=DIMS, help="dimensions of the part bias")
+    p.add_argument("--dims", type=int, nargs="+", default=DIMS, help="dimensions D for the part bias")
     p.add_argument("--out", type=Path, help="folder to write (default: runs/toy/NAME-family-PARTS)")
     return p
 
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         for key, numbers in measure(arguments.parts, config, distribution, arguments.samples, tuple(arguments.dims)):
             report[key] = numbers
             write_atomically(out / "results.json", json.dumps(report, indent=2) + "\n")
-        from tvm_ref.experiments import family_plots  # matplotlib, which --help need not wait for
+        from tvm_ref.experiments import family_plots  # slow to import: not for --help
         from tvm_ref.toy.report.plots import save_figure
 
         if "picture" in arguments.parts:

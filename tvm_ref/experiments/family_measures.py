@@ -1,6 +1,6 @@
 """Measure the objectives of the family where the exact flow map is known: their noise, cost, bias and signal.
 
-Residuals and gradients are those of the objectives' own code; nothing here knows a formula of theirs.
+Residuals and gradients come from the objectives' own code; no formula is repeated here.
 """
 
 import copy
@@ -40,7 +40,7 @@ class ExactNetwork(nn.Module):
         self.offset = offset
 
     def forward(self, x: Sample, t: Time, s: Time, condition: Condition | None = None) -> Sample:
-        """Return F [B, D]: the velocity where t = s, else by a solution of the flow, if there are such samples."""
+        """Return F [B, D]: the velocity where t = s, elsewhere from the solved flow."""
         F, jumps = self.distribution.velocity(x, t), over(t != s, x)
         if bool(jumps.any()):
             average = self.distribution.displacement(x, t, s) / over(torch.where(t == s, 1.0, s - t), x)
@@ -51,7 +51,7 @@ class ExactNetwork(nn.Module):
 def batch(
     distribution: GaussianMixture, n: int, times: TimeSampler, *key: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Times]:
-    """Draw data [n, D], noise [n, D] and times, decided by `key`."""
+    """Draw data [n, D], noise [n, D] and times, seeded by `key`."""
     source = generator(EVALUATION, *key)
     x0 = distribution.sample(n, source)[0].to(dtype)
     x1 = torch.randn(x0.shape, generator=source, dtype=torch.float64).to(dtype)
@@ -67,9 +67,9 @@ def gradient_at_the_solution(
     times: Times,
     whole: bool = False,
 ) -> Tensor:
-    """Return dL/dF [B, D] of every sample's loss, the model and the target being the exact flow map.
+    """Return dL/dF [B, D] of every sample's loss, with the exact flow map as model and target.
 
-    L is the term of the jumps, or the whole loss if `whole`. A method of one residual wants jumps only, or none.
+    L is the term of the jumps, or the whole loss if `whole`. Methods with one residual need only jumps, or none.
     """
     offset = torch.zeros_like(x0, requires_grad=True)
     objective = OBJECTIVES[key](FlowMap(ExactNetwork(distribution, offset)), **settings)
@@ -94,7 +94,7 @@ def noise_at_the_solution(distribution: GaussianMixture, samples: int) -> dict[s
     """Measure ||dL/dF||^2 at the exact flow map, of the jump term and of the whole loss, over flow matching's.
 
     Jumps are TVM's (gap*) for all, and flow matching is at the same x_t; the whole loss has the method's own times. The
-    expectation of dL/dF is zero for a method whose solution this is; what is measured is what single samples add.
+    expectation of dL/dF is zero for a method whose solution this is; so this measures the noise of single samples.
     Returns mean, its standard error, and median of every member's jump term, and the mean of its whole loss: where a
     jump tears modes apart its derivative in x is large, and so are the few samples that decide MeanFlow's mean.
     """
@@ -115,8 +115,8 @@ def noise_at_the_solution(distribution: GaussianMixture, samples: int) -> dict[s
 
 
 def count_products(work: Callable[[], Any]) -> int:
-    """Count the products of some work."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which --help need not wait for
+    """Count the matmuls of a piece of work."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton: not for --help
 
     with FlopCounterMode(display=False) as counter:
         work()
@@ -202,7 +202,7 @@ def adaptive_velocity(
 
         P(k | x) int exp(-eps y) q^(D/2 + 1) exp(-q y ||F - mu_k||^2 / D) dy,    q = 1 / (1 + 2 tau^2 y / D),
 
-    and is found by iterating that, from u = E v.
+    and is found by iterating this formula, from u = E v.
     """
     m, t, dim = mixture.centres, t[:, None, None], mixture.dim
     variance = (1 - t) ** 2 * mixture.sigma**2 + t**2  # of x_t given k [N, 1, 1]
@@ -225,7 +225,7 @@ def adaptive_velocity(
 def line_with_velocity(x: Sample, t: Time, velocity: Sample) -> tuple[Sample, Sample]:
     """Return x0 and x1 [B, D] whose line passes x at time t with a given velocity: x_t = x and x1 - x0 = velocity.
 
-    For a method that meets the data at one x_t this puts an exact velocity in the place of the random v.
+    For a method that uses the data at one x_t, this replaces the random v by an exact velocity.
     """
     return x - over(t, x) * velocity, x + over(1 - t, x) * velocity
 
@@ -240,7 +240,7 @@ class Gradients(NamedTuple):
 def gradients_of_jumps(
     model: FlowMap, distribution: GaussianMixture, gaps: Sequence[float], chunks: int = 32, size: int = 256
 ) -> dict[str, list[Gradients]]:
-    """Measure, by t - s, noise and direction of the gradient of the term of the jumps, the model being its own target.
+    """Measure, by t - s, noise and direction of the gradient of the jump term; the model is its own target.
 
     The noise scale is the batch at which noise is as large as signal: tr(covariance of one sample's gradient) /
     ||mean gradient||^2 (McCandlish and others, 1812.06162). The cosine is that between the mean gradient and the
@@ -279,7 +279,7 @@ def gradients_of_jumps(
 
 
 def takes_exact_velocity(key: str, settings: dict[str, Any]) -> bool:
-    """Return whether u is all that a method asks the target for, or its gradient linear in v."""
+    """Return whether a method uses only u of the target, or has a gradient linear in v."""
     asks = key == "tvm" or (key == "esd" and settings.get("stops") in ("convex", "all"))
     return asks or (key in ("meanflow", "imf") and settings.get("power") == 0)
 

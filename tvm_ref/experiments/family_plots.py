@@ -1,4 +1,4 @@
-"""Draw the family of objectives: who matches what in the triangle of (t, s), and whose gradient points where."""
+"""Draw the family of objectives: the (t, s) that each one trains, and the direction of its gradient."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from tvm_ref.toy.report import plots
 
-COSINES = {  # what is drawn, and how
+COSINES = {  # method: colour, line style
     "TVM": (plots.BLUE, "-"),
     "TVM, exact u": (plots.BLUE, "--"),
     "TVM, JVP detached, exact u": (plots.SKY, "--"),

@@ -2,7 +2,7 @@
 
 python -m tvm_ref.experiments.layers                               print the page
 python -m tvm_ref.experiments.layers --out tutorials/site/layers_under_jvp.md
-python -m tvm_ref.experiments.layers --also OTHER/bin/python       with another environment's PyTorch beside it
+python -m tvm_ref.experiments.layers --also OTHER/bin/python       also with another environment's PyTorch
 """
 
 import json
@@ -65,7 +65,7 @@ TRIED[4, 4] += "".join(f"; torch.{name}(x.sigmoid())" for name in UNARY.split())
 
 
 def names_in_expressions() -> dict[str, Any]:
-    """Return what the expressions mention."""
+    """Return the names that the expressions use."""
     numbers = torch.linspace(-1, 1, 40, dtype=torch.float64).sin()
     return {
         "torch": torch, "nn": nn, "F": F, "weight_norm": nn.utils.parametrizations.weight_norm,
@@ -98,7 +98,7 @@ def verdict(expression: str, shape: tuple[int, ...], jvp: JVP) -> str:
 
     try:
         errors = measure(function, [x], [dx], parameters, loss, jvp)
-    except (RuntimeError, NotImplementedError):  # of PyTorch's: what has no derivative
+    except (RuntimeError, NotImplementedError):  # PyTorch's own: there is no derivative
         return "refused"
     return f"wrong ({errors.wrong}, {getattr(errors, errors.wrong):.1g})" if errors.wrong else "right"
 
@@ -176,8 +176,8 @@ def parser() -> OneLineParser:
     """Make the command line."""
     p = OneLineParser("python -m tvm_ref.experiments.layers", __doc__)
     p.add_argument("--out", type=Path, help="write the page to this file instead of printing it")
-    p.add_argument("--also", type=Path, help="a Python whose PyTorch is tried, too")
-    p.add_argument("--json", action="store_true", help="print the verdicts only, as JSON")
+    p.add_argument("--also", type=Path, help="path of another Python, whose PyTorch is tried too")
+    p.add_argument("--json", action="store_true", help="print only the verdicts, as JSON")
     return p
 
 

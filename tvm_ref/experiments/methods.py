@@ -29,7 +29,7 @@ def family_of(methods: Iterable[str]) -> dict[str, str]:
 
 
 def method_named(text: str) -> str:
-    """Find the method that a word names, which may be an objective's name, as in --objective of the toy."""
+    """Find a method by its name, or by its objective's name as in the toy's --objective."""
     plain = {
         options.get("objective", "tvm"): name for name, options in METHODS.items() if not {*options} - {"objective"}
     }

@@ -1,12 +1,12 @@
-"""Small relatives that people ask for: a difference for the JVP, weights by length, a teacher, between two MeanFlows.
+"""Variants that people ask for: a difference instead of the JVP, weights by length, a teacher, mixed MeanFlows.
 
     python -m tvm_ref.experiments.relatives                                                       all
     python -m tvm_ref.experiments.relatives --variants TVM "TVM, difference 0.01"              some
 
-Each training has the products of --steps steps of TVM, as in experiments/causes.py, without a sweep of rates; a
-teacher's are extra where it is "given", and half of them where it is "paid". For every training of TVM a second table
-has the relative error of dF/ds by central differences in s and by the JVP, where products are computed in a data type
-("autocast"), and where times are rounded to it, too, against a JVP in float64.
+Each training has the matmuls of --steps steps of TVM, as in experiments/causes.py, without a sweep of rates. A "given"
+teacher comes on top of that, a "paid" one takes half of it. For every training of TVM a second table has the relative
+error of dF/ds by central differences in s and by the JVP, with matmuls in a data type ("autocast") and with times
+rounded to it as well, against a JVP in float64.
 Writes results.json, with every training, into a folder of its own.
 """
 
@@ -33,7 +33,7 @@ from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.training import Training
 
-SAMPLES = 2048  # that dF/ds is measured on
+SAMPLES = 2048  # samples on which dF/ds is measured
 
 LengthWeight = Callable[[PerSample, float], PerSample]  # of t - s [B] and of the fraction of training that is done
 
@@ -62,7 +62,7 @@ class Weighted(TVM):
         self.by_length, self.progress = by_length, 0.0
 
     def set_progress(self, progress: float) -> None:
-        """Take note of how much of training is done."""
+        """Store the fraction of training that is done."""
         self.progress = progress
 
     def forward(
@@ -110,7 +110,7 @@ class ControlVariate(MeanFlow):
         self.c = c
 
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
-        """Return F, and v + (s - t) D F, stopped."""
+        """Return F, and v + (s - t) D F, detached."""
         x, v, t, s, _, condition, _ = jumps
         with torch.no_grad():
             u = self.flow_map.velocity(x, t, condition)
@@ -190,7 +190,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 class RelativeTraining(Training):
-    """A training of a relative; with a teacher, from its weights on, and with it for the target.
+    """A training of a variant; with a teacher, it starts from the teacher's weights and has the teacher as target.
 
     Args:
         config: its configuration.

@@ -1,4 +1,4 @@
-"""Measure how good the default is over seeds: one-step metrics, their median and worst, and how many runs diverged.
+"""Measure the default over several seeds: median and worst one-step metrics, and how many runs diverged.
 
 python -m tvm_ref.experiments.seeds                          all distributions, 5 seeds
 python -m tvm_ref.experiments.seeds --dist moons --seeds 20
@@ -55,9 +55,9 @@ def parser() -> OneLineParser:
         help="distributions (default: all)",
     )  # fmt: skip
     add_options(p, ToyConfig, ["steps", "batch_size", "width", "depth", "lr", "time_sampler", "noise_share"])
-    p.add_argument("--seeds", type=int, default=5, help="seeds per distribution")
-    p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    p.add_argument("--points", type=int, default=POINTS, help="samples that errors are measured on")
+    p.add_argument("--seeds", type=int, default=5, help="number of seeds per distribution")
+    p.add_argument("--jobs", type=int, default=2, help="number of runs at a time, one thread each")
+    p.add_argument("--points", type=int, default=POINTS, help="number of samples to measure errors on")
     p.add_argument("--out", type=Path, help="also write every run's metrics to this JSON file")
     return p
 

@@ -21,9 +21,9 @@ from tvm_ref.toy.report.metrics import Reference, make_reference
 from tvm_ref.toy.training import Training
 
 Measure = Callable[[Training, Reference], dict[str, float]]
-Tick = Callable[[int], Any]  # called with a number of steps that were taken
-POLL = 0.5  # seconds between looks at what other processes have done
-_steps: Any = None  # in such a process: how many steps all of them have taken
+Tick = Callable[[int], Any]  # called with the number of steps taken
+POLL = 0.5  # seconds between checks on the other processes
+_steps: Any = None  # in a worker process: steps that all of them have taken
 
 
 @lru_cache(maxsize=1)
@@ -37,7 +37,7 @@ def _reference(dist: str, data: str | None, bandwidth: float | None, points: int
 
 
 def _join(steps: Any) -> None:
-    """Begin a process that trains: `steps` is shared by all."""
+    """Start a worker process: `steps` is shared by all."""
     global _steps
     _steps = steps
     use_one_thread()
@@ -49,7 +49,7 @@ def _count(steps: int) -> None:
 
 
 def _file(config: ToyConfig, points: int, keep: Path) -> Path:
-    """Return where a result is kept, under a name that the configuration decides."""
+    """Return the path of a result, named after its configuration."""
     decides = json.dumps([asdict(config), points], default=dict, sort_keys=True)
     return keep / f"{config.objective}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.json"
 
@@ -88,7 +88,7 @@ def _trained(config: ToyConfig, measure: Measure, points: int, tick: Tick) -> di
 def _in_processes(
     train: Callable[[ToyConfig], dict[str, Any]], configs: Sequence[ToyConfig], jobs: int, steps: Any
 ) -> Iterator[list[Future[dict[str, Any]]]]:
-    """Train in processes, which this one ends in the end, whatever they are at; Ctrl-C does not reach them."""
+    """Train in worker processes, which are always ended on exit; Ctrl-C does not reach them."""
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _join, (steps,))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what starts now
@@ -146,7 +146,7 @@ def _from_processes(
             while not finished:
                 finished, now = bool(wait([result], POLL).done), steps.value
                 if bar.n == 0 < now:
-                    bar.unpause()  # what was spent on imports says nothing of what is left
+                    bar.unpause()  # do not count the time of imports in the estimate
                 bar.update(now - counted)
                 counted = now
             yield result.result()

@@ -1,4 +1,4 @@
-"""Train variants of methods on one budget of matrix products, and report them: what causes and relatives share."""
+"""Train variants of methods on one budget of matmuls, and report them; shared by causes and relatives."""
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,7 +15,7 @@ from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.report.metrics import Reference, make_reference
 from tvm_ref.toy.training import Training
 
-RATE = 0.01  # the best of compare.py, where a variant has no other
+RATE = 0.01  # default learning rate, the best of compare.py
 COLUMNS = (1, 2, 4, 16)  # NFEs of the table
 RESULTS = "results.json"
 
@@ -28,14 +28,14 @@ def parser(name: str, description: str, variants: Collection[str]) -> OneLinePar
     add_options(p, ToyConfig, ["dist", "batch_size", "width", "depth"])
     p.add_argument("--steps", type=int, default=500, help="budget of each training, in steps of TVM")
     p.add_argument("--variants", nargs="+", choices=tuple(variants), default=tuple(variants), help="(default: all)")
-    p.add_argument("--seeds", type=int, default=3, help="seeds per variant")
-    p.add_argument("--points", type=int, default=2000, help="samples that errors are measured on")
+    p.add_argument("--seeds", type=int, default=3, help="number of seeds per variant")
+    p.add_argument("--points", type=int, default=2000, help="number of samples to measure errors on")
     p.add_argument("--out", type=Path, help=f"folder to write (default: runs/toy/NAME-{name})")
     return p
 
 
 def begin(name: str, command: OneLineParser, arguments: Any) -> tuple[ToyConfig, Path]:
-    """Check the options and make the folder; returns what all trainings have in common, and the folder."""
+    """Check the options and make the folder; return the common options, and the folder."""
     use_one_thread()
     with command.errors(), user_files():
         base = ToyConfig(**given(arguments, ToyConfig), lr=RATE)

@@ -7,7 +7,7 @@
     python -m tvm_ref.toy --dist circles --conditional --w 2
     python -m tvm_ref.toy --dist moons --resume           go on after Ctrl-C, bit for bit
 
-`python -m tvm_ref` lists what there is besides; of a finished run, tutorials/playground/ makes a page to play with.
+`python -m tvm_ref` lists all commands; tutorials/playground/ makes an interactive page of a finished run.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def parser() -> OneLineParser:
     p = OneLineParser("python -m tvm_ref.toy", __doc__)
     add_options(p, ToyConfig)
     p.add_argument(
-        "--points", type=int, default=POINTS, help="samples that errors are measured on, and of own points written"
+        "--points", type=int, default=POINTS, help="number of samples to measure errors on, and to write for own points"
     )
     p.add_argument("--out", type=Path, help="folder of the run (default: runs/toy/NAME, NAME after the options)")
     existing = p.add_mutually_exclusive_group()
@@ -54,14 +54,14 @@ def folder_of(arguments: argparse.Namespace) -> Path:
 
 
 def require_same(arguments: argparse.Namespace, folder: Path) -> ToyConfig:
-    """Read the configuration of the run that is there.
+    """Read the configuration of the existing run.
 
     Raises:
         ValueError: no run there, or options on the command line that are not the run's.
     """
     stored = read_config(folder)
     for name, value in given(arguments, ToyConfig).items():
-        if name == "settings":  # words of the command line become values
+        if name == "settings":  # strings of the command line become values
             value = dataclasses.replace(stored, settings=value).settings
         if getattr(stored, name) != value:
             raise UserError(f"--resume keeps a run's options: {folder} has {flag(name)} {getattr(stored, name)}")
@@ -69,7 +69,7 @@ def require_same(arguments: argparse.Namespace, folder: Path) -> ToyConfig:
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Run, torch.Tensor | None]:
-    """Make the run that the command line asks for; where it is resumed, with the losses since the log's last line.
+    """Make the run that the command line asks for, and if it is resumed, the losses since the log's last line.
 
     Raises:
         ValueError, OSError: bad options, a folder that is in the way or has nothing to resume, unusable points.
@@ -87,7 +87,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Run, torch.Tensor | None]:
     stored = require_same(arguments, folder)
     held = (folder / CHECKPOINT).is_file()
     require(held, f"{folder} holds no checkpoint to resume from; start again with --overwrite")
-    old = Run(folder, stored, load_distribution(folder, stored))  # own points are those that the run has kept
+    old = Run(folder, stored, load_distribution(folder, stored))  # own points come from the run's folder
     return old, old.load()
 
 

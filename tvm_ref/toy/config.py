@@ -1,4 +1,4 @@
-"""The toy's settings: one frozen dataclass, each field with its reason, which is also its --help."""
+"""The toy's settings: one frozen dataclass, each field with a description, which is also its --help."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,21 +44,21 @@ class ToyConfig:
         "tvm", "what to minimise: TVM, or a relative (tvm_ref/objectives/README.md)", choices=tuple(OBJECTIVES)
     )
     settings: Mapping[str, Any] = option(
-        {}, "the objective's own settings, as power=0 or stops=none (tvm_ref/objectives/README.md)"
+        {}, "the objective's own settings, such as power=0 or stops=none (tvm_ref/objectives/README.md)"
     )
     conditional: bool = option(False, "condition on the class (moons, circles and eight_gaussians have classes)")
     w: float = option(1.0, "classifier-free guidance weight, with --conditional (paper, eq. 15)")
     steps: int = option(3000, "training steps")
-    batch_size: int = option(512, "samples per step")
-    width: int = option(64, "units per hidden layer of the network")
-    depth: int = option(4, "hidden layers of the network")
+    batch_size: int = option(512, "number of samples per step")
+    width: int = option(64, "number of units per hidden layer")
+    depth: int = option(4, "number of hidden layers")
     lr: float = option(7e-3, "peak learning rate of SOAP (Adam in a learned basis): warm-up, then cosine to zero")
     time_sampler: str = option(
-        "own", "how times are drawn (paper, sec. 7.3); own: as the objective's paper does, gap* in TVM",
+        "own", "how times are drawn (paper, sec. 7.3); own: as in the objective's paper, gap* in TVM",
         choices=("own", *TIME_SAMPLERS),
     )  # fmt: skip
     noise_share: float = option(
-        0.0, "fraction of samples whose jump starts at t = 1, where one-step sampling does (not in the paper)"
+        0.0, "fraction of samples whose jump starts at t = 1, like one-step sampling (not in the paper)"
     )
     equal_share: float | None = option(
         None, "fraction of samples with t = s, table 4d of the paper (default: the objective's own; 0 in TVM)"
@@ -70,7 +70,7 @@ class ToyConfig:
     seed: int = option(0, "seed of the initial weights and of the data")
 
     def __post_init__(self) -> None:
-        if isinstance(self.columns, list):  # as JSON has them
+        if isinstance(self.columns, list):  # JSON has no tuples
             object.__setattr__(self, "columns", tuple(self.columns))
         check_types(self)
         require_at_least(1, steps=self.steps, batch_size=self.batch_size, width=self.width, depth=self.depth)
@@ -86,8 +86,8 @@ class ToyConfig:
         able = kind.has_guidance or not self.guided
         require(able, f"--objective {self.objective} has no guidance here: it goes with --w 1")
         try:
-            self.sampler()  # refuses fractions that exceed 1 together
-            self.make_objective(FlowMap(torch.nn.Module()), null_label=None)  # refuses bad settings
+            self.sampler()  # raises if the fractions exceed 1 together
+            self.make_objective(FlowMap(torch.nn.Module()), null_label=None)  # raises for bad settings
         except ValueError as error:
             raise UserError(str(error)) from error
         require(0 <= self.seed < 2**63, f"--seed must lie in [0, 2^63), got {self.seed}")
@@ -105,7 +105,7 @@ class ToyConfig:
         """Make the distribution to learn.
 
         Raises:
-            UserError, OSError: points that cannot be used, or classes asked of data without.
+            UserError, OSError: unusable points, or classes of data that have none.
         """
         if self.data is not None:
             return load_points(Path(self.data), self.bandwidth, self.columns, self.drop_outliers)
@@ -127,7 +127,7 @@ class ToyConfig:
 
     @property
     def name(self) -> str:
-        """The default name of the run's folder: that of the data, and what differs from plain TVM."""
+        """The default name of the run's folder: the data, and the options that differ from plain TVM."""
         parts = [Path(self.data).stem if self.data is not None else self.dist]
         parts += [self.objective] if self.objective != "tvm" else []
         parts += [f"{name}={value}".lower() for name, value in self.settings.items()]

@@ -12,7 +12,7 @@ from tvm_ref.guidance import Condition
 from tvm_ref.layers import Linear, has_tangent
 from tvm_ref.shapes import Sample, Time, over
 
-FREQUENCIES = 4  # sines and cosines that each time enters as
+FREQUENCIES = 4  # sines and cosines that encode each time
 FOURIER_FEATURES = 16  # sines and cosines of random projections of x: they let the map turn sharply between modes
 CLASS_FEATURES = 8  # size of a class's embedding
 
@@ -69,7 +69,7 @@ class ToyNetwork(nn.Module):
     def __init__(self, dim: int = 2, num_classes: int = 0, width: int = 64, depth: int = 4):
         super().__init__()
         self.register_buffer("frequencies", math.pi * torch.arange(1, FREQUENCIES + 1), persistent=False)
-        # angles of one size in any dimension
+        # angles of the same size in any dimension
         self.register_buffer("projection", math.sqrt(2 / dim) * torch.randn(dim, FOURIER_FEATURES))
         self.means = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.classes = nn.Embedding(num_classes + 1, CLASS_FEATURES) if num_classes else None
@@ -86,10 +86,10 @@ class ToyNetwork(nn.Module):
         """Return F [B, D] for x [B, D], times t and s [B], and classes if the network has them.
 
         Raises:
-            ValueError: a condition for a network without classes, or none for one with.
+            ValueError: a condition for a network without classes, or no condition for one with classes.
         """
         if (condition is None) != (self.classes is None):
-            raise ValueError("a condition goes with a network that has classes, and only with it")
+            raise ValueError("a network with classes needs a condition, and one without takes none")
         if has_tangent(s) and not has_tangent(x) and not has_tangent(t):  # a JVP in s only, as TVM's
             s, ds = forward_ad.unpack_dual(s)
             gaussian, fade, h = self._with_tangents(self._parts(x, t, s, condition), x, t, s, ds, condition)
@@ -122,9 +122,9 @@ class ToyNetwork(nn.Module):
     def _with_tangents(
         self, parts: Parts, x: Tensor, t: Tensor, s: Tensor, ds: Tensor, condition: Condition | None
     ) -> Parts:
-        """Give what _parts returned the tangents that PyTorch would find, from the few functions of s that there are.
+        """Give the results of _parts the tangents that PyTorch would find, from the few functions of s among them.
 
-        They change nothing but the time that a step of TVM takes (tvm_ref.layers says why).
+        This changes only the time that a step of TVM takes (tvm_ref.layers says why).
         """
         h = parts.h
         sin_g, cos_g = h[:, -2 * FREQUENCIES :].chunk(2, dim=-1)

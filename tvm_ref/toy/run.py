@@ -2,15 +2,15 @@
 
 config.json                     the options
 train.jsonl                     a line per 50 steps, written as it goes
-data.json, points.npy           of own points: scale, bandwidth, outliers; the points that were learned
-checkpoint.pt                   what --resume goes on from
+data.json, points.npy           for own points: scale, bandwidth, outliers; the points that were learned
+checkpoint.pt                   the state that --resume continues from
 weights.safetensors             the evaluation weights, and the units of the data
-snapshots.safetensors           what they were after 0, 1, 3, 10 and 30 % of the steps
+snapshots.safetensors           the evaluation weights after 0, 1, 3, 10 and 30 % of the steps
 metrics.json                    metrics by number of function evaluations (NFE), seconds, steps
-samples.csv                     of own points: samples in their units
+samples.csv                     for own points: samples in their units
 samples, trajectories, map, losses.png
 
-report/report.py writes the last three; other commands put results of theirs into the folder, which --overwrite leaves.
+report/report.py writes the last three; other commands add their results to the folder, which --overwrite keeps.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.data.points import OwnPoints, Units, units_of
 from tvm_ref.toy.training import Training, make_network
 
-# Version of config.json and weights.safetensors. A field that is added later has a default that changes nothing for the
-# runs before it, so that they stay readable; what cannot be read without more than that raises this number.
+# Version of config.json and weights.safetensors. A new field has a default that keeps earlier runs readable and
+# unchanged; a change that cannot be read this way raises the number.
 FORMAT = 1
 LOG_EVERY = 50  # steps per line of train.jsonl, and between updates of the progress bar
 SAVE_EVERY = 2000  # steps per checkpoint
-SNAPSHOT_AT = (0.0, 0.01, 0.03, 0.1, 0.3)  # of the steps; the end is weights.safetensors
+SNAPSHOT_AT = (0.0, 0.01, 0.03, 0.1, 0.3)  # fractions of the steps; the end is weights.safetensors
 CONFIG, LOG, CHECKPOINT = "config.json", "train.jsonl", "checkpoint.pt"
 DATA, POINTS = "data.json", "points.npy"
 WEIGHTS, SNAPSHOTS = "weights.safetensors", "snapshots.safetensors"
@@ -57,9 +57,9 @@ class Run:
     """A run in its folder.
 
     Args:
-        folder: where everything goes.
-        config: what to do; stored as config.json.
-        distribution: what to learn; None: what the configuration names. A run that is resumed has load_distribution's.
+        folder: the folder of all files.
+        config: the options; stored as config.json.
+        distribution: the data; None: as the configuration says. For a resumed run give load_distribution's.
     """
 
     def __init__(self, folder: Path, config: ToyConfig, distribution: GaussianMixture | None = None):
@@ -95,13 +95,13 @@ class Run:
         write_atomically(self.folder / CHECKPOINT, file.getvalue())
 
     def load(self) -> Tensor:
-        """Read checkpoint.pt, drop what the log has beyond it, and return the losses since the log's last line.
+        """Read checkpoint.pt, drop later lines of the log, and return the losses since the log's last line.
 
         Raises:
             UserError: a checkpoint that is damaged, or of another network; a damaged log or file of snapshots.
         """
         path, log = self.folder / CHECKPOINT, self.folder / LOG
-        with user_errors(f"{path} cannot be used", Exception):  # bytes that are no checkpoint raise almost anything
+        with user_errors(f"{path} cannot be used", Exception):  # bytes that are not a checkpoint raise almost anything
             state = torch.load(path, weights_only=True)
         # the weights of another network, or something else
         with user_errors(f"{path} cannot be used", RuntimeError, KeyError, TypeError):
@@ -115,7 +115,7 @@ class Run:
         return sums
 
     def train(self, sums: Tensor | None = None) -> bool:
-        """Train to the end, or until a signal; return whether it came to the end. Saves either way.
+        """Train to the end, or until a signal; return whether it reached the end. Saves either way.
 
         Args:
             sums: the losses since the last line of the log, from `load`.
@@ -151,12 +151,12 @@ class Run:
         """Write the evaluation weights, and the units of the data, as weights.safetensors."""
         weights = {name: a.contiguous() for name, a in self.training.ema.module.network.state_dict().items()}
         known = {"format": FORMAT, "units": dataclasses.asdict(units_of(self.distribution))}
-        # one entry, as safetensors writes several in an order of chance, and equal runs give equal files
+        # one entry: safetensors writes several in random order, and equal runs must give equal files
         write_atomically(self.folder / WEIGHTS, save(weights, {"toy": json.dumps(known)}))
 
 
 def read_config(folder: Path) -> ToyConfig:
-    """Read the configuration stored in a run's folder; fields that it lacks have their defaults.
+    """Read the configuration stored in a run's folder; missing fields have their defaults.
 
     Raises:
         UserError: no run there, or a config.json with unknown keys, bad values, or of a later version.
@@ -181,7 +181,7 @@ def load_run(folder: Path | str) -> tuple[ToyConfig, GaussianMixture, FlowMap]:
     `units_of(distribution).restore` turns the model's samples into the units of own points.
 
     Raises:
-        UserError: a folder that is no run, one that has written no model, or a damaged one.
+        UserError: a folder that is not a run, has no model yet, or is damaged.
         OSError: files that cannot be read.
     """
     folder = find(folder, PRETRAINED.glob("*/"))
@@ -227,7 +227,7 @@ def load_model(folder: Path | str) -> tuple[ToyConfig, FlowMap, Units]:
 
 
 def steps_done(folder: Path) -> int | None:
-    """Return after how many steps a run's weights were measured; None for a run without metrics.json.
+    """Return the number of steps after which a run was measured; None for a run without metrics.json.
 
     Raises:
         UserError: a damaged metrics.json.
@@ -245,7 +245,7 @@ def snapshot_steps(steps: int) -> set[int]:
 
 
 def add_snapshot(folder: Path, step: int, weights: dict[str, Tensor]) -> None:
-    """Add a network's weights after `step` to the folder's snapshots, in place of those it had of that step or later.
+    """Add a network's weights after `step` to the folder's snapshots, replacing those of that step and later ones.
 
     Raises:
         UserError: a damaged file.

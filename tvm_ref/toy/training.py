@@ -19,7 +19,7 @@ from tvm_ref.toy.config import ToyConfig
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.network import ToyNetwork
 
-BLOCK = 50  # steps whose data are drawn at once, to spare small calls
+BLOCK = 50  # steps whose data are drawn at once, to save small calls
 WARMUP = 200  # steps of linear warm-up
 CLIP = 1.0  # largest norm of the gradient
 LABEL_DROPOUT = 0.1  # fraction of labels replaced by "no class"
@@ -72,10 +72,10 @@ def make_network(config: ToyConfig, dim: int, num_classes: int) -> ToyNetwork:
 
 
 class Training:
-    """A model being trained: network, target EMA, evaluation EMA, optimizer, and how far it has come."""
+    """A model being trained: network, target EMA, evaluation EMA, optimizer, and number of steps."""
 
     def __init__(self, config: ToyConfig, distribution: GaussianMixture):
-        from pytorch_optimizer import SOAP  # a second of CPU, which --help need not wait for
+        from pytorch_optimizer import SOAP  # slow to import: not for --help
 
         self.config = config
         self.distribution = distribution
@@ -104,7 +104,7 @@ class Training:
         return self._block[1][index]
 
     def train_step(self) -> Tensor:
-        """Take one step of algorithm 1; returns the mean of each of TERMS [2].
+        """Take one step of algorithm 1; return the mean of each of TERMS [2].
 
         Raises:
             FloatingPointError: a loss that is NaN or infinite, with the step; the weights are those before it.
@@ -148,7 +148,7 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what state_dict gave."""
+        """Restore everything from `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.weight.load_state_dict(state.get("weight", {}))
         self.target.load_state_dict(state["target"])
@@ -158,5 +158,5 @@ class Training:
 
     @property
     def evaluated(self) -> Jump:
-        """A copy of the evaluation weights, as they take a step: a jump, or, as flow matching learns none, Euler's."""
+        """A step with a copy of the evaluation weights: a jump, or an Euler step for flow matching."""
         return type(self.objective).stepper(copy.deepcopy(self.ema.module))

@@ -18,7 +18,7 @@ from tvm_ref.exact_flow import follow
 from tvm_ref.guidance import Condition, guided_velocity
 from tvm_ref.shapes import Labels, PerSample, Sample, Time, over
 
-MAX_PAIRS = 2**17  # points x centres held at once: 1 MiB of float64, which a core's cache holds
+MAX_PAIRS = 2**17  # points x centres held at once: 1 MiB of float64, which fits a core's cache
 RK4_STEPS = 48  # an RMS error under 1e-5 on every distribution of this package
 
 
@@ -92,7 +92,7 @@ class GaussianMixture:
     def velocity_variance(self, x: Sample, t: Time, label: Labels | None = None) -> PerSample:
         """Return E[||v - E[v | x]||^2 | x_t = x] / D [B] for v = x1 - x0; of a class where `label` [B] is given.
 
-        Its mean is the flow-matching loss of the exact velocity E[v | x], the least of all.
+        Its mean is the flow-matching loss of the exact velocity E[v | x], the least possible.
         """
         return self._by_chunk(self._velocity_variance, x, t, label)
 
@@ -182,7 +182,7 @@ class GaussianMixture:
     def _log_joint(self, x: Tensor, t: Tensor, m: Tensor, log_weights: Tensor) -> Tensor:
         """Return log(w_k) - ||x - (1 - t) m_k||^2 / (2 var_t), less the term ||x||^2 / (2 var_t): [B, K].
 
-        The square is multiplied out, so that all of it is one matrix product, [B, D + 2] by [D + 2, K].
+        The square is multiplied out, so that the whole is one matmul, [B, D + 2] by [D + 2, K].
         """
         k, precision = over(1 - t, x), over(1 / self._variance(t), x)  # [B, 1]
         rows = torch.cat([k * precision * x, -0.5 * k**2 * precision, torch.ones_like(k)], dim=1)

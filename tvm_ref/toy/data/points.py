@@ -16,20 +16,20 @@ from tvm_ref.toy.data.distributions import standardise
 from tvm_ref.toy.data.mixture import GaussianMixture
 from tvm_ref.toy.data.table import check, read_table
 
-MAX_CENTRES = 4096  # of the user's own points; the exact flow costs points x centres
+MAX_CENTRES = 4096  # most of the user's points that are kept; the exact flow costs points x centres
 MIN_BANDWIDTH = 0.03  # below it the exact flow is too stiff for the solver's grid
-MAX_BANDWIDTH = 0.5  # that is tried; a wider one must be asked for
-FEW = 500  # points, below which it is said what the bandwidth does to them
+MAX_BANDWIDTH = 0.5  # widest that is tried; a wider one must be given
+FEW = 500  # points; below, the report says that the bandwidth blurs them
 FAR = 10.0  # interquartile ranges from the median, beyond which a point is called an outlier
 
 
 @dataclass(frozen=True)
 class Units:
-    """Units of the data: in their own units data are mean + scale x, per axis, where x is what a model learns.
+    """Units of the data: a model learns standardised x, and the data in their own units are mean + scale x, per axis.
 
     Attributes:
         mean: the data's mean, per axis.
-        scale: the own units in one unit of x, per axis.
+        scale: size of one unit of x in the own units, per axis.
         columns: names of the axes.
     """
 
@@ -52,19 +52,19 @@ class Units:
 class OwnPoints(GaussianMixture):
     """The user's points as a distribution: a Gaussian around each, standardised.
 
-    Of more than 4,096 points a fixed random subset is kept, as the exact flow costs points x centres.
+    If there are more than 4,096, a fixed random subset is kept, because the exact flow costs points x centres.
 
     Args:
         points: [N, 2] in their own units.
         bandwidth: width of the Gaussians in standard deviations of the data; None: the likeliest one (outliers
             left out).
         columns: names of the two axes.
-        left_out: how many rows with gaps and how many outliers are not among the points.
+        left_out: number of rows with gaps and of outliers that were left out.
 
     Attributes:
-        points: [N, 2] those that are kept, in their own units.
-        units: the way back to the points' own units.
-        summary: what data.json holds.
+        points: [N, 2] the points that are kept, in their own units.
+        units: converts to the points' own units and back.
+        summary: the contents of data.json.
 
     Raises:
         ValueError: a bandwidth outside [0.03, 1).
@@ -83,7 +83,7 @@ class OwnPoints(GaussianMixture):
         chosen = bandwidth is None
         if bandwidth is None:
             near = torch.ones(len(kept), dtype=torch.bool)
-            near[far_points(kept)] = False  # a single such point would ask for the widest
+            near[far_points(kept)] = False  # a single such point would lead to the widest bandwidth
             bandwidth = likely_bandwidth(standardise(kept, 0.0)[near])
         good = MIN_BANDWIDTH <= bandwidth < 1
         require(good, f"--bandwidth must lie in [{MIN_BANDWIDTH}, 1) standard deviations of the data; got {bandwidth}")
@@ -107,7 +107,7 @@ class OwnPoints(GaussianMixture):
         }
 
     def describe(self) -> list[str]:
-        """Say in a few lines what was made of the points, and what is odd about them."""
+        """Describe in a few lines how the points were prepared, and what is odd about them."""
         s = self.summary
         deviation, width = (
             " and ".join(f"{factor * d:.4g}" for d in s["standard_deviation"]) for factor in (1, s["bandwidth"])
@@ -152,8 +152,8 @@ def far_points(points: Tensor) -> Tensor:
 def likely_bandwidth(points: Tensor) -> float:
     """Choose the bandwidth, of 40 from 0.03 to 0.5, under which each point of [N, D] is likeliest given the others.
 
-    That is the leave-one-out likelihood of a kernel density estimate. Every fourth is tried, and then those around the
-    best.
+    This is the leave-one-out likelihood of a kernel density estimate. Every fourth is tried first, then those next to
+    the best.
     """
     square = torch.cdist(points, points).square().fill_diagonal_(math.inf)
     candidates = np.geomspace(MIN_BANDWIDTH, MAX_BANDWIDTH, 40).tolist()
@@ -175,7 +175,7 @@ def units_of(distribution: GaussianMixture) -> Units:
 def load_points(
     path: Path, bandwidth: float | None = None, columns: Sequence[str] | None = None, drop_outliers: bool = False
 ) -> OwnPoints:
-    """Load the user's own points, perhaps but for far_points; see read_table and OwnPoints, also for errors."""
+    """Load the user's own points, optionally without far_points; for errors see read_table and OwnPoints."""
     points, names, gaps = read_table(path, columns)
     far = far_points(points).tolist() if drop_outliers else []
     kept = np.delete(points.numpy(), far, axis=0)

@@ -63,7 +63,7 @@ def plot_map(distribution: GaussianMixture, jump: Jump, reference: Reference) ->
 def polar_grid() -> list[Tensor]:
     """Make the lines of a polar grid as points in 2D [N, 2]: rays, and then rings.
 
-    Points are dense, as the exact flow carries neighbours far apart where it tears noise between modes.
+    Points are dense, because the exact flow carries neighbours far apart where it splits noise between modes.
     """
     radius, angle = torch.linspace(0.02, RADII[-1], RAY_POINTS), 2 * torch.pi * torch.linspace(0, 1, RING_POINTS)
     rays = [polar(radius, torch.full_like(radius, 2 * torch.pi * i / RAYS)) for i in range(RAYS)]

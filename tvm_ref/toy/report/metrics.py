@@ -12,9 +12,9 @@ from tvm_ref.sampling import Jump, sample
 from tvm_ref.seeding import EVALUATION
 from tvm_ref.toy.data.mixture import GaussianMixture
 
-POINTS = 2000  # samples that are measured; W2 by exact optimal transport takes up to a second at this size
+POINTS = 2000  # samples to measure; W2 by exact optimal transport takes up to a second at this size
 NFES = (1, 2, 4, 8)
-EULER_STEPS = 64  # that samples are drawn in where no jumps were learned
+EULER_STEPS = 64  # steps of sampling where no jumps were learned
 METRICS = ("paired_rmse", "paired_median", "w2_same_noise", "w2_data", "w2_floor", "low_density")
 
 
@@ -27,7 +27,7 @@ class Reference:
         condition: classes and beta [N], or None.
         exact: psi(x1, 1, 0) [N, D].
         data: N fresh data points (with guidance: fresh noise carried by the exact guided flow).
-        floor: W2 between `exact` and `data`: what W2 against data is for a perfect model.
+        floor: W2 between `exact` and `data`: the W2 to data of a perfect model.
         threshold: the data's 1 % quantile of exact log density.
     """
 
@@ -82,18 +82,18 @@ def paired_errors(jump: Jump, reference: Reference, nfe: int) -> tuple[Tensor, T
 def low_density(samples: Tensor, reference: Reference) -> float:
     """Return the fraction of samples below the data's 1 % quantile of exact log density: 0.01 for the data themselves.
 
-    It sees bridges between modes and blur, not missing modes.
+    It detects bridges between modes and blur, not missing modes.
     """
     log_density = reference.distribution.log_density(samples, torch.zeros(len(samples)))
     return float((log_density < reference.threshold).double().mean())
 
 
 def evaluate(jump: Jump, reference: Reference, nfe: int) -> dict[str, float]:
-    """Measure what metrics.json holds for one number of function evaluations.
+    """Measure the metrics of metrics.json for one number of function evaluations.
 
     paired_rmse, paired_median: distance to the exact map of the same noise (heavy-tailed: noise near the border between
     two modes may end in the wrong one). w2_same_noise: W2 to those exact points, at most paired_rmse, without
-    sampling floor. w2_data: W2 to fresh data, to be read next to w2_floor. low_density: see there.
+    sampling floor. w2_data: W2 to fresh data, to compare with w2_floor. low_density: see the function.
     """
     samples, errors = paired_errors(jump, reference, nfe)
     if not torch.isfinite(samples).all():

@@ -1,6 +1,6 @@
 """The pictures of a run, as figures: samples, trajectories, losses (map_plot.py: the map).
 
-A model that learned no jumps comes as an EulerStep, and is shown with as many Euler steps as it needs.
+A model that learned no jumps is given as an EulerStep, and is shown with several Euler steps.
 """
 
 import math
@@ -62,7 +62,7 @@ def scatter(ax: Axes, x: Tensor, **options: Any) -> None:
 
 
 def dot_size(x: Tensor) -> float:
-    """Choose the area of the dots of a cloud [N, 2], so that few are visible and many do not run together."""
+    """Choose the area of the dots of a cloud [N, 2], so that few are visible and many do not merge."""
     return min(40.0, max(4.0, 4.0 * math.sqrt(4000 / len(x))))
 
 
@@ -99,7 +99,7 @@ def plot_samples(
     nfes: Sequence[int] | None = None,
     points: int = 4000,
 ) -> Figure:
-    """Draw noise, data and samples of the model, classes in colour; with guidance, the exact guided flow for data.
+    """Draw noise, data and samples of the model, classes in colour; with guidance, the exact flow instead of data.
 
     Own points are drawn as they are, and all in their own units. By default in 1, 2 and 4 steps, or in 1, 8 and 64
     Euler steps.

@@ -25,11 +25,11 @@ BAR = "measuring and drawing: {percentage:3.0f}%|{bar}| {elapsed}"
 
 def write_report(run: Run, points: int) -> dict[str, Any]:
     """Measure and draw with progress; write weights, samples, pictures and metrics.json, and return the metrics."""
-    from tvm_ref.toy.report import plots  # matplotlib, which --help need not wait for
+    from tvm_ref.toy.report import plots  # slow to import: not for --help
     from tvm_ref.toy.report.map_plot import plot_map
 
     config, data, jump = run.config, run.distribution, run.training.evaluated
-    for name in (METRICS, *PICTURES):  # those of other weights must not stand next to these
+    for name in (METRICS, *PICTURES):  # remove results of other weights
         (run.folder / name).unlink(missing_ok=True)
     run.write_weights()
     if isinstance(data, OwnPoints):
@@ -82,7 +82,7 @@ def samples_table(config: ToyConfig, jump: Jump, units: Units, points: int) -> s
 
     Args:
         config: what the model was trained with.
-        jump: how it takes a step.
+        jump: takes a step of the model.
         units: the data's units.
         points: rows of the table, next to the line of names.
     """
