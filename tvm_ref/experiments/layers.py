@@ -139,13 +139,13 @@ def page(results: list[dict[str, Any]]) -> str:
 PAGE = """# PyTorch's layers when the gradient goes through a JVP
 
 Terminal Velocity Matching, Lagrangian and Eulerian self-distillation and others train *through* a tangent: reverse
-mode runs over `torch.func.jvp`. PyTorch's rules for that are not all right. Here {count} layers and functions were
+mode runs over `torch.func.jvp`. Not all of PyTorch's rules for this are right. Here {count} layers and functions were
 tried with PyTorch {versions}: for y, dy = jvp(layer)(x, dx) the gradient of sum(c sin(y + 1) dy) in x and all
 parameters, in float64, against differences of values (`tvm_ref.network_check.measure`). "wrong" says what is wrong,
 and its relative error in random directions; "refused" means that PyTorch, or the mode, raises.
 
-`with jvp_attention.jvp_ready():` answers them by forms that are right. `tvm_ref.FlowMap` enters it by itself; around a
-JVP of your own you enter it. `tvm_ref.check_network` tries a whole network, and names the layer.
+`with jvp_attention.jvp_ready():` replaces them by correct forms. `tvm_ref.FlowMap` enters this mode by itself; enter
+it yourself around your own JVPs. `tvm_ref.check_network` tests a whole network and names the layers at fault.
 
 ## Wrong or refused
 
@@ -153,18 +153,18 @@ JVP of your own you enter it. `tvm_ref.check_network` tries a whole network, and
 | --- |{rule}
 {table}
 
-Why: the tangent's rule of `native_layer_norm` and its like reads results of the forward, as the mean and the scale,
-which reverse mode takes for constants. Value and tangent are right; so is whatever stops the gradient at the tangent,
-as MeanFlow does. The mode sees what is called from Python: a function of PyTorch that calls these inside C++ escapes.
+Why: the tangent rules of `native_layer_norm` and similar functions read results of the forward, such as mean and scale,
+which reverse mode treats as constants. Value and tangent are right, and so are losses that detach the tangent, such as
+MeanFlow's. The mode sees calls from Python; it misses calls inside PyTorch's C++ code.
 
 ## Right
 
 {right}.
 
-## Products with a tangent that is not there
+## Products with an absent tangent
 
 A layer's weights have no tangent, yet PyTorch's rule for linear layers and convolutions multiplies by it: 3 products in
-a JVP and 8 with its backward, where 2 and 6 do. The mode leaves them out (`pytest tests/jvp_attention -k absent`
+a JVP and 8 with its backward, where 2 and 6 suffice. The mode leaves them out (`pytest tests/jvp_attention -k absent`
 counts).
 
 This page is written by `python -m tvm_ref.experiments.layers --out tutorials/site/layers_under_jvp.md`; `--also` adds
