@@ -57,7 +57,7 @@ def draw(rows: dict[str, Tensor], path: Path) -> None:
     """Draw rows of pictures [DRAWN, 1, 28, 28] in [-1, 1], each with its name."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(DRAWN * 0.45 + 1.9, len(rows) * 0.47), dpi=80, layout="constrained")
+    figure = Figure(figsize=(DRAWN * 0.4 + 1.6, len(rows) * 0.47), dpi=80, layout="constrained")
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (name, x) in zip(axes, rows.items(), strict=True):
         axis.imshow(np.concatenate(list(x[:, 0].clamp(-1, 1)), axis=1), cmap="gray", vmin=-1, vmax=1)

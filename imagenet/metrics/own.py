@@ -1,7 +1,7 @@
 """Measure models of digits, clothes or your own pictures: mean scores of sets of samples, without Inception.
 
 A set of samples has as many images as are held out, with the same labels, each from its own noise. Scores of small
-sets are noisy, so they are averaged over enough sets to have about SAMPLES images together.
+sets are noisy, so they are averaged over SETS sets, or fewer if those would have more than SAMPLES images.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from imagenet.sampler import Generator
 from imagenet.weights import read_provenance
 from tvm_ref.cli.errors import require
 
-SAMPLES = 2880  # images that a model is measured by, if no more are held out: 8 sets for digits
+SETS, SAMPLES = 8, 2880  # of samples, and images in all of them: 8 sets of 360 for digits
 
 Metrics = DigitMetrics | FashionMetrics | PictureMetrics
 
 
 def sets_of(metrics: Metrics) -> int:
     """Return the number of sets of samples that a model is measured by."""
-    return max(1, round(SAMPLES / len(metrics.labels)))
+    return min(SETS, max(1, SAMPLES // len(metrics.labels)))
 
 
 def own_metrics(config: Config, source: Path, data_path: str | None = None) -> Metrics | None:

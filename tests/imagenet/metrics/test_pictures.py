@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from imagenet.metrics.own import sets_of
 from imagenet.metrics.pictures import PictureMetrics, pooled
 
 CHANNELS, SIDE = 3, 16
@@ -46,3 +47,10 @@ def test_one_picture_again_and_again_is_precise_and_recalls_little():
     )
     assert found["precision"] == 1
     assert found["recall"] <= 1 / 200
+
+
+@pytest.mark.parametrize(("held_out", "sets"), [(4, 8), (360, 8), (1000, 2), (5000, 1)])
+def test_few_pictures_do_not_make_many_sets(held_out, sets):
+    train = noise(20, 128, 20, 0)
+    metrics = PictureMetrics(train, train, torch.zeros(held_out))
+    assert sets_of(metrics) == sets
