@@ -163,7 +163,7 @@ def tvm_loss(model: Flow, x0: Sample, x1: Tensor, s: Tensor) -> Tensor:
     rows = []
     for time, noise in zip(s, x1, strict=True):
         now = at(time, x0)
-        rows.append(objective(x0, noise, Times(t, now, now)).total.detach())
+        rows.append(objective(x0, noise, Times(t, now, now), target=model).total.detach())
     return x0[0].numel() * torch.stack(rows)
 
 

@@ -96,7 +96,7 @@ def test_an_interrupted_run_shows_how_far_it_came(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (None, "holds no run"),
+        (None, "nothing is there"),
         ({"conditional": True}, "conditioned on classes"),
         ({"dist": "circles"}, "different data"),
     ],
