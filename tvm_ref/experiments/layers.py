@@ -144,8 +144,8 @@ tried with PyTorch {versions}: for y, dy = jvp(layer)(x, dx) the gradient of sum
 parameters, in float64, against differences of values (`tvm_ref.network_check.measure`). "wrong" says what is wrong,
 and its relative error in random directions; "refused" means that PyTorch, or the mode, raises.
 
-`with jvp_attention.jvp_ready():` replaces them by correct forms. `tvm_ref.FlowMap` enters this mode by itself; enter
-it yourself around your own JVPs. `tvm_ref.check_network` tests a whole network and names the layers at fault.
+`with jvp_attention.jvp_ready():` replaces most of them by correct forms; columns with its name say what remains refused
+or wrong. `tvm_ref.FlowMap` enters this mode by itself; enter it yourself around your own JVPs. `tvm_ref.check_network` tests a whole network and names the layers at fault.
 
 ## Wrong or refused
 
