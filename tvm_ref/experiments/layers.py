@@ -145,7 +145,8 @@ parameters, in float64, against differences of values (`tvm_ref.network_check.me
 and its relative error in random directions; "refused" means that PyTorch, or the mode, raises.
 
 `with jvp_attention.jvp_ready():` replaces most of them by correct forms; columns with its name say what remains refused
-or wrong. `tvm_ref.FlowMap` enters this mode by itself; enter it yourself around your own JVPs. `tvm_ref.check_network` tests a whole network and names the layers at fault.
+or wrong. `tvm_ref.FlowMap` enters this mode by itself; enter it yourself around your own JVPs. `tvm_ref.check_network`
+tests a whole network and names the layers at fault.
 
 ## Wrong or refused
 
