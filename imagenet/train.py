@@ -167,7 +167,7 @@ def read_pictures_of(data_path: str | None, size: int, out: Path) -> None:
         UserError: no pictures there, or --out lies among them.
     """
     if data_path is None or not Path(data_path).is_dir():
-        raise UserError(f"--data-path must be a folder of pictures, got {data_path}")
+        raise UserError(f"the preset folder needs --data-path, a folder of pictures that exists; got {data_path}")
     if out.resolve().is_relative_to(Path(data_path).resolve()):
         raise UserError(f"--out {out} lies inside {data_path}, where its samples would count as pictures")
     out.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ BAD = [
     ("train", "--accumulate 7", "--accumulate 7 does not divide --batch-size 128"),
     ("train", "imagenet256-w2 --attention plain", "latents need data_path"),
     ("train", "imagenet256-w2 --attention plain --data-path nowhere", "nowhere holds no latents"),
-    ("train", "folder", "--data-path must be a folder of pictures, got None"),
+    ("train", "folder", "needs --data-path, a folder of pictures that exists; got None"),
     ("train", "folder --data-path pictures --out pictures/run", "lies inside pictures"),
     ("train", "folder --data-path vae", "vae holds no images"),
     ("train", "--input-size 16", "the configuration asks for [1, 16, 16]"),

@@ -13,6 +13,7 @@ from tvm_ref.bound.paths import displacement_error, flow_matching_residual, term
 from tvm_ref.toy.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE, make_figure
 
 COLOURS = dict(zip(TERMS, ("#000000", BLUE, SKY, RED, GREEN, ORANGE, PINK, GREY), strict=True))
+TOP = 30.0  # of the distances drawn over training; what is above throughout is named with its least value
 OVER_TRAINING = {  # term: label, colour, line style
     "global": (LABELS["global"], PINK, "-"),
     "lagrangian": (other_bounds.LABELS["lagrangian"], GREY, "-"),
@@ -87,7 +88,9 @@ def plot_training(report: dict[str, dict[str, Any]]) -> Figure:
         records, plane = found["records"], found["plane"]
         steps = [record["step"] for record in records]
         for term, (label, colour, style) in OVER_TRAINING.items():
-            left.plot(steps, [record[term] for record in records], style, color=colour, label=label, marker=".")
+            values = [record[term] for record in records]
+            above = f" (from {min(values):.0g})" if min(values) > TOP else ""
+            left.plot(steps, values, style, color=colour, label=label + above, marker=".")
         for term, label, colour in (
             ("path_lipschitz", f"the model's, over {found['looked_at']:,} points", PINK),
             ("exact_lipschitz", "of the exact field, over the same points", BLUE),
@@ -95,11 +98,12 @@ def plot_training(report: dict[str, dict[str, Any]]) -> Figure:
             right.plot(steps, [record[term] for record in records], color=colour, label=label, marker=".")
         label = f"of the exact field, over {plane['points']:,} points of the plane"
         right.axhline(plane["length"], color=BLUE, ls="--", label=label)
-        left.set(yscale="log", ylabel="distance", title=f"{name}: W2 and its bounds")
+        least = min(record["w2"] for record in records)
+        left.set(yscale="log", ylim=(0.7 * least, TOP), ylabel="distance", title=f"{name}: W2 and its bounds")
         right.set(ylim=(0, 1.4 * plane["length"]), ylabel="int L(s) ds", title=f"{name}: theorem 1 has exp(int L)")
         for ax in (left, right):
             ax.set(xscale="log", xlabel="training step")
             ax.grid(alpha=0.3)
         right.legend(fontsize=10, loc="upper left")
-    axes[0, 0].legend(fontsize=9)
+        left.legend(fontsize=8, loc="upper left", ncols=2)
     return figure
