@@ -17,8 +17,9 @@ SLOW = (
     "ot", "pytorch_optimizer", "matplotlib", "scipy", "sklearn", "psutil", "triton", "sympy", "torch._dynamo",
     "torch.distributed.tensor", "torchvision", "timm", "diffusers", "torch_fidelity",
 )  # fmt: skip
-IMAGES = ("train", "sample", "evaluate", "encode", "convert", "benchmark", "digit_seeds", "norms", "cost.table",
-          "experiments.random_guidance", "experiments.differences")  # fmt: skip
+IMAGES = ("train", "sample", "evaluate", "encode", "convert", "average", "benchmark", "digit_seeds", "norms",
+          "cost.table", "experiments.random_guidance", "experiments.differences", "experiments.fashion",
+          "experiments.oracle", "experiments.memory")  # fmt: skip
 COMMANDS = {
     "tvm_ref.toy": ["--lr", "-1"],
     "tvm_ref.bound": ["nowhere"],
