@@ -94,8 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     command = parser()
     o = command.parse_args(argv)
-    labels = load_digits().test[1].tolist()
     with command.errors(), user_files():
+        labels = load_digits().test[1].tolist()
         require_at_least(1, steps=min(o.steps))
         if o.out is not None:
             require_suffix(o.out, ".png")
@@ -103,11 +103,8 @@ def main(argv: list[str] | None = None) -> int:
         models = {source: load_generator(source, classes=labels) for source in o.sources}
         for source, model in models.items():
             require(model.config.data == "digits", f"{source} is not a model of digits")
-    table, n, sets = (
-        {("", "", name): found for name, found in controls().items()},
-        len(labels),
-        sets_of(digit_metrics()),
-    )
+    table = {("", "", name): found for name, found in controls().items()}
+    n, sets = len(labels), sets_of(digit_metrics())
     for source, model in progress(models.items(), "sampling", leave=False):
         for steps in o.steps:
             found = measure(model.samples(range(k * n, (k + 1) * n), steps) for k in range(sets))

@@ -40,7 +40,7 @@ class FashionMetrics:
         self.accuracy = float((self._predict(x_test / 127.5 - 1)[1] == y_test).float().mean())
         self._train = self._predict(x_train / 127.5 - 1)[0]
         self._real = gaussian_statistics(self._train)
-        self.held_out = self.measure(test)["frechet"]
+        self.held_out = self._frechet(self._predict(test)[0])
 
     def measure(self, x: Tensor) -> dict[str, float]:
         """Measure samples x [COUNT, 1, 28, 28] in [-1, 1] that were generated for the labels `self.labels`."""
@@ -48,12 +48,16 @@ class FashionMetrics:
         precision, recall = precision_recall(self._train[: len(x)], features, NEIGHBOURS)
         metrics = {
             "accuracy": float((predicted == self.labels).float().mean()),
-            "frechet": frechet_distance(*self._real, *gaussian_statistics(features)),
-            "frechet_held_out": getattr(self, "held_out", 0.0),
+            "frechet": self._frechet(features),
+            "frechet_held_out": self.held_out,
             "precision": precision,
             "recall": recall,
         }
         return {name: round(value, 4) for name, value in metrics.items()}
+
+    def _frechet(self, features: Tensor) -> float:
+        """Return the Frechet distance of features to those of the pictures to learn from."""
+        return frechet_distance(*self._real, *gaussian_statistics(features))
 
     @torch.no_grad()
     def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:

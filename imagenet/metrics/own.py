@@ -16,7 +16,7 @@ from imagenet.metrics.fashion import FashionMetrics, fashion_metrics
 from imagenet.metrics.pictures import NEIGHBOURS, PictureMetrics
 from imagenet.sampler import Generator
 from imagenet.weights import read_provenance
-from tvm_ref.cli.errors import require
+from tvm_ref.cli.errors import UserError
 
 SETS, SAMPLES = 8, 2880  # of samples, and images in all of them: 8 sets of 360 for digits
 
@@ -42,8 +42,10 @@ def own_metrics(config: Config, source: Path, data_path: str | None = None) -> M
     if config.data == "digits":
         return digit_metrics()
     if config.data == "fashion":
-        folder = data_path or getattr(read_provenance(source), "path", None)
-        require(folder is not None, "--data-path is needed: the folder of Fashion-MNIST")
+        known = read_provenance(source)
+        folder = data_path or (known and known.path)
+        if not folder:
+            raise UserError("--data-path is needed: the folder of Fashion-MNIST")
         return fashion_metrics(folder)
     run = next((path for path in (source, *source.absolute().parents) if (path / INDEX).is_file()), None)
     if config.data != "folder" or run is None:
