@@ -248,7 +248,7 @@ def train(run: Run, data: Data, options: Options) -> bool:
             stop, save = world.any(interruption.requested or run.saver.failed, requests.take())
             run.log.note(metrics)
             bar.update()
-            if step % options.log_every == 0:
+            if step % options.log_every == 0 or step == config.steps:
                 line = run.log.write(metrics)
                 shown = (*TERMS, "images_per_second", "data_wait", "gib")
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in shown}, refresh=False)

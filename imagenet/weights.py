@@ -44,11 +44,14 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], config: Config, *
     """
     partial = path.with_name(path.name + ".partial")
     tensors = {name: a.detach().cpu().contiguous() for name, a in state_dict.items()}
+    partial.touch()
+    mode = partial.stat().st_mode  # that of a new file; save_file would leave it to its owner alone
     try:
         save_file(tensors, partial, {"format": "pt", "config": config.to_json(), **metadata})
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {first_line(error)}") from error
     _sort_metadata(partial)
+    partial.chmod(mode)
     os.replace(partial, path)
 
 

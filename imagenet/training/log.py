@@ -83,7 +83,7 @@ class Log:
             **{name: a / self._summed for name, a in zip(TERMS, self._sums, strict=True)},
             "gradient_norm": metrics.gradient_norm,
             "lr": learning_rate(config, step - 1),
-            "images_per_second": round(speed, 1),
+            "images_per_second": float(f"{speed:.4g}"),
             "data_wait": round(self._waited / seconds, 3),
             "gib": round(peak_memory(device) / 2**30, 3),
             "seconds": round(self.seconds, 3),

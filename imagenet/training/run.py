@@ -3,7 +3,7 @@
     config.json            the configuration
     data.json              origin of the training data (provenance.py)
     pictures.bin, .json    for a user's folder of pictures: the pictures (pictures.py)
-    train.jsonl            a line per --log-every steps (log.py)
+    train.jsonl            a line per --log-every steps, and for the last (log.py)
     samples/               a grid per checkpoint
     checkpoints/           the newest states, each with its evaluation weights (checkpoint.py)
     weights.safetensors    evaluation weights, once training is done, like everything below

@@ -86,6 +86,12 @@ def test_weights_are_not_replaced_by_half_a_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_others_may_read_weights_as_any_new_file(tmp_path):
+    (tmp_path / "new").touch()
+    save_weights(tmp_path / "w.safetensors", build_model(CONFIG).network.state_dict(), CONFIG)
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_equal_weights_are_equal_files(tmp_path):
     """Their metadata once came in an order left to chance."""
     weights = build_model(CONFIG).network.state_dict()

@@ -73,13 +73,13 @@ def test_a_run_of_a_constant_rate_goes_on_for_longer_bit_for_bit(tmp_path, capsy
 
 
 def test_a_line_tells_the_speed_since_the_last_one_and_the_share_waited_for_data(tmp_path, monkeypatch):
-    """By a clock that data move by 3 s and steps by 1 s, and then by 1 s and 4 s; saving between lines counts."""
+    """By a clock that data move by 3 s and steps by 1 s, then 1 s and 4 s, then 0 and 400; saving between lines counts."""
     clock = [100.0]
     monkeypatch.setattr(log_module.time, "perf_counter", lambda: clock[0])
     training = object.__new__(Training)  # without a model
     training.config, training.world, training.step = Config(batch_size=10), World(), 0
     log = log_module.Log(tmp_path, training)
-    pace = [(3, 1)] * 2 + [(1, 4)] * 2
+    pace = [(3, 1)] * 2 + [(1, 4)] * 2 + [(0, 400)] * 2
 
     def data():
         for wait, _ in pace:
@@ -97,6 +97,6 @@ def test_a_line_tells_the_speed_since_the_last_one_and_the_share_waited_for_data
             clock[0] += 10
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    assert [line["images_per_second"] for line in lines] == [20 / 8, 20 / 20]
-    assert [line["data_wait"] for line in lines] == [6 / 8, 2 / 20]
-    assert [line["seconds"] for line in lines] == [8, 28]
+    assert [line["images_per_second"] for line in lines] == pytest.approx([20 / 8, 20 / 20, 20 / 810], rel=1e-3)
+    assert [line["data_wait"] for line in lines] == [6 / 8, 2 / 20, 0]
+    assert [line["seconds"] for line in lines] == [8, 28, 838]
