@@ -120,6 +120,9 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
         if world.first:
             w, rate = f"w = {generator.guidance:g}", f"{count / seconds:.3g} images per second"
             print(f"{out}: {count} images, {steps} step{'s' * (steps > 1)} each, {w}, {rate}")
+            if out.suffix == ".png" and generator.config.classes > 1:
+                columns = generator.labels(range(generator.columns(count)))
+                print("columns: " + ", ".join(generator.names[k] if generator.names else str(k) for k in columns))
     return 0
 
 

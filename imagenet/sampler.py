@@ -44,6 +44,7 @@ class Generator:
         seed: seed of the noise.
         vae: autoencoder of the latents; None for models of pixels.
         normalisation: of latents.
+        names: of the classes, by number, where the weights know them.
     """
 
     flow_map: FlowMap
@@ -54,6 +55,7 @@ class Generator:
     seed: int = 0
     vae: nn.Module | None = None
     normalisation: Normalisation | None = None
+    names: Sequence[str] | None = None
 
     @property
     def guidance(self) -> float:
@@ -146,7 +148,7 @@ def load_generator(
     numbers = None if classes is None else [_number(k, known.classes or (), config.classes) for k in classes]
     require(w is None or 0 < w < float("inf"), f"w must be positive and finite, got {w}")
     require(seed >= 0, f"seed must be at least 0, got {seed}")
-    generator = Generator(flow_map.to(device), config, device, numbers, w, seed)
+    generator = Generator(flow_map.to(device), config, device, numbers, w, seed, names=known.classes)
     if config.data not in ("latents", "synthetic"):
         return generator
     size = LATENT_SIDE * config.input_size

@@ -99,7 +99,7 @@ def test_dyadic_jumps_lie_on_the_grid_of_their_own_length():
 
 @pytest.mark.parametrize("kind", TIME_SAMPLERS)
 def test_samples_with_equal_times_lie_where_flow_matching_is_done(kind):
-    t, s, s_prime = draw(kind, share_equal=1.0)
+    t, s, s_prime = draw(kind, equal_share=1.0)
     assert np.array_equal(t, s)
     assert np.array_equal(s, s_prime)
 
@@ -116,7 +116,7 @@ def test_truncation_is_exact_far_in_the_tail():
 
 
 def test_shares_set_t_to_s_and_to_one():
-    t, s, _ = draw("gap*", share_equal=0.2, share_noise=0.3)
+    t, s, _ = draw("gap*", equal_share=0.2, noise_share=0.3)
     for share, observed in ((0.2, (t == s).mean()), (0.3, (t == 1).mean())):
         assert abs(observed - share) < 4 * np.sqrt(share * (1 - share) / N)
     assert (s <= t).all()
@@ -136,8 +136,8 @@ def test_same_generator_same_times():
         ({"second": (0.0, float("nan"))}, "standard deviation"),
         ({"first": (float("nan"), 1.0)}, "mean"),
         ({"kind": "triangle", "first": (0.0, 1.0)}, "has no mean"),
-        ({"share_equal": -0.1}, "share"),
-        ({"share_equal": 0.6, "share_noise": 0.6}, "share"),
+        ({"equal_share": -0.1}, "share"),
+        ({"equal_share": 0.6, "noise_share": 0.6}, "share"),
     ],
 )
 def test_bad_settings_raise(options, message):

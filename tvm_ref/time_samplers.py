@@ -127,8 +127,8 @@ class TimeSampler:
     kind: str = "gap*"  # the paper's final choice (fig. 9)
     first: Normal | None = None  # (mean, std) of t (trunc, clamp) or of t - s (gap, gap*); None: the paper's
     second: Normal | None = None  # (mean, std) of s; None: the paper's
-    share_equal: float = 0.0  # fraction of samples with t = s = s': flow matching except in PID (table 4d)
-    share_noise: float = 0.0  # fraction of samples with t set to 1, where one-step generation starts (not in the paper)
+    equal_share: float = 0.0  # fraction of samples with t = s = s': flow matching except in PID (table 4d)
+    noise_share: float = 0.0  # fraction of samples with t set to 1, where one-step generation starts (not in the paper)
 
     def __post_init__(self) -> None:
         require_one_of("kind", self.kind, TIME_SAMPLERS)
@@ -137,18 +137,18 @@ class TimeSampler:
             require(has_normal, f"time sampler '{self.kind}' has no mean and standard deviation")
             require(std > 0, f"the standard deviation of logit(time) must be positive, got {std}")
             require(math.isfinite(mean), f"the mean of logit(time) must be finite, got {mean}")
-        shares = self.share_equal >= 0 and self.share_noise >= 0 and self.share_equal + self.share_noise <= 1
-        require(shares, "share_equal and share_noise must not be negative, nor exceed 1 together")
+        shares = self.equal_share >= 0 and self.noise_share >= 0 and self.equal_share + self.noise_share <= 1
+        require(shares, "equal_share and noise_share must not be negative, nor exceed 1 together")
 
     @property
     def draws_equal_times(self) -> bool:
         """True if samples with t = s are drawn: a fraction of them, or where clamp cuts s at t."""
-        return self.share_equal > 0 or self.kind == "clamp"
+        return self.equal_share > 0 or self.kind == "clamp"
 
     def draw(self, n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Times:
         """Draw the times of n samples, float32. They are drawn on the CPU, in float64, and moved to `device`."""
         u = torch.rand(3, n, generator=generator, dtype=torch.float64)
-        if self.share_equal or self.share_noise:
+        if self.equal_share or self.noise_share:
             u = torch.cat([u, torch.rand(1, n, generator=generator)])
         return Times(*(a.to(device) for a in self.from_uniform(u)))
 
@@ -159,8 +159,8 @@ class TimeSampler:
         """
         sampler, first, second = TIME_SAMPLERS[self.kind]
         times = sampler(u[:3], self.first or first, self.second or second)
-        if self.share_equal or self.share_noise:
-            t, s = (torch.where(u[3] < self.share_equal, times.s_prime, a) for a in (times.t, times.s))
-            t = torch.where(u[3] >= 1 - self.share_noise, 1.0, t)
+        if self.equal_share or self.noise_share:
+            t, s = (torch.where(u[3] < self.equal_share, times.s_prime, a) for a in (times.t, times.s))
+            t = torch.where(u[3] >= 1 - self.noise_share, 1.0, t)
             times = times._replace(t=t, s=s)
         return Times(*(a.float() for a in times))

@@ -43,9 +43,9 @@ def test_configurations_survive_json(name):
 def test_times_are_those_of_an_objectives_paper_unless_told():
     for key, kind in OBJECTIVES.items():
         assert Config(objective=key).sampler() == kind.default_times
-    assert Config(objective="lsd", time_sampler="gap*").sampler() == TimeSampler("gap*", share_equal=0.75)
+    assert Config(objective="lsd", time_sampler="gap*").sampler() == TimeSampler("gap*", equal_share=0.75)
     shares = Config(equal_share=0.5, noise_share=0.25).sampler()
-    assert shares == TimeSampler("gap*", share_equal=0.5, share_noise=0.25)
+    assert shares == TimeSampler("gap*", equal_share=0.5, noise_share=0.25)
 
 
 def test_a_training_that_would_never_meet_the_data_is_refused():

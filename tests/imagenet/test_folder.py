@@ -53,7 +53,10 @@ def test_classes_are_sampled_by_name(run, tmp_path, capsys):
     out = tmp_path / "red.npz"
     assert sample.main([str(run), "--out", str(out), "--classes", "red things", "--count", "3", "--device", "cpu"]) == 0
     assert np.load(out)["arr_1"].tolist() == [1, 1, 1]
-    capsys.readouterr()
+    assert "columns" not in capsys.readouterr().out
+    grid = [str(run), "--out", str(tmp_path / "a.png"), "--device", "cpu"]
+    assert sample.main(grid) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["columns: 7, red things"]
     arguments = [str(run), "--out", str(tmp_path / "b.npz"), "--classes", "blue", "--device", "cpu"]
     assert "classes must lie in 0 to 1 or be named: 7, red things; got blue" in one_line(capsys, sample.main, arguments)
 

@@ -102,9 +102,10 @@ def test_torchrun_with_two_processes(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "one.npz", "two.npz"]
 
 
-def test_a_grid_has_eight_images_of_each_class_below_one_another(model, tmp_path):
+def test_a_grid_has_eight_images_of_each_class_below_one_another(model, tmp_path, capsys):
     """It once held 64 images in 8 columns, whatever the number of classes."""
     assert draw(model, tmp_path / "a.png", "--classes", "4", "1") == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["columns: 4, 1"]
     draw(model, tmp_path / "a.npz", "--classes", "4", "1", "--count", "16")
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a.png")), grid(pixels(tmp_path / "a.npz"), 2))
 

@@ -182,7 +182,7 @@ def test_the_laws_of_times_give_every_method_what_it_needs():
     for name, kind in OBJECTIVES.items():
         times = kind.default_times.draw(4000, torch.Generator().manual_seed(0))
         share = float((times.t == times.s).float().mean())
-        assert abs(share - kind.default_times.share_equal) < 0.03
+        assert abs(share - kind.default_times.equal_share) < 0.03
         if issubclass(kind, ResidualObjective) and kind is not ContinuousConsistency:
             assert share > 0.2, f"{name} would never see the data's velocity"
 

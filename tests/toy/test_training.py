@@ -202,8 +202,8 @@ def test_times_are_those_of_the_objectives_own_paper_unless_told():
     for name, kind in OBJECTIVES.items():
         assert ToyConfig(objective=name).sampler() == kind.default_times
     config = ToyConfig(objective="meanflow", time_sampler="gap*", equal_share=0.5, noise_share=0.1)
-    assert config.sampler() == TimeSampler("gap*", share_equal=0.5, share_noise=0.1)
-    assert ToyConfig(objective="meanflow", time_sampler="clamp").sampler() == TimeSampler("clamp", share_equal=0.75)
+    assert config.sampler() == TimeSampler("gap*", equal_share=0.5, noise_share=0.1)
+    assert ToyConfig(objective="meanflow", time_sampler="clamp").sampler() == TimeSampler("clamp", equal_share=0.75)
     assert ToyConfig(objective="meanflow", settings={"power": "0"}).name == "moons-meanflow-power=0.0"
 
 

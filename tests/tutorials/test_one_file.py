@@ -41,7 +41,7 @@ def test_its_loss_and_gradients_are_the_library_s():
 def test_its_times_follow_the_library_s_law():
     """Quantiles of t, s, s' and t - s of 200,000 draws; their sampling error is below 0.004."""
     torch.manual_seed(0)
-    ours, theirs = script.draw_times(200_000), TimeSampler(share_noise=0.25).draw(200_000)
+    ours, theirs = script.draw_times(200_000), TimeSampler(noise_share=0.25).draw(200_000)
     assert (ours[0] > ours[1]).all()
     assert (ours[0] <= 1).all()
     levels = torch.linspace(0.05, 0.95, 19)

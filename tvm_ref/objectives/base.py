@@ -150,8 +150,8 @@ class Objective(nn.Module):
             ValueError: bad fractions (see TimeSampler), or no samples with t = s for a method that needs them.
         """
         times = times or cls.default_times
-        equal_share = cls.default_times.share_equal if equal_share is None else equal_share
-        times = replace(times, share_equal=equal_share, share_noise=noise_share)
+        equal_share = cls.default_times.equal_share if equal_share is None else equal_share
+        times = replace(times, equal_share=equal_share, noise_share=noise_share)
         # LSD, ESD and PSD compare the model with itself, and v enters only where t = s. Without such samples the flow
         # map of any velocity field would have zero loss
         meets_data = times.draws_equal_times or not cls.needs_equal_times
@@ -308,7 +308,7 @@ class SelfDistillation(ResidualObjective):
     STOPS: ClassVar[tuple[str, ...]] = ("convex", "none")  # detach the target's part; detach nothing
     has_guidance = False
     needs_equal_times = True
-    default_times = TimeSampler("triangle", share_equal=0.75)
+    default_times = TimeSampler("triangle", equal_share=0.75)
     default_target_ema = 0.0
 
     def __init__(

@@ -93,7 +93,7 @@ class MeanFlow(ResidualObjective):
         sweeps=({}, {"settings": {"power": 0.0}}),
         measured_as=(("MeanFlow", {"power": 0}), ("MeanFlow, adaptive weight", {})),
     )
-    default_times = TimeSampler("sorted", share_equal=0.75)
+    default_times = TimeSampler("sorted", equal_share=0.75)
     one_term = True
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None, power: float = 1.0, eps: float = 1e-3):
@@ -120,7 +120,7 @@ class ImprovedMeanFlow(MeanFlow):
         sweeps=({}, {"settings": {"power": 0.0}}, {"settings": {"power": 0.0}, "equal_share": 0.25}),
         measured_as=(("improved MeanFlow", {"power": 0}),),
     )
-    default_times = TimeSampler("sorted", share_equal=0.5)
+    default_times = TimeSampler("sorted", equal_share=0.5)
 
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:
         """Return V = F - (s - t) D F along u, where D F is detached, and v."""

@@ -85,7 +85,7 @@ class AlphaFlow(FiniteStep):
             ("alpha-Flow, alpha 0.05", {"alpha": 0.05, "power": 0}),
         ),
     )
-    default_times = TimeSampler("sorted", share_equal=0.5)
+    default_times = TimeSampler("sorted", equal_share=0.5)
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class SoFlow(FiniteStep):
         sweeps=({}, {"settings": {"power": 0.0}}),
         measured_as=(("SoFlow, alpha 0.002", {"first": 0.002, "last": 0.002, "power": 0}),),
     )
-    default_times = TimeSampler("soflow", share_equal=0.75)
+    default_times = TimeSampler("soflow", equal_share=0.75)
 
     def __init__(
         self,

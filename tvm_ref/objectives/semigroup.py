@@ -92,7 +92,7 @@ class Shortcut(PSD):
         sweeps=({}, {"target_ema": 0.99}, {"target_ema": 0.99, "equal_share": 0.5}),
         measured_as=(("shortcut", {}),),
     )
-    default_times = TimeSampler("dyadic", share_equal=0.75)
+    default_times = TimeSampler("dyadic", equal_share=0.75)
     default_target_ema = 0.999
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None, steps: int = DYADIC_STEPS):

@@ -112,7 +112,7 @@ def test_the_table_of_objectives_has_a_row_for_each(monkeypatch, capsys):
     head, *rows = (line.split() for line in out.splitlines())
     assert head == ["objective", "digits", "imagenet256-w2", "memory"]
     assert [row[0] for row in rows] == ["fm", "soflow"]
-    jumps = 1 - OBJECTIVES["soflow"].default_times.share_equal  # each calls the target once
+    jumps = 1 - OBJECTIVES["soflow"].default_times.equal_share  # each calls the target once
     assert float(rows[1][1]) == pytest.approx(float(rows[0][1]) + jumps, abs=0.15)
     assert [row[3] for row in rows] == ["1.0", "1.0"]  # the target keeps nothing
 

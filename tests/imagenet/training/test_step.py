@@ -47,7 +47,7 @@ def test_losses_and_all_gradients_are_those_of_a_straight_line_computation(scale
     model = randomise(build_model(config).double())
     target = randomise(build_model(config).double(), 1).requires_grad_(False)
     x0, x1 = torch.randn(2, 4, 2, 6, 6, dtype=torch.float64)
-    times = [a.double() for a in TimeSampler(share_equal=0.3).draw(4, torch.Generator().manual_seed(3))]
+    times = [a.double() for a in TimeSampler(equal_share=0.3).draw(4, torch.Generator().manual_seed(3))]
     times[0][0] = times[1][0]  # a sample with t = s
     label, beta = torch.tensor([0, 3, 5, 1]), torch.tensor([0.5, 0.7, 1.0, 0.4], dtype=torch.float64)
 
