@@ -137,7 +137,8 @@ def plot_family() -> Figure:
 
     _triangle(
         finite, "Eulerian, by a finite step",
-        "X(x_t, t, s) = X(x_t - (t - r) v, r, s)\nalpha-Flow, SoFlow\nno derivative; a bias of order t - r",
+        "X(x_t, t, s) = X(x_t - (t - r) v, r, s)\nalpha-Flow, SoFlow\n"
+        "no derivative (alpha-Flow: at first); a bias of order t - r",
     )  # fmt: skip
     _dot(finite, 0.85, 0.25, "X(x, t, s)", (-22, -22))
     _dot(finite, 0.62, 0.25, "X(x_r, r, s)", (-66, -22), blue)
