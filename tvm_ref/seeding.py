@@ -1,4 +1,4 @@
-"""Sources of random numbers: one generator per purpose, seeded by integers."""
+"""Sources of random numbers: generators and quasi-random points, seeded by integers."""
 
 import numpy as np
 import torch

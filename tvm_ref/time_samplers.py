@@ -19,8 +19,8 @@ class Times(NamedTuple):
     Attributes:
         t: where jumps start.
         s: where jumps end.
-        s_prime: where flow matching is done: TVM's second term, and samples with t = s. Equal to s unless the
-            sampler draws it independently.
+        s_prime: where flow matching is done: TVM's second term, and samples with t = s. Equal to s in
+            trunc, clamp and gap, to t in sorted; the others draw it independently.
     """
 
     t: Time
@@ -99,7 +99,7 @@ def soflow(u: Tensor, t: Normal, s: Normal) -> Times:
     return Times(start, end, logit_normal(u[2], (-0.2, 1.0)))
 
 
-DYADIC_STEPS = 128  # shortcut models count jumps shorter than 1/128 as velocities
+DYADIC_STEPS = 128  # shortcut models count jumps of 1/128 and shorter as velocities
 NO_NORMAL = (math.nan, math.nan)
 
 # name: (function, its first and second (mean, std)); the values of the first four are the best of the paper's table 3

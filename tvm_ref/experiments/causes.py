@@ -81,7 +81,7 @@ class ExactPaths(NamedTuple):
         return cls(grid, exact_path(distribution, noise, grid, scale))
 
     def lines(self, times: Times, which: Tensor, distribution: GaussianMixture) -> tuple[Tensor, Tensor, Times]:
-        """Return x0 and x1 [B, D] of lines with the average velocity of jumps, at the nearest of the paths' times.
+        """Return x0 and x1 [B, D] of lines with the average velocity of jumps, at the next of the paths' times.
 
         A line meets the path `which` [B] at t; its velocity is the path's average over [s, t], or u where t = s.
         """

@@ -180,7 +180,7 @@ class GaussianMixture:
         return self._log_joint(x, t, m, log_weights).softmax(dim=-1)
 
     def _log_joint(self, x: Tensor, t: Tensor, m: Tensor, log_weights: Tensor) -> Tensor:
-        """Return log(w_k) - ||x - (1 - t) m_k||^2 / (2 var_t), less the term ||x||^2 / (2 var_t): [B, K].
+        """Return log(w_k) - ||x - (1 - t) m_k||^2 / (2 var_t) without its term in ||x||^2: [B, K].
 
         The square is multiplied out, so that the whole is one matmul, [B, D + 2] by [D + 2, K].
         """
