@@ -73,7 +73,7 @@ def test_a_run_of_a_constant_rate_goes_on_for_longer_bit_for_bit(tmp_path, capsy
 
 
 def test_a_line_tells_the_speed_since_the_last_one_and_the_share_waited_for_data(tmp_path, monkeypatch):
-    """By a clock that data move by 3 s and steps by 1 s, then 1 s and 4 s, then 0 and 400; saving between lines counts."""
+    """By a clock that data move by 3 s and steps by 1 s, then 1 and 4 s, then 0 and 400; saves between lines count."""
     clock = [100.0]
     monkeypatch.setattr(log_module.time, "perf_counter", lambda: clock[0])
     training = object.__new__(Training)  # without a model
