@@ -99,14 +99,14 @@ def process_group(device: str | None = None) -> Iterator[World]:
     """Join the processes that torchrun started, if it did, and leave them at the end.
 
     Args:
-        device: a device; None is this process's GPU, or the CPU where there is none.
+        device: a device; "cuda" is this process's GPU, and None is that, or the CPU where there is none.
 
     Raises:
         ValueError: a device that cannot be used here.
     """
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    name = device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-    here = require_device(name)
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    here = require_device(f"cuda:{local}" if name == "cuda" else name)
     if here.type == "cuda":
         torch.cuda.set_device(here)
     group = saving = None

@@ -11,6 +11,7 @@ from imagenet.weights import checkpoints
 from tests.imagenet.commands import same, torchrun
 from tests.imagenet.workers import needs_fsdp, steps
 from tests.processes import ROOT
+from tvm_ref.cli.errors import UserError
 
 ALONE = World()
 
@@ -111,6 +112,13 @@ def test_fsdp_is_refused_where_its_jvp_would_be_wrong(monkeypatch):
     for version in ("2.13.0", "2.15.0.dev20261001+cu130", "3.0.0a0"):
         monkeypatch.setattr(torch, "__version__", version)
         check_version()
+
+
+def test_cuda_is_the_gpu_of_this_process(monkeypatch):
+    """PyTorch refuses to make "cuda" the current device, in a traceback."""
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(UserError, match="--device cuda:99 cannot be used here"), process_group("cuda"):
+        pass
 
 
 def test_processes_are_left_however_it_ends(monkeypatch):
