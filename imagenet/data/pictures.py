@@ -59,10 +59,10 @@ def list_images(source: Path) -> tuple[list[str], list[Entry], int]:
     if sum(path.suffix.lower() in EXTENSIONS for path in beside) > len(entries):
         images, left_out = find_images(source)
         classes, entries = [source.resolve().name], [(0, path) for path in images]
+    elif classes and PARTS.issuperset(name.lower() for name in classes):
+        raise UserError(f"{source} holds {' and '.join(classes)}, parts of a data set and no classes: give one of them")
     if not entries:
         raise UserError(f"{source} holds no images")
-    if PARTS.issuperset(name.lower() for name in classes):
-        raise UserError(f"{source} holds {' and '.join(classes)}, parts of a data set and no classes: give one of them")
     return classes, entries, left_out
 
 

@@ -43,6 +43,13 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, pictures):
         list_images(tmp_path)
 
 
+def test_a_part_of_a_data_set_without_classes_is_one_class(tmp_path, pictures):
+    """It was refused, with the advice to give what had been given."""
+    (tmp_path / "train").symlink_to(pictures / "cat")
+    classes, entries, _ = list_images(tmp_path / "train")
+    assert (len(classes), len(entries)) == (1, 6)
+
+
 def test_a_flat_folder_is_one_class_and_what_lies_beside_classes_is_counted(pictures, tmp_path):
     assert list_images(pictures / "cat") == (["cat"], [(0, f"{i}.png") for i in range(6)], 0)
     shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
