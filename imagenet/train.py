@@ -130,15 +130,18 @@ def make_plan(
     Raises:
         UserError: bad values, no data, a folder that holds something else, latents of another autoencoder.
     """
-    config = dataclasses.replace(PRESETS[preset or DEFAULT], **changes)
-    changes = {name: getattr(config, name) for name in changes}  # Config turns the strings of --settings into values
     resumed = options.resume and (out / CONFIG).exists()
+    base = read_config(out) if resumed and preset is None else PRESETS[preset or DEFAULT]
+    config = dataclasses.replace(base, **changes)
+    changes = {name: getattr(config, name) for name in changes}  # Config turns the strings of --settings into values
     if resumed:
         of_preset = {} if preset is None else dataclasses.asdict(PRESETS[preset])
         kept = (*RESUMABLE, "steps", "init", "input_size", "in_channels", "classes")  # stay as stored, unless given
         config = stored_config(out, {k: v for k, v in of_preset.items() if k not in kept} | changes)
     else:
         lost = not (checkpoints(out) or (out / WEIGHTS).exists())  # it failed in its first steps: nothing to keep
+        if lost and (out / CONFIG).exists():
+            read_config(out)  # of a run, and not of something else
         require_free(out, (CONFIG,), ways="--resume", overwrite=lost, leftovers=(INDEX, PIXELS))
         if config.data == "latents" and options.data_path is not None:
             config = dataclasses.replace(fit_to_data(config, options.data_path), **changes)

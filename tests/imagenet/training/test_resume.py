@@ -4,10 +4,12 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 
 from imagenet import train
+from imagenet.config import PRESETS
 from imagenet.weights import checkpoints, load_weights
 from tests.commands import one_line
 from tests.imagenet import workers
@@ -24,6 +26,14 @@ from tests.imagenet.commands import (
     torchrun,
 )  # fmt: skip
 from tests.processes import started
+
+
+def test_options_that_may_change_are_measured_against_the_run_s_own(tmp_path):
+    """Without the preset's name a batch of 9 could not be resumed in 3 parts, which do not divide the digits' 128."""
+    (tmp_path / "config.json").write_text(replace(PRESETS["digits"], batch_size=9, optimizer="adamw").to_json())
+    options = train.Options(resume=True)
+    (config, resumed, _), _ = train.make_plan(None, {"accumulate": 3}, tmp_path, options, 1)
+    assert (config.batch_size, config.accumulate, config.optimizer, resumed) == (9, 3, "adamw", True)
 
 
 @pytest.mark.slow
