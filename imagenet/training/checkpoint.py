@@ -124,7 +124,8 @@ class Saver:
             final.rename(final.with_suffix(".old"))
         partial.rename(final)
         flush(self.folder)
-        for path in checkpoints(self.folder.parent)[: -self.keep]:
+        saved = checkpoints(self.folder.parent)
+        for path in saved[: saved.index(final) + 1][: -self.keep]:  # later ones were passed over, as unreadable
             shutil.rmtree(path, ignore_errors=True)
         remove_leftovers(self.folder)
 

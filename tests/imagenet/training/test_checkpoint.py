@@ -187,6 +187,16 @@ def test_the_newest_are_kept(tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["00000005", "00000006", "00000007"]
 
 
+def test_what_was_just_saved_is_kept_beside_later_ones_that_are_damaged(tmp_path):
+    """It was deleted as older, after which no checkpoint could be read."""
+    save(tmp_path, 5)
+    for step in (10, 11):
+        (save(tmp_path, step, keep=3) / "__0_0.distcp").write_bytes(b"")
+    save(tmp_path, 6, keep=1)
+    assert newest(tmp_path)["step"] == 6
+    assert "00000005" not in [path.name for path in checkpoints(tmp_path)]
+
+
 DAMAGES = [(name, how) for name in ("__0_0.distcp", ".metadata", "checkpoint.json") for how in ("truncated", "absent")]
 
 
