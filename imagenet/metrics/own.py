@@ -9,12 +9,15 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from imagenet.config import Config
 from imagenet.data.pictures import INDEX, read_pictures
 from imagenet.metrics.digits import DigitMetrics, digit_metrics
 from imagenet.metrics.fashion import FashionMetrics, fashion_metrics
 from imagenet.metrics.pictures import NEIGHBOURS, PictureMetrics
-from imagenet.sampler import Generator
+from imagenet.sampler import BATCH, Generator
 from imagenet.weights import read_provenance
 from tvm_ref.cli.errors import UserError
 
@@ -67,9 +70,14 @@ def measure_model(generator: Generator, nfes: Sequence[int], metrics: Metrics) -
     n, sets = len(metrics.labels), sets_of(metrics)
     generator = dataclasses.replace(generator, classes=metrics.labels.tolist())
 
+    def draw(k: int, nfe: int) -> Tensor:
+        """Draw set k."""
+        numbers = range(k * n, (k + 1) * n)
+        return torch.cat([generator.samples(numbers[i : i + BATCH], nfe) for i in range(0, n, BATCH)])
+
     def mean(nfe: int) -> dict[str, float]:
         """Average the scores over sets."""
-        scores = [metrics.measure(generator.samples(range(k * n, (k + 1) * n), nfe)) for k in range(sets)]
+        scores = [metrics.measure(draw(k, nfe)) for k in range(sets)]
         return {name: round(statistics.fmean(s[name] for s in scores), 4) for name in scores[0]}
 
     return {nfe: mean(nfe) for nfe in nfes}

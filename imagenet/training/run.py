@@ -4,11 +4,11 @@
     data.json              origin of the training data (provenance.py)
     pictures.bin, .json    for a user's folder of pictures: the pictures (pictures.py)
     train.jsonl            a line per --log-every steps, and for the last (log.py)
-    samples/               a grid per checkpoint
+    samples/               a grid per --save-every steps
     checkpoints/           the newest states, each with its evaluation weights (checkpoint.py)
     weights.safetensors    evaluation weights, once training is done, like everything below
     samples-1.png, -4.png  grids of one-step and four-step samples
-    metrics.json           seconds, and for digits and pictures scores, by number of function evaluations
+    metrics.json           seconds, and for digits, clothes and pictures scores, by number of function evaluations
 
 Everything is written by the first process. Samples are those that sample.py and evaluate.py draw from the run by
 default: the same noise, classes, precision.
@@ -131,6 +131,8 @@ class Run:
             OSError: a file could not be written.
         """
         training, config = self.training, self.training.config
+        write = self._weights_writer()
+        self.world.on_first(lambda: write(self.folder / WEIGHTS))
         nfes = NFES[:1] if OBJECTIVES[config.objective].one_step_only else NFES
         for nfe in nfes:
             self.draw_grid(f"samples-{nfe}.png", nfe)
@@ -143,8 +145,6 @@ class Run:
             "total": round(total_seconds + self.log.before, 2),
         }
         metrics["steps"] = {"done": training.step, "planned": config.steps}
-        write = self._weights_writer()
-        self.world.on_first(lambda: write(self.folder / WEIGHTS))
         if self.world.first:
             write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         return metrics

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from imagenet.metrics.own import sets_of
+from imagenet.config import Config
+from imagenet.metrics.own import measure_model, sets_of
 from imagenet.metrics.pictures import PictureMetrics, pooled
+from imagenet.sampler import BATCH, Generator
 
 CHANNELS, SIDE = 3, 16
 
@@ -54,3 +56,18 @@ def test_few_pictures_do_not_make_many_sets(held_out, sets):
     train = noise(20, 128, 20, 0)
     metrics = PictureMetrics(train, train, torch.zeros(held_out))
     assert sets_of(metrics) == sets
+
+
+def test_sets_are_drawn_in_parts_that_fit_the_memory():
+    """As many pictures as are held out once went through the network at once."""
+    drawn = []
+
+    class Model(Generator):
+        def samples(self, numbers, steps):
+            drawn.append(list(numbers))
+            return in_range(noise(len(numbers), 128, 20, 0))
+
+    metrics = PictureMetrics(noise(200, 128, 20, 0), noise(150, 128, 20, 1), torch.zeros(150))
+    measure_model(Model(torch.nn.Identity(), Config()), [1], metrics)
+    assert max(map(len, drawn)) == BATCH
+    assert [i for part in drawn for i in part] == list(range(sets_of(metrics) * 150))
