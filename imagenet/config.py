@@ -111,11 +111,14 @@ class Config:
         require_at_least(0, warmup=self.warmup, clip=self.clip, seed=self.seed)
         finite = 0 < self.lr < float("inf") and self.clip < float("inf")
         require(finite, f"--lr must be positive and finite, and --clip finite; got {self.lr} and {self.clip}")
-        ordered = 0 < self.w <= (self.w_max or self.w) < float("inf")
+        ordered = 0 < self.w <= (self.w if self.w_max is None else self.w_max) < float("inf")
         require(ordered, f"--w must be positive and at most --w-max, got {self.w} and {self.w_max}")
         for name in ("beta2", "target_ema", "ema"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{flag(name)} must lie in [0, 1], got {value}")
+        require(self.beta2 < 1, "--beta2 must be below 1")
+        mirrored = not self.flip or self.data in ("folder", "cifar10")
+        require(mirrored, f"--flip is for pictures of your own, not for {self.data}")
         divides = self.batch_size % self.accumulate == 0
         require(divides, f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
         if self.parallel == "fsdp":
@@ -222,9 +225,6 @@ def build_model(config: Config, *, attention: str | None = None) -> FlowMap:
     Args:
         config: sizes and parameterisation.
         attention: a key of ATTENTION that replaces the configuration's; the weights are the same for all.
-
-    Raises:
-        ValueError: attention that is not available here.
     """
-    attend = ATTENTION[attention or config.attention]()
+    attend = ATTENTION[attention or config.attention]
     return FlowMap(DiT(config.network(), attend, checkpointing=config.checkpointing), scaled=config.scaled)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from imagenet.config import PRESETS, Config
+from imagenet.config import PRESETS, Config, build_model
 from imagenet.data.provenance import Provenance
 from imagenet.data.vae import LATENT_SIDE, NORMALISATION, VAE
 from imagenet.foreign import luma
@@ -55,8 +55,10 @@ def convert(source: Path, out: Path, preset: str | None = None) -> Config:
         raise UserError(f"the name {source.name} is not one of {names}: say the preset with --preset")
     tensors, scaled = luma.read_released(source)
     config = PRESETS[preset] if scaled is None else replace(PRESETS[preset], scaled=scaled)  # the file decides
+    with torch.device("meta"):
+        expected = build_model(config).network.state_dict()
     with user_errors(source, UserError):
-        check_weights(tensors, config)
+        check_weights(tensors, expected)
     with source.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     tensors = {name: a.float().clone(memory_format=torch.contiguous_format) for name, a in tensors.items()}

@@ -84,10 +84,11 @@ def load_weights(path: str | Path, *, attention: str | None = None) -> tuple[Flo
     require("config" in metadata, f"{path} does not say which configuration its weights need (metadata 'config')")
     with user_errors(path, UserError):
         config = Config.from_json(metadata["config"])
+    with torch.device("meta"):
+        model = build_model(config, attention=attention)
     with user_errors(f"{path} does not fit its configuration", UserError):
-        check_weights(weights, config)
-    model = build_model(config, attention=attention)
-    model.network.load_state_dict(weights)
+        check_weights(weights, model.network.state_dict())
+    model.network.load_state_dict({name: a.float() for name, a in weights.items()}, assign=True)
     return model.eval().requires_grad_(False), config
 
 
@@ -128,14 +129,12 @@ def load_initial(config: Config) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def check_weights(weights: Mapping[str, Tensor], config: Config) -> None:
-    """Check names, shapes and values of weights against a configuration's network, without building it.
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check names, shapes and values of weights against those of a network, which may lie on the device "meta".
 
     Raises:
         UserError: a tensor too few, too many, of another shape or kind, or with numbers that are not finite.
     """
-    with torch.device("meta"):
-        expected = build_model(config, attention="plain").network.state_dict()
     missing, unknown = (sorted(a.keys() - b.keys()) for a, b in ((expected, weights), (weights, expected)))
     if missing:
         raise UserError(f"{missing[0]} is missing ({len(missing)} tensors are)")

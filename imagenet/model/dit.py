@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from imagenet.model.initialise import initialise
+from jvp_attention import attention
 from tvm_ref import Condition, Linear
 from tvm_ref.flow_map import jvp
 from tvm_ref.shapes import Sample, Time
@@ -77,19 +78,7 @@ def plain_attention(q: PerHead, k: PerHead, v: PerHead) -> PerHead:
     return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1) @ v
 
 
-def _fused_attention() -> Attend:
-    """Import the fused attention, so that training without it needs no Triton."""
-    try:
-        from jvp_attention import attention
-    except ImportError:
-        raise ValueError(
-            "fused attention needs the package's extra 'kernels' (pip install -e '.[kernels]'); plain needs none"
-        ) from None
-    return attention
-
-
-# name: a function that loads this attention
-ATTENTION: dict[str, Callable[[], Attend]] = {"plain": lambda: plain_attention, "fused": _fused_attention}
+ATTENTION: dict[str, Attend] = {"plain": plain_attention, "fused": attention}
 
 
 def rms_norm(x: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:

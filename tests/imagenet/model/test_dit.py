@@ -1,7 +1,6 @@
 """The DiT against the official implementation's numbers, closed forms, and the properties that the paper claims."""
 
 import contextlib
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from imagenet.model.dit import (
-    ATTENTION,
     DiT,
     DiTConfig,
     Modulation,
@@ -293,12 +291,6 @@ def test_attention_is_an_argument():
     network = DiT(TINY, counted)
     network(*inputs(dtype=torch.float32))
     assert calls == [(3, 2, 16, 16)] * 2
-
-
-def test_fused_attention_names_what_to_install_if_it_is_absent(monkeypatch):
-    monkeypatch.setitem(sys.modules, "jvp_attention", None)
-    with pytest.raises(ValueError, match=r"\.\[kernels\]"):
-        ATTENTION["fused"]()
 
 
 def test_every_linear_layer_is_lean_and_a_jvp_costs_two_forwards():
