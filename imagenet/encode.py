@@ -153,7 +153,7 @@ def finish(out: Path, shards: dict[str, list[Entry]], plan: dict[str, Any], sett
         "shards": [{"name": report["name"], "count": report["count"]} for report in reports],
         "count": count,
         "skipped": total - count,
-        "vae": settings.vae,
+        "vae": str(Path(settings.vae).resolve()) if Path(settings.vae).is_dir() else settings.vae,
     }
     write_atomically(out / INDEX, json.dumps(index, indent=2) + "\n")
     return index

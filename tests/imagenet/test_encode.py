@@ -64,6 +64,13 @@ def test_other_sizes_are_normalised_by_what_was_measured(source, tmp_path):
     assert (x.std(1) - 1).abs().max() < 0.03
 
 
+def test_a_folder_of_an_autoencoder_is_found_from_anywhere(source, tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    encode(source, tmp_path / "out")
+    assert Latents(tmp_path / "out").autoencoder == str(tmp_path / "tiny")
+
+
 def test_the_paper_s_constants_are_those_of_its_autoencoder():
     """Another autoencoder once got them in silence, at 256 and 512."""
     assert Settings(image_size=512, vae="a/copy/sd-vae-ft-ema").is_paper_s
