@@ -11,8 +11,8 @@ paper plots these against the batch size, for each attention, with and without g
     FLOP     floating-point operations of matmuls per image and step: those that run, and the least that a TVM
              step needs (cost/flops.py)
     memory   on a GPU the peak of allocated memory, on a CPU the memory that the process holds
-    MFU      model FLOP utilisation: the least arithmetic of a step, over its time, over the rate at which this device
-             multiplies large matrices (measured first)
+    MFU      model FLOP utilisation: the least arithmetic of a TVM step, or the arithmetic that runs of another
+             objective's, over its time, over the rate at which this device multiplies large matrices (measured first)
 """
 
 import statistics

@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         write_atomically(options.out / "results.json", json.dumps({"rates": rates, "runs": scores}, indent=2) + "\n")
     metrics = digit_metrics()
     controls = {
-        "class means": [metrics.measure(class_means(metrics.labels))],
+        "class means": [metrics.measure(class_means(*load_digits().train, metrics.labels))],
         "flow matching, NFE 1": [scores["fm"]["1"]],
     }
     rows = {"held-out images": [metrics.measure(load_digits().test[0])], **controls}

@@ -126,6 +126,8 @@ def main(argv: list[str] | None = None, extractor: Extractor | None = None, vae:
             None if generator is None or options.reference else own_metrics(generator.config, source, options.data_path)
         )
         if generator is not None and own is not None:
+            free = options.count is None and options.classes is None
+            require(free, "--count and --classes go with --reference; without, both are those of the held-out pictures")
             report = measure_own(generator, steps, own)
         elif options.reference is None:
             raise UserError("--reference is needed: statistics (.npz, .pkl) or images to measure against")

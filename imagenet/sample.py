@@ -30,13 +30,14 @@ from torch import nn
 from imagenet.data.image_files import EXTENSIONS, ImageFiles, grid, save_png, write_npz
 from imagenet.model import distributed
 from imagenet.sampler import ROWS, Generator, add_model_options, load_model
-from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.errors import UserError, require, user_files
 from tvm_ref.cli.files import require_free, require_new, write_atomically
 from tvm_ref.cli.options import OneLineParser, require_at_least, run
 from tvm_ref.cli.progress import progress
 
 COUNT = 64  # default number of images
 CHUNK = 256  # images put together at a time
+MOST = 10**6  # number of images at most: their names have six digits
 ABOUT = "samples.json"  # marks a complete folder of samples
 
 
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None, vae: nn.Module | None = None) -> int:
     with command.errors(), distributed.process_group(options.device) as world:
         count: int = COUNT if options.count is None else options.count
         require_at_least(1, count=count, steps=steps, batch_size=options.batch_size)
+        require(count <= MOST, f"--count must be at most {MOST}, got {count}")
         generator = load_model(options, world, vae)
         if out.suffix == ".png":  # a grid, with a class per column
             count = generator.grid_count() if options.count is None else count

@@ -115,7 +115,7 @@ class Generator:
         return [classes[i % len(classes)] for i in numbers]
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Multiply in bfloat16 on a GPU, if the model was trained so; on a CPU this gains nothing."""
+        """Multiply in bfloat16 on a GPU, if the model was trained so; on a CPU float32 is fast enough."""
         half = self.config.precision == "bfloat16" and self.device.type == "cuda"
         return torch.autocast(self.device.type, torch.bfloat16) if half else contextlib.nullcontext()
 
@@ -192,14 +192,17 @@ def add_model_options(p: argparse._ActionsContainer) -> None:
 def load_model(o: argparse.Namespace, world: World, vae: nn.Module | None = None) -> Generator:
     """Load the model of the positional argument `source` and the options above; `vae` replaces the one they name.
 
-    Prints a warning, in the first process, for a guidance weight that the model does not know.
+    Prints a warning, in the first process, for a guidance weight or several steps if the model does not know them.
 
     Raises:
         UserError: see load_generator.
     """
     vae_or_name = o.vae if vae is None else vae
     generator = load_generator(o.source, device=world.device, classes=o.classes, w=o.w, seed=o.seed, vae=vae_or_name)
-    warning = untrained_guidance(generator.config, generator.guidance)
-    if warning is not None and world.first:
-        print(warning, file=sys.stderr)
+    warnings = [untrained_guidance(generator.config, generator.guidance)]
+    if OBJECTIVES[generator.config.objective].one_step_only and o.steps not in (1, [1]):
+        warnings.append("warning: this model was trained for one step only; with more it does not work well")
+    for warning in filter(None, warnings):
+        if world.first:
+            print(warning, file=sys.stderr)
     return generator

@@ -27,7 +27,7 @@ def parser() -> OneLineParser:
     """Build the command line."""
     p = OneLineParser("python -m imagenet.experiments.differences", __doc__)
     p.add_argument("sources", nargs="+", help="folders of runs, or .safetensors files")
-    p.add_argument("--data-path", help="folder of the latents or of cifar10 that the models learned")
+    p.add_argument("--data-path", help="folder of the data that the models learned; of pictures, a run's folder")
     p.add_argument("--batch-size", type=int, default=256, help="number of samples to measure on")
     p.add_argument("--json", action="store_true", help="print JSON instead of the table")
     return p

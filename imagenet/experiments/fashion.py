@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagenet.data.fashion import CLASSES, load_fashion
+from imagenet.data.fashion import load_fashion
+from imagenet.metrics.digits import class_means
 from imagenet.metrics.fashion import FashionMetrics, fashion_metrics
 from imagenet.metrics.own import measure_model
 from imagenet.sampler import Generator, load_generator
@@ -36,11 +37,6 @@ def parser() -> OneLineParser:
     p.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 16], help="numbers of network evaluations")
     p.add_argument("--out", type=Path, default=Path("fashion.png"), help="where to write the picture")
     return p
-
-
-def class_means(x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean picture of each label's class [N, 1, 28, 28], of pictures x with labels y."""
-    return torch.stack([x[y == k].mean(0) for k in range(len(CLASSES))])[labels]
 
 
 def nearest(samples: Tensor, x: Tensor) -> Tensor:
@@ -68,17 +64,21 @@ def draw(rows: dict[str, Tensor], path: Path) -> None:
 
 
 def name_of(generator: Generator, source: str, names: dict[str, str]) -> str:
-    """Return the objective of a model, or its folder's name if several have that objective."""
+    """Return the objective of a model, or its path if several have that objective."""
     objective = generator.config.objective
-    return objective if list(names.values()).count(objective) == 1 else Path(source).name
+    return objective if list(names.values()).count(objective) == 1 else source
+
+
+def steps_of(generator: Generator, steps: list[int]) -> list[int]:
+    """Return the numbers of steps that a model makes sense with."""
+    return [1] if OBJECTIVES[generator.config.objective].one_step_only else steps
 
 
 def compare(models: dict[str, Generator], steps: list[int], metrics: FashionMetrics) -> list[str]:
     """Measure models; returns lines of a table."""
     lines = []
     for name, generator in progress(models.items(), desc="measuring"):
-        one_step_only = OBJECTIVES[generator.config.objective].one_step_only
-        for nfe, found in measure_model(generator, steps[:1] if one_step_only else steps, metrics).items():
+        for nfe, found in measure_model(generator, steps_of(generator, steps), metrics).items():
             lines.append(row(f"{name}, NFE {nfe}", found))
     return lines
 
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(compare(models, o.steps, metrics)))
     shown = {"held out": torch.stack([test[labels == k % 10][k // 10] for k in range(DRAWN)])}
     for name, generator in models.items():
-        for nfe in o.steps:
+        for nfe in steps_of(generator, o.steps):
             shown[f"{name}, NFE {nfe}"] = generator.samples(range(DRAWN), nfe)
             shown.setdefault("nearest to those", nearest(shown[f"{name}, NFE {nfe}"], x))
     draw(shown, o.out)

@@ -71,13 +71,13 @@ def measure(sets: Iterable[Tensor]) -> dict[str, float]:
 
 def controls() -> dict[str, dict[str, float]]:
     """Measure what is not a model's."""
-    (x_train, _), (x_test, y_test) = load_digits()
+    (x_train, y_train), (x_test, y_test) = load_digits()
     shuffled = x_train[torch.randperm(len(x_train), generator=torch.Generator().manual_seed(0))]
     whole = len(x_train) // len(x_test)
     return {
         "held-out images": measure([x_test]),
         "images to learn from": measure(shuffled.split(len(x_test))[:whole]),
-        "mean of each class": measure([class_means(y_test)]),
+        "mean of each class": measure([class_means(x_train, y_train, y_test)]),
     }
 
 

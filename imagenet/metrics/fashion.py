@@ -19,7 +19,6 @@ from imagenet.data.fashion import load_fashion
 from imagenet.metrics.frechet import frechet_distance, gaussian_statistics, precision_recall
 
 COUNT = 2000  # samples, and pictures of either kind in precision and recall
-NEIGHBOURS = 3  # k of precision and recall
 FEATURES = 64
 EPOCHS = 5
 
@@ -45,7 +44,7 @@ class FashionMetrics:
     def measure(self, x: Tensor) -> dict[str, float]:
         """Measure samples x [COUNT, 1, 28, 28] in [-1, 1] that were generated for the labels `self.labels`."""
         features, predicted = self._predict(x.float().cpu().clamp(-1, 1))
-        precision, recall = precision_recall(self._train[: len(x)], features, NEIGHBOURS)
+        precision, recall = precision_recall(self._train[: len(x)], features)
         metrics = {
             "accuracy": float((predicted == self.labels).float().mean()),
             "frechet": self._frechet(features),

@@ -68,15 +68,6 @@ def no_sync(wrapped: Any) -> Iterator[None]:
     synchronise(True)  # after an error nothing is trained further
 
 
-def full_state(state: Any) -> Any:
-    """Gather every tensor of a state, unsharded, on the CPU. All processes take part."""
-    if isinstance(state, Mapping):
-        return {key: full_state(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return [full_state(value) for value in state]
-    return full_tensor(state).detach().cpu() if isinstance(state, Tensor) else state
-
-
 def full_tensor(a: Tensor) -> Tensor:
     """Gather a tensor, if FSDP has sharded it. All processes take part."""
     return a.full_tensor() if hasattr(a, "full_tensor") else a  # a DTensor, whose import takes half a second

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # 32 x 80 GB: four nodes under Slurm, as `LATENTS=... sbatch imagenet/recipes/imagenet256_slurm_32x80gb.sh`.
-# --resume also starts a run, so that a job that is put back into its queue needs no other command. Slurm sends SIGUSR1
-# five minutes before the end: training saves and goes on; the trap makes bash and torchrun ignore it.
+# --resume also starts a run, so that a job that Slurm puts back into its queue, as after preemption, needs no other
+# command; after its time limit, submit it again. Slurm sends SIGUSR1 five minutes before that: training saves and goes
+# on; the trap makes bash and torchrun ignore it.
 # On a GPU nothing here is measured: --accumulate is an estimate. PyTorch's OutOfMemoryError says so if it is too low.
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1

@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,12 +41,21 @@ def randomise(module, seed=0):
     return module
 
 
+def full_state(state):
+    """Every tensor of a state, unsharded, on the CPU."""
+    if isinstance(state, Mapping):
+        return {key: full_state(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [full_state(value) for value in state]
+    return parallelize.full_tensor(state).detach().cpu() if isinstance(state, torch.Tensor) else state
+
+
 def start_state(config):
     """The state of a training that is not at its zero start."""
     training = Training(config, distributed.World())
     for module, seed in ((training.model, 0), (training.target.module, 1), (training.ema.module, 2)):
         randomise(module, seed)
-    return parallelize.full_state(training.state_dict())
+    return full_state(training.state_dict())
 
 
 def steps(world, count=3, poison=None, **fields):
@@ -61,8 +71,8 @@ def steps(world, count=3, poison=None, **fields):
             batch.x0[1] = float("nan")
         result = training.train_step(batch)
         metrics.append([*result.losses, result.gradient_norm])
-    gradients = parallelize.full_state({name: p.grad for name, p in training.model.named_parameters()})
-    return {"metrics": metrics, "gradients": gradients, "state": parallelize.full_state(training.state_dict())}
+    gradients = full_state({name: p.grad for name, p in training.model.named_parameters()})
+    return {"metrics": metrics, "gradients": gradients, "state": full_state(training.state_dict())}
 
 
 def main(folder):
@@ -103,13 +113,13 @@ def save_and_reshard(folder, kind, world):
     training.load_state_dict(parallelize.reshard(start_state(SMALL), training.state_dict()))
     batches = Batches(training.config, load_data(training.config), world.rank, world.size)
     training.train_step(batches[0])
-    saved = copy.deepcopy(parallelize.full_state(training.state_dict()))
+    saved = copy.deepcopy(full_state(training.state_dict()))
     with Saver(folder, 3, world, asynchronous=True) as saver:
         saver.save(training.state_dict(), training.step)
         training.train_step(batches[1])
     other = Training(replace(SMALL, parallel="fsdp" if kind == "ddp" and fsdp_works() else "ddp"), world)
     other.load_state_dict(read_checkpoint(folder / "checkpoints" / "00000001", other.slot))
-    return {"saved": saved, "read": parallelize.full_state(other.state_dict())}
+    return {"saved": saved, "read": full_state(other.state_dict())}
 
 
 def save_to_a_full_disk(folder, world):

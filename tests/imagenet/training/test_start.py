@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from imagenet import train
 from imagenet.config import Config, build_model
 from imagenet.model.distributed import World
-from imagenet.model.parallelize import full_state
 from imagenet.training import log as log_module
 from imagenet.training.step import StepMetrics, Training
 from imagenet.weights import read_config, save_weights
@@ -38,7 +37,7 @@ def test_a_run_starts_from_given_weights(given, tmp_path, kind):
     options = train.Options(out=str(tmp_path / "run"))
     with train.distributed.process_group("cpu") as world:
         run, _ = train.begin("digits", changes, options, world)
-        start = full_state(run.training.state_dict())
+        start = run.training.state_dict()
     expected = {f"network.{name}": a for name, a in load_file(given).items()}
     for model in (start["model"], start["target"]["module"], start["ema"]["module"]):
         assert same(dict(model), expected)
@@ -73,7 +72,7 @@ def test_a_run_of_a_constant_rate_goes_on_for_longer_bit_for_bit(tmp_path, capsy
 
 
 def test_a_line_tells_the_speed_since_the_last_one_and_the_share_waited_for_data(tmp_path, monkeypatch):
-    """By a clock that data move by 3 s and steps by 1 s, then 1 and 4 s, then 0 and 400; saves between lines count."""
+    """By a clock that data move by 3 s and steps by 1, then 1 and 4, then 0 and 400; saving between lines counts."""
     clock = [100.0]
     monkeypatch.setattr(log_module.time, "perf_counter", lambda: clock[0])
     training = object.__new__(Training)  # without a model
