@@ -1,12 +1,17 @@
 """Mistakes that people make with the library: each is refused, or warned of, with what to do instead."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.networks import PointData, Waves, some_times
+from tests.objectives.samples import setup
 from tvm_ref import EMA, PID, TVM, Condition, EulerStep, FlowMap, FlowMatching, MeanFlow, checks, drop_labels, sample
 from tvm_ref.network_check import check_network
+from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.time_samplers import Times
 
 X0, X1 = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -123,7 +128,8 @@ MISTAKES = {  # what is done: how, which error, what it says
     "beta as a number, to drop": (lambda m: drop_labels(Condition(LABEL, 0.5), 5), TypeError, "must be tensors.*float"),
     "data of numpy": (lambda m: TVM(m)(X0.numpy(), X1, TIMES), TypeError, "data and noise must be tensors.*ndarray"),
     "a shape as noise": (lambda m: sample(m, (5, 4)), TypeError, "noise must be a tensor.*got tuple"),
-    "steps as a tensor": (lambda m: sample(m, X1, torch.tensor(4)), TypeError, "number of steps.*got 4"),
+    "steps as a tensor": (lambda m: sample(m, X1, torch.tensor(4)), TypeError, "number of steps.*not 4"),
+    "steps of numpy": (lambda m: sample(m, X1, np.int64(2)), TypeError, "number of steps, an int,.*got int64"),
     "Euler's steps of a network": (lambda m: sample(EulerStep(m.network), X1), TypeError, "wrap it"),
     "a network as target": (lambda m: loss(m, target=m.network), TypeError, "target must be a flow map.*got Waves"),
     "mean of the terms": (lambda m: TVM(m)(X0, X1, TIMES).mean(), AttributeError, r"no 'mean'.*terms\.total\.mean"),
@@ -150,7 +156,7 @@ MISTAKES = {  # what is done: how, which error, what it says
     "one step as a number with a point": (
         lambda m: sample(m, X1, 1.0),
         TypeError,
-        r"number of steps \(1\) or a grid",
+        "number of steps, an int, or a grid",
     ),
     "classes forgotten": (lambda m: TVM(m, null_label=3)(X0, X1, TIMES), ValueError, "null_label needs a condition"),
     "backward of the terms": (
@@ -227,6 +233,18 @@ def test_training_without_a_target_an_update_or_dropped_labels_is_warned_of_once
     objective = TVM(model, null_label=5)
     for k in range(4):  # as it should be: some labels dropped in one of three steps, the target updated, or the model
         objective(X0, X1, TIMES, condition if k else dropped, updated.module if k < 3 else model)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_a_missing_target_is_warned_of_only_where_it_would_be_used(kind, monkeypatch):
+    monkeypatch.setattr(checks, "LONG", 1)
+    model, target, x0, x1, times = setup()
+    losses = [kind(model)(x0, x1, times, target=chosen).total for chosen in (model, target)]
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        kind(model)(x0, x1, times)
+    used = not torch.equal(*losses)
+    assert bool(warned) == (used and kind.default_target_ema > 0)  # 0: the method's target is the model itself
+    assert used or kind is FlowMatching or not kind.default_target_ema  # flow matching has it for guidance
 
 
 def test_a_network_that_does_not_read_s_is_warned_of_once():

@@ -175,8 +175,8 @@ def check_sampling(jump: Any, noise: Any, times: Any) -> None:
     if isinstance(model, nn.Module) and not hasattr(model, "displacement"):
         raise TypeError(f"{type(model).__name__} is a network, not a flow map; wrap it: FlowMap(network)")
     require_kind(isinstance(noise, Tensor), "noise must be a tensor [B, ...], such as torch.randn(64, 2)", noise)
-    if isinstance(times, float) or getattr(times, "ndim", 1) == 0:
-        raise TypeError(f"times must be a number of steps (1) or a grid ([1.0, 0.5, 0.0]); got {times}")
+    fit = not isinstance(times, float) and getattr(times, "ndim", 1) != 0
+    require_kind(fit, f"times must be a number of steps, an int, or a grid ([1.0, 0.5, 0.0]), not {times}", times)
     if isinstance(times, int):
         return
     grid = [float(a) for a in times]
@@ -303,7 +303,7 @@ def _warn_of_training(objective: Any, condition: Any, target: Any) -> None:
     if guided and not counts["dropped"]:
         drop = f"guidance needs: drop_labels(condition, {null})"
         warnings.warn(f"in {LONG} losses no label was the null label, which {drop}", stacklevel=4)
-    if target is None and objective.default_target_ema > 0:
+    if target is None and objective.default_target_ema > 0 and (guided or objective.learns_jumps):
         own = "pass target=ema.module, or target=model if that is meant"
         warnings.warn(f"in {LONG} losses no target was given, so it is the model itself: {own}", stacklevel=4)
     if target in _averages and getattr(_averages[target](), "updates", 1) == 0:

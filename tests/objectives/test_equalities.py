@@ -221,6 +221,12 @@ def test_methods_without_guidance_refuse_a_null_label(kind):
         (lambda m: AlphaFlow(m, start=0.8, end=0.2), "curriculum"),
         (lambda m: SoFlow(m, first=0.1, last=0.2), "alpha must fall"),
         (lambda m: MeanFlow(m, power=-1), "power"),
+        (lambda m: AlphaFlow(m, power=-1), "power"),
+        (lambda m: SoFlow(m, eps=-1), "eps"),
+        (lambda m: AlphaFlow(m, temperature=-25), "temperature"),
+        (lambda m: AlphaFlow(m, clamp=0.6), "clamp"),
+        (lambda m: ContinuousConsistency(m, constant=-1), "constant"),
+        (lambda m: Shortcut(m, steps=0), "steps"),
         (lambda m: MeanFlow(m, eps=0), "eps"),
     ],
 )

@@ -176,6 +176,8 @@ def test_the_curriculum_of_alpha_flow_falls_from_one_to_zero():
     assert (late.alpha(0.5), late.alpha(0.625), late.alpha(0.75)) == (1, pytest.approx(0.5), 0)
     flat = AlphaFlow(model, start=0.5, end=0.75, temperature=5.0)  # outside of its window alpha is 1 and 0 even so
     assert (flat.alpha(0.49), flat.alpha(0.51) < 1, flat.alpha(0.74) > 0, flat.alpha(0.76)) == (1, True, True, 0)
+    steep = AlphaFlow(model, temperature=2000.0)  # exp(980) would overflow
+    assert (steep.alpha(0.01), steep.alpha(0.5), steep.alpha(0.99)) == (1, 0.5, 0)
     for progress in (0.0, 0.45, 1.0):
         objective.set_progress(progress)
         constant = AlphaFlow(model, alpha=objective.alpha(progress), power=0)

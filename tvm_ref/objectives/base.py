@@ -106,7 +106,8 @@ class Objective(nn.Module):
         has_guidance: whether guidance (classifier-free, inside the target) is implemented for the method.
         has_curriculum: whether set_progress changes the loss during training.
         default_times: the time sampler of the method's paper.
-        default_target_ema: EMA decay of the target's weights in the method's paper; 0: the target is the model itself.
+        default_target_ema: EMA decay of the target's weights in the method's paper; 0: the target is the model itself,
+            or the method uses none.
         needs_equal_times: whether v enters the loss only where t = s; then some samples must have t = s.
 
     Raises:
@@ -120,7 +121,7 @@ class Objective(nn.Module):
     has_guidance: ClassVar[bool] = True
     has_curriculum: ClassVar[bool] = False
     default_times: ClassVar[TimeSampler] = TimeSampler()
-    default_target_ema: ClassVar[float] = 0.99
+    default_target_ema: ClassVar[float] = 0.0
     needs_equal_times: ClassVar[bool] = False
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None):
@@ -309,7 +310,6 @@ class SelfDistillation(ResidualObjective):
     has_guidance = False
     needs_equal_times = True
     default_times = TimeSampler("triangle", equal_share=0.75)
-    default_target_ema = 0.0
 
     def __init__(
         self, flow_map: Flow, *, null_label: int | None = None, stops: str | None = None, learned_weight: bool = False

@@ -7,6 +7,7 @@ The methods differ in their estimate of u(x, t), in what they detach, and in the
 
 import torch
 
+from tvm_ref.checks import require
 from tvm_ref.flow_map import Flow, FlowMap
 from tvm_ref.objectives.base import Jumps, Method, ResidualObjective, SelfDistillation, mean_square
 from tvm_ref.objectives.weights import AdaptiveWeight
@@ -147,6 +148,9 @@ class ContinuousConsistency(ResidualObjective):
         flow_map: the model.
         null_label: must be None: training from scratch with guidance is not in the paper.
         constant: c; None for no normalisation. ||g|| is the root mean square over elements.
+
+    Raises:
+        ValueError: a constant that is not positive.
     """
 
     method = Method(
@@ -163,6 +167,7 @@ class ContinuousConsistency(ResidualObjective):
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None, constant: float | None = 0.1):
         super().__init__(flow_map, null_label=null_label)
+        require(constant is None or constant > 0, f"the constant must be positive or None, got {constant}")
         self.constant = constant
 
     def sides(self, jumps: Jumps) -> tuple[Sample, Sample]:

@@ -16,6 +16,7 @@ from tvm_ref.checks import require
 from tvm_ref.flow_map import Flow
 from tvm_ref.objectives.base import Jumps, Method, ResidualObjective
 from tvm_ref.objectives.eulerian import mean_flow_sides
+from tvm_ref.objectives.weights import AdaptiveWeight
 from tvm_ref.shapes import PerSample, Sample, Time, over
 from tvm_ref.time_samplers import TimeSampler
 
@@ -28,7 +29,8 @@ class FiniteStep(ResidualObjective):
 
     def __init__(self, flow_map: Flow, null_label: int | None, power: float, eps: float):
         super().__init__(flow_map, null_label=null_label)
-        self.power, self.eps = power, eps
+        adaptive = AdaptiveWeight(power, eps)  # checks both; `weigh` below has them together with alpha
+        self.power, self.eps = adaptive.power, adaptive.eps
         # a tensor, so that torch.compile uses one program for every alpha above 0
         self.register_buffer("alpha_now", torch.ones(()), persistent=False)
 
@@ -73,7 +75,8 @@ class AlphaFlow(FiniteStep):
         eps: see power.
 
     Raises:
-        ValueError: an alpha outside [0, 1], a curriculum that does not fit within training.
+        ValueError: an alpha outside [0, 1], a curriculum that does not fit within training, a temperature that is not
+            positive, a clamp outside [0, 0.5], a bad power or eps (see AdaptiveWeight).
     """
 
     method = Method(
@@ -104,6 +107,8 @@ class AlphaFlow(FiniteStep):
         super().__init__(flow_map, null_label, power, eps)
         require(alpha is None or 0 <= alpha <= 1, f"alpha must lie in [0, 1], got {alpha}")
         require(0 <= start < end <= 1, f"the curriculum must have 0 <= start < end <= 1, got {start} and {end}")
+        require(temperature > 0, f"the curriculum's temperature must be positive, got {temperature}")
+        require(0 <= clamp <= 0.5, f"clamp must lie in [0, 0.5], got {clamp}")
         self.constant, self.start, self.end, self.temperature, self.clamp = alpha, start, end, temperature, clamp
         self.set_progress(0.0)
 
@@ -115,7 +120,7 @@ class AlphaFlow(FiniteStep):
             return float(progress <= self.start)
         # a sigmoid, from trajectory flow matching (easy, biased) to MeanFlow (unbiased, noisy)
         centred = (progress - (self.start + self.end) / 2) / (self.end - self.start)
-        alpha = 1 - 1 / (1 + math.exp(-self.temperature * centred))
+        alpha = (1 - math.tanh(self.temperature * centred / 2)) / 2
         # clamped at both ends: so short a step would be lost in rounding, and near 1 F_r has no weight
         return 1.0 if alpha > 1 - self.clamp else 0.0 if alpha < self.clamp else alpha
 
@@ -155,7 +160,7 @@ class SoFlow(FiniteStep):
         eps: see power.
 
     Raises:
-        ValueError: unless 0 < last <= first <= 1.
+        ValueError: unless 0 < last <= first <= 1; a bad power or eps (see AdaptiveWeight).
     """
 
     method = Method(

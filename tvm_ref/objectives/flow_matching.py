@@ -23,6 +23,7 @@ class FlowMatching(Objective):
         "Flow matching learns only u. Its one step is Euler's, a straight line; d/ds f is u where it starts.",
     )
     learns_jumps = False
+    default_target_ema = 0.99  # as in TVM; used only with guidance
 
     @checked_loss
     def forward(

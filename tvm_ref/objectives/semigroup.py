@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tvm_ref.checks import require_one_of
+from tvm_ref.checks import require, require_one_of
 from tvm_ref.flow_map import Flow, FlowMap
 from tvm_ref.guidance import Condition
 from tvm_ref.objectives.base import Jumps, Method, SelfDistillation
@@ -83,6 +83,9 @@ class Shortcut(PSD):
         flow_map: the model.
         null_label: must be None.
         steps: M; the time sampler "dyadic" assumes 128.
+
+    Raises:
+        ValueError: fewer than one step.
     """
 
     method = Method(
@@ -97,6 +100,7 @@ class Shortcut(PSD):
 
     def __init__(self, flow_map: Flow, *, null_label: int | None = None, steps: int = DYADIC_STEPS):
         super().__init__(flow_map, null_label=null_label)
+        require(steps >= 1, f"a shortcut model needs at least one step, got steps {steps}")
         self.steps = steps
 
     def shorter_jump(self, teacher: FlowMap, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Tensor:

@@ -40,6 +40,7 @@ class TVM(Objective):
         sweeps=({}, {"time_sampler": "trunc"}),
         measured_as=(("TVM", {}), ("TVM, JVP detached", {"detach_jvp": True})),
     )
+    default_target_ema = 0.99
 
     def __init__(
         self,
