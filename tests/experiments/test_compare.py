@@ -1,5 +1,6 @@
 """The comparison: what is swept, who wins, what is written."""
 
+import itertools
 import json
 import math
 
@@ -45,11 +46,23 @@ def test_compare_writes_results_table_and_figure(tmp_path, capsys, monkeypatch, 
     with pytest.raises(SystemExit) as stop:
         compare.main(options)
     assert stop.value.code == 2
-    (tmp_path / "results.json").unlink()  # as if it had been interrupted
-    if budget == "products":  # which decides the same numbers of steps again
-        monkeypatch.setattr(sweep, "_trained", None)
-        assert compare.main(options) == 0
-        assert json.loads((tmp_path / "results.json").read_text())["methods"] == report["methods"]
+
+
+def test_an_interrupted_comparison_continues_and_overwriting_starts_anew(tmp_path, monkeypatch):
+    """By equal time, where step times are measured with another result each time."""
+    factors, trained, train = itertools.count(1), [], sweep._trained
+    monkeypatch.setattr(
+        compare, "step_seconds", lambda configs, n=factors: dict.fromkeys(configs, next(n)) | {compare.UNIT: 1}
+    )
+    monkeypatch.setattr(sweep, "_trained", lambda config, *others: trained.append(config) or train(config, *others))
+    monkeypatch.setattr(compare, "draw", lambda report, path: path.touch())
+    options = [*TINY, "--seeds", "1", "--rates", "0.01", "--out", str(tmp_path), "--budget", "time", "--methods", "TVM"]
+    for extra, steps, trainings in (([], 10, 5), ([], 10, 5), (["--overwrite"], 5, 10)):
+        if not extra:
+            (tmp_path / "results.json").unlink(missing_ok=True)  # as if it had been interrupted
+        assert compare.main([*options, *extra]) == 0
+        report = json.loads((tmp_path / "results.json").read_text())
+        assert (report["methods"]["TVM"]["steps"], len(trained)) == (steps, trainings)
 
 
 def test_the_picture_puts_the_best_at_one_step_on_top_and_gives_each_family_a_colour():

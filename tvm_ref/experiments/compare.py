@@ -13,8 +13,8 @@ is the lowest or highest tried, the next one is tried too; if it still is after 
 the best rate and setting the method is then trained on --seeds seeds, and on two more if its median error at one step
 is within 1.5 times the least.
 Writes into a folder of its own results.json, which holds every training, and error.png: cost of a step, and error in 1,
-4 and 64 function evaluations (NFE). An interrupted comparison continues with the same command: each training is kept in
-trainings/.
+4 and 64 function evaluations (NFE). An interrupted comparison continues with the same command: step times and each
+training are kept in trainings/. --overwrite deletes those of a finished one.
 """
 
 import json
@@ -22,7 +22,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from tvm_ref.cli.options import OneLineParser, add_options, check_types, given, 
 from tvm_ref.cli.progress import progress
 from tvm_ref.experiments.family_measures import step_products
 from tvm_ref.experiments.methods import METHODS, SETTINGS, family_of, method_named, named
-from tvm_ref.experiments.sweep import train_many
+from tvm_ref.experiments.sweep import file_of, kept, train_many
 from tvm_ref.objectives import OBJECTIVES
 from tvm_ref.toy.config import ToyConfig, use_one_thread
 from tvm_ref.toy.report.metrics import POINTS, Reference, paired_errors
@@ -288,19 +288,23 @@ def main(argv: list[str] | None = None) -> int:
         if finished:
             require_free(out, FILES, "a comparison", "--overwrite", overwrite=arguments.overwrite)
         base.make_distribution()  # raises for unusable points
+        if finished:  # it may be overwritten; results go last, so that what is stopped here is still finished
+            for path in (*trainings.glob("*.json"), out / FILES[0]):
+                path.unlink(missing_ok=True)
         trainings.mkdir(parents=True, exist_ok=True)
     with command.errors(f"trainings that were finished, if any, are in {trainings}; the same command continues"):
         configs = {UNIT: base, **plan.configs(base)}
         products = {name: step_products(config) for name, config in configs.items()}
-        costs = {"products": products, "time": step_seconds(configs)}
+        seconds = file_of(trainings, "seconds", {name: asdict(config) for name, config in configs.items()})
+        costs = {"products": products, "time": kept(seconds, lambda: step_seconds(configs))}
         planned = len(plan.rates) * (len(configs) - 1) + len(plan.methods) * plan.seeds
         print(f"{planned} trainings, and more at the edges of sweeps and close to the best; the bar estimates the time")
         with progress(unit="step", smoothing=0) as bar:
             comparison = Comparison(base, plan, costs, trainings, jobs=arguments.jobs, bar=bar)
             comparison.sweep()
             comparison.run()
-        write_atomically(out / FILES[0], json.dumps(comparison.report, indent=2) + "\n")
         draw(comparison.report, out / FILES[1])
+        write_atomically(out / FILES[0], json.dumps(comparison.report, indent=2) + "\n")  # last: it marks the end
     print(f"paired RMSE to the exact flow map, median over seeds (range), seeds: {plan.seeds}")
     print(f"{table(comparison.report)}\n{out}")
     return 0

@@ -48,10 +48,22 @@ def _count(steps: int) -> None:
         _steps.value += steps
 
 
+def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the result that a file holds; compute and write it if the file is not there."""
+    if not path.exists():
+        write_atomically(path, json.dumps(compute()))
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def file_of(keep: Path, name: str, *decides: Any) -> Path:
+    """Return the path of a result in the folder `keep`: a name, and a hash of what decides the result."""
+    text = json.dumps(decides, default=dict, sort_keys=True)
+    return keep / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
 def _file(config: ToyConfig, points: int, keep: Path) -> Path:
-    """Return the path of a result, named after its configuration."""
-    decides = json.dumps([asdict(config), points], default=dict, sort_keys=True)
-    return keep / f"{config.objective}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.json"
+    return file_of(keep, config.objective, asdict(config), points)
 
 
 def train_and_measure(
@@ -63,11 +75,7 @@ def train_and_measure(
     """
     if keep is None:
         return _trained(config, measure, points, tick)
-    path = _file(config, points, keep)
-    if not path.exists():
-        write_atomically(path, json.dumps(_trained(config, measure, points, tick)))
-    result: dict[str, Any] = json.loads(path.read_text())
-    return result
+    return kept(_file(config, points, keep), lambda: _trained(config, measure, points, tick))
 
 
 def _trained(config: ToyConfig, measure: Measure, points: int, tick: Tick) -> dict[str, Any]:
