@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tvm_ref.experiments.layers import PAGE, TRIED, page, verdict, verdicts
+from tvm_ref.experiments.layers import PAGE, TRIED, main, page, verdict, verdicts
 from tvm_ref.flow_map import jvp
 
 SITE = Path(__file__).parents[2] / "tutorials" / "site" / "layers_under_jvp.md"
@@ -40,6 +40,19 @@ def test_what_is_tried_is_in_the_page():
     for expression in (e for expressions in TRIED.values() for e in expressions.split(";")):
         assert f"`{' '.join(expression.split())}`" in text
     assert PAGE.split("{count}")[0].split("\n\n")[0] in SITE.read_text()
+
+
+@pytest.mark.parametrize("does", ["echo trouble >&2; exit 1", "echo no JSON; echo trouble >&2", "exec nothing"])
+def test_another_python_without_this_package_is_one_line(does, tmp_path, capfd, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{does}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.argv", ["layers", "--also", str(python)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    *trouble, line = capfd.readouterr().err.splitlines()
+    assert (stop.value.code, len(trouble)) == (2, 1)  # the other's own, and ours
+    assert f"--also {python} cannot run" in line
 
 
 @pytest.mark.slow
