@@ -1,6 +1,8 @@
 """The oracle in place of a part of a method: exact cases, and what is written."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +58,21 @@ def test_every_variant_costs_what_the_steps_of_tvm_do():
     assert made["TVM"].steps == made["TVM, exact u"].steps == 100
     assert made["LSD"].steps > 200
     assert made["network's floor"].steps > 300  # one forward and backward, no JVP
+
+
+def test_a_seed_that_diverges_is_recorded_and_the_others_go_on(tmp_path):
+    def make(name, config):
+        training = OracleTraining(config, GaussianMixture(torch.zeros(1, 2), 0.5))
+        if config.seed == 0:
+            torch.nn.init.constant_(training.model.network.output.bias, torch.nan)
+        return training
+
+    options, report = SimpleNamespace(seeds=2, points=50), {"variants": {}}
+    finished = list(variants.train({"MeanFlow": replace(SMALL, steps=2)}, make, options, report, tmp_path))
+    assert [training.config.seed for _, training in finished] == [1]
+    assert json.loads((tmp_path / "results.json").read_text()) == report
+    assert [bool(run["figures"]) for run in report["variants"]["MeanFlow"]["runs"]] == [False, True]
+    assert "-inf)" in variants.table(report)  # the end of the range
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Train variants of methods on one budget of matmuls, and report them; shared by causes and relatives."""
 
+import contextlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -55,22 +56,26 @@ def train(
     out: Path,
     reference: Reference | None = None,
 ) -> Iterator[tuple[str, Training]]:
-    """Train every variant on every seed, and yield it; its errors are added to the report, which is written."""
+    """Train every variant on every seed; add its errors to the report, write that, and yield what did not diverge."""
     runs = [(name, seed) for name in configs for seed in range(arguments.seeds)]
     with progress(total=sum(configs[name].steps for name, _ in runs), unit="step", desc="training", smoothing=0) as bar:
         for done, (name, seed) in enumerate(runs):
             bar.set_postfix_str(f"{done} of {len(runs)} trainings", refresh=False)
             config = replace(configs[name], seed=seed)
             training = make(name, config)
-            for _ in range(config.steps):
-                training.train_step()
-                bar.update()
             reference = reference or make_reference(training.distribution, points=arguments.points)
+            found: dict[str, Any] = {"objective": config.objective, "seed": seed, "figures": {}}
+            with contextlib.suppress(FloatingPointError):  # no figures: its errors count as infinite
+                for _ in range(config.steps):
+                    training.train_step()
+                    bar.update()
+                found["figures"] = errors(training, reference)
+            bar.update(config.steps - training.step)
             row = {"lr": config.lr, "steps": config.steps, "runs": []}
-            found = {"objective": config.objective, "seed": seed, "figures": errors(training, reference)}
             report["variants"].setdefault(name, row)["runs"].append(found)
             write_atomically(out / RESULTS, json.dumps(report, indent=2) + "\n")
-            yield name, training
+            if found["figures"]:
+                yield name, training
 
 
 def table(report: Report) -> str:
