@@ -1,12 +1,19 @@
 """Folders and files that commands write."""
 
 import os
+import runpy
 import subprocess
 import sys
 
 import pytest
 
+from tvm_ref.cli import files
 from tvm_ref.cli.files import LOCK, hold, require_free, require_new, write_atomically
+
+
+def test_a_system_without_locks_of_files_can_read_and_write(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    assert "write_atomically" in runpy.run_path(files.__file__)
 
 
 def test_new_and_empty_folders_are_free(tmp_path):

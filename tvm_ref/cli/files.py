@@ -1,7 +1,6 @@
 """Write folders and files without overwriting anything else and without leaving half-written files."""
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,8 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it, or it cannot be written to.
     """
+    import fcntl  # not on Windows, where models are loaded and pages made without it
+
     _require_writable(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with user_files():
