@@ -177,7 +177,11 @@ def tensorsolve(A: Tensor, B: Tensor, dims: tuple[int, ...] | None = None) -> Te
 
 
 def det(A: Tensor) -> Tensor:
-    """Compute the determinant as the product of the LU decomposition's diagonal, and the sign of its swaps."""
+    """Compute the determinant as the product of the LU decomposition's diagonal, and the sign of its swaps.
+
+    Raises:
+        RuntimeError: a singular matrix, whose LU decomposition has no tangent; slogdet and logdet raise it, too.
+    """
     diagonal, sign = _diagonal(A)
     return sign * diagonal.prod(-1)
 
