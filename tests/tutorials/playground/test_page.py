@@ -331,6 +331,15 @@ def test_drawn_points_are_learned_in_a_worker_and_become_the_data(new_page, file
     assert complaints == []
 
 
+@pytest.mark.slow
+def test_damaged_points_in_the_address_are_named(new_page, file):
+    opened, complaints = open_page(new_page, file, "#view=draw&points=a")
+    assert "address are damaged" in opened.text_content("#status")
+    assert opened.evaluate("state.view") == "draw"
+    opened.context.close()
+    assert complaints == []
+
+
 def seconds_of_worker() -> float:
     """CPU time of the thread in which a page learns, which unlike its pace does not depend on other programs."""
     threads = [(p.pid, t) for p in psutil.Process().children(recursive=True) for t in p.threads()]

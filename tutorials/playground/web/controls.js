@@ -34,7 +34,7 @@ function render({ dots, s, t, curves, lines, ghosts, point, calls, miss, faint =
   picture.density(data.mixture, s);
   if (ghosts) picture.dots(ghosts, 1.3, 0.45 * loop);
   if (curves) picture.tails(curves, { alpha: 0.34 * share * loop });
-  if (lines) picture.tails(lines, { alpha: 0.6 * share * loop, dashes: [0.5, 3.5], width: 1 });
+  if (lines) picture.tails(lines, { alpha: 0.6 * share * loop, dashes: [0.5, 3.5] });
   if (marks) picture.marks(marks, s === 0);
   picture.dots(shown, 2.3, faint * loop);
   if (point) picture.follow(point);

@@ -29,7 +29,7 @@ const pad = {
     this.last = null;
   },
 
-  replace(points) { // by a preset, clipped to the picture when standardised
+  replace(points) { // by a preset, scaled to the picture when standardised
     this.stop();
     this.points = points;
     this.tell("");
@@ -121,9 +121,14 @@ const pad = {
   encode: points => btoa(String.fromCharCode(...points.map(v => clamp(Math.round(128 + 127 * v / 3), 0, 255)))).replace(/\+/g, "-").replace(/\//g, "_"),
 
   load(text) {
-    const bytes = [...atob(text.replace(/-/g, "+").replace(/_/g, "/"))].map(c => 3 * (c.charCodeAt(0) - 128) / 127);
+    let bytes;
+    try {
+      bytes = [...atob(text.replace(/-/g, "+").replace(/_/g, "/"))].map(c => 3 * (c.charCodeAt(0) - 128) / 127);
+    } catch {
+      return this.tell("The points in this page's address are damaged.");
+    }
     this.points = Array.from({ length: bytes.length >> 1 }, (_, i) => [bytes[2 * i], bytes[2 * i + 1]]);
-    this.learn();
+    return this.learn();
   },
 
   connect() {

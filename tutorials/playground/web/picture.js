@@ -64,15 +64,13 @@ class Picture {
     pen.globalAlpha = 1;
   }
 
-  tails(path, { alpha = 0.3, dashes = [], every = 1, width = 1, end } = {}) { // lines through the clouds of a path
-    this.stroke(width, dashes, alpha);
+  tails(path, { alpha, dashes = [] }) { // lines through the clouds of a path
+    this.stroke(1, dashes, alpha);
     const { pen } = this;
     this.bins.forEach((bin, hue) => {
       pen.beginPath();
       for (const i of bin) {
-        if (i / 2 % every) continue;
         path.forEach((cloud, k) => (k ? pen.lineTo(cloud[i], cloud[i + 1]) : pen.moveTo(cloud[i], cloud[i + 1])));
-        if (end) pen.lineTo(end[i], end[i + 1]);
       }
       pen.strokeStyle = this.hues[hue];
       pen.stroke();

@@ -23,7 +23,7 @@ const FIRST = { view: "steps", t: 1, s: 0, run: 0, back: 0, how: "jump", steps: 
 const state = { ...FIRST };
 
 const run = () => data.runs[state.run];
-const snapshot = (back = state.back) => run().snapshots[Math.max(0, run().snapshots.length - 1 - back)];
+const snapshot = () => run().snapshots[Math.max(0, run().snapshots.length - 1 - state.back)];
 const storyRun = () => data.runs.find(({ learns_jumps }) => learns_jumps) ?? data.runs[0]; // that the story shows
 
 function remember(name, key, compute) { // the last result under a name, as long as its key stays
