@@ -22,10 +22,6 @@ from torch import Tensor, nn
 
 from tvm_ref.shapes import over
 
-with warnings.catch_warnings():  # PyTorch's first JVP imports these rules, and warns of its own use of torch.jit.script
-    warnings.simplefilter("ignore")
-    import torch._decomp.decompositions_for_jvp
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

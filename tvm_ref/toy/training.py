@@ -56,7 +56,7 @@ def draw_block(config: ToyConfig, distribution: GaussianMixture, block: int) -> 
         generator = generator_of(config.seed, block)
         condition = drop_labels(condition, distribution.num_classes, LABEL_DROPOUT, generator=generator)
 
-    whole = Batch(x0, x1, Times(*times), condition)
+    whole = Batch(x0, x1, times, condition)
     return [whole.rows(slice(i, i + config.batch_size)) for i in range(0, n, config.batch_size)]
 
 
