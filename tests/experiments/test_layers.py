@@ -52,7 +52,7 @@ def test_another_python_without_this_package_is_one_line(does, tmp_path, capfd, 
         main()
     *trouble, line = capfd.readouterr().err.splitlines()
     assert (stop.value.code, len(trouble)) == (2, 1)  # the other's own, and ours
-    assert f"--also {python} cannot run" in line
+    assert f"--also {python} cannot run this: " in line
 
 
 @pytest.mark.slow

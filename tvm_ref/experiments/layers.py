@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tvm_ref.cli.errors import UserError, user_files
+from tvm_ref.cli.errors import user_errors, user_files
 from tvm_ref.cli.files import write_atomically
 from tvm_ref.cli.options import OneLineParser, run
 from tvm_ref.flow_map import jvp
@@ -119,21 +119,6 @@ def verdicts() -> dict[str, Any]:
     return {"torch": torch.__version__.split("+")[0], "found": found}
 
 
-def verdicts_of(python: Path) -> dict[str, Any]:
-    """Return the verdicts of another Python, whose own complaints appear on stderr.
-
-    Raises:
-        UserError: it cannot run this module.
-    """
-    command = [str(python), "-W", "ignore", "-m", "tvm_ref.experiments.layers", "--json"]
-    try:
-        text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found: dict[str, Any] = json.loads(text)
-    except (subprocess.CalledProcessError, json.JSONDecodeError):
-        raise UserError(f"--also {python} cannot run this command; is tvm_ref installed there?") from None
-    return found
-
-
 def page(results: list[dict[str, Any]]) -> str:
     """Write the page."""
     names = list(results[0]["found"])
@@ -206,7 +191,11 @@ def main() -> int:
         print(json.dumps(verdicts()))
         return 0
     with command.errors(), user_files():
-        others = [] if options.also is None else [verdicts_of(options.also)]  # first, as it may fail at once
+        others = []
+        if options.also is not None:  # first, as it may fail at once; its own complaints appear on stderr
+            other = [str(options.also), "-W", "ignore", "-m", "tvm_ref.experiments.layers", "--json"]
+            with user_errors(f"--also {options.also} cannot run this", subprocess.CalledProcessError, ValueError):
+                others = [json.loads(subprocess.run(other, check=True, stdout=subprocess.PIPE, text=True).stdout)]
         text = page([verdicts(), *others])
         if options.out is None:
             print(text)

@@ -161,12 +161,8 @@ def _difference(kind: type[TVM], step: float, model: FlowMap) -> Objective:
     return kind(Differenced(model.network, step))
 
 
-def _weighted(by_length: LengthWeight, model: FlowMap) -> Objective:
-    return Weighted(model, by_length)
-
-
 def _control_variate(c: float) -> Variant:
-    return Variant({"objective": "imf"}, lambda model: ControlVariate(model, c))  # with the times of improved MeanFlow
+    return Variant({"objective": "imf"}, partial(ControlVariate, c=c))  # with the times of improved MeanFlow
 
 
 VARIANTS: dict[str, Variant] = {
@@ -176,9 +172,9 @@ VARIANTS: dict[str, Variant] = {
     "TVM, bfloat16": Variant({}, LowPrecision),
     "bfloat16, difference 0.01": Variant({}, partial(_difference, LowPrecision, 0.01)),
     "bfloat16, difference 0.1": Variant({}, partial(_difference, LowPrecision, 0.1)),
-    "TVM, weight t - s": Variant({}, partial(_weighted, lambda length, progress: length)),
-    "TVM, weight of TEMF": Variant({}, partial(_weighted, temf)),
-    "TVM, short jumps first": Variant({}, partial(_weighted, short_first)),
+    "TVM, weight t - s": Variant({}, partial(Weighted, by_length=lambda length, progress: length)),
+    "TVM, weight of TEMF": Variant({}, partial(Weighted, by_length=temf)),
+    "TVM, short jumps first": Variant({}, partial(Weighted, by_length=short_first)),
     "LMD, teacher given": Variant({}, LagrangianDistillation, teacher=1.0),
     "LMD, teacher paid": Variant({}, LagrangianDistillation, teacher=0.5, student=0.5),
     "TVM, teacher given": Variant({}, TVM, teacher=1.0),
