@@ -147,10 +147,7 @@ class ContinuousConsistency(ResidualObjective):
     Args:
         flow_map: the model.
         null_label: must be None: training from scratch with guidance is not in the paper.
-        constant: c; None for no normalisation. ||g|| is the root mean square over elements.
-
-    Raises:
-        ValueError: a constant that is not positive.
+        constant: c > 0; None for no normalisation. ||g|| is the root mean square over elements.
     """
 
     method = Method(

@@ -82,10 +82,7 @@ class Shortcut(PSD):
     Args:
         flow_map: the model.
         null_label: must be None.
-        steps: M; the time sampler "dyadic" assumes 128.
-
-    Raises:
-        ValueError: fewer than one step.
+        steps: M, at least 1; the time sampler "dyadic" assumes 128.
     """
 
     method = Method(
