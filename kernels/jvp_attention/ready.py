@@ -47,7 +47,7 @@ class jvp_ready(TorchFunctionMode):
       `slogdet` and `logdet`, whose gradient through a JVP PyTorch gets wrong, and `glu` and `hardsigmoid`, which it
       refuses, are written out.
     - Linear layers, convolutions and matmuls leave out the product with an absent tangent.
-    - The second derivative of `gelu` in its tanh form takes fewer passes.
+    - `softmax` and the second derivative of `gelu` in its tanh form take fewer passes.
     - `torch.utils.checkpoint` recomputes the block's JVP.
 
     Values are PyTorch's up to rounding, and bit for bit where no argument has a tangent. Needs no GPU and no triton.
@@ -203,6 +203,7 @@ AFFINE = (
     F.linear, torch.conv1d, torch.conv2d, torch.conv3d,
     torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
 )  # fmt: skip
+SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 PRODUCTS = (
     torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm,
 )  # fmt: skip
@@ -232,5 +233,6 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
     F.hardsigmoid: rules.hardsigmoid,
     **{function: _with(rules.affine, function) for function in AFFINE},
     **{function: _with(rules.product, function) for function in PRODUCTS},
+    **{function: _with(rules.softmax, function) for function in SOFTMAX},
     **{function: functools.partial(rules.refused, function, instead) for function, instead in REFUSED.items()},
 }

@@ -205,6 +205,22 @@ def _diagonal(A: Tensor) -> tuple[Tensor, Tensor]:
     return LU.diagonal(dim1=-2, dim2=-1), (1 - 2 * (swaps % 2)).to(A.dtype)
 
 
+def softmax(function: Function, input: Tensor, dim: int | None = None, *args: Any, **options: Any) -> Tensor:
+    """Compute the softmax p of x, whose tangent is p (dx - sum(p dx)).
+
+    PyTorch's rule computes exp(x - max(x)) again, and its gradient compares x with its maximum: where torch.compile
+    rounds the two to bfloat16 differently, no element is equal, and the gradient is NaN.
+    """
+    if dim is None or tangents_are_hidden():
+        return function(input, dim, *args, **options)
+    x, dx = unpack_dual(input)
+    p = function(x, dim, *args, **options)
+    if dx is None:
+        return p
+    weighted = p * dx
+    return forward_ad.make_dual(p, (weighted - p * weighted.sum(dim, keepdim=True)).to(p.dtype))
+
+
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """Compute PyTorch's GELU; in its tanh form, whose second derivative PyTorch takes some 35 passes for, by fewer."""
     if approximate != "tanh" or torch.compiler.is_compiling() or tangents_are_hidden() or not has_tangent(input):
@@ -308,7 +324,7 @@ def written_out_attention(
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
         blind = (logits == float("-inf")).all(-1, keepdim=True)
-        weights = torch.softmax(logits.masked_fill(blind, 0), -1).masked_fill(blind, 0)
+        weights = softmax(torch.softmax, logits.masked_fill(blind, 0), -1).masked_fill(blind, 0)
     else:
-        weights = torch.softmax(logits, -1)
+        weights = softmax(torch.softmax, logits, -1)
     return product(torch.matmul, F.dropout(weights, dropout).to(v.dtype), v)

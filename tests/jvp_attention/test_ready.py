@@ -1,5 +1,6 @@
 """jvp_ready: values, tangents and all gradients against float64 differences of PyTorch's values."""
 
+import contextlib
 import threading
 from functools import partial
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,6 +48,7 @@ FUNCTIONS = {  # function, shapes of its inputs
     "det": (torch.linalg.det, [(2, 3, 3)]),
     "slogdet": (lambda A: torch.slogdet(A).logabsdet + A.slogdet().sign, [(2, 3, 3)]),
     "gelu": (lambda x, y: F.gelu(x, approximate="tanh") * F.gelu(3 * y), [(3, 8), (3, 8)]),
+    "softmax": (lambda x, y: torch.softmax(x, dim=-1) * y.softmax(0) + F.softmax(input=x * y, dim=1), [(3, 8), (3, 8)]),
     "glu": (F.glu, [(3, 8)]),
     "hardsigmoid": (F.hardsigmoid, [(3, 8)]),
     "hardsigmoid-inplace": (lambda x: (y := 2 * x) * F.hardsigmoid(y, inplace=True), [(3, 8)]),
@@ -126,6 +129,38 @@ def gradients(network: nn.Module, x: torch.Tensor, dx: torch.Tensor, compiled: s
 
     call = torch.compile(loss, backend=compiled, fullgraph=True) if compiled else loss
     return list(torch.autograd.grad(call(x, dx), list(network.parameters())))
+
+
+def test_softmax_in_a_dual_level():
+    """PyTorch's fails in this backward: its forward-mode rule writes in place (pytorch 162350)."""
+    x, dx = (randn(3, 8).requires_grad_() for _ in range(2))
+    found = []
+    for transform in ("dual_level", "jvp"):
+        with jvp_ready(), contextlib.ExitStack() as stack:
+            if transform == "jvp":
+                y, dy = torch.func.jvp(partial(torch.softmax, dim=-1), (x,), (dx,))
+            else:
+                stack.enter_context(forward_ad.dual_level())
+                y, dy = forward_ad.unpack_dual(torch.softmax(forward_ad.make_dual(x, dx), -1))
+        found.append(torch.autograd.grad((y.sin() * dy).sum(), (x, dx)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+@INDUCTOR
+def test_compiled_softmax_of_bfloat16_has_finite_gradients():
+    """Of 49 keys, on a CPU, they were NaN: the maximum was that of numbers that had not been rounded."""
+    tensors = [randn(4, 49, 32).bfloat16().requires_grad_() for _ in range(4)]
+
+    def loss(q, k, dq, dk):
+        with jvp_ready():
+            p, dp = torch.func.jvp(lambda q, k: torch.softmax(q @ k.mT / 6, -1), (q, k), (dq, dk))
+        return (p.float().square() + dp.float().square()).mean()
+
+    exact = torch.autograd.grad(loss(*(x.double() for x in tensors)), tensors)
+    for x, y in zip(torch.autograd.grad(torch.compile(loss)(*tensors), tensors), exact, strict=True):
+        assert (x - y).norm() < 0.05 * y.norm()
 
 
 def test_a_network_is_right(network):
