@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from jvp_attention import pytorchs
 from jvp_attention.layout import Results, nothing, number_type, zero_rows
-from jvp_attention.reference import hidden_keys, one_per_query_head, softmax_of_visible, to_length
+from jvp_attention.reference import hidden_keys, one_per_query_head, to_length
 from jvp_attention.shapes import Given
 
 CHUNK = 2**20  # elements of each of a chunk's matrices, so that they fit a cache
@@ -259,7 +259,13 @@ def _probabilities(x: _Problem, rows: slice, keys: slice) -> tuple[Tensor, Tenso
     indices = torch.arange(rows.start, rows.stop, device=q.device)
     mask = None if x.mask is None else x.mask[..., keys]
     hidden = hidden_keys(indices, k.shape[2], x.causal, x.lengths, mask)
-    return softmax_of_visible(s, hidden), _times_keys(x, q, k, x.scale)
+    if hidden is not None:
+        blind = hidden.all(-1, keepdim=True)
+        s = s.masked_fill(hidden & ~blind, float("-inf"))
+    p = s.softmax(-1)
+    if hidden is not None:
+        p = p.masked_fill(blind, 0)
+    return p, _times_keys(x, q, k, x.scale)
 
 
 def _problem(
