@@ -13,7 +13,7 @@ from imagenet.training import log as log_module
 from imagenet.training.step import StepMetrics, Training
 from imagenet.weights import read_config, save_weights
 from tests.imagenet.commands import assert_same_run, command, same, status, stop_at
-from tests.imagenet.workers import needs_fsdp, randomise
+from tests.imagenet.workers import full_state, needs_fsdp, randomise
 
 SIZES = {
     "data": "synthetic", "input_size": 32, "in_channels": 4, "classes": 1000, "patch_size": 16, "hidden_size": 16,
@@ -37,7 +37,7 @@ def test_a_run_starts_from_given_weights(given, tmp_path, kind):
     options = train.Options(out=str(tmp_path / "run"))
     with train.distributed.process_group("cpu") as world:
         run, _ = train.begin("digits", changes, options, world)
-        start = run.training.state_dict()
+        start = full_state(run.training.state_dict())
     expected = {f"network.{name}": a for name, a in load_file(given).items()}
     for model in (start["model"], start["target"]["module"], start["ema"]["module"]):
         assert same(dict(model), expected)
