@@ -117,8 +117,6 @@ class Config:
             value = getattr(self, name)
             require(0 <= value <= 1, f"{flag(name)} must lie in [0, 1], got {value}")
         require(self.beta2 < 1, "--beta2 must be below 1")
-        mirrored = not self.flip or self.data in ("folder", "cifar10")
-        require(mirrored, f"--flip is for pictures of your own, not for {self.data}")
         divides = self.batch_size % self.accumulate == 0
         require(divides, f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
         if self.parallel == "fsdp":

@@ -143,6 +143,8 @@ def make_plan(
         if lost and (out / CONFIG).exists():
             read_config(out)  # of a run, and not of something else
         require_free(out, (CONFIG,), ways="--resume", overwrite=lost, leftovers=(INDEX, PIXELS))
+        mirrored = not config.flip or config.data in ("folder", "cifar10")
+        require(mirrored, f"--flip is for pictures of your own, not for {config.data}")
         if config.data == "latents" and options.data_path is not None:
             config = dataclasses.replace(fit_to_data(config, options.data_path), **changes)
     shares = f"{world_size} processes times --accumulate {config.accumulate}"
