@@ -110,7 +110,8 @@ def _check_steps(folder: Path, stored: Config, steps: int) -> None:
     shaped += [f"--objective {stored.objective}"] * OBJECTIVES[stored.objective].has_curriculum
     if steps != stored.steps and shaped:
         reason = f"its {shaped[0]} was shaped by them"
-        raise UserError(f"--resume keeps a run's options: {folder} has --steps {stored.steps}, as {reason}")
+        instead = f"--init {folder} with another --out trains on from its weights"
+        raise UserError(f"--resume keeps a run's options: {folder} has --steps {stored.steps}, as {reason}; {instead}")
     more = steps >= stored.steps
     require(more, f"--resume can raise a run's --steps, not lower them: {folder} has --steps {stored.steps}")
 

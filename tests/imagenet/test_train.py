@@ -107,7 +107,7 @@ def test_a_run_is_never_overwritten_and_keeps_its_options(tmp_path, capsys):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     for options, complaint in (
         (["--steps", "4"], "already holds a run: --resume, or another --out"),
-        (["--steps", "5", "--resume"], "has --steps 4, as its --schedule cosine was shaped by them"),
+        (["--steps", "5", "--resume"], "has --steps 4, as its --schedule cosine was shaped by them; --init "),
         (["--lr", "1", "--resume"], "--resume keeps a run's options"),
     ):
         assert complaint in one_line(capsys, command, folder, *options)
